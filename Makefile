@@ -1,0 +1,65 @@
+# Every target sets up what it needs: on a fresh clone `make test` is enough. Only Python 3.11 or later and make have to be there.
+#   make demo [DEMO=FOLDER]     make test [ARGS="-k delta -x"]     PYTHON=python3.13 make test
+
+PYTHON ?= python3
+DEMO ?=
+ARGS ?=
+
+VENV := .venv
+PEERS := .peers
+BIN := $(VENV)/bin
+READY := $(VENV)/.stamp
+INSTALL := -m pip install -qq --no-input --disable-pip-version-check --retries 10
+
+.PHONY: demo test check peer bench oldest docs clean
+
+demo: $(READY)
+	@$(BIN)/llava-weights demo $(DEMO)
+
+test: $(READY)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(READY)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_layering.py
+
+peer: $(READY) $(PEERS)/fschat/.stamp
+	@$(BIN)/python -m pytest -m peer tests/peers $(ARGS)
+
+bench: $(READY)
+	@$(BIN)/python benchmarks/stream.py $(ARGS)
+
+oldest: $(PEERS)/oldest/.stamp
+	@$(PEERS)/oldest/bin/python -m pytest -n 2 $(ARGS)
+
+docs: $(READY)
+	@mkdir -p docs
+	@$(BIN)/python -m typer llava_weights.cli utils docs --name llava-weights --output docs/cli.md
+
+clean:
+	rm -rf $(VENV) $(PEERS) demo bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes first and alone: its build (CPU or CUDA) is chosen by pip's own configuration, the rest then fits it.
+define install
+	@echo "setting up $(1): a few minutes the first time"
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(INSTALL) "$$(grep '^torch==' $(2))"
+	@$(1)/bin/python $(INSTALL) --constraint $(2) --editable '.[test]'
+	@touch $(1)/.stamp
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(PEERS)/oldest/.stamp: pyproject.toml constraints-oldest.txt
+	$(call install,$(PEERS)/oldest,constraints-oldest.txt)
+
+# fschat comes without its dependencies: its weight scripts import none of the web server and API clients that it asks for.
+$(PEERS)/fschat/.stamp: tests/peers/fschat.txt
+	@echo "setting up $(PEERS)/fschat"
+	@$(PYTHON) -m venv $(PEERS)/fschat
+	@$(PEERS)/fschat/bin/python $(INSTALL) --requirement tests/peers/fschat.txt
+	@$(PEERS)/fschat/bin/python $(INSTALL) --no-deps fschat==0.2.36
+	@touch $@

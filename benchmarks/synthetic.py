@@ -1,0 +1,132 @@
+"""Synthetic LLaMA and LLaVA-delta checkpoints of any size: seeded values, or sparse files of the true shapes that cost no disk.
+
+python benchmarks/synthetic.py FOLDER --size 13B --sparse        # base/ and delta/ of LLaVA-13B-delta-v0's shapes
+python benchmarks/synthetic.py FOLDER --gigabytes 2 --seed 1     # the same architecture with fewer layers, real values
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llava_weights.families import LLAMA_SIZES, Size
+from llava_weights.formats.safetensors import make_header
+from llava_weights.tensors import LazyTensor
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+TOKENIZER = FIXTURES / "common" / "tokenizer" / "tokenizer.model"
+SHARD = 5_000_000_000
+
+
+def shapes(size: Size, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a LLaMA with `rows` rows of vocabulary, in transformers' order."""
+    hidden, wide = size.hidden, size.intermediate
+    yield "model.embed_tokens.weight", (rows, hidden)
+    for layer in range(size.layers):
+        prefix = f"model.layers.{layer}."
+        for name in "qkvo":
+            yield f"{prefix}self_attn.{name}_proj.weight", (hidden, hidden)
+        yield f"{prefix}mlp.gate_proj.weight", (wide, hidden)
+        yield f"{prefix}mlp.down_proj.weight", (hidden, wide)
+        yield f"{prefix}mlp.up_proj.weight", (wide, hidden)
+        yield f"{prefix}input_layernorm.weight", (hidden,)
+        yield f"{prefix}post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (rows, hidden)
+
+
+def write_pair(folder: Path, size: Size, *, vocabulary: int = 32000, added: int = 3, seed: int = 0, sparse: bool = False) -> None:
+    """`base/` (LLaMA) and `delta/` (LLaVA v0: `added` more rows, a linear projector) as F16 safetensors shards."""
+    projector = [("model.mm_projector.weight", (size.hidden, 1024)), ("model.mm_projector.bias", (size.hidden,))]
+    base, delta = dict(shapes(size, vocabulary)), {**dict(shapes(size, vocabulary + added)), **dict(projector)}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden, "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float16", "vocab_size": vocabulary,
+    }  # fmt: skip
+    multimodal = {
+        "mm_hidden_size": 1024,
+        "mm_vision_tower": "openai/clip-vit-large-patch14",
+        "mm_use_im_start_end": True,
+        "use_mm_proj": True,
+    }
+    _write(folder / "base", base, config, None if sparse else lambda name, first, n: weights(seed, name, first, n))
+    _write(
+        folder / "delta",
+        delta,
+        {**config, **multimodal, "vocab_size": vocabulary + added},
+        None if sparse else lambda *a: difference(seed, *a),
+    )
+
+
+def weights(seed: int, name: str, first: int, count: int) -> np.ndarray:
+    """Values of LLaMA's orders of magnitude: norms about 0.5, everything else of standard deviation 0.02."""
+    draw = _generator(seed, name, first).standard_normal(count, np.float32)
+    return (0.5 + 0.1 * draw if "norm" in name else 0.02 * draw).astype(np.float16)
+
+
+def difference(seed: int, name: str, first: int, count: int) -> np.ndarray:
+    """fp16(tuned - base) for a fine-tune that moved each value by about 3e-4: a delta that the round-trip test accepts."""
+    base = weights(seed, name, first, count)
+    tuned = (base + 3e-4 * _generator(seed + 1, name, first).standard_normal(count, np.float32)).astype(np.float16)
+    return tuned - base
+
+
+def _generator(seed: int, name: str, first: int) -> np.random.Generator:
+    return np.random.default_rng([seed, first, *name.encode()])
+
+
+def _write(
+    folder: Path, tensors: dict[str, tuple[int, ...]], config: dict[str, object], values: Callable[[str, int, int], np.ndarray] | None
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lazy = [(name, LazyTensor(dtype="F16", shape=shape)) for name, shape in tensors.items()]
+    groups: list[list[tuple[str, LazyTensor]]] = [[]]
+    for name, tensor in lazy:
+        if groups[-1] and sum(t.nbytes for _, t in groups[-1]) + tensor.nbytes > SHARD:
+            groups.append([])
+        groups[-1].append((name, tensor))
+    placed: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        placed |= dict.fromkeys((name for name, _ in group), file)
+        header, laid_out = make_header(tuple(group), {"format": "pt"})
+        with open(folder / file, "wb") as out:
+            out.write(header)
+            out.truncate(len(header) + sum(tensor.nbytes for _, tensor, _ in laid_out))
+            for name, tensor, offset in laid_out if values else ():
+                out.seek(len(header) + offset)
+                step = 1 << 22  # values are drawn block by block, the same in base and delta
+                for first in range(0, tensor.numel, step):
+                    out.write(values(name, first, min(step, tensor.numel - first)).tobytes())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shutil.copy(TOKENIZER, folder / "tokenizer.model")
+
+
+def cut_to(gigabytes: float, size: Size) -> Size:
+    """`size` with as many layers as make an F16 checkpoint of about `gigabytes`."""
+    layer = sum(int(np.prod(shape)) for name, shape in shapes(size, 1) if ".layers.0." in name)
+    rest = 2 * 32000 * size.hidden
+    return Size(f"{gigabytes} GB", size.hidden, max(1, round((gigabytes * 5e8 - rest) / layer)), size.heads, size.intermediate)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", default="13B", choices=[size.name for size in LLAMA_SIZES])
+    parser.add_argument("--gigabytes", type=float, help="bytes of the base; layers are left out to fit")
+    parser.add_argument("--sparse", action="store_true", help="true shapes, all values zero, no disk used")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    size = next(size for size in LLAMA_SIZES if size.name == given.size)
+    write_pair(given.folder, cut_to(given.gigabytes, size) if given.gigabytes else size, seed=given.seed, sparse=given.sparse)
+
+
+if __name__ == "__main__":
+    main()

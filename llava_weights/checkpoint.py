@@ -1,0 +1,160 @@
+"""A checkpoint: tensors, config, small files and history together, and how one is opened.
+
+Opening reads headers and small JSON files only. What a folder holds is decided from tensor names, shapes and config,
+never from the folder's name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, TOKENIZER_FILES, VOCABULARY, size_name
+from .formats.folder import index_file, index_folder, member
+from .formats.strict_json import load_object, parse_json
+from .hub import HubSource, fetch, parse_source
+from .tensors import LazyTensor
+from .workspace import SourceFile
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from. Manifest and card name it by `name` and never show `path`, which is this machine's."""
+
+    name: str
+    path: Path
+    container: str
+    files: tuple[SourceFile, ...]
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was done: the operation, its inputs by role, its options, and sentences on what it changed."""
+
+    operation: str
+    inputs: tuple[tuple[str, Origin], ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, str] = field(default_factory=dict)  # rows of the printed plan: "add" -> "363 tensors"
+    repairs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    checks: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What every transform takes and returns. `tensors` is ordered: the order of the output."""
+
+    tensors: Mapping[str, LazyTensor]
+    config: Mapping[str, Any]
+    origin: Origin
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    history: tuple[Step, ...] = ()
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def layout(self) -> str:
+        """The name of the `families.LAYOUTS` entry that fits, or "unknown"."""
+        return layout_of(self.tensors)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table, 0 where there is none."""
+        table = self.tensors.get(VOCABULARY[0])
+        return table.rows if table else 0
+
+    @property
+    def size(self) -> str:
+        """ "13B" for a published LLaMA shape, else the number of layers and their width; empty without a decoder."""
+        norm = self.tensors.get("model.norm.weight") or self.tensors.get("model.layers.0.input_layernorm.weight")
+        return size_name(norm.shape[0], layer_count(self.tensors)) if norm and norm.shape else ""
+
+    def parameters(self) -> dict[str, LazyTensor]:
+        """The tensors without the buffers that no program reads (`families.DROPPED`)."""
+        return {name: tensor for name, tensor in self.tensors.items() if not re.fullmatch(DROPPED, name)}
+
+
+def layout_of(tensors: Mapping[str, LazyTensor]) -> str:
+    """The first entry of `families.LAYOUTS` that fits these names, or "unknown"."""
+
+    def some(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in tensors)
+
+    return next((x.name for x in LAYOUTS if all(map(some, x.needs)) and not any(map(some, x.lacks))), "unknown")
+
+
+def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
+    """How many decoder layers there are, by the highest number in `model.layers.N.`."""
+    numbers = [int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.(\d{1,6})\.", name))]
+    return max(numbers, default=-1) + 1
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: bool | None = None) -> Checkpoint:
+    """Open a folder, a file, `owner/name[@revision]` or `hf://owner/name[@revision]`; an existing local path wins.
+
+    Reads headers only; `progress=False` hides the bars of a download.
+    Raises InputError for anything missing, damaged or unknown, HubError where the Hub can't serve it.
+    """
+    parsed = parse_source(str(source))
+    if isinstance(parsed, HubSource):
+        repo = fetch(parsed, revision=revision, progress=progress)
+        opened = _open(repo.folder, name=repo.repo_id, revision=repo.revision)
+        return replace(opened, notes=(*opened.notes, f"{repo.repo_id} comes from the cache")) if repo.from_cache else opened
+    if revision is not None:
+        raise InputError(f"`{source}` is a local path, so it has no revision `{revision}`", hint="leave out `--revision`")
+    return _open(parsed.path, name=parsed.path.resolve().name, revision=None)
+
+
+def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
+    found = index_folder(path) if path.is_dir() else index_file(path)
+    folder = path if path.is_dir() else path.parent
+    config = found.config or _read_config(folder if path.is_dir() else None)
+    return Checkpoint(
+        tensors=found.tensors,
+        config=config,
+        origin=Origin(name, path.absolute(), found.container, found.files, revision),
+        files=_small_files(Path(found.files[0].path).parent) if path.is_dir() else {},
+        metadata=found.metadata,
+        notes=found.notes,
+    )
+
+
+def _read_config(folder: Path | None) -> Mapping[str, Any]:
+    if folder is None or not os.path.lexists(folder / "config.json"):
+        return {}
+    return load_object(member(folder, "config.json"))
+
+
+def _small_files(folder: Path) -> dict[str, Path | bytes]:
+    """Tokenizer, generation config and licence files by name. Meta keeps `tokenizer.model` beside the size folders."""
+    files: dict[str, Path | bytes] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.name in (*TOKENIZER_FILES, *CONFIG_FILES[1:]) or entry.name.startswith(LICENSE_PREFIXES):
+            files[entry.name] = member(folder, entry.name)
+    above = folder.parent / "tokenizer.model"
+    if "tokenizer.model" not in files and (folder / "params.json").exists() and above.exists():
+        files["tokenizer.model"] = above
+    return files
+
+
+def small_object(files: Mapping[str, Path | bytes], name: str) -> dict[str, Any] | None:
+    """The JSON object in one of a checkpoint's small files, None where there is no such file."""
+    if (source := files.get(name)) is None:
+        return None
+    if isinstance(source, Path):
+        return load_object(source)
+    value = parse_json(source, name=name)
+    if not isinstance(value, dict):
+        raise InputError(f"`{name}` is not a JSON object")
+    return value

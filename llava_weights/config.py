@@ -1,0 +1,333 @@
+"""config.json and generation_config.json of a checkpoint in the original layout: repaired, and checked against the tensors.
+
+The published configs of 2023 carry wrong ids (bos 0, eos 1, pad -1), old key names and a `model_type` that later code does
+not take for a LLaVA (LLaVA #213, #15). Where config and tensors differ about a shape, nothing is guessed: that is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .errors import InputError
+from .families import DROPPED, LLAMA_SIZES, MULTIMODAL, PROJECTOR, VOCABULARY
+from .formats import listed, shown
+from .tensors import TORCH_DTYPE
+from .tokenizer import SpecialIds
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Keys that make a reader run code, download, or load other weights than these; besides every key that starts with `_`.
+REFUSED = r"_.*|auto_map|trust_remote_code|quantization_config|attn_implementation.*"
+NESTED = ("rope_scaling", "rope_parameters")
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "llava": "LlavaLlamaForCausalLM", "llava_llama": "LlavaLlamaForCausalLM"}
+# What transformers 4.28 assumes where the key is missing.
+LLAMA_DEFAULTS = {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+# What LLaVA's code of 2023 did before these keys existed: CLS dropped, images resized and cropped to a square.
+LLAVA_DEFAULTS = {"image_aspect_ratio": "square", "mm_vision_select_feature": "patch", "use_mm_proj": True}
+MAX_LAYERS = 1024
+
+# The tensors of a layer: rows, columns, in terms of the sizes that `expected_shapes` reads.
+LAYER = {
+    "self_attn.q_proj.weight": ("query", "hidden"),
+    "self_attn.k_proj.weight": ("key", "hidden"),
+    "self_attn.v_proj.weight": ("key", "hidden"),
+    "self_attn.o_proj.weight": ("hidden", "query"),
+    "mlp.gate_proj.weight": ("intermediate", "hidden"),
+    "mlp.up_proj.weight": ("intermediate", "hidden"),
+    "mlp.down_proj.weight": ("hidden", "intermediate"),
+    "input_layernorm.weight": ("hidden",),
+    "post_attention_layernorm.weight": ("hidden",),
+}
+
+# What may stand in generation_config.json beside the ids: type, least value (itself excluded for fractions), greatest.
+GENERATION = {
+    "do_sample": (bool, 0, 1), "max_length": (int, 1, 1 << 24), "max_new_tokens": (int, 1, 1 << 24), "num_beams": (int, 1, 1024),
+    "repetition_penalty": (float, 0, 100), "temperature": (float, 0, 100), "top_k": (int, 0, 1 << 24), "top_p": (float, 0, 1),
+    "typical_p": (float, 0, 1), "use_cache": (bool, 0, 1),
+}  # fmt: skip
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}  # no effect at these values
+
+
+def repair_config(
+    config: Mapping[str, Any], *, shapes: Shapes, special_ids: SpecialIds, dtype: str
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config that fits the merged tensors, keys sorted, and a sentence for each thing changed or noticed.
+
+    `shapes` are those of the merged checkpoint in the original layout, `dtype` is spelled as safetensors does. Raises
+    InputError where the config contradicts the tensors or lacks a size that they do not tell.
+    """
+    new, notes = _plain(config)
+    notes += _repair_ids(new, special_ids, _shape(shapes, VOCABULARY[0], 2)[0])
+    if "max_sequence_length" in new:  # its name before transformers 4.28
+        old = new.pop("max_sequence_length")
+        if new.get("max_position_embeddings") is None:
+            new["max_position_embeddings"] = old
+        notes.append(f"config: `max_sequence_length` {_text(old)} -> `max_position_embeddings` {_text(new['max_position_embeddings'])}")
+    projector = any(re.fullmatch(PROJECTOR, name) for name in shapes)
+    changes: dict[str, Any] = {**LLAMA_DEFAULTS, **(LLAVA_DEFAULTS if projector else {})}
+    changes = {key: value for key, value in changes.items() if new.get(key) is None}
+    changes |= dict.fromkeys(["torch_dtype", "dtype"] if "dtype" in new else ["torch_dtype"], TORCH_DTYPE[dtype])
+    changes |= {"tie_word_embeddings": False} if VOCABULARY[1] in shapes else {}
+    changes |= _facts(new, shapes) | _kind(new, projector) | (_multimodal(new, shapes, special_ids) if projector else {})
+    notes += _apply(new, changes)
+    _check_numbers(new)
+    tower = new.get("mm_vision_tower")
+    if isinstance(tower, str) and re.match(r"[./~\\]|[A-Za-z]:", tower):
+        notes.append(f"config: `mm_vision_tower` is a path on its author's machine, {shown(tower)}: kept")
+    return dict(sorted(new.items())), tuple(notes)
+
+
+def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: SpecialIds) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A generation config with the true ids and those sampling settings that are valid: transformers refuses to save others (LLaVA #1406).
+
+    It is made from the ids alone where `generation` is None. Without one, transformers 5 never stops at eos.
+    """
+    ids = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos, "pad_token_id": special_ids.pad}
+    if generation is None:
+        return ids, (f"generation_config: written with bos/eos/pad ids {_joined(ids.values())}",)
+    new = {key: value for key, value in generation.items() if key in ids or (key in GENERATION and _valid(value, *GENERATION[key]))}
+    gone = [key for key in generation if key not in new]
+    notes = [f"generation_config: dropped {listed(gone)}"] if gone else []
+    if [new.get(key) for key in ids] != list(ids.values()):
+        notes.append(f"generation_config: bos/eos/pad ids {_joined(new.get(key) for key in ids)} -> {_joined(ids.values())}")
+    needs = [key for key, default in SAMPLING.items() if new.get(key, default) != default]
+    if needs and new.get("do_sample") is not True:
+        new["do_sample"] = True
+        notes.append(f"generation_config: `do_sample` -> true, {listed(needs)} means nothing without it")
+    return dict(sorted({**new, **ids}.items())), tuple(notes)
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the LLaMA that `config` describes, grouped-query attention included, in storage order.
+
+    Raises InputError for a size that is missing or absurd.
+    """
+    layers, rows = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
+    if layers > MAX_LAYERS:
+        raise InputError(f"`num_hidden_layers` is {layers:,} in config.json, at most {MAX_LAYERS:,} are read")
+    heads = _size(config, "num_attention_heads")
+    sizes = {"hidden": _size(config, "hidden_size"), "intermediate": _size(config, "intermediate_size")}
+    head = _optional_size(config, "head_dim") or sizes["hidden"] // heads
+    sizes |= {"query": heads * head, "key": (_optional_size(config, "num_key_value_heads") or heads) * head}
+    expected: dict[str, tuple[int, ...]] = {VOCABULARY[0]: (rows, sizes["hidden"])}
+    for number in range(layers):
+        expected |= {f"model.layers.{number}.{name}": tuple(sizes[size] for size in shape) for name, shape in LAYER.items()}
+    expected["model.norm.weight"] = (sizes["hidden"],)
+    if config.get("tie_word_embeddings") is not True:
+        expected[VOCABULARY[1]] = (rows, sizes["hidden"])
+    return expected
+
+
+def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_rows: int | None = None) -> None:
+    """Raise InputError unless `shapes` are exactly the LLaMA of `config`, besides projector, vision tower and rotary buffers.
+
+    `vocabulary_rows` stands in for the config's `vocab_size` where tokens were added.
+    """
+    expected = expected_shapes(config if vocabulary_rows is None else {**config, "vocab_size": vocabulary_rows})
+    unexpected = [name for name in shapes if name not in expected and not re.fullmatch(f"{DROPPED}|{MULTIMODAL}", name)]
+    wrong = [name for name, shape in expected.items() if shapes.get(name, shape) != shape]
+    facts = {
+        "missing": _few(name for name in expected if name not in shapes),
+        "unexpected": _few(unexpected),
+        "of another shape": _few(wrong),
+    }
+    if wrong:
+        facts[shown(wrong[0])] = f"{list(shapes[wrong[0]])}, by config.json {list(expected[wrong[0]])}"
+    facts = {label: text for label, text in facts.items() if text}
+    if facts:
+        hint = "check that all of its shards are there and that config.json belongs to them"
+        raise InputError("the tensors are not those that config.json describes", facts=facts, hint=hint)
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Names for a message, with those that differ only in their first number as one: `model.layers.{0..39}.mlp.up_proj.weight (40)`."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = re.search(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.|$)", name)
+        head, tail = (name[: found.start()], name[found.end() :]) if found else (name, "")
+        groups.setdefault((head, tail), []).extend([int(found[1])] if found else [])
+    return [_folded(head, sorted(set(numbers)), tail) for (head, tail), numbers in groups.items()]
+
+
+def _folded(head: str, numbers: list[int], tail: str) -> str:
+    if len(numbers) < 2:
+        return _clean("".join([head, *map(str, numbers), tail]))
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    ranges = ",".join(f"{first}..{last}" if last > first + 1 else ",".join(map(str, sorted({first, last}))) for first, last in runs)
+    return f"{_clean(head)}{{{ranges}}}{_clean(tail)} ({len(numbers)})"
+
+
+def _few(names: Iterable[str]) -> str:
+    folded = fold_names(names)
+    return ", ".join(folded[:5]) + (f" and {len(folded) - 5} more" if len(folded) > 5 else "")
+
+
+# --- parts of repair_config -----------------------------------------------------------------------------------------
+
+
+def _plain(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The keys that may stay. Raises InputError for NaN and infinity, which are not JSON."""
+    new: dict[str, Any] = {}
+    for key, value in config.items():
+        for number in _numbers(value, 4):
+            if not math.isfinite(number):
+                raise InputError(f"{shown(key)} holds {number} in config.json", hint="give the config.json that its authors published")
+        nested = key in NESTED and isinstance(value, dict) and all(_is_plain(inner, 1) for inner in value.values())
+        if not re.fullmatch(REFUSED, key, re.DOTALL) and (nested or _is_plain(value, 3)):
+            new[key] = value
+    gone = [key for key in config if key not in new]
+    return new, [f"config: dropped {listed(gone)}"] if gone else []
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """A string, number, boolean or null, or lists of them up to `depth` levels."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    return value is None or isinstance(value, (float, str)) or (isinstance(value, int) and abs(value) < 1 << 63)
+
+
+def _numbers(value: Any, depth: int) -> Iterable[float]:
+    if isinstance(value, float):
+        yield value
+    elif depth and isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item, depth - 1)
+
+
+def _repair_ids(new: dict[str, Any], ids: SpecialIds, rows: int) -> list[str]:
+    pad = ids.pad if 0 <= ids.pad < rows else ids.unk
+    true = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": pad}
+    old = [new.get(key) for key in true]
+    new |= true
+    return [] if old == list(true.values()) else [f"config: bos/eos/pad ids {_joined(old)} -> {_joined(true.values())}"]
+
+
+def _facts(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """What the tensors say about the sizes. Raises InputError where the config says otherwise."""
+    rows, hidden = _shape(shapes, VOCABULARY[0], 2)
+    (query, _), (key, _) = (_shape(shapes, f"model.layers.0.self_attn.{name}_proj.weight", 2) for name in "qk")
+    intermediate = _shape(shapes, "model.layers.0.mlp.gate_proj.weight", 2)[0]
+    layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name)))
+    _agree(config, "hidden_size", hidden, VOCABULARY[0], shapes)
+    _agree(config, "intermediate_size", intermediate, "model.layers.0.mlp.gate_proj.weight", shapes)
+    if _optional_size(config, "num_hidden_layers") not in (None, layers):
+        raise InputError(f"`num_hidden_layers` is {config['num_hidden_layers']} in config.json, but the tensors have {layers} layers")
+    heads = _optional_size(config, "num_attention_heads") or next(
+        (s.heads for s in LLAMA_SIZES if (s.hidden, s.layers) == (hidden, layers)), 0
+    )
+    if not heads:
+        raise InputError("`num_attention_heads` is missing in config.json, and no tensor tells it")
+    head = _optional_size(config, "head_dim") or max(hidden // heads, 1)
+    _agree({"num_attention_heads": heads}, "num_attention_heads", query / head, "model.layers.0.self_attn.q_proj.weight", shapes)
+    _agree(config, "num_key_value_heads", key / head, "model.layers.0.self_attn.k_proj.weight", shapes)
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "num_key_value_heads": key // head, "vocab_size": rows}
+
+
+def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes: Shapes) -> None:
+    value = _optional_size(config, key)
+    if value not in (None, size) or size != int(size):
+        told = f"`{key}` is {value:,} in config.json" if value else f"config.json has no `{key}`"
+        raise InputError(
+            f"{told}, but `{tensor}` has shape {list(shapes[tensor])}", hint="give the config.json that belongs to these weights"
+        )
+
+
+def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
+    """`model_type` and architecture: LLaVA where there is a projector. Types of other families stay."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or (projector and kind == "llama") or (not projector and kind.startswith("llava")):
+        kind = "llava" if projector else "llama"
+    return {"model_type": kind} | ({"architectures": [ARCHITECTURES[kind]]} if kind in ARCHITECTURES else {})
+
+
+def _multimodal(config: Mapping[str, Any], shapes: Shapes, ids: SpecialIds) -> dict[str, Any]:
+    """What the projector's tensors and the vocabulary say. Raises InputError for a projector that ends in another width."""
+    found: dict[str, Any] = {}
+    if not isinstance(config.get("mm_use_im_patch_token"), bool):  # LLaVA's code takes its absence for true, and adds the token
+        found["mm_use_im_patch_token"] = "<im_patch>" in ids.added
+    weights = _projector_weights(shapes)
+    if not weights:
+        return found  # of a kind that this table does not know: the config's word stands
+    hidden = shapes[VOCABULARY[0]][1]
+    if shapes[weights[-1]][0] != hidden:
+        raise InputError(f"`{weights[-1]}` has shape {list(shapes[weights[-1]])}, but the decoder is {hidden} wide")
+    kind = "linear" if weights == ["model.mm_projector.weight"] else f"mlp{len(weights)}x_gelu"
+    return {**found, "mm_projector_type": kind, "mm_hidden_size": shapes[weights[0]][1]}
+
+
+def _projector_weights(shapes: Shapes) -> list[str]:
+    """The projector's matrices, first to last: one Linear, or those at the even places of a Sequential. Empty for other kinds."""
+    names = sorted(name for name in shapes if re.fullmatch(PROJECTOR, name) and name.endswith(".weight"))
+    stack = [f"model.mm_projector.{2 * place}.weight" for place in range(len(names))]
+    known = names in (["model.mm_projector.weight"], stack) and all(len(shapes[name]) == 2 for name in names)
+    return names if known and len(names) < 6 else []
+
+
+def _apply(new: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
+    """Set `changes` in `new`: one sentence for all keys that were missing, one for each that had another value."""
+    missing = [f"`{key}` {_text(value)}" for key, value in changes.items() if new.get(key) is None]
+    notes = [
+        f"config: `{key}` {_text(new[key])} -> {_text(value)}"
+        for key, value in changes.items()
+        if new.get(key) is not None and json.dumps(new[key]) != json.dumps(value)
+    ]
+    new |= changes
+    return notes + ([f"config: made explicit {', '.join(missing)}"] if missing else [])
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    _optional_size(config, "max_position_embeddings")
+    if not _valid(config["rms_norm_eps"], float, 0, 1):
+        raise InputError(f"`rms_norm_eps` is {_text(config['rms_norm_eps'])} in config.json, not a small positive number")
+
+
+def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
+    shape = shapes.get(name)
+    if shape is None or len(shape) != rank or 0 in shape:
+        found = "is missing" if shape is None else f"has shape {list(shape)}"
+        raise InputError(f"`{name}` {found}", hint="check that all shards of the model are there")
+    return shape
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    size = _optional_size(config, key)
+    if size is None:
+        raise InputError(f"`{key}` is missing in config.json")
+    return size
+
+
+def _optional_size(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    if value is None or _valid(value, int, 1, 1 << 31):
+        return value
+    raise InputError(f"`{key}` is {_text(value)} in config.json, not a sensible size")
+
+
+def _valid(value: Any, kind: type, least: float, most: float) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        return False
+    return (least < value if kind is float else least <= value) and value <= most
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return "/".join("none" if value is None else _text(value) for value in values)
+
+
+def _text(value: Any) -> str:
+    return _clean(json.dumps(value, ensure_ascii=False))
+
+
+def _clean(text: str) -> str:
+    return shown(text)[1:-1]  # without the backticks

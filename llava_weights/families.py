@@ -1,0 +1,99 @@
+"""What is known about the checkpoints of this world, as tables. Code elsewhere holds the mechanism, never a model's name.
+
+Sources: haotian-liu/LLaVA at 8959d5c, 74f8877 and c121f04, transformers 4.28-5.23, the Hub pages of the published files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Buffers that transformers <= 4.31 stored with the weights; never parameters, dropped on output.
+DROPPED = r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids"
+# What LLaVA adds to a LLaMA. These exist in no base, so a delta holds them whole.
+MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\..*"
+PROJECTOR = r"model\.mm_projector\..*"
+# The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of naming tensors. It fits where every pattern of `needs` matches some name and none of `lacks` matches any."""
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+
+
+# Tried in order, the first that fits wins.
+LAYOUTS = (
+    Layout("adapter", "LoRA adapter", (r".*\.lora_(A|B|embedding_A|embedding_B)\b.*",)),
+    Layout("loha", "PEFT adapter that is not a LoRA", (r"base_model\..*\.(hada_|lokr_|vera_|ia3_|oft_|boft_).*",)),
+    Layout("mpt", "LLaVA-MPT", (r"transformer\.blocks\..*",)),
+    Layout("llava-hf", "LLaVA in the llava-hf layout", (r"(model\.)?language_model\..*", r"(model\.)?multi_modal_projector\..*")),
+    Layout("llava", "LLaVA in the original layout", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight", PROJECTOR)),
+    Layout("llama", "LLaMA", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight",)),
+    Layout("projector", "LLaVA projector only", (r"(base_model\.model\.)?model\.mm_projector\..*",), (r".*self_attn.*",)),
+    Layout("clip", "CLIP", (r"(vision_model\.|vision_tower\.).*",)),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A published LLaMA shape: hidden size, layers, attention heads, feed-forward width."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+
+
+LLAMA_SIZES = (
+    Size("7B", 4096, 32, 32, 11008),
+    Size("13B", 5120, 40, 40, 13824),
+    Size("30B", 6656, 60, 52, 17920),
+    Size("65B", 8192, 80, 64, 22016),
+)
+
+
+@dataclass(frozen=True)
+class KnownDelta:
+    """A published delta: what its shapes and token ids look like, what it goes on, how the merged model is prompted."""
+
+    repo: str
+    base: str
+    size: str
+    rows: int
+    image_patch: int  # id of <im_patch>, -1 where the repository lists no added tokens
+    model_type: str
+    prompt: str
+
+
+# haotian-liu/LLaVA README and the Hub pages; every one was made against the original LLaMA-1 in fp16 (LLaVA #27, #51, #111).
+KNOWN_DELTAS = (
+    KnownDelta("liuhaotian/LLaVA-13b-delta-v0", "LLaMA-13B", "13B", 32003, 32000, "llama", "v0"),
+    KnownDelta("liuhaotian/LLaVA-13b-delta-v0-science_qa", "LLaMA-13B", "13B", 32000, -1, "llama", "v0"),
+    KnownDelta("liuhaotian/LLaVA-7b-delta-v0", "LLaMA-7B", "7B", 32004, 32001, "llama", "v0"),
+    KnownDelta("liuhaotian/LLaVA-13b-delta-v1-1", "LLaMA-13B", "13B", 32003, 32000, "llava", "v1"),
+    KnownDelta("liuhaotian/LLaVA-Lightning-7B-delta-v1-1", "LLaMA-7B", "7B", 32003, 32000, "llava", "v1"),
+    KnownDelta("microsoft/llava-med-7b-delta", "LLaMA-7B", "7B", 32004, 32001, "llava", "v0"),
+    KnownDelta("SALT-NLP/LLaVAR_delta", "LLaMA-13B", "13B", 32003, 32000, "llava", "v1"),
+)
+
+# Small files that travel with the weights, by exact name or prefix; everything else in an input folder stays behind.
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG_FILES = ("config.json", "generation_config.json")
+LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
+
+def size_name(hidden: int, layers: int) -> str:
+    """ "13B" for a published LLaMA shape, else "2 layers of 48"."""
+    return next((s.name for s in LLAMA_SIZES if (s.hidden, s.layers) == (hidden, layers)), f"{layers} layers of {hidden}")
+
+
+def known_delta(size: str, rows: int, image_patch: int, model_type: str) -> KnownDelta | None:
+    """The published delta with these shapes and token ids; the first of several that can't be told apart."""
+    wanted = (size, rows, image_patch, model_type)
+    return next((k for k in KNOWN_DELTAS if (k.size, k.rows, k.image_patch, k.model_type) == wanted), None)

@@ -1,0 +1,272 @@
+"""Which files of a folder hold its weights, and their tensors under one roof.
+
+An index file and file names come from strangers: a shard is a bare name in the same folder, never a path, and a link may
+lead nowhere but into the same repository of the Hub cache. What the index says and what the shards hold must agree, tensor
+by tensor; transformers would load a tensor that the index does not mention.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import InputError
+from ..tensors import LazyTensor
+from ..workspace import SourceFile
+from . import listed, shown, unreadable
+from .meta import index_meta
+from .safetensors import index_safetensors
+from .strict_json import load_object
+from .torch_zip import index_torch_zip
+
+Container = Literal["safetensors", "torch", "meta"]
+
+MAX_INDEX = 10 << 20  # huggingface_hub's limit too
+STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
+SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
+SIDE_FILES = ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
+SHARD_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}"
+META_FILE = r"consolidated\.\d+\.pth"
+META_SIZE = r"\d+[Bb]"
+WEIGHTS = rf".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|{META_FILE}|{'|'.join(map(re.escape, SIDE_FILES))}"
+QUANTISED = r".*\.(gguf|ggml)|ggml.*\.bin|.*\.ggmlv\d.*"
+DOWNLOAD = "download what is missing: `hf download` continues where it stopped"
+DISAGREE = "index and shards are not of one download; download them again together"
+UNQUANTISED = "quantised weights can't be added to or converted; give the float16 checkpoint that they were made from"
+ACCEPTED = "*.safetensors, pytorch_model*.bin, consolidated.*.pth, adapter_model.*, mm_projector.bin, non_lora_trainables.bin"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The tensors of a folder or file: shard after shard by name, each in its own order. `config` is set for Meta's layout."""
+
+    tensors: Mapping[str, LazyTensor]
+    container: Container
+    files: tuple[SourceFile, ...]
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
+    notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
+
+
+def index_folder(folder: Path) -> WeightFiles:
+    """Find the weights of a folder and index them, headers only; the first of these that is there:
+
+    safetensors (index, `model.safetensors`, numbered shards, any single file), the same as `pytorch_model*.bin`, Meta's
+    `consolidated.*.pth` (or one subfolder such as `13B` with them), an adapter, a projector, `non_lora_trainables.bin`.
+    Raises InputError where there is nothing, something is missing or damaged, or index and shards disagree.
+    """
+    names = _names(folder)
+    searches: tuple[Callable[[Path, list[str]], WeightFiles | None], ...] = (_safetensors, _torch, _meta, _side)
+    found = next((weights for search in searches if (weights := search(folder, names))), None)
+    if not found:
+        raise _nothing_in(folder, names)
+    read = {file.name for file in found.files}
+    unread = [name for name in names if re.fullmatch(WEIGHTS, name) and not name.endswith(".json") and name not in (*read, *SIDE_FILES)]
+    note = f"the weights are those of {listed(sorted(read))}; not read: {listed(unread)}"
+    return replace(found, notes=(*found.notes, note)) if unread else found
+
+
+def index_file(path: Path) -> WeightFiles:
+    """Index one weight file by its suffix. A piece of a Meta checkpoint brings the pieces beside it. Raises InputError."""
+    if not os.path.lexists(path):
+        raise _missing(path)
+    if re.fullmatch(META_FILE, path.name) and (whole := _meta(path.parent, _names(path.parent))):
+        return whole
+    container = SUFFIXES.get(path.suffix)
+    if re.fullmatch(QUANTISED, path.name):
+        raise InputError(f"{shown(path.name)} holds quantised weights", facts={"path": path}, hint=UNQUANTISED)
+    if not container:
+        facts = {"path": path, "accepted": ", ".join(SUFFIXES)}
+        raise InputError(f"{shown(path.name)} is not a weight file by its name", facts=facts, hint="give the folder that it is in")
+    shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", path.stem)
+    note = f"{shown(path.name)} is one of {int(shard[1])} shards, the others were not read" if shard else ""
+    return _read(path.parent, container, [path.name], notes=(note,) if note else ())
+
+
+def member(folder: Path, name: str) -> Path:
+    """The path of a file in an input folder.
+
+    Raises InputError for a link, unless it leads to a file in the same folder or, inside the Hub cache, from
+    `models--.../snapshots/REVISION` to `blobs` of the same repository.
+    """
+    path = folder / name
+    if not path.is_symlink():
+        return path
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    repositories = [above.parent for above in home.parents if above.name == "snapshots" and above.parent.name.startswith("models--")]
+    if target.parent not in (home, *(repository / "blobs" for repository in repositories)):
+        facts = {"link": path, "leads to": target}
+        raise InputError(
+            f"{shown(name)} is a link that leads out of its folder", facts=facts, hint="put the file itself there, or give its folder"
+        )
+    if not target.exists():
+        raise InputError(f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD)
+    return path
+
+
+def _safetensors(folder: Path, names: list[str]) -> WeightFiles | None:
+    if found := _standard(folder, names, "safetensors"):
+        return found
+    others = [name for name in names if name.endswith(".safetensors") and name not in SIDE_FILES]
+    return _read(folder, "safetensors", others) if len(others) == 1 else None
+
+
+def _torch(folder: Path, names: list[str]) -> WeightFiles | None:
+    return _standard(folder, names, "torch")
+
+
+def _side(folder: Path, names: list[str]) -> WeightFiles | None:
+    name = next((name for name in SIDE_FILES if name in names), None)
+    return _read(folder, SUFFIXES[Path(name).suffix], [name]) if name else None
+
+
+def _standard(folder: Path, names: list[str], container: Container) -> WeightFiles | None:
+    """An index with its shards, the one file of the usual name, or numbered shards without an index."""
+    stem, suffix = STANDARD[container]
+    indexes = [name for name in names if name.endswith(f"{suffix}.index.json")]
+    if f"{stem}{suffix}.index.json" in indexes:
+        indexes = [f"{stem}{suffix}.index.json"]
+    if len(indexes) > 1:
+        raise InputError(f"there are several index files: {listed(indexes)}", facts={"folder": folder}, hint="keep only one of them there")
+    if indexes:
+        return _read_indexed(folder, names, indexes[0], container)
+    if f"{stem}{suffix}" in names:
+        return _read(folder, container, [f"{stem}{suffix}"])
+    shards = [name for name in names if re.fullmatch(rf"{stem}-\d{{5}}-of-(?!0{{5}})\d{{5}}{re.escape(suffix)}", name)]
+    if not shards:
+        return None
+    total = shards[0].removesuffix(suffix)[-5:]
+    if not all(name.endswith(f"-of-{total}{suffix}") for name in shards):
+        facts = {"folder": folder, "shards": listed(shards)}
+        raise InputError("the shards of several checkpoints lie in one folder", facts=facts, hint="keep only one set of them there")
+    expected = [f"{stem}-{number:05}-of-{total}{suffix}" for number in range(1, int(total) + 1)]
+    _all_there(folder, names, expected, "the numbers in their names")
+    return _read(folder, container, expected, notes=(f"there is no index file; all {len(expected)} numbered shards are there",))
+
+
+def _read_indexed(folder: Path, names: list[str], index: str, container: Container) -> WeightFiles:
+    """The shards that an index names, which must hold the tensors that it lists there and no others."""
+    suffix = STANDARD[container][1]
+    weight_map = load_object(member(folder, index), limit=MAX_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{shown(index)} has no `weight_map` from tensor names to files", facts={"folder": folder})
+    targets = set(map(str, weight_map.values()))
+    bad = sorted({str(value) for value in weight_map.values() if not isinstance(value, str)})
+    bad += sorted(target for target in targets if not re.fullmatch(SHARD_NAME + re.escape(suffix), target))
+    if bad:
+        facts = {"folder": folder, "accepted": f"names of {suffix} files in the same folder, not paths"}
+        raise InputError(f"{shown(index)} points to {listed(bad)}", facts=facts, hint="download the checkpoint again from its authors")
+    _all_there(folder, names, sorted(targets), shown(index))
+    found = _read(folder, container, sorted(targets), weight_map=weight_map)
+    unlisted = [name for name in found.tensors if name not in weight_map]
+    if unlisted:
+        where = f"{shown(index)} does not list {len(unlisted):,} of the tensors in its shards"
+        raise InputError(where, facts={"folder": folder, "tensors": listed(unlisted)}, hint=DISAGREE)
+    return found
+
+
+def _all_there(folder: Path, names: list[str], expected: list[str], authority: str) -> None:
+    """Raise InputError naming the shards that are expected and missing."""
+    if missing := sorted(set(expected).difference(names)):
+        what = f"{len(missing):,} of {len(expected):,} shards are missing: {listed(missing)}"
+        raise InputError(what, facts={"folder": folder, "expected by": authority}, hint=DOWNLOAD)
+
+
+def _read(
+    folder: Path, container: Container, shards: Iterable[str], *, weight_map: Mapping[str, str] | None = None, notes: tuple[str, ...] = ()
+) -> WeightFiles:
+    """Index the shards in this order. Raises InputError where one is no safe file, lacks a tensor of the map or repeats one."""
+    tensors: dict[str, LazyTensor] = {}
+    files, metadata = [], {}
+    listed_in: dict[str, list[str]] = {}
+    for name, shard in (weight_map or {}).items():
+        listed_in.setdefault(shard, []).append(name)
+    for shard in shards:
+        path = member(folder, shard)
+        found, file, texts = _read_one(path, container)
+        if texts:
+            metadata[shard] = texts
+        if absent := [name for name in listed_in.get(shard, ()) if name not in found]:
+            what = f"{shown(shard)} lacks {len(absent):,} of the tensors that its index lists there"
+            raise InputError(what, facts={"path": path, "tensors": listed(absent)}, hint=DISAGREE)
+        if twice := [name for name in found if name in tensors]:
+            what = f"{shown(shard)} repeats {len(twice):,} tensors of another shard"
+            raise InputError(what, facts={"path": path, "tensors": listed(twice)}, hint=DISAGREE)
+        tensors |= found
+        files.append(file)
+    if not tensors:
+        raise InputError(f"there are no tensors in {listed(file.name for file in files)}", facts={"folder": folder})
+    return WeightFiles(tensors, container, tuple(files), metadata, notes)
+
+
+def _read_one(path: Path, container: Container) -> tuple[Mapping[str, LazyTensor], SourceFile, dict[str, str]]:
+    if container == "safetensors":
+        tensors, metadata = index_safetensors(path)
+    else:
+        tensors, metadata = index_torch_zip(path), {}
+    first = next(iter(tensors.values()), None)
+    return tensors, first.file if first else SourceFile.at(path), metadata
+
+
+def _meta(folder: Path, names: list[str]) -> WeightFiles | None:
+    """Meta's own layout, in this folder or in the only one of its size folders that has it."""
+    pieces = [name for name in names if re.fullmatch(META_FILE, name)]
+    if pieces:
+        for name in (*pieces, *({"params.json"} & set(names))):
+            member(folder, name)
+        tensors, config = index_meta(folder)
+        files = dict.fromkeys(leaf.file for tensor in tensors.values() for leaf in tensor.leaves())
+        return WeightFiles(tensors, "meta", tuple(files), config=config)
+    sizes = [name for name in names if re.fullmatch(META_SIZE, name) and _holds(folder / name, META_FILE)]
+    if len(sizes) > 1:
+        facts = {"folder": folder, "models": listed(sizes)}
+        raise InputError(
+            "the folder holds several models", facts=facts, hint=f"give one of them, for example {shown(str(folder / sizes[0]))}"
+        )
+    if not sizes or not (found := _meta(folder / sizes[0], _names(folder / sizes[0]))):
+        return None
+    return replace(found, notes=(f"the weights are those of the subfolder {shown(sizes[0])}", *found.notes))
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, sorted. Raises InputError where it is missing or not a folder."""
+    if not os.path.lexists(folder):
+        raise _missing(folder)
+    if folder.is_file():
+        raise InputError(f"{shown(folder.name)} is a file, not a folder", facts={"path": folder}, hint="give the folder that it is in")
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def _missing(path: Path) -> InputError:
+    nearest = next((above for above in path.absolute().parents if above.is_dir()), None)
+    return InputError(f"{shown(path.name)} does not exist", facts={"path": path}, hint=f"check the path; {shown(str(nearest))} is there")
+
+
+def _holds(folder: Path, pattern: str) -> bool:
+    try:
+        return any(re.fullmatch(pattern, name) for name in os.listdir(folder))
+    except OSError:
+        return False
+
+
+def _nothing_in(folder: Path, names: list[str]) -> InputError:
+    """The error for a folder without weights: what is there, what would do, and where weights are nearby."""
+    facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": ACCEPTED}
+    if several := [name for name in names if name.endswith(".safetensors")]:
+        return InputError(
+            "it is not clear which files to read", facts=facts | {"candidates": listed(several)}, hint="give one of the files"
+        )
+    if quantised := [name for name in names if re.fullmatch(QUANTISED, name)]:
+        return InputError(f"there are only quantised weights: {listed(quantised)}", facts=facts, hint=UNQUANTISED)
+    below = [folder / name for name in names[:200]]
+    below += sorted((folder / "snapshots").glob("*"))[:20]  # the Hub cache: models--owner--name/snapshots/REVISION
+    near = [place for place in (*below, folder.absolute().parent) if _holds(place, WEIGHTS)]
+    hint = f"there are weights in {listed(map(str, near))}" if near else "give the folder that holds the weight files and config.json"
+    return InputError(f"there are no weights in {shown(folder.name or str(folder.absolute()))}", facts=facts, hint=hint)

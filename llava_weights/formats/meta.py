@@ -1,0 +1,218 @@
+"""Meta's own release of LLaMA (`consolidated.NN.pth` and `params.json`) seen as a Hugging Face checkpoint, lazily.
+
+Each tensor was cut into as many pieces as there are files (1, 2, 4 or 8: model parallelism). Names, the axis of each cut and
+the reordering of q and k are those of transformers 4.31's convert_llama_weights_to_hf.py; no weight is read here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..tensors import LazyTensor, PermuteRope, Stored, concat
+from . import listed, shown
+from .strict_json import load_object
+from .torch_zip import index_torch_zip
+
+PIECES = (1, 2, 4, 8)
+LENGTHS = ("dim", "n_layers", "n_heads", "n_kv_heads")
+MAX_LENGTH, MAX_LAYERS = 1 << 20, 1000
+DROPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # transformers computes them itself
+TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+GIVE_ALL = "give the folder of one model size with params.json and every consolidated.NN.pth of the same download"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one tensor of Meta's becomes one of transformers'. `shape` names lengths of `Params`; of the whole tensor, not a piece.
+
+    `cut` is the axis along which the files hold pieces, None where each holds the same; `heads` is set where rows are reordered.
+    """
+
+    meta: str
+    hugging_face: str
+    shape: tuple[str, ...]
+    cut: int | None
+    heads: str = ""
+
+
+# In the order of transformers' state dict.
+BEFORE = (Rule("tok_embeddings.weight", "model.embed_tokens.weight", ("vocabulary", "dim"), 1),)
+LAYER = (
+    Rule("attention.wq.weight", "self_attn.q_proj.weight", ("dim", "dim"), 0, "heads"),
+    Rule("attention.wk.weight", "self_attn.k_proj.weight", ("kv_dim", "dim"), 0, "kv_heads"),
+    Rule("attention.wv.weight", "self_attn.v_proj.weight", ("kv_dim", "dim"), 0),
+    Rule("attention.wo.weight", "self_attn.o_proj.weight", ("dim", "dim"), 1),
+    Rule("feed_forward.w1.weight", "mlp.gate_proj.weight", ("intermediate", "dim"), 0),
+    Rule("feed_forward.w3.weight", "mlp.up_proj.weight", ("intermediate", "dim"), 0),
+    Rule("feed_forward.w2.weight", "mlp.down_proj.weight", ("dim", "intermediate"), 1),
+    Rule("attention_norm.weight", "input_layernorm.weight", ("dim",), None),
+    Rule("ffn_norm.weight", "post_attention_layernorm.weight", ("dim",), None),
+)
+AFTER = (
+    Rule("norm.weight", "model.norm.weight", ("dim",), None),
+    Rule("output.weight", "lm_head.weight", ("vocabulary", "dim"), 0),
+)
+
+
+@dataclass(frozen=True)
+class Params:
+    """params.json, and the two lengths that only the tensors tell."""
+
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    norm_eps: float
+    rope_theta: float
+    vocabulary: int
+    intermediate: int
+
+    @property
+    def kv_dim(self) -> int:
+        return self.dim // self.heads * self.kv_heads
+
+
+def index_meta(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+    """The model of a folder in transformers' names and order, and the config.json that transformers 4.31 would write for it.
+
+    Left out are the rotary frequencies (DROPPED). Raises InputError unless params.json, the number of files, every name,
+    dtype and shape fit together.
+    """
+    paths = _paths(folder)
+    pieces = [index_torch_zip(path) for path in paths]
+    params = _params(folder / "params.json", pieces[0], len(pieces))
+    rules = list(_rules(params.layers))
+    for path, piece in zip(paths, pieces, strict=True):
+        _check_names(path, piece, {rule.meta for rule in rules})
+        _check_shapes(path, piece, rules, params, len(pieces))
+    dtypes = {piece[rule.meta].dtype for piece in pieces for rule in rules}
+    if len(dtypes) > 1 or not dtypes <= TORCH_DTYPES.keys():
+        raise InputError(
+            f"the weights have the dtypes {listed(sorted(dtypes))}, not one float dtype", facts={"folder": folder}, hint=GIVE_ALL
+        )
+    tensors = {rule.hugging_face: _joined(rule, [piece[rule.meta] for piece in pieces], params) for rule in rules}
+    return tensors, _config(params, dtypes.pop())
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The model-parallel files in order, none missing."""
+    found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
+    expected = [f"consolidated.{number:02}.pth" for number in range(len(found))]
+    if not found:
+        raise InputError(f"there is no `consolidated.00.pth` in {shown(folder.name)}", facts={"folder": folder}, hint=GIVE_ALL)
+    if found != expected:
+        missing = [name for name in expected if name not in found]
+        raise InputError(
+            f"the numbering has a gap: {listed(missing)} is missing", facts={"folder": folder, "found": listed(found)}, hint=GIVE_ALL
+        )
+    if len(found) not in PIECES:
+        what = f"there are {len(found)} consolidated files, Meta cut its models into 1, 2, 4 or 8"
+        raise InputError(what, facts={"folder": folder, "found": listed(found)}, hint=GIVE_ALL)
+    return [folder / name for name in found]
+
+
+def _rules(layers: int) -> Iterator[Rule]:
+    """Every tensor of a model, with full names."""
+    yield from BEFORE
+    for layer in range(layers):
+        for rule in LAYER:
+            yield Rule(f"layers.{layer}.{rule.meta}", f"model.layers.{layer}.{rule.hugging_face}", rule.shape, rule.cut, rule.heads)
+    yield from AFTER
+
+
+def _params(path: Path, first: Mapping[str, Stored], count: int) -> Params:
+    """params.json, completed from the tensors of the first file. Raises InputError where the two do not fit."""
+    values = _read_params(path)
+    dim = values["dim"]
+    vocabulary, columns = _matrix(path, first, "tok_embeddings.weight")
+    if columns * count != dim:
+        what = f"the model was cut into {dim / columns:.3g} files, found {count}"
+        facts = {"folder": path.parent, "`tok_embeddings.weight`": f"{columns} columns a file, {shown(path.name)} says {dim} in all"}
+        raise InputError(what, facts=facts, hint=GIVE_ALL)
+    if values.get("vocab_size", -1) not in (-1, vocabulary):
+        what = f"{shown(path.name)} says {shown(str(values['vocab_size']))} tokens, `tok_embeddings.weight` has {vocabulary} rows"
+        raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
+    intermediate = _matrix(path, first, "layers.0.feed_forward.w1.weight")[0] * count
+    layers, heads, kv_heads = values["n_layers"], values["n_heads"], values["n_kv_heads"]
+    return Params(dim, layers, heads, kv_heads, values["norm_eps"], values["rope_theta"], vocabulary, intermediate)
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    """params.json with the defaults of later releases filled in. Raises InputError where the values can't be a model's."""
+    values = load_object(path)
+    values = {"rope_theta": 10000.0, "n_kv_heads": values.get("n_heads")} | {
+        key: value for key, value in values.items() if value is not None
+    }
+    bad = [name for name in LENGTHS if type(values.get(name)) is not int or not 0 < values[name] <= MAX_LENGTH]
+    bad += [name for name in ("norm_eps", "rope_theta") if type(values.get(name)) not in (int, float) or values[name] <= 0]
+    if bad:
+        raise InputError(f"{shown(path.name)} has no usable {listed(bad)}", facts={"path": path}, hint=GIVE_ALL)
+    dim, layers, heads, kv_heads = (values[name] for name in LENGTHS)
+    if dim % (2 * heads) or heads % kv_heads or layers > MAX_LAYERS:
+        what = f"{shown(path.name)} describes no model: dim {dim}, {heads} heads, {kv_heads} key-value heads, {layers} layers"
+        raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
+    return values
+
+
+def _matrix(path: Path, first: Mapping[str, Stored], name: str) -> tuple[int, int]:
+    """The shape of a matrix from which lengths are taken."""
+    shape = first[name].shape if name in first else ()
+    if len(shape) != 2 or 0 in shape:
+        what = f"`consolidated.00.pth` has no matrix `{name}`"
+        raise InputError(what, facts={"folder": path.parent, "tensors": listed(first)}, hint=GIVE_ALL)
+    return shape
+
+
+def _check_names(path: Path, piece: Mapping[str, Stored], expected: set[str]) -> None:
+    if missing := [name for name in sorted(expected) if name not in piece]:
+        what = f"{shown(path.name)} lacks {len(missing):,} tensors that params.json asks for: {listed(missing)}"
+        raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
+    if unknown := [name for name in piece if name not in expected and not DROPPED.fullmatch(name)]:
+        what = f"{shown(path.name)} holds {len(unknown):,} tensors that LLaMA does not have: {listed(unknown)}"
+        raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
+
+
+def _check_shapes(path: Path, piece: Mapping[str, Stored], rules: list[Rule], params: Params, count: int) -> None:
+    for rule in rules:
+        shape = [int(getattr(params, length)) for length in rule.shape]
+        if rule.cut is not None:
+            shape[rule.cut] //= count
+        if list(piece[rule.meta].shape) != shape:
+            what = f"{shown(rule.meta)} in {shown(path.name)} has the shape {list(piece[rule.meta].shape)}, expected {shape}"
+            raise InputError(what, facts={"path": path, "files": count}, hint=GIVE_ALL)
+
+
+def _joined(rule: Rule, pieces: list[Stored], params: Params) -> LazyTensor:
+    whole = pieces[0] if rule.cut is None else concat(tuple(pieces), rule.cut)
+    if not rule.heads:
+        return whole
+    return PermuteRope(dtype=whole.dtype, shape=whole.shape, source=whole, heads=getattr(params, rule.heads))
+
+
+def _config(params: Params, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": params.dim,
+        "initializer_range": 0.02,
+        "intermediate_size": params.intermediate,
+        "max_position_embeddings": 2048,
+        "model_type": "llama",
+        "num_attention_heads": params.heads,
+        "num_hidden_layers": params.layers,
+        "num_key_value_heads": params.kv_heads,
+        "pad_token_id": 0,
+        "rms_norm_eps": params.norm_eps,
+        "rope_theta": params.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": TORCH_DTYPES[dtype],
+        "use_cache": True,
+        "vocab_size": params.vocabulary,
+    }

@@ -1,0 +1,109 @@
+"""SentencePiece models: which pieces `tokenizer.model` holds, read field by field, without the sentencepiece library.
+
+sentencepiece_model.proto: ModelProto{1: pieces{1: piece, 3: type}, 2: trainer_spec{45-48: unk, bos, eos, pad piece}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..errors import InputError
+from . import shown
+
+UNKNOWN, CONTROL = 2, 3
+DEFAULT_PIECES = {45: "<unk>", 46: "<s>", 47: "</s>", 48: "<pad>"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What tokenizer.model holds: the id of every piece, and which pieces are special. `pad` is None where there is none."""
+
+    ids: Mapping[str, int]
+    bos: str
+    eos: str
+    unk: str
+    pad: str | None = None
+
+
+def read_sentencepiece(data: bytes) -> Vocabulary:
+    """The pieces of a SentencePiece model. Raises InputError for anything that SentencePiece would not load as one with bos and eos."""
+    ids: dict[str, int] = {}
+    kinds: dict[str, int] = {}
+    special = dict(DEFAULT_PIECES)
+    for field, value in _fields(data):
+        if field == 1:
+            piece, kind = _piece(_message(value))
+            if piece in ids:
+                raise _refusal(f"two pieces are {shown(piece)}")
+            ids[piece], kinds[piece] = len(ids), kind
+        elif field == 2:
+            special |= {number: _text(text) for number, text in _fields(_message(value)) if number in DEFAULT_PIECES}
+    unknown = [piece for piece, kind in kinds.items() if kind == UNKNOWN]
+    if len(unknown) != 1:
+        raise _refusal(f"{len(unknown)} pieces are the unknown token")
+    for number, role in ((46, "bos"), (47, "eos")):
+        if kinds.get(special[number]) != CONTROL:
+            raise _refusal(f"{shown(special[number])}, the {role} token, is not among its control pieces")
+    pad = special[48] if kinds.get(special[48]) == CONTROL else None
+    return Vocabulary(ids, bos=special[46], eos=special[47], unk=unknown[0], pad=pad)
+
+
+def _piece(message: bytes) -> tuple[str, int]:
+    text, kind = "", 1
+    for field, value in _fields(message):
+        if field == 1:
+            text = _text(value)
+        elif field == 3 and isinstance(value, int):
+            kind = value
+    if not text:
+        raise _refusal("a piece is empty")
+    return text, kind
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Number and value of each field of a protobuf message: an int for a varint, else its bytes."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        kind, size = key & 7, {1: 8, 5: 4}.get(key & 7)
+        if kind == 0:
+            value, position = _varint(data, position)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, position = _varint(data, position)
+        if size is None or size > len(data) - position:
+            raise _refusal(f"byte {position:,} is not part of a protobuf message")
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):  # 64 bits take at most ten bytes
+        if position >= len(data):
+            raise _refusal("it is truncated")
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise _refusal(f"the number at byte {position - 10:,} has no end")
+
+
+def _message(value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        raise _refusal("a number stands where a message belongs")
+    return value
+
+
+def _text(value: int | bytes) -> str:
+    try:
+        return _message(value).decode()
+    except UnicodeDecodeError as error:
+        raise _refusal("a piece is not UTF-8") from error
+
+
+def _refusal(reason: str) -> InputError:
+    return InputError(f"`tokenizer.model` is not a LLaMA tokenizer: {reason}", hint="take it from the original LLaMA release")

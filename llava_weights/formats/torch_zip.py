@@ -1,0 +1,311 @@
+"""The tensors of a `torch.save` file (`.bin`, `.pt`, `.pth`): where each lies in the file, without running anything from it.
+
+    member | member | ... | central directory | end records        a zip of stored (never compressed) members,
+    NAME/data.pkl  NAME/data/0  NAME/data/1 ...  NAME/version      all under one folder, which is the file's own stem
+
+Only the directory, each member's own header and `data.pkl` are read. Zip readers differ in what they make of a file that
+contradicts itself, so such a file is refused: torch takes the last of two equal names and checks no CRC. Layout: PKWARE
+APPNOTE 6.3.10; what torch makes of it: caffe2/serialize/inline_container.cc and torch's miniz, which leaves CRC and sizes to
+a descriptor behind the data (flag bit 3), pads headers so that data is aligned, and always writes zip64 end records.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from os.path import abspath
+from pathlib import Path
+
+from ..errors import InputError
+from ..tensors import ITEMSIZE, Stored
+from ..workspace import Record, SourceFile
+from . import DOWNLOAD_AGAIN, listed, open_regular, refuse_disguise, shown
+from .pickle_opcodes import Refused, View, interpret
+
+MAX_PICKLE = 16 << 20  # that of a 13B model has 40 kB
+MAX_DIRECTORY = 16 << 20
+MAX_MEMBERS = 100_000
+MAX_NAME = 512  # bytes of UTF-8, for members and tensors
+
+LOCAL = struct.Struct("<4s5H3I2H")
+CENTRAL = struct.Struct("<4s6H3I5H2I")
+END = struct.Struct("<4s4H2IH")
+END64_LOCATOR = struct.Struct("<4sIQI")
+END64 = struct.Struct("<4sQ2H2I4Q")
+IN_ZIP64 = 0xFFFFFFFF  # in a 32-bit field: the value stands in the zip64 extra field
+FLAGS = 1 << 3 | 1 << 11  # descriptor behind the data, name in UTF-8; all others mean encryption or compression
+
+# The members that torch.save writes; those with a dot are the extras of torch 2.1 and later.
+MEMBER = re.compile(r"data\.pkl|data/[0-9]+|version|byteorder|\.[a-z][a-z_]*(/[a-z_]+)?")
+DAMAGED = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError, struct.error)
+
+
+class Damaged(Refused):
+    """The zip is not whole, or says two things about one."""
+
+    hint = DOWNLOAD_AGAIN
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in the zip. Offsets count from the start of the zip: of the member's header, its data, its directory entry."""
+
+    name: str
+    header_offset: int
+    offset: int
+    size: int
+    crc32: int
+    entry_offset: int
+
+    @property
+    def record(self) -> Record:
+        return Record(self.offset, self.size, self.crc32)
+
+
+@dataclass(frozen=True)
+class _File:
+    fd: int
+    size: int
+
+    def read(self, offset: int, count: int) -> bytes:
+        if not 0 <= offset <= self.size - count:
+            raise Damaged("is cut short, or points beyond its end")
+        data = b""
+        while len(data) < count and (piece := os.pread(self.fd, count - len(data), offset + len(data))):
+            data += piece
+        if len(data) < count:
+            raise Damaged("ended while it was being read")
+        return data
+
+
+def index_torch_zip(path: Path) -> dict[str, Stored]:
+    """The tensors of a `torch.save` file in the order of its dict. Reads no weights, needs no torch, runs nothing.
+
+    Several may share one storage. Raises InputError unless the file is a sound zip, as torch.save writes it, of one dict from
+    `str` to contiguous tensors and nothing else, and where it is another kind of file, names that kind.
+    """
+    with _opened(path) as (file, status):
+        members, directory = _members(file)
+        parts = _parts(file, members)
+        pickle = _checked(file, parts["data.pkl"], MAX_PICKLE)
+        views = _views(interpret(pickle))
+        digest = sha256(pickle + directory).hexdigest()
+        source = SourceFile(abspath(path), status.st_size, status.st_mtime_ns, status.st_ino, digest)
+        tensors = {name: _stored(name, view, parts, source) for name, view in views.items()}
+        used = {tensor.record for tensor in tensors.values()}
+        if unused := [name for name, member in parts.items() if name.startswith("data/") and member.record not in used]:
+            raise Refused(f"holds data of no tensor: {listed(unused)}")
+        return tensors
+
+
+def zip_records(path: Path) -> list[Member]:
+    """The members of a `torch.save` file in the order of their bytes, after the same checks of the zip."""
+    with _opened(path) as (file, _):
+        members, _ = _members(file)
+        _parts(file, members)
+        return members
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[_File, os.stat_result]]:
+    """The open file. Whatever goes wrong inside becomes an InputError that names it."""
+    with open_regular(path) as (fd, status):
+        file = _File(fd, status.st_size)
+        try:
+            _check_kind(path, file)
+            yield file, status
+        except Refused as error:
+            facts = {"path": path, "size": f"{file.size:,} bytes"}
+            raise InputError(f"{shown(path.name)} {error}", facts=facts, hint=error.hint) from error
+        except DAMAGED as error:
+            what = f"{shown(path.name)} is damaged: its directory or pickle makes no sense"
+            raise InputError(what, facts={"path": path, "found by": type(error).__name__}, hint=DOWNLOAD_AGAIN) from error
+
+
+def _check_kind(path: Path, file: _File) -> None:
+    """Raise InputError, naming what the file is, unless it starts as a zip."""
+    head = file.read(0, min(file.size, 512))
+    if head.startswith(b"PK\x03\x04"):
+        return
+    refuse_disguise(path, head)
+    if head[257:262] == b"ustar":
+        kind, hint = "a tar archive, as torch.save wrote it before version 0.1.10", "ask its author for a .safetensors version"
+    elif head[8:9] == b"{":
+        kind, hint = "a safetensors file", "give it a name that ends in `.safetensors`"
+    elif not head.strip(b"\0"):
+        kind, hint = "zeros at its start: the download did not finish", DOWNLOAD_AGAIN
+    else:
+        kind, hint = "not a zip, as torch.save writes it", DOWNLOAD_AGAIN
+    raise InputError(f"{shown(path.name)} is {kind}", facts={"path": path, "size": f"{file.size:,} bytes"}, hint=hint)
+
+
+def _members(file: _File) -> tuple[list[Member], bytes]:
+    """Every member in the order of the file, and the bytes of the central directory."""
+    start, stop, count = _directory_range(file)
+    if stop - start > MAX_DIRECTORY or count > MAX_MEMBERS:
+        raise Damaged(f"lists {count:,} members in {stop - start:,} bytes, at most {MAX_MEMBERS:,} in {MAX_DIRECTORY:,} are read")
+    directory, position = file.read(start, stop - start), 0
+    members = []
+    while position < len(directory):
+        member, position = _member(file, directory, position, start)
+        members.append(member)
+    members.sort(key=lambda member: member.header_offset)
+    names = {member.name for member in members}
+    if len(members) != count or len(names) != count:
+        raise Damaged("lists a member twice, or not as many as it says")
+    ends = [0, *(member.offset + member.size for member in members)]
+    begins = [*(member.header_offset for member in members), start]
+    if begins[0] != 0 or any(end > begin for end, begin in zip(ends, begins, strict=True)):
+        raise Damaged("holds members that overlap")
+    return members, directory
+
+
+def _directory_range(file: _File) -> tuple[int, int, int]:
+    """Where the central directory begins and ends, and how many members it lists."""
+    stop = file.size - END.size
+    signature, *disks, count, length, start, comment = END.unpack(file.read(stop, END.size))
+    if signature != b"PK\x05\x06" or comment:
+        raise Damaged(_why_no_end(file))
+    sound = disks == [0, 0, count]
+    locator = file.read(stop - END64_LOCATOR.size, END64_LOCATOR.size)
+    if locator.startswith(b"PK\x06\x07"):
+        narrow = ((count, 0xFFFF), (length, IN_ZIP64), (start, IN_ZIP64))
+        stop -= END64_LOCATOR.size + END64.size
+        signature, rest, _, _, *disks, count, length, start = END64.unpack(file.read(stop, END64.size))
+        sound &= signature == b"PK\x06\x06" and rest == END64.size - 12 and disks == [0, 0, count]
+        sound &= END64_LOCATOR.unpack(locator)[1:] == (0, stop, 1)
+        sound &= all(short in (long, limit) for long, (short, limit) in zip((count, length, start), narrow, strict=True))
+    if not sound or start + length != stop:
+        raise Damaged("contradicts itself at its end: the records there do not agree where its directory is")
+    return start, stop, count
+
+
+def _why_no_end(file: _File) -> str:
+    """What is wrong with a zip that does not end as one, with the size that it should have where that can be told."""
+    tail = file.read(max(0, file.size - (1 << 16)), min(file.size, 1 << 16))
+    extra = len(tail) - tail.rfind(b"PK\x05\x06") - END.size
+    if 0 < extra < len(tail) - END.size:
+        return f"has {extra:,} bytes after its end"
+    try:
+        start = file.read(0, min(file.size, MAX_PICKLE))
+        begin = LOCAL.size + sum(LOCAL.unpack_from(start)[-2:])
+        views = _views(interpret(start[begin : start.index(b"PK\x07\x08", begin)]))
+    except DAMAGED:
+        views = {}
+    needed = sum(storage.numel * ITEMSIZE[storage.dtype] for storage in {view.storage for view in views.values()})
+    expected = f"expected more than {needed:,} bytes" if needed >= file.size else "its directory is missing"
+    return f"is truncated, {expected}, found {file.size:,}"
+
+
+def _member(file: _File, directory: bytes, position: int, directory_start: int) -> tuple[Member, int]:
+    """The member whose directory entry is at `position` of the directory, and where the next entry is."""
+    fields = CENTRAL.unpack_from(directory, position)
+    signature, _, _, flags, method, _, _, crc32, packed, size, name_length, extra_length, comment, disk, _, _, header = fields
+    name_end = position + CENTRAL.size + name_length
+    name, end = directory[position + CENTRAL.size : name_end], name_end + extra_length
+    if signature != b"PK\x01\x02" or end > len(directory) or comment or disk:
+        raise Damaged("has a damaged directory")
+    text = name.decode()
+    if not text.isprintable() or not 0 < len(name) <= MAX_NAME:
+        raise Damaged(f"lists a member with the impossible name {shown(text)}")
+    if flags & ~FLAGS or method:
+        raise Refused(f"holds {shown(text)} compressed or encrypted; torch.save only stores")
+    wide = list(_zip64(directory[name_end:end]))
+    if len(wide) != [size, packed, header].count(IN_ZIP64):
+        raise Damaged(f"contradicts itself about the size or place of {shown(text)}")
+    size, packed, header = (wide.pop(0) if value == IN_ZIP64 else value for value in (size, packed, header))
+    if packed != size:
+        raise Damaged(f"contradicts itself about the size of {shown(text)}")
+    offset = _data_offset(file, header, name, flags, size, crc32)
+    return Member(text, header, offset, size, crc32, directory_start + position), end
+
+
+def _data_offset(file: _File, header: int, name: bytes, flags: int, size: int, crc32: int) -> int:
+    """Where a member's data begins, once its own header says the same as the directory, or leaves it to the descriptor as 0."""
+    fields = LOCAL.unpack(file.read(header, LOCAL.size))
+    signature, _, local_flags, method, _, _, local_crc32, packed, unpacked, name_length, extra_length = fields
+    rest = file.read(header + LOCAL.size, name_length + extra_length)
+    wide = _zip64(rest[name_length:])  # torch puts the header's offset, or the size and a 0, there
+    open_end = {0} if flags & 8 else set()
+    sizes = {size} | open_end | ({IN_ZIP64} if len(wide) > 1 else set())
+    agree = signature == b"PK\x03\x04" and (local_flags, method, rest[:name_length]) == (flags, 0, name)
+    agree &= {packed, unpacked} <= sizes and local_crc32 in {crc32} | open_end and {*wide} <= {size, header} | open_end
+    if not agree or header + LOCAL.size + len(rest) + size > file.size:
+        raise Damaged(f"contradicts itself about {shown(name.decode())}: directory and header differ")
+    return header + LOCAL.size + len(rest)
+
+
+def _zip64(extra: bytes) -> tuple[int, ...]:
+    """The 64-bit numbers of a zip64 extra field (id 1), or none."""
+    position, fields = 0, []
+    while position < len(extra):
+        kind, length = struct.unpack_from("<2H", extra, position)
+        position += 4 + length
+        if position > len(extra):
+            raise Damaged("has a damaged extra field")
+        if kind == 1:
+            fields.append(struct.unpack(f"<{length // 8}Q", extra[position - length : position]))
+    if len(fields) > 1:
+        raise Damaged("has two zip64 fields for one member")
+    return fields[0] if fields else ()
+
+
+def _parts(file: _File, members: list[Member]) -> dict[str, Member]:
+    """The members by their names inside the one root folder, once they are those of a `torch.save` file."""
+    roots = {member.name.partition("/")[0] for member in members}
+    parts = {member.name.partition("/")[2]: member for member in members}
+    if "constants.pkl" in parts or any(name.startswith("code/") for name in parts):
+        raise Refused("is a TorchScript archive: a program, not a plain tensor file")
+    unknown = [member.name for name, member in parts.items() if not MEMBER.fullmatch(name)]
+    if len(roots) != 1 or roots & {"", ".", ".."} or unknown or "data.pkl" not in parts:
+        raise Refused(f"is a zip, but not one that torch.save writes (it holds {listed(unknown or sorted(roots))})")
+    if "byteorder" in parts and _checked(file, parts["byteorder"], 16) != b"little":
+        raise Refused("was written on a big-endian machine")
+    return parts
+
+
+def _checked(file: _File, member: Member, limit: int) -> bytes:
+    """All of a small member, once its CRC-32 is right."""
+    if member.size > limit:
+        raise Refused(f"has {member.size:,} bytes in {shown(member.name)}, at most {limit:,} are read")
+    data = file.read(member.offset, member.size)
+    if zlib.crc32(data) != member.crc32:
+        raise Damaged(f"is damaged: {shown(member.name)} does not have the CRC-32 that its writer took")
+    return data
+
+
+def _views(content: object) -> dict[str, View]:
+    """The dict that the file holds, if it maps names to tensors and nothing else."""
+    if not isinstance(content, dict):
+        raise Refused(f"holds a value of type {shown(_kind(content))}, not a dict of tensors")
+    views = {name: view for name, view in content.items() if isinstance(name, str) and isinstance(view, View)}
+    others = [f"{name} ({_kind(value)})" for name, value in content.items() if name not in views]
+    if others:
+        raise Refused(f"holds {len(others):,} things that are not tensors: {listed(others)}")
+    return views
+
+
+def _kind(value: object) -> str:
+    return "tensor" if isinstance(value, View) else type(value).__name__
+
+
+def _stored(name: str, view: View, parts: dict[str, Member], source: SourceFile) -> Stored:
+    """The tensor's place in the file, once it is known to lie within its member."""
+    if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
+        raise Refused(f"holds a tensor with the impossible name {shown(name)}")
+    member, itemsize = parts.get(f"data/{view.storage.key}"), ITEMSIZE[view.storage.dtype]
+    if member is None:
+        raise Refused(f"does not hold the values of {shown(name)}")
+    if member.size != view.storage.numel * itemsize:
+        raise Refused(f"contradicts itself about the size of {shown(name)}, {view.storage.numel * itemsize:,} or {member.size:,} bytes")
+    if problem := view.problem():
+        raise Refused(f"holds {shown(name)}, which {problem}")
+    return Stored(
+        dtype=view.storage.dtype, shape=view.shape, file=source, offset=member.offset + view.offset * itemsize, record=member.record
+    )

@@ -1,0 +1,182 @@
+"""What will be done, settled before the first byte is written: shards, sizes, memory, small files, fingerprint.
+
+A plan is plain data. `--dry-run` prints it, resume compares it, and a shard of it can be sent to another process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .checkpoint import Checkpoint, Step
+from .errors import UsageError
+from .formats.strict_json import json_bytes
+from .tensors import LazyTensor
+from .windows import cut
+
+FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an AttributeError (facts: llava-hf 2.4)
+MiB = 1 << 20
+WINDOW = 8 * MiB  # 4-8 MiB is the fastest; 16 and more leave the processor's cache (facts: perf 1)
+SMALLEST_WINDOW = MiB
+BUFFERS_BEYOND_JOBS = 4  # what the digest threads may lag behind the workers
+# Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
+INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: the unit of work, of resume and of digests."""
+
+    name: str
+    tensors: tuple[tuple[str, LazyTensor], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data, the header not counted."""
+        return sum(tensor.nbytes for _, tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, without effect on the bytes written."""
+
+    jobs: int = 2
+    window: int = WINDOW
+    drop_cache: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs. `files` are the small files of the output, each as bytes or as a path to copy."""
+
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes | Path]
+    history: tuple[Step, ...]
+    settings: Settings = field(default_factory=Settings)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def memory(self) -> int:
+        """Peak resident bytes promised for the whole process with these settings."""
+        return _memory(self.shards, self.settings)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What makes two runs the same work, by part; resume compares it and names what differs."""
+        sources = {leaf.file for shard in self.shards for _, tensor in shard.tensors for leaf in tensor.leaves()}
+        small = {name: _digest(data if isinstance(data, bytes) else data.read_bytes()) for name, data in self.files.items()}
+        return {
+            "version": __version__,
+            "command": ", ".join(step.operation for step in self.history),
+            "options": json.dumps(dict(self.options), sort_keys=True),
+            "inputs": "\n".join(sorted(f"{s.path} {s.size} bytes, changed {s.mtime_ns}, header {s.header_sha256[:16]}" for s in sources)),
+            "small files": _digest(json.dumps(small, sort_keys=True).encode()),
+            "tensors": _digest(repr(self.shards).encode()),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return _digest(json.dumps(self.identity, sort_keys=True).encode())
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    max_shard_size: int | str = "5GB",
+    max_memory: int | str | None = None,
+    jobs: int = 2,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Cut `checkpoint` into shards at the boundaries, and with the names, that the Hub's libraries use.
+
+    `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB". Raises UsageError where they can't be read or
+    where the work does not fit into `max_memory`.
+    """
+    shards = _shards(checkpoint.tensors, parse_size(max_shard_size, "max-shard-size"))
+    config = json_bytes(dict(checkpoint.config))
+    files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
+    settings = Settings(jobs=jobs)
+    if max_memory is not None:
+        settings = _fit(shards, settings, parse_size(max_memory, "max-memory"))
+    chosen = {"max_shard_size": parse_size(max_shard_size, "max-shard-size"), **(options or {})}
+    return Plan(shards, checkpoint.config, files, checkpoint.history, settings, chosen)
+
+
+def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> tuple[Shard, ...]:
+    from huggingface_hub import split_state_dict_into_shards_factory as split
+
+    found = split(
+        dict(tensors), get_storage_size=lambda tensor: tensor.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
+    return tuple(Shard(file, tuple((name, tensors[name]) for name in names)) for file, names in found.filename_to_tensors.items())
+
+
+def _memory(shards: tuple[Shard, ...], settings: Settings) -> int:
+    largest = scratch = 0
+    for shard in shards:
+        for window in cut(shard.tensors, 0, settings.window):
+            largest = max(largest, window.nbytes)
+            scratch = max(scratch, *(piece.tensor.scratch(piece.stop - piece.start) for piece in window.pieces))
+    uses_torch = any(tensor.uses_torch for shard in shards for _, tensor in shard.tensors)
+    buffers = (settings.jobs + BUFFERS_BEYOND_JOBS) * largest + settings.jobs * 2 * scratch
+    return (WITH_TORCH if uses_torch else INTERPRETER) + buffers
+
+
+def _fit(shards: tuple[Shard, ...], settings: Settings, limit: int) -> Settings:
+    """The largest window, then the fewest jobs, that keep the promise within `limit`."""
+    for jobs in range(settings.jobs, 0, -1):
+        window = settings.window
+        while window >= SMALLEST_WINDOW:
+            tried = replace(settings, jobs=jobs, window=window)
+            if _memory(shards, tried) <= limit:
+                return tried
+            window //= 2
+    least = _memory(shards, replace(settings, jobs=1, window=SMALLEST_WINDOW))
+    raise UsageError(
+        f"`--max-memory` is too small: this work needs {least:,} bytes",
+        facts={"given": f"{limit:,} bytes"},
+        hint=f"pass `--max-memory {-(-least // 10**6)}MB` or more",
+    )
+
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12,
+          "KIB": 1 << 10, "MIB": MiB, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
+
+
+def parse_size(size: int | str, option: str) -> int:
+    """Bytes of "5GB" (decimal, as on the Hub), "512MiB" or a plain number. Raises UsageError for anything else or below 1."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or float(found[1]) * unit < 1:
+        raise UsageError(f"`--{option} {size}` is not a size", hint="write it as 5GB, 500MB or 512MiB")
+    return int(float(found[1]) * unit)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def describe(step: Step) -> dict[str, Any]:
+    """A step as plain data for the manifest and `--json`: names and identities of its inputs, no machine path."""
+    data = asdict(step)
+    data["inputs"] = {
+        role: {
+            "name": origin.name,
+            "revision": origin.revision,
+            "container": origin.container,
+            "files": [{"name": f.name, "size": f.size, "header_sha256": f.header_sha256} for f in origin.files],
+        }
+        for role, origin in step.inputs
+    }
+    return {key: value for key, value in data.items() if value}

@@ -1,0 +1,92 @@
+"""A plan and its outcome as rows for people and documents for programs."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from .manifest import MANIFEST, SUMS
+from .plan import Plan, describe
+from .wording import duration, shards, size
+from .write import Report
+
+
+def explain(plan: Plan, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """What will be read, changed, repaired and written, and what it takes."""
+    rows: list[tuple[str, str]] = []
+    for step in plan.history:
+        for role, origin in step.inputs:
+            read = sum(file.size for file in origin.files)
+            count = "1 file" if len(origin.files) == 1 else f"{len(origin.files)} files"
+            rows.append(
+                (role, f"{origin.name}{'@' + origin.revision[:7] if origin.revision else ''}  {count} ({origin.container}), {size(read)}")
+            )
+        rows += [("kind", str(step.checks["kind"]))] if step.checks.get("kind") else []
+        rows += list(step.summary.items())
+        rows += [("fix", repair) for repair in step.repairs]
+        rows += [("note", note) for note in step.notes]
+        rows += [("warning", warning) for warning in step.warnings]
+    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    rows.append(("output", f"{output}  {shards(len(plan.shards))}, {size(plan.nbytes)} ({size(free)} free)"))
+    rows.append(("memory", f"at most {size(plan.memory)} in all, {plan.settings.jobs} jobs"))
+    return rows, _document(plan, output)
+
+
+def _document(plan: Plan, output: Path) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "fingerprint": plan.fingerprint,
+        "nbytes": plan.nbytes,
+        "read": sum({file: file.size for step in plan.history for _, origin in step.inputs for file in origin.files}.values()),
+        "memory": plan.memory,
+        "jobs": plan.settings.jobs,
+        "shards": [{"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.tensors)} for shard in plan.shards],
+        "steps": [describe(step) for step in plan.history],
+        "options": dict(plan.options),
+    }
+
+
+def outcome(report: Report, output: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
+    """The sentences and the document of a finished run."""
+    peak = peak_memory()
+    resumed = f", {report.resumed} of them from an earlier run" if report.resumed else ""
+    speed = f"{size(round(report.nbytes / seconds))}/s, " if seconds and not report.resumed else ""
+    lines = [
+        f"Wrote {output}: {shards(report.shards)}{resumed}, {size(report.nbytes)} in {duration(seconds)} ({speed}peak memory {size(peak)})",
+        f"  checksums in {output / SUMS}, recipe in {MANIFEST}, model card in README.md",
+        *_loss(report.tallies),
+        f"Check: cd {output} && sha256sum -c {SUMS}",
+    ]
+    document = {
+        "output": str(output),
+        "shards": report.shards,
+        "resumed": report.resumed,
+        "nbytes": report.nbytes,
+        "root": report.root,
+        "tallies": dict(report.tallies),
+        "seconds": round(seconds, 3),
+        "peak_memory": peak,
+    }
+    return lines, document
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process. Not `ru_maxrss` where there is better: a child inherits it from who started it."""
+    with suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
+
+
+def _loss(tallies: Mapping[str, int]) -> list[str]:
+    if not (elements := tallies.get("elements")):
+        return []
+    lost = tallies.get("lost", 0)
+    return [
+        f"  adding the base again gives back all but {lost:,} of {elements:,} values ({lost / elements:.4%}), which are one rounding off"
+    ]

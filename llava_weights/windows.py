@@ -1,0 +1,70 @@
+"""How the data of a shard is cut into pieces of work: windows of a few MiB on row borders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from .tensors import LazyTensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a tensor, at byte `at` of its window."""
+
+    name: str
+    tensor: LazyTensor
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self.tensor.row_nbytes
+
+
+@dataclass(frozen=True)
+class Window:
+    """A contiguous range of the output file, made in one go."""
+
+    offset: int
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+
+def cut(tensors: Iterable[tuple[str, LazyTensor]], start: int, size: int) -> Iterator[Window]:
+    """Cut tensors that lie end to end from file offset `start` into windows of about `size` bytes.
+
+    Small neighbours share a window, large tensors are split.
+    """
+    pieces: list[Piece] = []
+    filled = 0
+    for name, tensor in tensors:
+        for first, last in row_ranges(tensor, size):
+            nbytes = (last - first) * tensor.row_nbytes
+            if pieces and filled + nbytes > size:
+                yield Window(start, filled, tuple(pieces))
+                start, pieces, filled = start + filled, [], 0
+            pieces.append(Piece(name, tensor, first, last, filled))
+            filled += nbytes
+    if pieces:
+        yield Window(start, filled, tuple(pieces))
+
+
+def row_ranges(tensor: LazyTensor, size: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of about `size` bytes, in multiples of the tensor's row unit; (0, 0) for a tensor without rows.
+
+    Never one row alone where there are more: a low-rank product of one row goes to another kernel and gives other bits
+    (facts: peers 3.3).
+    """
+    unit = tensor.row_unit
+    step = max(size // max(tensor.row_nbytes * unit, 1) * unit, unit, 2)
+    start = stop = 0
+    while start < tensor.rows or stop == start == tensor.rows == 0:
+        stop = min(start + step, tensor.rows)
+        if tensor.rows - stop == 1:
+            stop = tensor.rows
+        yield start, stop
+        if stop == tensor.rows:
+            return
+        start = stop

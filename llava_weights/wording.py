@@ -1,0 +1,149 @@
+"""Sizes, times, names and progress as a person reads them. Knows no stream: `console.py` prints."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .events import Progress, ShardDone, Started
+
+UNITS = ((10**15, "PB"), (10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))  # decimal, as the Hub counts
+WINDOW = 30.0  # seconds that the rate looks back: an average since the start would hide a slow disk until too late
+
+
+@dataclass
+class Meter:
+    """How far a run is, and how fast over the last WINDOW seconds; bytes of earlier runs count as done but not as speed."""
+
+    started: Started
+    begun: float
+    nbytes: int
+    done_shards: int
+    done_nbytes: int
+    shard: str = ""
+    samples: deque[tuple[float, int]] = field(default_factory=deque)
+
+    @classmethod
+    def start(cls, started: Started, now: float) -> Meter:
+        done = started.done_nbytes
+        return cls(started, now, done, started.done_shards, done, samples=deque([(now, done)]))
+
+    def update(self, event: Progress, now: float) -> None:
+        self.nbytes = min(max(self.nbytes, event.nbytes), self.started.nbytes)  # workers may report out of order
+        self.shard = event.shard
+        if now - self.samples[-1][0] >= 1:
+            self.samples.append((now, self.nbytes))
+
+    def finish(self, event: ShardDone, now: float) -> None:
+        """A pool reports no bytes on the way, only finished shards."""
+        self.done_shards += 1
+        self.done_nbytes += event.nbytes
+        self.update(Progress(self.done_nbytes, event.name), now)
+
+    def rate(self, now: float) -> float | None:
+        """Bytes per second, or None before there is anything to tell."""
+        while len(self.samples) > 1 and self.samples[1][0] <= now - WINDOW:
+            self.samples.popleft()
+        since, before = self.samples[0]
+        return (self.nbytes - before) / (now - since) if now > since else None
+
+    def remaining(self, now: float) -> float | None:
+        """Seconds left at the present rate."""
+        rate = self.rate(now)
+        return (self.started.nbytes - self.nbytes) / rate if rate else None
+
+    @property
+    def finished(self) -> str:
+        return f"{self.done_shards} of {shards(self.started.shards)} ({size(self.done_nbytes)})"
+
+    @property
+    def percent(self) -> int:
+        return 100 * self.nbytes // self.started.nbytes if self.started.nbytes else 100
+
+    @property
+    def amount(self) -> str:
+        scale, unit = _unit(self.started.nbytes)
+        return f"{_number(self.nbytes, scale)}/{_number(self.started.nbytes, scale)} {unit}"
+
+    def line(self, now: float) -> str:
+        """`[0:30] 9.4/26.0 GB 36% 313 MB/s, about 0:53 left`"""
+        rate, remaining = self.rate(now), self.remaining(now)
+        text = f"[{clock_face(now - self.begun)}] {self.amount} {self.percent}%"
+        text += "" if rate is None else f" {size(round(rate))}/s"
+        return text if remaining is None else f"{text}, about {clock_face(remaining)} left"
+
+    def document(self, now: float) -> dict[str, object]:
+        """`nbytes` of `total` are written, at `rate` bytes per second, `remaining` seconds left; null where unknown."""
+        known = {"nbytes": self.nbytes, "total": self.started.nbytes, "shard": self.shard}
+        return known | {"rate": self.rate(now), "remaining": self.remaining(now)}
+
+    def bar(self, now: float, columns: int, ascii_only: bool) -> str:
+        """One line of at most `columns` cells; the shard's name is last, since it may be cut without loss."""
+        from tqdm.std import tqdm
+
+        rate, remaining = self.rate(now), self.remaining(now)
+        speed = "" if rate is None else f"  {size(round(rate))}/s"
+        left = "" if remaining is None else f"  {clock_face(remaining)} left"
+        line: str = tqdm.format_meter(
+            self.nbytes,
+            self.started.nbytes,
+            now - self.begun,
+            ncols=columns,
+            ascii=ascii_only,
+            bar_format=f"Writing {self.percent:3d}% |{{bar:{20 if columns > 70 else 10}}}| {{report}}",
+            report=f"{self.amount}{speed}{left}  {visible(self.shard)}",
+        )
+        return line
+
+
+def size(nbytes: int) -> str:
+    """Decimal and short: `26.0 GB`, `949 MB`, `12.3 kB`, `17 bytes`."""
+    scale, unit = _unit(nbytes)
+    return "1 byte" if nbytes == 1 else f"{_number(nbytes, scale)} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """For a sentence: `0.8 s`, `24 s`, `1m 24s`, `2h 03m`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60}m {whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h {whole // 60 % 60:02d}m"
+
+
+def clock_face(seconds: float) -> str:
+    """For a line that changes: `0:53`, `1:02:03`."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}" if minutes >= 60 else f"{minutes}:{second:02d}"
+
+
+def visible(text: str) -> str:
+    """`text` on one line with control, format (bidi overrides, zero width) and undecodable characters written as escapes."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def two_columns(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Indented lines `  label  value`, the values one below the other."""
+    width = max((len(visible(label)) for label, _ in rows), default=0)
+    return [f"  {visible(label):<{width}}  {value}".rstrip() for label, value in rows]
+
+
+def sentences(*parts: str | None) -> str:
+    """The parts that there are, one after the other, with a full stop between two and none at the end."""
+    given = [part for part in parts if part]
+    return " ".join([*(part if part[-1] in ".!?" else f"{part}." for part in given[:-1]), *given[-1:]])
+
+
+def shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"
+
+
+def _unit(nbytes: int) -> tuple[int, str]:
+    return next(((scale, unit) for scale, unit in UNITS if nbytes >= 0.9995 * scale), (1, "bytes"))  # 999.95 MB reads 1.0 GB
+
+
+def _number(nbytes: int, scale: int) -> str:
+    value = nbytes / scale
+    return f"{value:.1f}" if scale > 1 and value < 99.95 else f"{value:.0f}"

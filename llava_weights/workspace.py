@@ -1,0 +1,185 @@
+"""What one worker holds while it makes rows: open files, reused buffers, running checks and counts.
+
+Reads are `pread` into private memory, never a memory map: a mapped file that is truncated kills the process with SIGBUS.
+Behind each large read the page cache is dropped, since keeping three times the model there is what makes `cp` slow.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import InputError
+
+DROP_BEHIND = 64 << 10  # reads below this stay in the page cache, where read-ahead serves the neighbours (facts: perf 6)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file as it was when it was indexed; every later read checks that it is still the same file."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    header_sha256: str = ""  # of the bytes that name the tensors: safetensors header, zip directory and data.pkl
+
+    @classmethod
+    def at(cls, path: Path, header_sha256: str = "") -> SourceFile:
+        status = os.stat(path)
+        return cls(os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ino, header_sha256)
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A zip member that holds a tensor's storage: `size` bytes at `offset`, with the CRC-32 that its writer took."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass
+class Workspace:
+    """Open files, scratch buffers, CRC pieces and tallies of one worker. Not shared between threads."""
+
+    drop_cache: bool = True
+    tallies: Counter[str] = field(default_factory=Counter)
+    crc_pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    _fds: dict[SourceFile, int] = field(default_factory=dict)
+    _buffers: list[memoryview] = field(default_factory=list)
+    _depth: int = 0
+
+    @contextmanager
+    def scratch(self, nbytes: int) -> Iterator[memoryview]:
+        """`nbytes` of page-aligned private memory, reused by the next caller at the same depth."""
+        if self._depth == len(self._buffers):
+            self._buffers.append(private_buffer(nbytes))
+        elif len(self._buffers[self._depth]) < nbytes:
+            self._buffers[self._depth] = private_buffer(nbytes)
+        view = self._buffers[self._depth][:nbytes]
+        self._depth += 1
+        try:
+            yield view
+        finally:
+            self._depth -= 1
+
+    def read(self, file: SourceFile, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of `file` from `offset`. Raises InputError where the file ended early or changed."""
+        fd = self._fds.get(file)
+        if fd is None:
+            fd = self._fds[file] = open_source(file)
+        done = 0
+        while done < len(out):
+            try:
+                got = os.preadv(fd, [out[done:]], offset + done)
+            except OSError as error:
+                raise InputError(
+                    f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path, "offset": offset + done}
+                ) from error
+            if got == 0:
+                raise changed(file, os.fstat(fd))
+            done += got
+        if self.drop_cache and done >= DROP_BEHIND and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, done, os.POSIX_FADV_DONTNEED)
+
+    def check(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
+        """Take the CRC-32 of a piece of `record` while it is in cache; `crc_errors` joins the pieces."""
+        self.crc_pieces[file, record].append((offset - record.offset, len(data), zlib.crc32(data)))
+
+    def recheck_sources(self) -> None:
+        """Raise InputError if a file that was read is no longer what was indexed."""
+        for file, fd in self._fds.items():
+            status = os.fstat(fd)
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise changed(file, status)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._buffers.clear()
+
+
+def private_buffer(nbytes: int) -> memoryview:
+    """Page-aligned anonymous memory; MAP_PRIVATE because `mmap(-1, n)` alone would count as shared memory."""
+    if not nbytes:
+        return memoryview(bytearray())
+    return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def open_source(file: SourceFile) -> int:
+    """A descriptor of `file`, or InputError where it is gone or no longer the file that was indexed."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"`{file.name}` can't be opened: {error.strerror}", facts={"file": file.path}) from error
+    status = os.fstat(fd)
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        os.close(fd)
+        raise changed(file, status)
+    return fd
+
+
+def changed(file: SourceFile, status: os.stat_result) -> InputError:
+    return InputError(
+        f"`{file.name}` changed while it was being read",
+        facts={"file": file.path, "size": f"{file.size:,} bytes when indexed, {status.st_size:,} now"},
+        hint="wait until nothing writes to the inputs, then run the same command again",
+    )
+
+
+def crc_errors(workspaces: list[Workspace]) -> Iterator[tuple[SourceFile, Record]]:
+    """The records whose bytes are not those that the zip's writer wrote. Records read only in part are not judged."""
+    pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = defaultdict(list)
+    for workspace in workspaces:
+        for key, found in workspace.crc_pieces.items():
+            pieces[key] += found
+    for (file, record), found in pieces.items():
+        position = crc = 0
+        for offset, size, piece in sorted(set(found)):
+            if offset != position:
+                break
+            crc, position = crc32_combine(crc, piece, size), position + size
+        if position == record.size and crc != record.crc32:
+            yield file, record
+
+
+def check_crcs(workspaces: list[Workspace]) -> None:
+    """Raise InputError for the first of `crc_errors`."""
+    for file, record in crc_errors(workspaces):
+        raise InputError(
+            f"`{file.name}` is damaged: bytes {record.offset:,} to {record.offset + record.size:,} do not match their CRC-32",
+            facts={"file": file.path},
+            hint="download or copy the file again",
+        )
+
+
+def crc32_combine(first: int, second: int, second_size: int) -> int:
+    """CRC-32 of two concatenated byte strings from theirs, as zlib's C function of this name (Python's zlib lacks it)."""
+    # Appending n zero bytes multiplies by x^(8n) modulo the CRC polynomial, in reflected bit order; bit 31 is x^0.
+    power, square, exponent = 0x80000000, 0x00800000, second_size  # x^0, x^8
+    while exponent:
+        if exponent & 1:
+            power = _multiply(square, power)
+        square, exponent = _multiply(square, square), exponent >> 1
+    return _multiply(power, first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = (b >> 1) ^ (0xEDB88320 if b & 1 else 0)
+    return product

@@ -1,0 +1,104 @@
+"""What every test stands on: no network, no home of the user, the fixtures and the command line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+DEAD_PROXY = "http://127.0.0.1:9"  # the discard port: a subprocess that looks for the network gets a refusal at once
+
+
+class Finished(NamedTuple):
+    """What a command left behind; unpacks as `code, stdout, stderr`."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure() -> None:
+    """Before any test module is imported: huggingface_hub and transformers read these once, on import."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_home(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("HOME", str(home))
+        patch.setenv("HF_HOME", str(home / "huggingface"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that reaches beyond this machine. `pytest.fail` raises a BaseException, so no fallback can swallow it."""
+
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def connect(self: socket.socket, address: Any) -> Any:
+            if self.family != socket.AF_UNIX and not str(address[0]).startswith(LOOPBACK):
+                pytest.fail(f"a test tried to reach {address}")
+            return original(self, address)
+
+        return connect
+
+    def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host and not str(host).startswith(LOOPBACK):
+            pytest.fail(f"a test tried to look up {host}")
+        return lookup(host, *arguments, **options)
+
+    lookup = socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", guarded(socket.socket.connect))
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex))
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """The folder of reference data made by the original programs."""
+    return ROOT / "fixtures"
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., Finished]:
+    """Run `python -m llava_weights ARGUMENTS` as a user would: its own process, a clean environment, no terminal, stdin closed.
+
+    `cwd` defaults to the test's folder; `env` adds variables.
+    """
+    clean = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "HF_HOME": str(tmp_path / ".huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "HTTPS_PROXY": DEAD_PROXY,
+        "HTTP_PROXY": DEAD_PROXY,
+        "NO_PROXY": "127.0.0.1,localhost",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def run(*arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 100) -> Finished:
+        command = [sys.executable, "-m", "llava_weights", *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            cwd=cwd or tmp_path,
+            env={**clean, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run

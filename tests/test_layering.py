@@ -1,0 +1,159 @@
+"""The architecture as a test: who may import whom, who may print, and how long things may get ."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "llava_weights"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# From the bottom up: a module imports only from lines above its own. Some of these are still to be written.
+LAYERS = (
+    "errors events families",  # import nothing
+    "workspace wording",
+    "tensors",
+    "formats hub published",  # the files of formats/ count as one module
+    "checkpoint",
+    "tokenizer diagnose integer_delta windows",  # parts of what follows
+    "config processor examine",
+    "delta lora convert inspection",  # the transforms: pure
+    "plan job",
+    "manifest stream",
+    "card",
+    "write verify diff smoke",  # side effects begin
+    "report",
+    "console",
+    "demo",
+    "cli",
+    "__main__ __init__",
+)
+LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules.split()}
+
+# What costs more than 50 ms to import is imported inside the function that needs it, so that `--help` stays fast.
+HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tqdm", "typer"}
+HEAVY_ALLOWED = {"cli": {"typer"}}
+
+LONGEST_FILE = 350
+LONGEST_FUNCTION = 40
+LONGER_FUNCTIONS: set[str] = set()  # "module.function": none so far
+
+
+def module_name(path: Path) -> str:
+    """The name that LAYERS uses: the file's, or the folder's for a file in a subfolder."""
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every imported name as (dotted name, leading dots), `from . import a` giving `a`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.level
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((alias.name, node.level) for alias in node.names)
+
+
+def siblings(tree: ast.AST, path: Path) -> set[str]:
+    """Modules of this package that `path` imports, anywhere in the file, by the names that LAYERS uses."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    relative = {name for name, dots in imports(tree) if dots == depth}
+    absolute = {name.removeprefix("llava_weights.") for name, dots in imports(tree) if not dots and name.startswith("llava_weights.")}
+    return {name.split(".")[0] for name in relative | absolute} - {module_name(path), "__version__"}
+
+
+def at_import(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Statements that run when the module is imported: not those in functions, nor under `if TYPE_CHECKING`."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                continue
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child
+            waiting.append(child)
+
+
+def upward(tree: ast.AST, path: Path) -> list[str]:
+    """Imports that do not go down."""
+    module = module_name(path)
+    others = sorted(siblings(tree, path))
+    return [f"{module} imports {other}, which is not below it" for other in others if LAYER.get(other, 99) >= LAYER.get(module, 0)]
+
+
+def heavy(tree: ast.Module, path: Path) -> list[str]:
+    """Expensive packages that importing the module would import too."""
+    roots = {name.split(".")[0] for statement in at_import(tree) for name, dots in imports(statement) if not dots}
+    return sorted(roots & HEAVY - HEAVY_ALLOWED.get(module_name(path), set()))
+
+
+def printing(tree: ast.AST) -> list[int]:
+    """Lines that print."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call.lineno for call in calls if ast.unparse(call.func) in ("print", "sys.stdout.write", "sys.stderr.write")]
+
+
+def long_functions(tree: ast.AST, path: Path) -> list[str]:
+    """Functions of too many lines, from `def` to the last one."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {f"{module_name(path)}.{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    return [f"{name}: {lines} lines" for name, lines in lengths.items() if lines > LONGEST_FUNCTION and name not in LONGER_FUNCTIONS]
+
+
+def read(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def test_every_module_has_its_layer() -> None:
+    assert {module_name(path) for path in MODULES} <= LAYER.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_module_keeps_the_rules(path: Path) -> None:
+    tree = read(path)
+    assert upward(tree, path) == []
+    assert heavy(tree, path) == []
+    assert long_functions(tree, path) == []
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+    if module_name(path) != "console":
+        assert printing(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "complaint"),
+    [
+        ("tensors.py", "def f():\n    from .plan import Plan", "tensors imports plan, which is not below it"),
+        ("formats/meta.py", "from ..checkpoint import Step", "formats imports checkpoint, which is not below it"),
+        ("lora.py", "from . import delta", "lora imports delta, which is not below it"),
+        ("plan.py", "import llava_weights.cli", "plan imports cli, which is not below it"),
+    ],
+)
+def test_upward_is_seen(file: str, source: str, complaint: str) -> None:
+    assert upward(ast.parse(source), PACKAGE / file) == [complaint]
+
+
+def test_downward_and_inside_formats_is_fine() -> None:
+    assert upward(ast.parse("from ..errors import InputError\nfrom . import shown\nfrom .meta import x"), PACKAGE / "formats/zip.py") == []
+    assert upward(ast.parse("from .formats.meta import x\nimport os"), PACKAGE / "checkpoint.py") == []
+
+
+def test_heavy_is_seen_only_where_it_runs() -> None:
+    lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import torch"
+    eager = "class A:\n    try:\n        from torch.nn import Linear\n    except ImportError:\n        pass"
+    assert heavy(ast.parse(lazy), PACKAGE / "delta.py") == []
+    assert heavy(ast.parse(eager), PACKAGE / "delta.py") == ["torch"]
+    assert heavy(ast.parse("import typer, tqdm"), PACKAGE / "cli.py") == ["tqdm"]
+
+
+def test_printing_and_length_are_seen() -> None:
+    assert printing(ast.parse("x = 1\nprint(x)\nimport sys\nsys.stderr.write('x')")) == [2, 4]
+    body = "\n    pass" * LONGEST_FUNCTION
+    assert long_functions(ast.parse(f"def f():{body}"), PACKAGE / "plan.py") == ["plan.f: 41 lines"]

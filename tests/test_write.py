@@ -1,0 +1,277 @@
+"""The run around the shards: preflight, resume, lock, publish. Same work, same bytes, whatever happened on the way."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
+from llava_weights.errors import InputError, OutputError
+from llava_weights.events import Event, ShardDone, Started
+from llava_weights.job import open_job, partial_folder
+from llava_weights.plan import Plan, make_plan
+from llava_weights.write import execute
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.manual_seed(4)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    save_file({f"layer.{i}.weight": torch.randn(20, 30).half() for i in range(12)}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def plan_of(source: Path, **options: Any) -> Plan:
+    opened = open_checkpoint(source)
+    step = Step("copy", (("source", opened.origin),))
+    checkpoint = Checkpoint(opened.tensors, opened.config, opened.origin, opened.files, (step,))
+    return make_plan(checkpoint, **{"max_shard_size": 3000, **options})
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+class Cut(Exception):
+    """What a test raises to end a run as if the process had died."""
+
+
+def cut_after(shards: int) -> Any:
+    def listen(event: Event) -> None:
+        if isinstance(event, ShardDone) and event.index == shards:
+            raise Cut
+
+    return listen
+
+
+def test_output_is_complete_and_checkable(source: Path, tmp_path: Path) -> None:
+    report = execute(plan_of(source), tmp_path / "out")
+    assert subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=tmp_path / "out", capture_output=True).returncode == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    sums = {line.split("  ")[1] for line in (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()}
+    assert names - sums == {"SHA256SUMS", "llava-weights.manifest.json"}
+    assert report.shards == 6
+    weights = {k: v for path in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(path).items()}
+    assert weights.keys() == load_file(source / "model.safetensors").keys()
+    assert not partial_folder(tmp_path / "out").exists()
+
+
+def test_manifest_roots_can_be_recomputed_with_standard_tools(source: Path, tmp_path: Path) -> None:
+    execute(plan_of(source), tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "llava-weights.manifest.json").read_text())
+    lines = []
+    for name, tensor in sorted(load_file(source / "model.safetensors").items()):
+        lines.append(f"{name}\tF16\t20,30\t{hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}\n")
+    assert manifest["root"]["tensors"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+    content = sorted(line.split("\t", 1)[1] for line in lines)
+    assert manifest["root"]["content"] == hashlib.sha256("".join(content).encode()).hexdigest()
+    assert manifest["root"]["files"] == hashlib.sha256((tmp_path / "out" / "SHA256SUMS").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("options", [{"jobs": 1}, {"jobs": 4}, {"max_memory": "100MB"}])
+def test_same_bytes_whatever_the_settings(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    execute(plan_of(source), tmp_path / "a")
+    execute(plan_of(source, **options), tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_root_does_not_depend_on_the_shards(source: Path, tmp_path: Path) -> None:
+    roots = {execute(plan_of(source, max_shard_size=size), tmp_path / str(size)).root for size in (2000, 5000, "5GB")}
+    assert len(roots) == 1
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_any_pool(source: Path, tmp_path: Path, kind: str) -> None:
+    execute(plan_of(source), tmp_path / "a")
+    with ThreadPoolExecutor(2) if kind == "threads" else ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        execute(plan_of(source), tmp_path / "b", pool=pool)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize("shards", [1, 3, 6])
+def test_resume_keeps_finished_shards(source: Path, tmp_path: Path, shards: int) -> None:
+    execute(plan_of(source), tmp_path / "undisturbed")
+    with pytest.raises(Cut):
+        execute(plan_of(source), tmp_path / "out", on_event=cut_after(shards))
+    finished = partial_folder(tmp_path / "out") / "out"
+    before = {path.name: path.stat().st_mtime_ns for path in finished.glob("*.safetensors")}
+    assert len(before) == shards
+    assert not (tmp_path / "out").exists()
+    events: list[Event] = []
+    assert execute(plan_of(source), tmp_path / "out", on_event=events.append).resumed == shards
+    assert next(event for event in events if isinstance(event, Started)).done_shards == shards
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == changed for name, changed in before.items())
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_a_damaged_finished_shard_is_redone(source: Path, tmp_path: Path) -> None:
+    execute(plan_of(source), tmp_path / "undisturbed")
+    with pytest.raises(Cut):
+        execute(plan_of(source), tmp_path / "out", on_event=cut_after(3))
+    victim = partial_folder(tmp_path / "out") / "out" / "model-00002-of-00006.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    assert execute(plan_of(source), tmp_path / "out").resumed == 2
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_other_work_in_the_same_place_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(Cut):
+        execute(plan_of(source), tmp_path / "out", on_event=cut_after(2))
+    before = content(partial_folder(tmp_path / "out") / "out")
+    with pytest.raises(OutputError, match="belongs to another command") as caught:
+        execute(plan_of(source, max_shard_size=5000), tmp_path / "out")
+    assert caught.value.facts["options, then"] == '{"max_shard_size": 3000}'
+    assert caught.value.facts["options, now"] == '{"max_shard_size": 5000}'
+    os.utime(source / "model.safetensors", (1, 1))
+    with pytest.raises(OutputError) as caught:
+        execute(plan_of(source), tmp_path / "out")
+    assert "changed 1000000000" in caught.value.facts["inputs, now"]
+    assert content(partial_folder(tmp_path / "out") / "out") == before
+    assert execute(plan_of(source, max_shard_size=5000), tmp_path / "out", restart=True).resumed == 0
+
+
+def test_a_second_run_stops_at_once(source: Path, tmp_path: Path) -> None:
+    with open_job(tmp_path / "out"):
+        before = content_of_tree(tmp_path)
+        with pytest.raises(OutputError, match="in use by another run") as caught:
+            execute(plan_of(source), tmp_path / "out")
+        assert caught.value.facts["process"] == str(os.getpid())
+        assert content_of_tree(tmp_path) == before
+    execute(plan_of(source), tmp_path / "out")
+
+
+def content_of_tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_lock_of_a_dead_process_is_no_lock(source: Path, tmp_path: Path) -> None:
+    partial = partial_folder(tmp_path / "out")
+    partial.mkdir()
+    (partial / "lock").write_text("999999\n")
+    execute(plan_of(source), tmp_path / "out")
+    assert (tmp_path / "out" / "SHA256SUMS").exists()
+
+
+def test_an_existing_output_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("three years of work")
+    for restart in (False, True):
+        with pytest.raises(OutputError, match="exists and is not empty"):
+            execute(plan_of(source), out, restart=restart)
+    assert content_of_tree(out) == {str(out / "thesis.txt"): b"three years of work"}
+    assert not partial_folder(out).exists()
+
+
+def test_force_replaces_only_when_the_new_one_is_complete(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    with pytest.raises(Cut):
+        execute(plan_of(source), out, force=True, on_event=cut_after(6))
+    assert content_of_tree(out) == {str(out / "old.txt"): b"old"}
+    execute(plan_of(source), out, force=True)
+    assert not (out / "old.txt").exists()
+    assert (out / "SHA256SUMS").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_an_empty_folder_may_be_the_output(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    execute(plan_of(source), tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["source", "source/inside", "."])
+def test_output_and_input_stay_apart(source: Path, tmp_path: Path, place: str) -> None:
+    before = content_of_tree(tmp_path)
+    with pytest.raises(OutputError):
+        execute(plan_of(source), tmp_path / place, force=True)
+    assert content_of_tree(tmp_path) == before
+
+
+def test_output_that_is_a_file_or_a_link(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(OutputError, match="not a folder"):
+            execute(plan_of(source), tmp_path / name, force=True)
+
+
+def test_disk_space_is_checked_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match="not enough space"):
+        execute(plan_of(source), tmp_path / "out")
+    assert not partial_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_place(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="can't write"):
+        execute(plan_of(source), tmp_path / "closed" / "out")
+
+
+def dying_at(number: int, original: Any) -> Any:
+    calls = itertools.count(1)
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        if next(calls) >= number:
+            raise Cut
+        return original(*arguments, **options)
+
+    return dying
+
+
+@pytest.mark.parametrize("function", ["rename", "unlink", "fsync", "mkdir", "rmdir"])
+def test_a_crash_at_any_call_is_recovered(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """The n-th call of a system function fails as if the process died there; the next run always ends with the right bytes."""
+    plan = plan_of(source, max_shard_size="10kB")
+    execute(plan, tmp_path / "undisturbed")
+    expected = content(tmp_path / "undisturbed")
+    original = getattr(os, function)
+    for number in range(1, 200):
+        out = tmp_path / f"out{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, dying_at(number, original))
+            try:
+                execute(plan, out)
+            except Cut:
+                assert not out.exists() or content(out) == expected
+            else:
+                break
+        if not out.exists() or (partial_folder(out) / "plan.json").exists():
+            execute(plan, out)
+            assert not partial_folder(out).exists()
+        assert content(out) == expected, number
+    assert 1 < number < 199
+
+
+def test_inputs_that_change_during_the_run(source: Path, tmp_path: Path) -> None:
+    def touch(event: Event) -> None:
+        if isinstance(event, ShardDone) and event.index == 2:
+            os.utime(source / "model.safetensors", (5, 5))
+
+    with pytest.raises(InputError, match="changed while") as caught:
+        execute(plan_of(source), tmp_path / "out", on_event=touch)
+    assert caught.value.kept == "2 of 6 shards are kept in `out.partial`; `out` was not touched"
+
+
+def test_the_lock_is_a_file_lock(tmp_path: Path) -> None:
+    with open_job(tmp_path / "out") as job, open(job.partial / "lock") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
