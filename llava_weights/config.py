@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .buffers import TORCH_DTYPE
 from .errors import InputError
 from .families import DROPPED, LLAMA_SIZES, MULTIMODAL, PROJECTOR, VOCABULARY
 from .formats import listed, shown
-from .tensors import TORCH_DTYPE
 from .tokenizer import SpecialIds
 
 Shapes = Mapping[str, tuple[int, ...]]

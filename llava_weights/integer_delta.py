@@ -25,12 +25,13 @@ from typing import IO, Any
 
 import numpy as np
 
+from .buffers import ITEMSIZE
 from .errors import InputError, MismatchError, VerificationError
 from .formats import DOWNLOAD_AGAIN, listed, shown
 from .formats.byte_planes import pack, unpack
 from .formats.safetensors import MAX_AXES, MAX_AXIS, MAX_HEADER, make_header
 from .formats.strict_json import parse_json
-from .tensors import ITEMSIZE, LazyTensor, Stored
+from .tensors import LazyTensor, Stored
 from .workspace import Workspace, check_crcs
 
 FORMAT, VERSION = "llava-weights.integer-delta", "1"

@@ -15,6 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "errors events families",  # import nothing
     "workspace wording",
+    "buffers",
     "tensors",
     "formats hub published",  # the files of formats/ count as one module
     "checkpoint",

@@ -16,9 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from llava_weights.buffers import ITEMSIZE
 from llava_weights.errors import InputError
 from llava_weights.formats.safetensors import index_safetensors, make_header
-from llava_weights.tensors import ITEMSIZE, LazyTensor
+from llava_weights.tensors import LazyTensor
 from llava_weights.workspace import SourceFile, Workspace
 
 PATIENT = settings(deadline=None, max_examples=60)  # a busy machine is no failure

@@ -17,8 +17,9 @@ from os.path import abspath
 from pathlib import Path
 from typing import Any
 
+from ..buffers import ITEMSIZE
 from ..errors import InputError
-from ..tensors import ITEMSIZE, LazyTensor, Stored
+from ..tensors import LazyTensor, Stored
 from ..workspace import SourceFile
 from . import DOWNLOAD_AGAIN, open_regular, refuse_disguise, shown
 from .strict_json import parse_json, read_exactly

@@ -22,8 +22,9 @@ from hashlib import sha256
 from os.path import abspath
 from pathlib import Path
 
+from ..buffers import ITEMSIZE
 from ..errors import InputError
-from ..tensors import ITEMSIZE, Stored
+from ..tensors import Stored
 from ..workspace import Record, SourceFile
 from . import DOWNLOAD_AGAIN, listed, open_regular, refuse_disguise, shown
 from .pickle_opcodes import Refused, View, interpret

@@ -1,0 +1,66 @@
+"""Raw bytes as numbers: views of buffers for torch and numpy, which neither copy nor own them.
+
+dtypes are spelled as safetensors does: "F16", "BF16", "F32", ...
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+
+ITEMSIZE = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+
+
+def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:
+    """Decode raw values. BF16 is the upper half of a float32, and numpy has no type for it."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    if dtype in ("F16", "F32", "F64"):
+        return np.frombuffer(raw, f"<f{ITEMSIZE[dtype]}").astype("<f4", copy=False)
+    return np.frombuffer(raw, {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}.get(dtype, f"<u{ITEMSIZE[dtype]}"))
+
+
+@cache
+def load_torch() -> ModuleType:
+    """torch with one thread of its own: the workers are the parallelism, and its barriers between threads made blocks
+    3 to 20 times slower on a busy machine (facts: perf 2)."""
+    import torch
+
+    torch.set_num_threads(1)
+    return torch
+
+
+def as_torch(raw: memoryview, dtype: str) -> torch.Tensor:
+    """A flat torch view of a buffer; writing to it writes the buffer."""
+    loaded = load_torch()
+    kind = getattr(loaded, TORCH_DTYPE[dtype])
+    view: torch.Tensor = loaded.frombuffer(raw, dtype=kind) if len(raw) else loaded.empty(0, dtype=kind)
+    return view
+
+
+def as_rows(raw: memoryview, rows: int) -> np.ndarray:
+    """A (rows, bytes per row) view of a buffer: moving rows and columns needs no dtype."""
+    return np.frombuffer(raw, np.uint8).reshape(rows, -1)
+
+
+def count_non_finite(raw: memoryview, dtype: str, work: Workspace) -> int:
+    """1 if a value is inf or NaN, else 0: exponent bits all ones, looked for on integers since `isfinite` is 20 times slower."""
+    torch = load_torch()
+    if dtype not in ("F16", "BF16") or not len(raw):
+        return int(bool(len(raw)) and not bool(torch.isfinite(as_torch(raw, dtype)).all()))
+    bits = torch.frombuffer(raw, dtype=torch.int16)
+    with work.scratch(len(raw)) as spare:
+        magnitude = torch.bitwise_and(bits, 0x7FFF, out=torch.frombuffer(spare, dtype=torch.int16))
+        return int(int(magnitude.max()) >= (0x7C00 if dtype == "F16" else 0x7F80))
