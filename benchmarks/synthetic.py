@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +56,31 @@ def write_pair(folder: Path, size: Size, *, vocabulary: int = 32000, added: int 
         "mm_use_im_start_end": True,
         "use_mm_proj": True,
     }
-    _write(folder / "base", base, config, None if sparse else lambda name, first, n: weights(seed, name, first, n))
+    _write(folder / "base", base, config, None if sparse else partial(weights, seed))
     _write(
-        folder / "delta",
-        delta,
-        {**config, **multimodal, "vocab_size": vocabulary + added},
-        None if sparse else lambda *a: difference(seed, *a),
+        folder / "delta", delta, {**config, **multimodal, "vocab_size": vocabulary + added}, None if sparse else partial(difference, seed)
     )
+
+
+def write_lora(folder: Path, size: Size, rank: int, *, seed: int = 0, sparse: bool = False) -> None:
+    """A PEFT adapter on all seven projections of every layer, F16, alpha = 2 * rank."""
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes(size, 1):
+        if "_proj" in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors |= {f"{module}.lora_A.weight": (rank, shape[1]), f"{module}.lora_B.weight": (shape[0], rank)}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": "base"}
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    _write(folder, tensors, {}, None if sparse else partial(factors, seed), limit=1 << 62)
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+    for name in ("model.safetensors.index.json", "config.json", "tokenizer.model"):
+        (folder / name).unlink()
+
+
+def factors(seed: int, name: str, first: int, count: int) -> np.ndarray:
+    """Values of a trained LoRA's orders of magnitude: an update of about a twentieth of the weights."""
+    return (4e-3 * _generator(seed, name, first).standard_normal(count, np.float32)).astype(np.float16)
 
 
 def weights(seed: int, name: str, first: int, count: int) -> np.ndarray:
@@ -81,14 +100,15 @@ def _generator(seed: int, name: str, first: int) -> np.random.Generator:
     return np.random.default_rng([seed, first, *name.encode()])
 
 
-def _write(
-    folder: Path, tensors: dict[str, tuple[int, ...]], config: dict[str, object], values: Callable[[str, int, int], np.ndarray] | None
-) -> None:
+Values = Callable[[str, int, int], np.ndarray]
+
+
+def _write(folder: Path, tensors: dict[str, tuple[int, ...]], config: dict[str, object], values: Values | None, limit: int = SHARD) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lazy = [(name, LazyTensor(dtype="F16", shape=shape)) for name, shape in tensors.items()]
     groups: list[list[tuple[str, LazyTensor]]] = [[]]
     for name, tensor in lazy:
-        if groups[-1] and sum(t.nbytes for _, t in groups[-1]) + tensor.nbytes > SHARD:
+        if groups[-1] and sum(t.nbytes for _, t in groups[-1]) + tensor.nbytes > limit:
             groups.append([])
         groups[-1].append((name, tensor))
     placed: dict[str, str] = {}
@@ -122,10 +142,14 @@ def main() -> None:
     parser.add_argument("--size", default="13B", choices=[size.name for size in LLAMA_SIZES])
     parser.add_argument("--gigabytes", type=float, help="bytes of the base; layers are left out to fit")
     parser.add_argument("--sparse", action="store_true", help="true shapes, all values zero, no disk used")
+    parser.add_argument("--rank", type=int, help="write an adapter of this rank too")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     size = next(size for size in LLAMA_SIZES if size.name == given.size)
-    write_pair(given.folder, cut_to(given.gigabytes, size) if given.gigabytes else size, seed=given.seed, sparse=given.sparse)
+    size = cut_to(given.gigabytes, size) if given.gigabytes else size
+    write_pair(given.folder, size, seed=given.seed, sparse=given.sparse)
+    if given.rank:
+        write_lora(given.folder / "lora", size, given.rank, seed=given.seed + 2, sparse=given.sparse)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ _HOME = {
     "open_checkpoint": "checkpoint",
     "apply_delta": "delta",
     "make_delta": "delta",
+    "open_adapter": "adapter",
+    "merge_lora": "lora",
     "Plan": "plan",
     "make_plan": "plan",
     "Report": "write",

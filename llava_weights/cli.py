@@ -44,6 +44,17 @@ Memory = Annotated[
     typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this."),
 ]
 Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, max=64, envvar="LLAVA_WEIGHTS_JOBS", help="Worker threads.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="F16|BF16|F32", help="Dtype of the output; the base's own by default.")]
+Lora = Annotated[
+    list[str],
+    typer.Option("--lora", "--lora-path", "--model-path", help="Adapter: folder, file or Hub id; A@0.5 weighs it. Repeats."),
+]
+NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
+Scale = Annotated[float, typer.Option("--scale", help="Multiplies every adapter.")]
+Rule = Annotated[
+    str,
+    typer.Option("--arithmetic", metavar="peft|peft-safe|peft-half|exact", help="Whose bits to make; exact is the same everywhere."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last one a summary.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors, and the output's path.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More, and tracebacks.")]
@@ -64,6 +75,8 @@ def apply_delta(
     output: Output,
     accept_base: Annotated[bool, typer.Option("--accept-base", help="Go on although the base's values look wrong.")] = False,
     check_inputs: Annotated[bool, typer.Option("--check-inputs", help="Hash the inputs first and look them up.")] = False,
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge an adapter into the result, in the same pass. Repeats.")] = None,
+    arithmetic: Rule = "peft",
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a delta on the Hub.")] = None,
     max_shard_size: ShardSize = "5GB",
     max_memory: Memory = None,
@@ -89,6 +102,8 @@ def apply_delta(
         if check_inputs:
             _check_inputs(console, (("base", ours), ("delta", theirs)))
         merged = transform(ours, theirs, accept_base=accept_base)
+        if lora:
+            merged = _merge(merged, lora, arithmetic, progress=bars)
         plan = make_plan(merged, max_shard_size=max_shard_size, max_memory=max_memory, jobs=jobs)
         _carry_out(console, plan, output, dry_run=dry_run, force=force, restart=restart)
 
@@ -122,6 +137,38 @@ def make_delta(
         bars = False if json or quiet else None
         difference = transform(open_checkpoint(base, progress=bars), open_checkpoint(tuned, progress=bars), codec=codec)
         plan = make_plan(difference, max_shard_size=max_shard_size, max_memory=max_memory, jobs=jobs)
+        _carry_out(console, plan, output, dry_run=dry_run, force=force, restart=restart)
+
+
+@app.command("merge-lora")
+def merge_lora(
+    base: Annotated[str, typer.Option("--base", "--model-base", help="The model to merge into: folder, file, or owner/name[@rev].")],
+    lora: Lora,
+    output: Annotated[Path, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
+    scale: Scale = 1.0,
+    arithmetic: Rule = "peft",
+    dtype: Dtype = None,
+    non_lora: NonLora = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a base on the Hub.")] = None,
+    max_shard_size: ShardSize = "5GB",
+    max_memory: Memory = None,
+    jobs: Jobs = 2,
+    dry_run: DryRun = False,
+    force: Force = False,
+    restart: Restart = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Merge LoRA adapters (PEFT's or LLaVA's) into a model, every bit as PEFT would."""
+    with session(json, quiet, verbose, writes=True) as console:
+        from .checkpoint import open_checkpoint
+        from .plan import make_plan
+
+        bars = False if json or quiet else None
+        model = open_checkpoint(base, revision=revision, progress=bars)
+        merged = _merge(model, lora, arithmetic, scale=scale, dtype=dtype, non_lora=non_lora, progress=bars)
+        plan = make_plan(merged, max_shard_size=max_shard_size, max_memory=max_memory, jobs=jobs)
         _carry_out(console, plan, output, dry_run=dry_run, force=force, restart=restart)
 
 
@@ -207,6 +254,22 @@ def _carry_out(console: Console, plan: Plan, output: Path, *, dry_run: bool, for
     report = execute(plan, output, force=force, restart=restart, on_event=console.on_event)
     lines, document = outcome(report, output, monotonic() - begun)
     console.summary(lines, document, str(output))
+
+
+def _merge(
+    model: Checkpoint,
+    loras: Sequence[str],
+    arithmetic: str,
+    *,
+    scale: float = 1.0,
+    dtype: str | None = None,
+    non_lora: Path | None = None,
+    progress: bool | None = None,
+) -> Checkpoint:
+    from .lora import merge_lora, open_weighted, to_arithmetic, to_dtype
+
+    adapters = [open_weighted(text, non_lora=non_lora, progress=progress) for text in loras]
+    return merge_lora(model, adapters, arithmetic=to_arithmetic(arithmetic), scale=scale, dtype=to_dtype(dtype))
 
 
 def _note(console: Console, text: str, *, warning: bool = False) -> None:

@@ -131,9 +131,9 @@ def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_row
     unexpected = [name for name in shapes if name not in expected and not re.fullmatch(f"{DROPPED}|{MULTIMODAL}", name)]
     wrong = [name for name, shape in expected.items() if shapes.get(name, shape) != shape]
     facts = {
-        "missing": _few(name for name in expected if name not in shapes),
-        "unexpected": _few(unexpected),
-        "of another shape": _few(wrong),
+        "missing": few(name for name in expected if name not in shapes),
+        "unexpected": few(unexpected),
+        "of another shape": few(wrong),
     }
     if wrong:
         facts[shown(wrong[0])] = f"{list(shapes[wrong[0]])}, by config.json {list(expected[wrong[0]])}"
@@ -166,7 +166,8 @@ def _folded(head: str, numbers: list[int], tail: str) -> str:
     return f"{_clean(head)}{{{ranges}}}{_clean(tail)} ({len(numbers)})"
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
+    """Names for a message, folded: the first five groups, and how many more."""
     folded = fold_names(names)
     return ", ".join(folded[:5]) + (f" and {len(folded) - 5} more" if len(folded) > 5 else "")
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from .checkpoint import Checkpoint, Step, small_object
-from .config import fold_names, repair_config, repair_generation_config
+from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError
 from .examine import Examination, examine_apply, examine_integer, examine_make
 from .families import MULTIMODAL, PROJECTOR, VOCABULARY
@@ -120,14 +120,14 @@ def _check_names(base: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]
     if unknown:
         raise MismatchError(
             f"{len(unknown)} tensors of the {role} have no counterpart in the base",
-            facts={f"only in the {role}": _few(unknown)},
+            facts={f"only in the {role}": few(unknown)},
             hint="give the original LLaMA weights of the same size as `--base`",
         )
     absent = [name for name in base if name not in other]
     if absent:
         raise MismatchError(
             f"{len(absent)} tensors of the base are not in the {role}",
-            facts={"only in the base": _few(absent)},
+            facts={"only in the base": few(absent)},
             hint=f"check that the {role} is complete (all of its shards)",
         )
 
@@ -184,8 +184,3 @@ def _keep(tensors: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor]) -> 
 def _dropped(base: Checkpoint, delta: Checkpoint) -> str:
     names = (set(base.tensors) - set(base.parameters())) | (set(delta.tensors) - set(delta.parameters()))
     return f"{len(names)} rotary buffers that no program reads" if names else ""
-
-
-def _few(names: Iterable[str]) -> str:
-    folded = fold_names(names)
-    return ", ".join(folded[:5]) + (f" and {len(folded) - 5} more" if len(folded) > 5 else "")

@@ -12,8 +12,11 @@ from typing import Any
 
 from .manifest import MANIFEST, SUMS
 from .plan import Plan, describe
+from .retention import retention
 from .wording import duration, shards, size
 from .write import Report
+
+LITTLE = 0.5  # of an update: below, say so. An update of 1e-5 on weights of 0.02 keeps 0.61 in fp16, 0.10 in bf16 (facts: peers 7.4)
 
 
 def explain(plan: Plan, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -61,6 +64,7 @@ def outcome(report: Report, output: Path, seconds: float) -> tuple[list[str], di
         f"Wrote {output}: {shards(report.shards)}{resumed}, {size(report.nbytes)} in {duration(seconds)} ({speed}peak memory {size(peak)})",
         f"  checksums in {output / SUMS}, recipe in {MANIFEST}, model card in README.md",
         *_loss(report.tallies),
+        *_retained(report.tallies),
         f"Check: cd {output} && sha256sum -c {SUMS}",
     ]
     document = {
@@ -74,6 +78,20 @@ def outcome(report: Report, output: Path, seconds: float) -> tuple[list[str], di
         "peak_memory": peak,
     }
     return lines, document
+
+
+def _retained(tallies: Mapping[str, int]) -> list[str]:
+    """How much of the adapters' updates survived the rounding to the output's dtype, in all and by kind of module."""
+    if (total := retention(tallies)) is None:
+        return []
+    kinds = sorted(key.removesuffix(".update_sq") for key in tallies if key.endswith(".update_sq"))
+    parts = {kind: found for kind in kinds if (found := retention(tallies, kind))}
+    listed = ", ".join(f"{kind} {found.kept:.1%}" for kind, found in parts.items())
+    moved = f"{total.moved:,} of {total.updated:,} values moved"
+    lines = [f"  {total.kept:.1%} of the update survived rounding, {moved} ({listed})"]
+    if total.kept < LITTLE or total.moved < total.updated * LITTLE:
+        lines.append("  warning: merged, the model will be more like its base than it should; `--dtype F32` (or F16 for BF16) keeps more")
+    return lines
 
 
 def peak_memory() -> int:

@@ -270,6 +270,27 @@ class PermuteRope(LazyTensor):
             as_rows(out, stop - start).reshape(-1, 2, head // 2, self.row_nbytes)[:] = pairs.swapaxes(1, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplaceRows(LazyTensor):
+    """`source` with the rows `indices`, counted from the end where negative, taken from `values`, one after another."""
+
+    source: LazyTensor
+    values: LazyTensor
+    indices: tuple[int, ...]
+
+    @property
+    def inputs(self) -> tuple[LazyTensor, ...]:
+        return (self.source, self.values)
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        self.source.rows_into(out, start, stop, work)
+        for number, index in enumerate(self.indices):
+            row = index % self.rows
+            if start <= row < stop:
+                at = (row - start) * self.row_nbytes
+                self.values.rows_into(out[at : at + self.row_nbytes], number, number + 1, work)
+
+
 def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:
     """`tensor` in `dtype`; itself where it already is."""
     return tensor if tensor.dtype == dtype else Cast(dtype=dtype, shape=tensor.shape, source=tensor)

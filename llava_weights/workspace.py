@@ -10,13 +10,15 @@ import mmap
 import os
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .errors import InputError
 
+T = TypeVar("T")
 DROP_BEHIND = 64 << 10  # reads below this stay in the page cache, where read-ahead serves the neighbours (facts: perf 6)
 
 
@@ -59,6 +61,7 @@ class Workspace:
     _fds: dict[SourceFile, int] = field(default_factory=dict)
     _buffers: list[memoryview] = field(default_factory=list)
     _depth: int = 0
+    _latest: tuple[object, Any] | None = None
 
     @contextmanager
     def scratch(self, nbytes: int) -> Iterator[memoryview]:
@@ -73,6 +76,14 @@ class Workspace:
             yield view
         finally:
             self._depth -= 1
+
+    def latest(self, owner: object, make: Callable[[], T]) -> T:
+        """What `make` returns, kept until another owner asks: for what every window of one tensor needs."""
+        if self._latest is None or self._latest[0] is not owner:
+            self._latest = None  # gone before the next one is made
+            self._latest = owner, make()
+        made: T = self._latest[1]
+        return made
 
     def read(self, file: SourceFile, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of `file` from `offset`. Raises InputError where the file ended early or changed."""
@@ -109,6 +120,7 @@ class Workspace:
             os.close(fd)
         self._fds.clear()
         self._buffers.clear()
+        self._latest = None
 
 
 def private_buffer(nbytes: int) -> memoryview:

@@ -175,6 +175,27 @@ def test_demo_and_env_and_version(cli: Cli) -> None:
     assert "torch" in cli("env").stdout
 
 
+def test_merge_lora(cli: Cli, fixtures: Path, tmp_path: Path) -> None:
+    folder = fixtures / "B-lora"
+    base, lora = folder / "base-vicuna-tiny", folder / "llava-v1.5-tiny-lora"
+    original = ["--model-base", base, "--model-path", lora, "--save-model-path", "out"]  # llava's merge_lora_weights.py
+    code, _, err = cli("merge-lora", *original, "--arithmetic", "peft-half")
+    assert code == 0, err
+    assert "merge    14 modules" in err
+    assert "of the update survived rounding" in err
+    expected = load_file(folder / "merged-of-llava-v1.5-tiny-lora-by-main-peft0.10.0/model.safetensors")
+    assert all(bool((tensor == expected[name]).all()) for name, tensor in load_file(tmp_path / "out/model.safetensors").items())
+    for arguments, expected_code, words in (
+        (["--base", base, "--lora", lora, "--arithmetic", "fast"], 2, "no arithmetic `fast`"),
+        (["--base", base, "--lora", fixtures / "F-peft/not-lora-loha/adapter"], 3, "LoHa"),
+        (["--base", base, "--lora", base], 3, "there is no adapter in"),
+        (["--base", base, "--lora", fixtures / "F-peft/plain/adapter"], 3, "does not fit"),
+        (["--base", lora, "--lora", lora], 3, "not in the base"),
+    ):
+        code, _, err = cli("merge-lora", *arguments, "-o", "refused")
+        assert (code, words in err, (tmp_path / "refused").exists()) == (expected_code, True, False), err
+
+
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "llava_weights", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from llava_weights import demo
 from llava_weights.console import Console
-from llava_weights.demo import MARK, MARKER, Scene, make_toys, run, tokenizer_model, write_torch_zip
+from llava_weights.demo import MARK, MARKER, Scene, run
 from llava_weights.errors import Interrupted, OutputError, Terminated
+from llava_weights.toy import make_toys, tokenizer_model, write_torch_zip
 
 HIDDEN, HEADS, LAYERS, ROWS = 64, 4, 4, 320
 NAMES = {
@@ -90,20 +91,32 @@ def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path
         "$ (cd 'my demo/llava' && sha256sum -c SHA256SUMS)",
         "$ llava-weights inspect 'my demo/llava'",
         "$ llava-weights apply-delta --base 'my demo/vicuna' --delta 'my demo/delta' -o 'my demo/wrong'",
+        "$ llava-weights merge-lora --base 'my demo/llava' --lora 'my demo/lora' -o 'my demo/tuned'",
         "$ llava-weights make-delta --base 'my demo/llama' --tuned 'my demo/llava' --codec integer -o 'my demo/small'",
         "$ llava-weights apply-delta --base 'my demo/llama' --delta 'my demo/small' -o 'my demo/again' -q",
         "$ cmp 'my demo/llava/model.safetensors' 'my demo/again/model.safetensors'",
     ]
     shown = """in Meta's layout | unapplied delta of a LLaVA | bos/eos/pad ids 0/1/-1 -> 1/2/0 | `[PAD]` (id 323) dropped |
         Wrote my demo/llava | model.safetensors: OK | LLaVA in the original layout | error: the base is not the one |
-        Nothing was written | Wrote my demo/small | With real weights:"""
+        Nothing was written | of the update survived rounding | Wrote my demo/small | With real weights:"""
     places = {text.strip(): out.find(text.strip()) for text in shown.split("|")}
     assert -1 not in places.values(), places
     assert [*places.values()] == sorted(places.values()), places
     assert "\x1b" not in out
     assert "Traceback" not in out
-    assert {path.name for path in folder.iterdir()} == {MARKER, "notes.txt", "llama", "delta", "vicuna", "llava", "small", "again"}
-    for name in ("llama", "delta", "vicuna"):
+    assert {path.name for path in folder.iterdir()} == {
+        MARKER,
+        "notes.txt",
+        "llama",
+        "delta",
+        "vicuna",
+        "lora",
+        "llava",
+        "small",
+        "again",
+        "tuned",
+    }
+    for name in ("llama", "delta", "vicuna", "lora"):
         assert content(folder / name) == content(toys / name), "the toys are the same bytes every time, and never changed"
     check_result(folder)
     assert (folder / "again/model.safetensors").read_bytes() == (folder / "llava/model.safetensors").read_bytes()

@@ -14,13 +14,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a module imports only from lines above its own. Some of these are still to be written.
 LAYERS = (
     "errors events families",  # import nothing
-    "workspace wording",
-    "buffers",
+    "workspace wording retention naming",
+    "buffers exact",
     "tensors",
     "formats hub published",  # the files of formats/ count as one module
     "checkpoint",
-    "tokenizer diagnose integer_delta windows",  # parts of what follows
+    "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names",  # parts of what follows
     "config processor examine",
+    "adapter",
     "delta lora convert inspection",  # the transforms: pure
     "plan job",
     "manifest stream",
@@ -28,6 +29,7 @@ LAYERS = (
     "write verify diff smoke",  # side effects begin
     "report",
     "console",
+    "toy",
     "demo",
     "cli",
     "__main__ __init__",

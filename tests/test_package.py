@@ -20,7 +20,7 @@ import pytest
 import llava_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["inspect", "apply-delta", "make-delta", "demo", "env"]
+COMMANDS = ["inspect", "apply-delta", "make-delta", "merge-lora", "demo", "env"]
 
 
 @pytest.fixture(scope="module")

@@ -12,21 +12,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-REFERENCE = ROOT / "fixtures" / "A-delta-v0"
-COMMANDS = [
-    line[2:] for block in re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines() if line.startswith("$ ")
-]
-NAMES = {"llama-13b": "base-hf-bin", "LLaMA/13B": "base-meta/13B", "LLaVA-13b-delta-v0": "delta-307-apr17"}
+FIXTURES = ROOT / "fixtures"
+NAMES = {  # what the documents call a checkpoint: the one of the reference set that plays its part
+    "llama-13b": "A-delta-v0/base-hf-bin",
+    "LLaMA/13B": "A-delta-v0/base-meta/13B",
+    "LLaVA-13b-delta-v0": "A-delta-v0/delta-307-apr17",
+    "vicuna-13b": "B-lora/base-vicuna-tiny",
+    "vicuna-7b": "B-lora/base-vicuna-tiny",
+    "my-llava-lora": "B-lora/llava-v1.5-tiny-lora",
+    "another-lora": "another-lora",
+    "my-v0-lora": "another-lora",
+    "llama": "F-peft/base-fp16",
+    "adapter-a": "F-peft/plain/adapter",
+    "adapter-b": "F-peft/rslora/adapter",
+    "llava-hf-base": "C-v1.5/hf-by-tf4.47.1",
+}
+WRONG = "LLaVA-wrong"  # the output of the command that is to be refused
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def commands(name: str) -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", read(name), re.DOTALL)
+    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
-    """A folder with the README's checkpoints, and `llava-weights` on the path."""
+    """A folder with the documents' checkpoints, and `llava-weights` on the path."""
     for name, source in NAMES.items():
-        shutil.copytree(REFERENCE / source, tmp_path / name)
-    shutil.copy(REFERENCE / "base-meta/tokenizer.model", tmp_path / "LLaMA")
-    shutil.copytree(REFERENCE / "base-hf-from-meta13B-by-tf4.37.2-BF16", tmp_path / "vicuna-13b")
+        if "/" in source:
+            shutil.copytree(FIXTURES / source, tmp_path / name)
+            continue
+        (tmp_path / name).mkdir()  # LLaVA's adapter without its projector: any LoRA on this shape
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(FIXTURES / "B-lora/llava-v1.5-tiny-lora" / file, tmp_path / name)
+    shutil.copy(FIXTURES / "A-delta-v0/base-meta/tokenizer.model", tmp_path / "LLaMA")
     binaries = tmp_path / "bin"
     binaries.mkdir()
     (binaries / "llava-weights").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llava_weights "$@"\n')
@@ -39,9 +62,10 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def test_every_command_runs(shelf: Path) -> None:
-    ours = [command for command in COMMANDS if "llava-weights" in command or "sha256sum" in command]
-    assert len(ours) > 8
+@pytest.mark.parametrize("document", ["README.md", "docs/cookbook.md"])
+def test_every_command_runs(shelf: Path, document: str) -> None:
+    ours = [command for command in commands(document) if "llava-weights" in command or "sha256sum" in command]
+    assert len(ours) > 4
     done: set[str] = set()
     for command in ours:
         if command in done:  # the opening example stands again further down
@@ -51,22 +75,20 @@ def test_every_command_runs(shelf: Path) -> None:
             shutil.rmtree(shelf / "LLaVA-13B-v0")
             done.discard(command.removesuffix(" --dry-run"))
         result = run(command, shelf)
-        expected = 3 if "LLaVA-wrong" in command else 0
+        expected = 3 if WRONG in command else 0
         assert result.returncode == expected, f"{command}\n{result.stdout}{result.stderr}"
-    assert not (shelf / "LLaVA-wrong").exists()
+    assert not (shelf / WRONG).exists()
 
 
 def test_the_other_commands_are_those_that_ci_runs() -> None:
     """`make demo` and `make test` are CI itself; `pip install .` is what test_package builds."""
-    others = {command for command in COMMANDS if "llava-weights" not in command and "sha256sum" not in command}
+    others = {command for command in commands("README.md") if "llava-weights" not in command and "sha256sum" not in command}
     assert others == {"make demo", "make test", "pip install ."}
-    script = (ROOT / ".ci" / "run").read_text()
-    assert "make demo" in script
-    assert "make test" in script
+    assert all(command in read(".ci/run") for command in ("make demo", "make test"))
 
 
 def test_the_python_runs(shelf: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (block,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
     result = subprocess.run(
         [sys.executable, "-c", block], cwd=shelf, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

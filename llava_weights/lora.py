@@ -1,0 +1,332 @@
+"""Merge adapters into a base: every adapter tensor finds its place, or nothing starts.
+
+The arithmetic is in `low_rank.py`, reading adapters in `adapter.py`. Several adapters are summed in one accumulation and
+rounded once: W + sum of weight_i * scale_i * B_i A_i, the true weighted sum. (PEFT's "linear" combination mixes the factors
+instead, and its cross terms make another update.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+from typing import cast as cast_type
+
+from .adapter import Adapter, Module, open_adapter
+from .adapter_config import short_base
+from .checkpoint import Checkpoint, Step, layout_of, small_object
+from .config import few, repair_config, repair_generation_config
+from .errors import InputError, MismatchError, UsageError
+from .families import MULTIMODAL, VOCABULARY
+from .formats.strict_json import json_bytes
+from .low_rank import Arithmetic, LowRank, add_low_rank
+from .naming import Names, canonical
+from .tensors import LazyTensor, ReplaceRows, cast
+from .tokenizer import read_special_ids, repair_tokenizer
+
+# The tokens that LLaVA adds, in its order, with the config key that asks for them (llava/model/builder.py at c121f04).
+IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
+
+
+@dataclass
+class Placed:
+    """What happens to one tensor of the base: a whole new value first, then rows, then updates."""
+
+    replacement: LazyTensor | None = None
+    rows: tuple[tuple[int, ...], LazyTensor] | None = None
+    updates: list[LowRank] = field(default_factory=list)
+
+
+def merge_lora(
+    base: Checkpoint,
+    adapters: Sequence[Adapter | tuple[Adapter, float]],
+    *,
+    arithmetic: Arithmetic = "peft",
+    scale: float = 1.0,
+    dtype: str | None = None,
+) -> Checkpoint:
+    """`base` with the adapters merged in, in its own layout and dtype (or in `dtype`).
+
+    An adapter may come with a weight; `scale` multiplies all of them. Names are matched across layouts. Raises InputError or
+    MismatchError, naming the tensors, where an adapter tensor has no place in the base or does not fit it.
+    """
+    weighted = [pair if isinstance(pair, tuple) else (pair, 1.0) for pair in adapters]
+    tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
+    untied = _untie(base, tensors, weighted)
+    places: defaultdict[str, Placed] = defaultdict(Placed)
+    tokens = read_special_ids(base.files, base.vocabulary).added if base.vocabulary else {}
+    for adapter, weight in weighted:
+        _place(adapter, weight * scale, tensors, tokens, places)
+    merged = {name: _merged(name, tensor, places.pop(name, Placed()), arithmetic) for name, tensor in tensors.items()}
+    kinds = [tensor.dtype for tensor in tensors.values()]
+    for name, place in places.items():  # what the base lacks: a projector, an image_newline, a tuned tower
+        assert place.replacement is not None
+        merged[name] = cast(place.replacement, dtype or Counter(kinds).most_common(1)[0][0])
+    return _finish(base, weighted, merged, untied, arithmetic, scale)
+
+
+def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | None = None) -> tuple[Adapter, float]:
+    """An adapter and its weight: `PATH@0.5` weighs it 0.5, unless a path of that very name exists."""
+    source, _, number = text.rpartition("@")
+    if source and re.fullmatch(r"-?\d+(\.\d+)?", number) and not Path(text).exists():
+        return open_adapter(source, non_lora=non_lora, progress=progress), float(number)
+    return open_adapter(text, non_lora=non_lora, progress=progress), 1.0
+
+
+def to_arithmetic(text: str) -> Arithmetic:
+    """The rule called `text`. Raises UsageError for others."""
+    found = next((rule for rule in get_args(Arithmetic) if rule == text), None)
+    if found is None:
+        raise UsageError(f"there is no arithmetic `{text}`", hint=f"choose one of {', '.join(get_args(Arithmetic))}")
+    return cast_type(Arithmetic, found)
+
+
+def to_dtype(text: str | None) -> str | None:
+    """A dtype as safetensors spells it, from that or torch's spelling. Raises UsageError for others."""
+    names = {
+        "F16": "F16",
+        "BF16": "BF16",
+        "F32": "F32",
+        "FLOAT16": "F16",
+        "BFLOAT16": "BF16",
+        "FLOAT32": "F32",
+        "FP16": "F16",
+        "FP32": "F32",
+    }
+    if text is not None and text.upper() not in names:
+        raise UsageError(f"there is no output dtype `{text}`", hint="choose F16, BF16 or F32")
+    return names[text.upper()] if text else None
+
+
+def _untie(base: Checkpoint, tensors: dict[str, LazyTensor], adapters: Iterable[tuple[Adapter, float]]) -> bool:
+    """Give a tied base a head of its own where an adapter changes only the head; transformers would tie it to the embedding."""
+    text = base.config.get("text_config", base.config)
+    tied = base.config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is True
+    names = {canonical(name): name for name in tensors}
+    changed = {
+        canonical(name) for adapter, _ in adapters for name in (*adapter.replacements, *(f"{m.name}.weight" for m in adapter.modules))
+    }
+    if not tied or "head.weight" in names or "head.weight" not in changed or "text.embed_tokens.weight" not in names:
+        return False
+    embedding = names["text.embed_tokens.weight"]
+    head = "lm_head.weight" if embedding.startswith("model.") else "language_model.lm_head.weight"
+    tensors[head] = tensors[embedding]
+    return True
+
+
+def _place(
+    adapter: Adapter, weight: float, tensors: Mapping[str, LazyTensor], tokens: Mapping[str, int], places: dict[str, Placed]
+) -> None:
+    """Enter everything that `adapter` holds into `places`. Raises InputError naming what has no place in the base."""
+    wanted = {_target(module): module for module in adapter.modules}
+    biases = {f"{module.name}.bias": module for module in adapter.modules if module.bias is not None}
+    found, lost = Names(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
+    new = [name for name in lost if name in adapter.replacements and _may_be_new(name, tensors)]
+    if lost := [name for name in lost if name not in new]:
+        raise InputError(
+            f"{len(lost)} of the adapter's targets are not in the base: {few(lost)}",
+            facts={"adapter": adapter.origin.name, "base has": few(_neighbours(lost, tensors))},
+            hint="give the base that the adapter was trained on, or its conversion to another layout",
+        )
+    for name, tensor in adapter.replacements.items():
+        place = places[found.get(name, name)]
+        if place.replacement is not None:
+            raise MismatchError(f"two adapters replace `{found.get(name, name)}`", hint="merge them one after the other")
+        place.replacement = tensor
+    for name, rows in adapter.rows.items():
+        if min(rows[0]) < 0 and not {"<im_start>", "<im_end>"} <= tokens.keys():
+            what = f"`{adapter.origin.name}` replaces the last rows of `{name}`, those of `<im_start>` and `<im_end>`"
+            raise MismatchError(what, hint="the base has no such tokens: give the one that the projector was trained with")
+        places[found[name]].rows = rows
+    for name, module in wanted.items():
+        places[found[name]].updates.append(_update(module, weight))
+    for name, module in biases.items():
+        assert module.bias is not None
+        places[found[name]].updates.append(LowRank(kind="bias", b=module.bias, scale=module.scale, weight=weight))
+
+
+def _target(module: Module) -> str:
+    return f"{module.name}.{module.parameter or 'weight'}"
+
+
+def _may_be_new(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
+    """LLaVA's own parts may be new to a plain LLaMA, as its training added them."""
+    return bool(re.fullmatch(MULTIMODAL, name)) and "model.embed_tokens.weight" in tensors
+
+
+def _neighbours(names: Iterable[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
+    ends = {name.rsplit(".", 2)[-2] for name in names if name.count(".")}
+    return [name for name in tensors if name.count(".") and name.rsplit(".", 2)[-2] in ends] or list(tensors)[:5]
+
+
+def _update(module: Module, weight: float) -> LowRank:
+    return LowRank(
+        kind=module.kind,
+        a=module.a,
+        b=module.b,
+        scale=module.scale,
+        weight=weight,
+        magnitude=module.magnitude,
+        fan_in_fan_out=module.fan_in_fan_out,
+    )
+
+
+def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic) -> LazyTensor:
+    if place.replacement is not None:
+        replaced = cast(place.replacement, tensor.dtype)
+        grows = canonical(name) in ("text.embed_tokens.weight", "head.weight") and replaced.shape[1:] == tensor.shape[1:]
+        if replaced.shape != tensor.shape and not grows:
+            raise MismatchError(
+                f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter",
+                hint="give the base that the adapter was trained on",
+            )
+        tensor = replaced
+    if place.rows is not None:
+        indices, values = place.rows
+        if values.rows != len(indices) or not all(-tensor.rows <= index < tensor.rows for index in indices):
+            facts = {"rows": list(indices), "table": list(tensor.shape)}
+            raise MismatchError(f"the adapter replaces rows that `{name}` does not have", facts=facts)
+        tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
+    return add_low_rank(tensor, place.updates, arithmetic, name=name)
+
+
+def _finish(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    tensors: Mapping[str, LazyTensor],
+    untied: bool,
+    arithmetic: Arithmetic,
+    scale: float,
+) -> Checkpoint:
+    """Config and small files: LLaVA's from its adapter, repaired; otherwise the base's, with what the merge changed."""
+    llava = next((adapter for adapter, _ in adapters if "mm_vision_tower" in adapter.config), None)
+    dtype = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
+    if layout_of(tensors) == "llava" and (llava or "mm_vision_tower" in base.config):
+        config, files, repairs = _llava_files(base, llava, tensors, dtype)
+    else:
+        config, files, repairs = _plain_files(base, adapters, tensors, untied, dtype)
+    notes = tuple(note for adapter, _ in adapters for note in adapter.notes)
+    step = Step(
+        "merge-lora",
+        (*((("base", base.origin),) if not base.history else ()), *((_role(weight), adapter.origin) for adapter, weight in adapters)),
+        {"arithmetic": arithmetic, "scale": scale, "weights": [weight for _, weight in adapters]},
+        _summary(adapters, tensors, base),
+        repairs=repairs,
+        notes=(*(() if base.history else base.notes), *notes),
+        warnings=_warnings(base, adapters),
+        checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
+    )
+    return Checkpoint(tensors, config, base.origin, files, (*base.history, step))
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    """What adapter_config.json says, without paths of its author's machine."""
+    recorded = adapter.peft.get("base_model_name_or_path")
+    return {**adapter.peft, "base_model_name_or_path": short_base(str(recorded))} if recorded else dict(adapter.peft)
+
+
+def _role(weight: float) -> str:
+    return "lora" if weight == 1 else f"lora x {weight:g}"
+
+
+Files = dict[str, Any]
+
+
+def _llava_files(
+    base: Checkpoint, adapter: Adapter | None, tensors: Mapping[str, LazyTensor], dtype: str
+) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+    config = {**base.config, **(adapter.config if adapter else {})}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    rows = shapes[VOCABULARY[0]][0]
+    given: Files = {**base.files, **(adapter.files if adapter else {})}
+    files, ids, fixed = repair_tokenizer(given, rows=rows)
+    if missing := _missing_tokens(config, ids.added, ids.base_vocabulary, rows):
+        files["added_tokens.json"] = json_bytes({**ids.added, **missing})
+        files, ids, more = repair_tokenizer(files, rows=rows)
+        fixed = (*fixed, f"added_tokens.json: {', '.join(f'{token} {number}' for token, number in missing.items())} added", *more)
+    wanted = config.get("vocab_size")
+    if isinstance(wanted, int) and wanted > rows:
+        raise MismatchError(
+            f"the adapter was trained with {wanted} rows of vocabulary, but neither it nor the base holds more than {rows}",
+            facts={"adapter": adapter.origin.name if adapter else "-", "base": base.origin.name},
+            hint="give the base, or the `non_lora_trainables.bin`, with the added rows: the original merges random ones here",
+        )
+    repaired, changes = repair_config({**config, "vocab_size": rows}, shapes=shapes, special_ids=ids, dtype=dtype)
+    generation, more = repair_generation_config(small_object(given, "generation_config.json"), ids)
+    files["generation_config.json"] = json_bytes(generation)
+    return repaired, files, (*changes, *more, *fixed)
+
+
+def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces: int, rows: int) -> dict[str, int]:
+    """Ids of the image tokens for which the table has rows and no file has names: the original numbers them when it loads."""
+    asked = [token for key, tokens in IMAGE_TOKENS for token in tokens if config.get(key)]
+    new = [token for token in asked if token not in added]
+    first = max([pieces - 1, *added.values()]) + 1
+    return {token: first + number for number, token in enumerate(new)} if first + len(new) == rows else {}
+
+
+def _plain_files(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], untied: bool, dtype: str
+) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+    config, repairs = deepcopy(dict(base.config)), []
+    files: Files = dict(base.files)
+    table = next((tensor for name, tensor in tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
+    changes: dict[str, Any] = {}
+    if table and base.config and table.rows != _text(config).get("vocab_size", table.rows):
+        changes["vocab_size"] = table.rows
+        for adapter, _ in adapters:
+            files |= adapter.files
+    if untied:
+        changes["tie_word_embeddings"] = False
+    torch_dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}.get(dtype)
+    if any(config.get(key, torch_dtype) != torch_dtype for key in ("torch_dtype", "dtype")):
+        changes |= {key: torch_dtype for key in ("torch_dtype", "dtype") if key in config}
+    for key, value in changes.items():
+        for place in (config, config.get("text_config")):
+            if isinstance(place, dict) and (place is config or key in place):
+                repairs.append(f"config: `{key}` {json_text(place.get(key))} -> {json_text(value)}")
+                place[key] = value
+    return config, files, tuple(dict.fromkeys(repairs))
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def json_text(value: Any) -> str:
+    return json_bytes(value).decode().strip()
+
+
+def _summary(adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], base: Checkpoint) -> dict[str, str]:
+    rows = {}
+    for number, (adapter, weight) in enumerate(adapters, 1):
+        kinds = Counter(module.name.rsplit(".", 1)[-1] for module in adapter.modules)
+        scales = sorted({f"{module.scale * weight:g}" for module in adapter.modules})
+        ranks = sorted({module.rank for module in adapter.modules})
+        parts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+        if kinds:
+            label = "merge" if len(adapters) == 1 else f"merge {number}"
+            rows[label] = f"{len(adapter.modules)} modules ({parts}); rank {_joined(ranks)}, scale {_joined(scales)}"
+        if adapter.replacements:
+            rows["replace" if len(adapters) == 1 else f"replace {number}"] = few(adapter.replacements)
+    if new := [name for name in tensors if name not in base.tensors]:
+        rows["new"] = few(new)
+    return rows
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:4])) + ("..." if len(values) > 4 else "")
+
+
+def _warnings(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> tuple[str, ...]:
+    found = []
+    for adapter, _ in adapters:
+        last = short_base(str(adapter.peft.get("base_model_name_or_path") or "")).rpartition("/")[2]
+        if last and last.lower() not in (base.origin.name.lower(), base.origin.name.rpartition("/")[2].lower()):
+            found.append(f"`{adapter.origin.name}` was trained on `{last}`, the base given is `{base.origin.name}`")
+    return tuple(found)
