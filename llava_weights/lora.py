@@ -61,6 +61,7 @@ def merge_lora(
     tokens = read_special_ids(base.files, base.vocabulary).added if base.vocabulary else {}
     for adapter, weight in weighted:
         _place(adapter, weight * scale, tensors, tokens, places)
+    _drop_old_projector(tensors, places)
     merged = {name: _merged(name, tensor, places.pop(name, Placed()), arithmetic) for name, tensor in tensors.items()}
     kinds = [tensor.dtype for tensor in tensors.values()]
     for name, place in places.items():  # what the base lacks: a projector, an image_newline, a tuned tower
@@ -88,14 +89,7 @@ def to_arithmetic(text: str) -> Arithmetic:
 def to_dtype(text: str | None) -> str | None:
     """A dtype as safetensors spells it, from that or torch's spelling. Raises UsageError for others."""
     names = {
-        "F16": "F16",
-        "BF16": "BF16",
-        "F32": "F32",
-        "FLOAT16": "F16",
-        "BFLOAT16": "BF16",
-        "FLOAT32": "F32",
-        "FP16": "F16",
-        "FP32": "F32",
+        spelled: dtype for dtype in ("F16", "BF16", "F32") for spelled in (dtype, dtype.replace("F", "FLOAT"), dtype.replace("F", "FP"))
     }
     if text is not None and text.upper() not in names:
         raise UsageError(f"there is no output dtype `{text}`", hint="choose F16, BF16 or F32")
@@ -147,6 +141,13 @@ def _place(
     for name, module in biases.items():
         assert module.bias is not None
         places[found[name]].updates.append(LowRank(kind="bias", b=module.bias, scale=module.scale, weight=weight))
+
+
+def _drop_old_projector(tensors: dict[str, LazyTensor], places: Mapping[str, Placed]) -> None:
+    """A projector of another build (mlp2x_gelu for a linear one) takes the place of the base's, as in the original's model."""
+    if any(name not in tensors and canonical(name).startswith("projector.") for name in places):
+        for name in [name for name in tensors if canonical(name).startswith("projector.") and name not in places]:
+            del tensors[name]
 
 
 def _target(module: Module) -> str:
@@ -316,6 +317,8 @@ def _summary(adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, La
             rows["replace" if len(adapters) == 1 else f"replace {number}"] = few(adapter.replacements)
     if new := [name for name in tensors if name not in base.tensors]:
         rows["new"] = few(new)
+    if gone := [name for name in base.parameters() if name not in tensors]:
+        rows["drop"] = few(gone)
     return rows
 
 

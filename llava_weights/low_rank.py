@@ -265,10 +265,9 @@ def load(update: LowRank, target: AddLowRank, work: Workspace) -> Factors:
     b = b.view(len(b), -1, count).permute(2, 0, 1)  # experts vary fastest in B, slowest in A
     if half and len(target.shape) == 3 and update.kind == "parameter":
         a, b = a.to(dtype), b.to(dtype)  # PEFT multiplies these as they are
-    pairs = [(0, a, b)]
-    if exact:
-        pairs = [(i + j, x, y) for i, x in enumerate(exact_slices(a, 1)) for j, y in enumerate(exact_slices(b, 2))]
-        pairs.sort(key=lambda pair: -pair[0])  # the smallest products first
+    slices = (exact_slices(a, 1), exact_slices(b, 2)) if exact else ([a], [b])
+    pairs = [(i + j, x, y) for i, x in enumerate(slices[0]) for j, y in enumerate(slices[1])]
+    pairs.sort(key=lambda pair: -pair[0])  # the smallest products first
     factors = Factors(update, tuple((x, y) for _, x, y in pairs), None, magnitude)
     if magnitude is None or not update.transposed:
         return factors

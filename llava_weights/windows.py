@@ -54,15 +54,15 @@ def cut(tensors: Iterable[tuple[str, LazyTensor]], start: int, size: int) -> Ite
 def row_ranges(tensor: LazyTensor, size: int) -> Iterator[tuple[int, int]]:
     """Row ranges of about `size` bytes, in multiples of the tensor's row unit; (0, 0) for a tensor without rows.
 
-    Never one row alone where there are more: a low-rank product of one row goes to another kernel and gives other bits
-    (facts: peers 3.3).
+    Never less than a unit, or one row alone, at the end: it goes to the range before it, since operations with a unit make
+    what remains together with their last whole unit (low_rank.py: few rows go to another kernel and get other bits).
     """
     unit = tensor.row_unit
     step = max(size // max(tensor.row_nbytes * unit, 1) * unit, unit, 2)
     start = stop = 0
     while start < tensor.rows or stop == start == tensor.rows == 0:
         stop = min(start + step, tensor.rows)
-        if tensor.rows - stop == 1:
+        if tensor.rows - stop < max(unit, 2):
             stop = tensor.rows
         yield start, stop
         if stop == tensor.rows:

@@ -256,6 +256,20 @@ def edited_r48(fixtures: Path, tmp_path: Path) -> Path:
     return target
 
 
+def test_another_kind_of_projector_takes_the_place_of_the_old_one(fixtures: Path, tmp_path: Path) -> None:
+    """An adapter with an mlp2x_gelu projector onto a merged v0 model, whose projector is one linear layer."""
+    base = fixtures / "B-lora/merged-of-llava-v1-tiny-lora-imstartend-by-v1.0.2"
+    (tmp_path / "base").mkdir()
+    save_file({n: t for n, t in tensors_of(base).items() if "vision_tower" not in n}, tmp_path / "base/model.safetensors")
+    for path in base.glob("*.json"):
+        shutil.copy(path, tmp_path / "base")
+    shutil.copy(base / "tokenizer.model", tmp_path / "base")
+    merge(tmp_path / "base", tmp_path / "out", fixtures / "B-lora/llava-v1.5-tiny-lora")
+    names = sorted(name for name in tensors_of(tmp_path / "out") if "projector" in name)
+    assert names == [f"model.mm_projector.{part}" for part in ("0.bias", "0.weight", "2.bias", "2.weight")]
+    assert json.loads((tmp_path / "out/config.json").read_text())["mm_projector_type"] == "mlp2x_gelu"
+
+
 def test_dtype_of_the_output(fixtures: Path, tmp_path: Path) -> None:
     folder = fixtures / "F-peft"
     merge(folder / "base-fp16", tmp_path / "out", folder / "plain/adapter", dtype="F32")
@@ -288,3 +302,19 @@ def test_bad_words(fixtures: Path) -> None:
     with pytest.raises(UsageError, match="no output dtype `int8`"):
         to_dtype("int8")
     assert open_weighted(f"{fixtures / 'F-peft/plain/adapter'}@-0.25")[1] == -0.25
+
+
+def test_square_experts_are_refused(tmp_path: Path) -> None:
+    """Which way they are stored decides the result, and neither names nor shapes tell."""
+    from llava_weights.formats.safetensors import index_safetensors
+    from llava_weights.lora import _oriented
+    from llava_weights.low_rank import LowRank
+
+    save_file(
+        {"w": torch.zeros(2, 8, 8), "wide": torch.zeros(2, 8, 6), "a": torch.zeros(4, 8), "b": torch.zeros(8, 4)},
+        tmp_path / "x.safetensors",
+    )
+    found = index_safetensors(tmp_path / "x.safetensors")[0]
+    update = LowRank(kind="parameter", a=found["a"], b=found["b"], scale=1.0)
+    with pytest.raises(MismatchError, match="square"):
+        _oriented(update, found["w"])

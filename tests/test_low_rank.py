@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -258,11 +258,9 @@ def example(folder: Path, label: str, dtype: str = "F16", *, seed: int = 0, dora
     return lazy["w"], LowRank(kind=kind, a=lazy.get("a"), b=lazy["b"], scale=1.3, magnitude=magnitude, fan_in_fan_out=transposed)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("label", SHAPES)
+# PEFT has no DoRA of parameters and biases.
+@pytest.mark.parametrize(("label", "dora"), [*((label, False) for label in SHAPES), *((label, True) for label in list(SHAPES)[:4])])
 def test_bits_and_counts_do_not_depend_on_the_rows_asked_for(label: str, dora: bool, tmp_path: Path) -> None:
-    if dora and label in ("parameter", "bias"):
-        pytest.skip("PEFT has no DoRA of these")
     base, update = example(tmp_path, label, dora=dora)
 
     @settings(max_examples=3, deadline=None, database=None)
@@ -365,20 +363,19 @@ def ulp(value: float, dtype: torch.dtype) -> Fraction:
     return Fraction(2) ** (exponent - 1) * Fraction(info.eps)
 
 
-@settings(max_examples=60, deadline=None, database=None)
-@given(st.lists(NUMBERS, min_size=4 * 3 + 3 * 5 + 4 * 5, max_size=4 * 3 + 3 * 5 + 4 * 5), st.sampled_from(sorted(DTYPES)))
+@settings(max_examples=40, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
+@given(st.lists(NUMBERS, min_size=20, max_size=20), st.sampled_from(sorted(DTYPES)))
 def test_exact_is_the_number_nearest_to_the_truth(tmp_path_factory: Any, numbers: list[float], dtype: str) -> None:
-    b, a, w = (torch.tensor(numbers[i:j]).view(-1, n) for i, j, n in ((0, 12, 3), (12, 27, 5), (27, 47, 5)))
-    w = w.clamp(-1e3, 1e3).to(DTYPES[dtype])
-    path = tmp_path_factory.getbasetemp() / f"exact-{os.getpid()}.safetensors"
-    lazy = saved(path, {"w": w, "a": a, "b": b})
+    b, a, w = torch.tensor(numbers[:8]).view(2, 4), torch.tensor(numbers[8:16]).view(4, 2), torch.tensor(numbers[16:]).view(2, 2)
+    w = w.to(DTYPES[dtype])
+    lazy = saved(tmp_path_factory.getbasetemp() / f"exact-{os.getpid()}.safetensors", {"w": w, "a": a, "b": b})
     scale = 2.0**-14 / 3
     merged = made(add_low_rank(lazy["w"], [LowRank(kind="linear", a=lazy["a"], b=lazy["b"], scale=scale)], "exact", name="w"))
-    for i, j in product(range(4), range(5)):
-        d = sum(Fraction(float(b[i, k])) * Fraction(float(a[k, j])) for k in range(3)) * Fraction(scale)
-        truth = Fraction(float(w[i, j])) + d
-        noise = Fraction(2) ** -48 * max(abs(truth), abs(d), abs(Fraction(float(w[i, j]))))
-        assert abs(Fraction(float(merged[i, j])) - truth) <= ulp(float(truth), DTYPES[dtype]) / 2 + noise
+    for i, j in product(range(2), range(2)):
+        terms = [Fraction(b[i, k].item()) * Fraction(a[k, j].item()) * Fraction(scale) for k in range(4)]
+        truth = Fraction(w[i, j].item()) + sum(terms)
+        noise = Fraction(2) ** -50 * (abs(Fraction(w[i, j].item())) + sum(map(abs, terms)))  # of float64
+        assert abs(Fraction(merged[i, j].item()) - truth) <= ulp(float(truth), DTYPES[dtype]) / 2 + noise
 
 
 @settings(max_examples=25, deadline=None, database=None)
