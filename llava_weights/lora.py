@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 from typing import cast as cast_type
@@ -23,7 +23,7 @@ from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError, UsageError
 from .families import MULTIMODAL, VOCABULARY
 from .formats.strict_json import json_bytes
-from .low_rank import Arithmetic, LowRank, add_low_rank
+from .low_rank import Arithmetic, LowRank, add_low_rank, fits
 from .naming import Names, canonical
 from .tensors import LazyTensor, ReplaceRows, cast
 from .tokenizer import read_special_ids, repair_tokenizer
@@ -192,7 +192,18 @@ def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic
             facts = {"rows": list(indices), "table": list(tensor.shape)}
             raise MismatchError(f"the adapter replaces rows that `{name}` does not have", facts=facts)
         tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
-    return add_low_rank(tensor, place.updates, arithmetic, name=name)
+    return add_low_rank(tensor, [_oriented(update, tensor) for update in place.updates], arithmetic, name=name)
+
+
+def _oriented(update: LowRank, tensor: LazyTensor) -> LowRank:
+    """A tensor is stored (out, in) or (in, out), which PEFT reads off the module's class; here the shapes tell, and for a
+    square linear one the adapter's own word. Raises MismatchError for square experts, of which nothing tells."""
+    turned = replace(update, fan_in_fan_out=not update.fan_in_fan_out)
+    fitting = [each for each in (update, turned) if fits(each, tensor.shape)]
+    if update.kind == "parameter" and len(fitting) == 2:
+        what = "the adapter changes experts whose matrices are square: nothing tells whether they are stored (out, in) or (in, out)"
+        raise MismatchError(what, facts={"shape": list(tensor.shape)}, hint="merge this adapter with PEFT, which knows the model's class")
+    return fitting[0] if fitting else update
 
 
 def _finish(
