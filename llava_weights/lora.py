@@ -217,7 +217,7 @@ def _finish(
     """Config and small files: LLaVA's from its adapter, repaired; otherwise the base's, with what the merge changed."""
     llava = next((adapter for adapter, _ in adapters if "mm_vision_tower" in adapter.config), None)
     dtype = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
-    if layout_of(tensors) == "llava" and (llava or "mm_vision_tower" in base.config):
+    if layout_of(tensors) == "llava":
         config, files, repairs = _llava_files(base, llava, tensors, dtype)
     else:
         config, files, repairs = _plain_files(base, adapters, tensors, untied, dtype)
@@ -229,7 +229,7 @@ def _finish(
         _summary(adapters, tensors, base),
         repairs=repairs,
         notes=(*(() if base.history else base.notes), *notes),
-        warnings=_warnings(base, adapters),
+        warnings=_warnings(base, adapters, layout_of(tensors) == "llava" and not config.get("mm_vision_tower")),
         checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
     )
     return Checkpoint(tensors, config, base.origin, files, (*base.history, step))
@@ -337,8 +337,8 @@ def _joined(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values[:4])) + ("..." if len(values) > 4 else "")
 
 
-def _warnings(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> tuple[str, ...]:
-    found = []
+def _warnings(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], no_tower: bool) -> tuple[str, ...]:
+    found = ["no config names the vision tower: set `mm_vision_tower` in the output's config.json"] if no_tower else []
     for adapter, _ in adapters:
         last = short_base(str(adapter.peft.get("base_model_name_or_path") or "")).rpartition("/")[2]
         if last and last.lower() not in (base.origin.name.lower(), base.origin.name.rpartition("/")[2].lower()):

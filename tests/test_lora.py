@@ -318,3 +318,17 @@ def test_square_experts_are_refused(tmp_path: Path) -> None:
     update = LowRank(kind="parameter", a=found["a"], b=found["b"], scale=1.0)
     with pytest.raises(MismatchError, match="square"):
         _oriented(update, found["w"])
+
+
+def test_a_projector_alone_onto_a_text_model(fixtures: Path, tmp_path: Path) -> None:
+    folder = fixtures / "B-lora"
+    trained = torch.load(folder / "llava-v1.5-tiny-lora/non_lora_trainables.bin", weights_only=True)
+    (tmp_path / "projector").mkdir()
+    torch.save({name.removeprefix("base_model.model."): t for name, t in trained.items()}, tmp_path / "projector/mm_projector.bin")
+    merged = merge_lora(open_checkpoint(folder / "base-vicuna-tiny"), [open_adapter(tmp_path / "projector")])
+    assert any("mm_vision_tower" in warning for warning in merged.history[-1].warnings)
+    execute(make_plan(merged), tmp_path / "out")
+    expected = tensors_of(folder / "base-vicuna-tiny") | {name.removeprefix("base_model.model."): t.half() for name, t in trained.items()}
+    assert different(tensors_of(tmp_path / "out"), expected) == []
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["model_type"], config["mm_projector_type"], config["mm_hidden_size"]) == ("llava", "mlp2x_gelu", 24)
