@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,6 +93,11 @@ def layout_of(tensors: Mapping[str, LazyTensor]) -> str:
         return any(re.fullmatch(pattern, name) for name in tensors)
 
     return next((x.name for x in LAYOUTS if all(map(some, x.needs)) and not any(map(some, x.lacks))), "unknown")
+
+
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    """The dtype that most tensors have."""
+    return Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
 
 
 def layer_count(tensors: Mapping[str, LazyTensor]) -> int:

@@ -7,10 +7,9 @@ rows beyond the base's (added tokens) and the projector are the delta's own; rot
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 
-from .checkpoint import Checkpoint, Step, small_object
+from .checkpoint import Checkpoint, Step, main_dtype, small_object
 from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError
 from .examine import Examination, examine_apply, examine_integer, examine_make
@@ -147,7 +146,7 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
     rows = shapes[VOCABULARY[0]][0] if VOCABULARY[0] in shapes else 0
     limit = delta.config.get("max_sequence_length") or delta.config.get("max_position_embeddings")
     files, ids, fixed = repair_tokenizer(delta.files, rows=rows, fallback=base.files, model_max_length=limit)
-    dtype = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
+    dtype = main_dtype(tensors)
     config, changes = repair_config(delta.config, shapes=shapes, special_ids=ids, dtype=dtype)
     generation, more = repair_generation_config(small_object(delta.files, "generation_config.json"), ids)
     files["generation_config.json"] = json_bytes(generation)

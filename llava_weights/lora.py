@@ -7,6 +7,7 @@ instead, and its cross terms make another update.)
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,8 @@ from typing import cast as cast_type
 
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
-from .checkpoint import Checkpoint, Step, layout_of, small_object
+from .buffers import TORCH_DTYPE
+from .checkpoint import Checkpoint, Step, layout_of, main_dtype, small_object
 from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError, UsageError
 from .families import MULTIMODAL, VOCABULARY
@@ -63,10 +65,9 @@ def merge_lora(
         _place(adapter, weight * scale, tensors, tokens, places)
     _drop_old_projector(tensors, places)
     merged = {name: _merged(name, tensor, places.pop(name, Placed()), arithmetic) for name, tensor in tensors.items()}
-    kinds = [tensor.dtype for tensor in tensors.values()]
     for name, place in places.items():  # what the base lacks: a projector, an image_newline, a tuned tower
         assert place.replacement is not None
-        merged[name] = cast(place.replacement, dtype or Counter(kinds).most_common(1)[0][0])
+        merged[name] = cast(place.replacement, dtype or main_dtype(tensors))
     return _finish(base, weighted, merged, untied, arithmetic, scale)
 
 
@@ -98,12 +99,9 @@ def to_dtype(text: str | None) -> str | None:
 
 def _untie(base: Checkpoint, tensors: dict[str, LazyTensor], adapters: Iterable[tuple[Adapter, float]]) -> bool:
     """Give a tied base a head of its own where an adapter changes only the head; transformers would tie it to the embedding."""
-    text = base.config.get("text_config", base.config)
-    tied = base.config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is True
+    tied = base.config.get("tie_word_embeddings", _text(base.config).get("tie_word_embeddings")) is True
     names = {canonical(name): name for name in tensors}
-    changed = {
-        canonical(name) for adapter, _ in adapters for name in (*adapter.replacements, *(f"{m.name}.weight" for m in adapter.modules))
-    }
+    changed = {canonical(name) for adapter, _ in adapters for name in (*adapter.replacements, *map(_target, adapter.modules))}
     if not tied or "head.weight" in names or "head.weight" not in changed or "text.embed_tokens.weight" not in names:
         return False
     embedding = names["text.embed_tokens.weight"]
@@ -216,7 +214,7 @@ def _finish(
 ) -> Checkpoint:
     """Config and small files: LLaVA's from its adapter, repaired; otherwise the base's, with what the merge changed."""
     llava = next((adapter for adapter, _ in adapters if "mm_vision_tower" in adapter.config), None)
-    dtype = Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
+    dtype = main_dtype(tensors)
     if layout_of(tensors) == "llava":
         config, files, repairs = _llava_files(base, llava, tensors, dtype)
     else:
@@ -294,13 +292,13 @@ def _plain_files(
             files |= adapter.files
     if untied:
         changes["tie_word_embeddings"] = False
-    torch_dtype = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}.get(dtype)
+    torch_dtype = TORCH_DTYPE[dtype]
     if any(config.get(key, torch_dtype) != torch_dtype for key in ("torch_dtype", "dtype")):
         changes |= {key: torch_dtype for key in ("torch_dtype", "dtype") if key in config}
     for key, value in changes.items():
         for place in (config, config.get("text_config")):
             if isinstance(place, dict) and (place is config or key in place):
-                repairs.append(f"config: `{key}` {json_text(place.get(key))} -> {json_text(value)}")
+                repairs.append(f"config: `{key}` {json.dumps(place.get(key))} -> {json.dumps(value)}")
                 place[key] = value
     return config, files, tuple(dict.fromkeys(repairs))
 
@@ -308,10 +306,6 @@ def _plain_files(
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     return text if isinstance(text, Mapping) else config
-
-
-def json_text(value: Any) -> str:
-    return json_bytes(value).decode().strip()
 
 
 def _summary(adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], base: Checkpoint) -> dict[str, str]:
