@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from . import __version__
 from .checkpoint import Origin, Step
 from .manifest import FileEntry, TensorEntry, root_of_tensors
 from .plan import Plan
+from .projector import CONSUMERS
 
 PROMPTS = {  # llava/conversation.py at 8959d5c: `v0` turns end in ###, `v1` assistant turns in </s>
     "v0": "`###Human: <question>###Assistant:`, stop at `###`",
@@ -20,14 +22,14 @@ def make_card(plan: Plan, files: Sequence[FileEntry], tensors: Sequence[TensorEn
     title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
     parts = [_front_matter(plan), f"# {title}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
-    parts += [_prompt(plan), _loss(tallies), _checks(files, tensors)]
+    parts += [_use(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(files, tensors)]
     return "\n".join(part for part in parts if part)
 
 
 def _front_matter(plan: Plan) -> str:
     ids = [origin.name for step in plan.history for _, origin in step.inputs if origin.revision]
     lines = ["---", "tags: [llava, llava-weights]"]
-    if any(name.startswith("model.mm_projector") for shard in plan.shards for name, _ in shard.tensors):
+    if any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
         lines.append("pipeline_tag: image-text-to-text")
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in ids)]
@@ -52,6 +54,46 @@ def _files(origin: Origin) -> str:
 def _prompt(plan: Plan) -> str:
     prompt = next((str(step.checks["prompt"]) for step in plan.history if "prompt" in step.checks), "")
     return f"## Prompt\n\n{PROMPTS[prompt]}\n" if prompt in PROMPTS else ""
+
+
+USE = """## Use it
+
+```python
+from transformers import AutoProcessor, {model}
+
+model = {model}.from_pretrained(PATH, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(PATH, padding_side="left")
+talk = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is shown in this image?"}}]}}]
+prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+inputs = processor(images=[image], text=[prompt], padding=True, return_tensors="pt").to(model.device, model.dtype)
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_special_tokens=True)[0])
+```
+
+The template writes this prompt; whoever writes one by hand has to write it so, no program adds a part of it. Generation stops at `{stop}`.
+
+```
+{prompt}
+```
+"""
+
+
+def _use(plan: Plan) -> str:
+    """How to run a llava-hf output, with the prompt that it was trained on."""
+    checks = _last(plan, "prompt_text")
+    return USE.format(model=plan.config["architectures"][0], stop=checks["stop"], prompt=checks["prompt_text"]) if checks else ""
+
+
+def _projector(plan: Plan) -> str:
+    form = _last(plan, "projector_form").get("projector_form")
+    if not form:
+        return ""
+    rows = [f"| {name}{' (this one)' if name == form else ''} | {text} |" for name, text in CONSUMERS.items()]
+    told = "This model has one Linear between tower and decoder, where llava-hf has two. They can be the same map in three forms:"
+    return "\n".join(["## Projector\n", f"{told}\n", "| `--projector-form` | consumers |", "|---|---|", *rows, ""])
+
+
+def _last(plan: Plan, key: str) -> Mapping[str, Any]:
+    return next((step.checks for step in reversed(plan.history) if key in step.checks), {})
 
 
 def _loss(tallies: Mapping[str, int]) -> str:

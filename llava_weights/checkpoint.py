@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, TOKENIZER_FILES, VOCABULARY, size_name
+from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, VOCABULARY, size_name
+from .formats import open_regular
 from .formats.folder import index_file, index_folder, member
-from .formats.strict_json import load_object, parse_json
+from .formats.strict_json import load_object, parse_json, read_exactly
 from .hub import HubSource, fetch, parse_source
 from .tensors import LazyTensor
 from .workspace import SourceFile
@@ -143,10 +144,10 @@ def _read_config(folder: Path | None) -> Mapping[str, Any]:
 
 
 def _small_files(folder: Path) -> dict[str, Path | bytes]:
-    """Tokenizer, generation config and licence files by name. Meta keeps `tokenizer.model` beside the size folders."""
+    """Tokenizer, processor, generation config and licence files by name. Meta keeps `tokenizer.model` beside the size folders."""
     files: dict[str, Path | bytes] = {}
     for entry in sorted(folder.iterdir()):
-        if entry.name in (*TOKENIZER_FILES, *CONFIG_FILES[1:]) or entry.name.startswith(LICENSE_PREFIXES):
+        if entry.name in (*TOKENIZER_FILES, *PROCESSOR_FILES, *CONFIG_FILES[1:]) or entry.name.startswith(LICENSE_PREFIXES):
             files[entry.name] = member(folder, entry.name)
     above = folder.parent / "tokenizer.model"
     if "tokenizer.model" not in files and (folder / "params.json").exists() and above.exists():
@@ -164,3 +165,21 @@ def small_object(files: Mapping[str, Path | bytes], name: str) -> dict[str, Any]
     if not isinstance(value, dict):
         raise InputError(f"`{name}` is not a JSON object")
     return value
+
+
+def small_text(files: Mapping[str, Path | bytes], name: str, *, limit: int = 1 << 20) -> str | None:
+    """The text in one of a checkpoint's small files, None where there is no such file. Raises InputError unless it is short and UTF-8."""
+    if (source := files.get(name)) is None:
+        return None
+    if isinstance(source, Path):
+        with open_regular(source) as (descriptor, status):
+            data = read_exactly(source, descriptor, min(status.st_size, limit + 1))
+    else:
+        data = source
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"`{name}` is not UTF-8", facts={"byte": error.start}) from error
+    if len(data) > limit:
+        raise InputError(f"`{name}` has more than {limit:,} bytes")
+    return text

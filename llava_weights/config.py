@@ -43,6 +43,8 @@ LAYER = {
     "post_attention_layernorm.weight": ("hidden",),
 }
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 # What may stand in generation_config.json beside the ids: type, least value (itself excluded for fractions), greatest.
 GENERATION = {
     "do_sample": (bool, 0, 1), "max_length": (int, 1, 1 << 24), "max_new_tokens": (int, 1, 1 << 24), "num_beams": (int, 1, 1024),
@@ -115,11 +117,22 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     sizes |= {"query": heads * head, "key": (_optional_size(config, "num_key_value_heads") or heads) * head}
     expected: dict[str, tuple[int, ...]] = {VOCABULARY[0]: (rows, sizes["hidden"])}
     for number in range(layers):
-        expected |= {f"model.layers.{number}.{name}": tuple(sizes[size] for size in shape) for name, shape in LAYER.items()}
+        expected |= {f"model.layers.{number}.{name}": tuple(sizes[size] for size in shape) for name, shape in _layer(config).items()}
     expected["model.norm.weight"] = (sizes["hidden"],)
     if config.get("tie_word_embeddings") is not True:
         expected[VOCABULARY[1]] = (rows, sizes["hidden"])
     return expected
+
+
+def _layer(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The tensors of a layer, with the attention biases that Qwen always has and a LLaMA where its config says so."""
+    biased = ATTENTION if config.get("attention_bias") is True else ATTENTION[:3] if is_qwen(config) else ()
+    return {**LAYER, **{f"self_attn.{name}.bias": LAYER[f"self_attn.{name}.weight"][:1] for name in biased}}
+
+
+def is_qwen(config: Mapping[str, Any]) -> bool:
+    """Whether the text model is a Qwen2 (of 1.5 or 2), by `model_type` and architecture."""
+    return any("qwen" in str(config.get(key, "")).lower() for key in ("model_type", "architectures"))
 
 
 def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_rows: int | None = None) -> None:

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from . import __version__
 from .errors import Interrupted, LlavaWeightsError, OutputError
-from .events import Event, Note, Progress, ShardDone, Started
+from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .wording import Meter, clock_face, duration, sentences, shards, size, two_columns, visible
 
 __all__ = ["Console", "clean", "duration", "size", "two_columns", "versions", "visible"]
@@ -70,6 +70,8 @@ class Console:
         """Show what the engine tells."""
         with self._turn():
             match event:
+                case ReadingBack():
+                    self._say("reading_back", asdict(event), f"Reading back {size(event.nbytes)}")
                 case Started():
                     self._start(event)
                 case Progress():
@@ -162,7 +164,7 @@ class Console:
         self._shown_at = self._clock()
         self._meter, self._live = Meter.start(event, self._shown_at), True
         kept = f"; {event.done_shards} ({size(event.done_nbytes)}) are finished from an earlier run" if event.done_shards else ""
-        line = f"Writing {shards(event.shards)}, {size(event.nbytes)}{kept}"
+        line = f"{event.what} {shards(event.shards) + ', ' if event.what == 'Writing' else ''}{size(event.nbytes)}{kept}"
         self._say("started", asdict(event), *([line] if kept or not self._animated else ()))
         if self._animated:
             self._draw(self._meter)

@@ -148,6 +148,8 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
     files, ids, fixed = repair_tokenizer(delta.files, rows=rows, fallback=base.files, model_max_length=limit)
     dtype = main_dtype(tensors)
     config, changes = repair_config(delta.config, shapes=shapes, special_ids=ids, dtype=dtype)
+    if mode := _conv_mode(delta, examination):
+        config = dict(sorted({**config, "conv_mode": mode}.items()))
     generation, more = repair_generation_config(small_object(delta.files, "generation_config.json"), ids)
     files["generation_config.json"] = json_bytes(generation)
     summary = {"add": _added(tensors), "keep": _keep(tensors, base.tensors), "drop": _dropped(base, delta)}
@@ -162,6 +164,15 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
         checks={"kind": examination.kind, **examination.checks},
     )
     return Checkpoint(tensors, config, delta.origin, files, (*base.history, *delta.history, step))
+
+
+def _conv_mode(delta: Checkpoint, examination: Examination) -> str | None:
+    """LLaVA's name of the prompts that the model was trained with, which its own code guesses from the folder's name.
+
+    Known for published deltas; `max_sequence_length` stands only in the configs of v0 (llava-original 1.5).
+    """
+    prompt = examination.checks.get("prompt") or ("v0" if "max_sequence_length" in delta.config else None)
+    return f"llava_{prompt}" if prompt in ("v0", "v1") else None
 
 
 def _added(tensors: Mapping[str, LazyTensor]) -> str:

@@ -22,7 +22,7 @@ from .toy import make_toys
 
 MARKER = ".llava-weights-demo"
 MARK = b"Made by `llava-weights demo`, which deletes and makes again the folders beside this file that it made.\n"
-MADE = ("llama", "delta", "vicuna", "lora", "llava", "wrong", "small", "again", "tuned")
+MADE = ("llama", "delta", "vicuna", "lora", "clip", "llava", "wrong", "small", "again", "tuned", "llava-hf")
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ def _perform(folder: Path, console: Console) -> int:
 
 
 def _scenes(folder: Path) -> Iterator[Scene]:
-    llama, delta, vicuna, lora, llava, wrong, small, again, tuned = (str(folder / name) for name in MADE)
-    inspect, apply, make, merge = (("llava-weights", verb) for verb in ("inspect", "apply-delta", "make-delta", "merge-lora"))
+    llama, delta, vicuna, lora, clip, llava, wrong, small, again, tuned, hub = (str(folder / name) for name in MADE)
+    inspect, apply, make, merge, convert = (
+        ("llava-weights", verb) for verb in ("inspect", "apply-delta", "make-delta", "merge-lora", "convert")
+    )
     yield Scene("What is this? LLaMA, as Meta ships it.", (*inspect, llama))
     yield Scene("And this? It looks like a model, but is only a difference.", (*inspect, delta))
     added = "Add the two. What was wrong in the small files is repaired and listed."
@@ -92,12 +94,14 @@ def _scenes(folder: Path) -> Iterator[Scene]:
         yield Scene(
             "Is it the same? Then `cmp` says nothing.", ("cmp", *(os.path.join(made, "model.safetensors") for made in (llava, again)))
         )
+    everything = "All of it in one pass, and in the layout that transformers, vLLM and others load: delta, LoRA, vision tower."
+    yield Scene(everything, (*convert, llama, "--delta", delta, "--lora", lora, "--vision-tower", clip, "-o", hub))
 
 
 def _closing(folder: Path) -> tuple[str, ...]:
     return (
         "Done: LLaMA + delta = LLaVA, checked to the last byte; a wrong base was refused before a byte was written; a LoRA is merged.",
-        f"The model is in {folder / 'llava'}: its README.md and llava-weights.manifest.json say how it was made.",
+        f"{folder / 'llava-hf'} loads with transformers' AutoProcessor and LlavaForConditionalGeneration; its README.md shows the lines.",
         "With real weights: llava-weights apply-delta --base LLAMA-13B --delta liuhaotian/LLaVA-13b-delta-v0 -o LLaVA-13B-v0",
     )
 

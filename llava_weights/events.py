@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Started:
-    """The plan is accepted and writing begins; `done_*` were found finished from an earlier run."""
+    """The plan is accepted and the work begins; `done_*` were found finished from an earlier run. `shards` are tensors in a diff."""
 
     shards: int
     nbytes: int
     done_shards: int = 0
     done_nbytes: int = 0
+    what: str = "Writing"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class ShardDone:
 
 
 @dataclass(frozen=True)
+class ReadingBack:
+    """Everything is written; `nbytes` of it are read from the disk again before the output gets its name."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Note:
     """A sentence that the user should read: a warning or a fact found on the way."""
 
@@ -42,4 +50,4 @@ class Note:
     warning: bool = False
 
 
-Event = Started | Progress | ShardDone | Note
+Event = Started | Progress | ShardDone | ReadingBack | Note

@@ -83,8 +83,12 @@ KNOWN_DELTAS = (
 )
 
 # Small files that travel with the weights, by exact name or prefix; everything else in an input folder stays behind.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
 CONFIG_FILES = ("config.json", "generation_config.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja")
 LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
@@ -97,3 +101,65 @@ def known_delta(size: str, rows: int, image_patch: int, model_type: str) -> Know
     """The published delta with these shapes and token ids; the first of several that can't be told apart."""
     wanted = (size, rows, image_patch, model_type)
     return next((k for k in KNOWN_DELTAS if (k.size, k.rows, k.image_patch, k.model_type) == wanted), None)
+
+
+# Towers that LLaVA's code names by their Hub id: kind, width, image size in pixels.
+HUB_TOWERS = {
+    ("clip", 1024, 224): "openai/clip-vit-large-patch14",
+    ("clip", 1024, 336): "openai/clip-vit-large-patch14-336",
+    ("siglip", 1152, 384): "google/siglip-so400m-patch14-384",
+}
+
+
+# What transformers assumes where a vision config lacks the key: CLIPVisionConfig of 4.28, SiglipVisionConfig of 4.37 (its first),
+# unchanged up to 5.23. `vision_use_head` is our own False: a LLaVA never uses SigLIP's pooling head, and its tensors are left out.
+TOWER_DEFAULTS: dict[str, dict[str, int | float | str]] = {
+    "clip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "initializer_factor": 1.0,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_channels": 3, "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+        "attention_dropout": 0.0, "vision_use_head": False,
+    },
+}  # fmt: skip
+# The `model_type` of a repository that holds a tower -> the tower's own.
+TOWER_TYPES = {
+    "clip": "clip_vision_model",
+    "clip_vision_model": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "siglip_vision_model": "siglip_vision_model",
+}
+# What else lies in such a repository: the text half, the way into the shared space, and SigLIP's pooling head.
+BESIDE_TOWER = r"text_model\..*|(visual|text)_projection\..*|logit_(scale|bias)|(vision_model\.)?head\..*"
+
+
+@dataclass(frozen=True)
+class KnownTower:
+    """A published vision tower: the widths that tell it, and what no tensor tells. `image` is 0 where it is patches x patch size."""
+
+    repo: str
+    model_type: str
+    hidden: int
+    intermediate: int
+    heads: int
+    projection: int
+    activation: str
+    image: int = 0
+
+
+# The first with the right widths wins, unless the checkpoint's config names another publisher. OpenAI trained with quick_gelu, LAION
+# with gelu (transformers PR #25787), in the same shapes. SigLIP so400m reads 27 x 27 patches of 14 out of 384 pixels.
+KNOWN_TOWERS = (
+    KnownTower("openai/clip-vit-base-patch32", "clip_vision_model", 768, 3072, 12, 512, "quick_gelu"),
+    KnownTower("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "clip_vision_model", 768, 3072, 12, 512, "gelu"),
+    KnownTower("openai/clip-vit-large-patch14", "clip_vision_model", 1024, 4096, 16, 768, "quick_gelu"),
+    KnownTower("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "clip_vision_model", 1024, 4096, 16, 768, "gelu"),
+    KnownTower("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "clip_vision_model", 1280, 5120, 16, 1024, "gelu"),
+    KnownTower("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "clip_vision_model", 1664, 8192, 16, 1280, "gelu"),
+    KnownTower("google/siglip-base-patch16-224", "siglip_vision_model", 768, 3072, 12, 0, "gelu_pytorch_tanh"),
+    KnownTower("google/siglip-large-patch16-256", "siglip_vision_model", 1024, 4096, 16, 0, "gelu_pytorch_tanh"),
+    KnownTower("google/siglip-so400m-patch14-384", "siglip_vision_model", 1152, 4304, 16, 0, "gelu_pytorch_tanh", 384),
+)

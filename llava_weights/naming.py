@@ -23,12 +23,40 @@ CANONICAL = (
 )
 
 
+# The same tables read the other way: how the two layouts that are written spell a canonical name. llava-hf has no name for the
+# single Linear of v0 and v1 (`projector.weight`), which convert.py makes a pair.
+HUB = (
+    (r"head\.(.+)", r"language_model.lm_head.\1"),
+    (r"text\.(.+)", r"language_model.model.\1"),
+    (r"tower\.(.+)", r"vision_tower.vision_model.\1"),
+    (r"projector\.0\.(.+)", r"multi_modal_projector.linear_1.\1"),
+    (r"projector\.2\.(.+)", r"multi_modal_projector.linear_2.\1"),
+    (r"newline()", r"image_newline\1"),
+)
+ORIGINAL = (
+    (r"head\.(.+)", r"lm_head.\1"),
+    (r"text\.(.+)", r"model.\1"),
+    (r"tower\.(.+)", r"model.vision_tower.vision_tower.vision_model.\1"),
+    (r"projector\.(.+)", r"model.mm_projector.\1"),
+    (r"newline()", r"model.image_newline\1"),
+)
+SPELLINGS = {"llava-hf": HUB, "llava": ORIGINAL}
+
+
 def canonical(name: str) -> str:
     """The layout-free name of a tensor or module; other names stand for themselves."""
     for pattern, target in CANONICAL:
         if found := re.fullmatch(pattern, name):
             return found.expand(target)
     return name
+
+
+def spelled(name: str, layout: str) -> str:
+    """The canonical `name` as `layout` ("llava-hf" or "llava") spells it. Raises KeyError for a name that it has no word for."""
+    for pattern, target in SPELLINGS[layout]:
+        if found := re.fullmatch(pattern, name):
+            return found.expand(target)
+    raise KeyError(name)
 
 
 class Names:

@@ -1,7 +1,7 @@
 """Toy weights in the published layouts, for the demo: random, seeded, the same bytes on every run.
 
 They are written byte by byte with numpy alone: Meta's LLaMA cut in two, its tokenizer, a LLaVA v0 delta with the faults that the
-published ones have, a Vicuna, which is the wrong base that fits, and a LoRA.
+published ones have, a Vicuna, which is the wrong base that fits, a LoRA, and a CLIP.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy as np
 
 from .formats.meta import AFTER, BEFORE, LAYER, Rule
 from .formats.strict_json import json_bytes
+from .tower import tower_shapes
 
 SIZE, PIECES = "13B", 2  # Meta's name and number of model-parallel files; only the layout is that of 13B
-LAYERS, HEADS, IMAGE = 4, 4, 1024  # IMAGE: width of CLIP ViT-L/14
+LAYERS, HEADS = 4, 4
+IMAGE, PIXELS, PATCH = 32, 56, 14  # width of the toy CLIP; 16 patches an image
 LENGTHS = {"vocabulary": 320, "dim": 64, "kv_dim": 64, "intermediate": 256}
 ADDED = ("<im_patch>", "<im_start>", "<im_end>", "[PAD]")  # the last has no row, as in LLaVA-13b-delta-v0
 RANK = 8
@@ -35,7 +37,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def make_toys(folder: Path) -> None:
-    """`llama` (Meta's layout), `delta` (LLaVA v0), `vicuna` (transformers' layout) and `lora` in `folder`: the same bytes every time."""
+    """`llama` (Meta's layout), `delta` (LLaVA v0), `vicuna` (transformers'), `lora` and `clip` in `folder`: the same bytes every time."""
     rng = np.random.default_rng(13)
     llama = {rule.hugging_face: _values(rng, rule) for rule in _rules()}
     vicuna = {name: _moved(rng, values) for name, values in llama.items()}
@@ -45,6 +47,7 @@ def make_toys(folder: Path) -> None:
     _write_files(folder / "vicuna", {"config.json": json_bytes(_config()), "tokenizer.model": tokenizer_model()})
     write_torch_zip(folder / "vicuna" / "pytorch_model.bin", vicuna)
     _write_lora(folder / "lora", rng)
+    _write_clip(folder / "clip", rng)
 
 
 def _rules() -> Iterator[Rule]:
@@ -126,6 +129,20 @@ def _write_lora(folder: Path, rng: np.random.Generator) -> None:
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["q_proj", "v_proj"]}
     _write_files(folder, {"adapter_config.json": json_bytes({**config, "base_model_name_or_path": "llava"})})
     write_torch_zip(folder / "adapter_model.bin", factors)
+
+
+def _write_clip(folder: Path, rng: np.random.Generator) -> None:
+    """The vision half of a CLIP repository, float32, and how it wants its images."""
+    vision = {
+        "hidden_size": IMAGE, "image_size": PIXELS, "intermediate_size": 4 * IMAGE, "model_type": "clip_vision_model",
+        "num_attention_heads": HEADS, "num_hidden_layers": 3, "patch_size": PATCH, "projection_dim": IMAGE,
+    }  # fmt: skip
+    shapes = tower_shapes(vision)
+    tensors = {f"vision_model.{name}": (0.1 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+    settings = {"crop_size": PIXELS, "do_center_crop": True, "do_normalize": True, "do_resize": True, "size": PIXELS}
+    config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": IMAGE, "vision_config": vision}
+    _write_files(folder, {"config.json": json_bytes(config), "preprocessor_config.json": json_bytes(settings)})
+    write_torch_zip(folder / "pytorch_model.bin", tensors)
 
 
 def _config() -> dict[str, object]:

@@ -91,7 +91,7 @@ class Meter:
             now - self.begun,
             ncols=columns,
             ascii=ascii_only,
-            bar_format=f"Writing {self.percent:3d}% |{{bar:{20 if columns > 70 else 10}}}| {{report}}",
+            bar_format=f"{self.started.what} {self.percent:3d}% |{{bar:{20 if columns > 70 else 10}}}| {{report}}",
             report=f"{self.amount}{speed}{left}  {visible(self.shard)}",
         )
         return line

@@ -7,14 +7,14 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .card import make_card
 from .errors import Interrupted, LlavaWeightsError, OutputError, Terminated
-from .events import Event, Progress, ShardDone, Started
+from .events import Event, Progress, ReadingBack, ShardDone, Started
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
 from .job import Job, open_job, partial_folder, put_file, remove
@@ -45,23 +45,25 @@ def execute(
     pool: Executor | None = None,
     force: bool = False,
     restart: bool = False,
+    reread: bool = True,
     on_event: Listener = lambda event: None,
 ) -> Report:
     """Write `plan` to the folder `out`, which appears complete or not at all. Interrupted work is taken up again.
 
-    `pool` is any `concurrent.futures.Executor` that sees the same file system; shards go to it as they are. Raises OutputError
-    where `out` can't be written or is in use, InputError where an input turns out damaged; finished shards are kept.
+    `pool` is any `concurrent.futures.Executor` that sees the same file system; shards go to it as they are. `reread` reads every
+    shard back from the disk before `out` gets its name. Raises OutputError where `out` can't be written, is in use or does not
+    come back as it was written, InputError where an input turns out damaged; finished shards are kept.
     """
     target = Path(os.path.abspath(out))
     preflight(plan, target, force=force)
     try:
         with open_job(target) as job:
-            return _run(plan, job, pool, restart, on_event)
+            return _run(plan, job, pool, restart, reread, on_event)
     except OSError as error:
         raise output_error(error, target) from error
 
 
-def _run(plan: Plan, job: Job, pool: Executor | None, restart: bool, on_event: Listener) -> Report:
+def _run(plan: Plan, job: Job, pool: Executor | None, restart: bool, reread: bool, on_event: Listener) -> Report:
     job.begin(plan.identity, restart=restart)
     if job.published:
         results = {name: _result(entry) for name, entry in job.finished().items()}
@@ -79,6 +81,8 @@ def _run(plan: Plan, job: Job, pool: Executor | None, restart: bool, on_event: L
             job.record({name: asdict(finished) for name, finished in results.items()})
             index = [shard.name for shard in plan.shards].index(result.name) + 1
             on_event(ShardDone(result.name, index, len(plan.shards), result.nbytes, result.sha256))
+        if reread:
+            _read_back(job, list(results.values())[resumed:], plan.settings.jobs, on_event)
         finish(plan, job, results)
     except (LlavaWeightsError, OSError) as error:
         known = error if isinstance(error, LlavaWeightsError) else output_error(error, job.folder)
@@ -89,6 +93,21 @@ def _run(plan: Plan, job: Job, pool: Executor | None, restart: bool, on_event: L
         stopped.kept = kept(job, len(results), len(plan.shards)) + ". Run the same command to continue"
         raise stopped from error
     return _report(plan, job.out, results, resumed)
+
+
+def _read_back(job: Job, written: Sequence[ShardResult], jobs: int, on_event: Listener) -> None:
+    """Hash the shards of this run again, from the disk: their pages were dropped when they were written. Those of an earlier
+    run were read when they were taken up. Raises OutputError for one that differs, which is then made again by the next run."""
+    on_event(ReadingBack(sum(result.nbytes for result in written)))
+    with ThreadPoolExecutor(jobs) as threads:
+        digests = threads.map(lambda result: digest_file(job.folder / result.name), written)
+        for result, digest in zip(written, digests, strict=True):
+            if digest != result.sha256:
+                raise OutputError(
+                    f"`{result.name}` does not come back from the disk as it was written",
+                    facts={"written": result.sha256, "read": digest},
+                    hint="check the disk, or choose another `-o`; the same command writes this shard again",
+                )
 
 
 def kept(job: Job, done: int, shards: int) -> str:

@@ -88,7 +88,7 @@ def test_json_lines(cli: Cli, inputs: list[str], tmp_path: Path) -> None:
     code, out, err = cli("apply-delta", *inputs, "-o", "out", "--json", "--max-shard-size", "60kB")
     lines = [json.loads(line) for line in out.splitlines()]
     assert (code, err) == (0, "")
-    assert [line["type"] for line in lines if line["type"] != "progress"] == ["plan", "started", *["shard"] * 4, "summary"]
+    assert [line["type"] for line in lines if line["type"] != "progress"] == ["plan", "started", *["shard"] * 4, "reading_back", "summary"]
     manifest = json.loads((tmp_path / "out/llava-weights.manifest.json").read_text())
     assert lines[-1]["root"] == manifest["root"]["tensors"]
 

@@ -152,7 +152,8 @@ def test_json_lines_end_in_a_summary_and_come_at_most_once_a_second(make: Any, c
     assert err.getvalue() == ""
     assert all(list(line)[:2] == ["type", "schema"] and line["schema"] == 1 for line in lines)
     assert lines[0] == {"type": "plan", "schema": 1, "command": "apply-delta", "nbytes": 26 * GB}
-    assert lines[1] == {"type": "started", "schema": 1, "shards": 3, "nbytes": 26 * GB, "done_shards": 0, "done_nbytes": 0}
+    started = {"shards": 3, "nbytes": 26 * GB, "done_shards": 0, "done_nbytes": 0, "what": "Writing"}
+    assert lines[1] == {"type": "started", "schema": 1, **started}
     assert lines[-1] == {"type": "summary", "schema": 1, "out": "out", "shards": 3}
     shards = [line for line in lines if line["type"] == "shard"]
     assert shards[1] == {"type": "shard", "schema": 1} | {"name": SHARDS[1], "index": 2, "shards": 3, "nbytes": 10 * GB, "sha256": "2" * 64}

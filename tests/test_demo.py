@@ -16,8 +16,9 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-from llava_weights import demo
+from llava_weights import apply_delta, demo, execute, make_plan, open_checkpoint
 from llava_weights.console import Console
+from llava_weights.convert import convert
 from llava_weights.demo import MARK, MARKER, Scene, run
 from llava_weights.errors import Interrupted, OutputError, Terminated
 from llava_weights.toy import make_toys, tokenizer_model, write_torch_zip
@@ -95,6 +96,8 @@ def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path
         "$ llava-weights make-delta --base 'my demo/llama' --tuned 'my demo/llava' --codec integer -o 'my demo/small'",
         "$ llava-weights apply-delta --base 'my demo/llama' --delta 'my demo/small' -o 'my demo/again' -q",
         "$ cmp 'my demo/llava/model.safetensors' 'my demo/again/model.safetensors'",
+        "$ llava-weights convert 'my demo/llama' --delta 'my demo/delta' --lora 'my demo/lora' --vision-tower 'my demo/clip' "
+        "-o 'my demo/llava-hf'",
     ]
     shown = """in Meta's layout | unapplied delta of a LLaVA | bos/eos/pad ids 0/1/-1 -> 1/2/0 | `[PAD]` (id 323) dropped |
         Wrote my demo/llava | model.safetensors: OK | LLaVA in the original layout | error: the base is not the one |
@@ -111,16 +114,38 @@ def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path
         "delta",
         "vicuna",
         "lora",
+        "clip",
         "llava",
+        "llava-hf",
         "small",
         "again",
         "tuned",
     }
-    for name in ("llama", "delta", "vicuna", "lora"):
+    for name in ("llama", "delta", "vicuna", "lora", "clip"):
         assert content(folder / name) == content(toys / name), "the toys are the same bytes every time, and never changed"
     check_result(folder)
     assert (folder / "again/model.safetensors").read_bytes() == (folder / "llava/model.safetensors").read_bytes()
     assert (folder / "small/model.safetensors").stat().st_size < sum(path.stat().st_size for path in (folder / "delta").glob("*.bin"))
+
+
+def test_the_last_folder_loads_and_answers(toys: Path, tmp_path: Path) -> None:
+    """What the demo ends with, in the five lines that its card and the README show."""
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    merged = apply_delta(open_checkpoint(toys / "llama"), open_checkpoint(toys / "delta"))
+    execute(make_plan(convert(merged, "llava-hf", tower=open_checkpoint(toys / "clip"))), tmp_path / "out")
+    model, keys = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not keys["missing_keys"]
+    assert not keys["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", padding_side="left", backend="pil")
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+    prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+    assert prompt.endswith("###Human: <im_start><im_patch><im_end>\nWhat is this?###Assistant:")
+    image = Image.new("RGB", (70, 40), (200, 10, 90))
+    inputs = processor(images=[image], text=[prompt], padding=True, return_tensors="pt").to(model.dtype)
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 3
 
 
 def check_result(folder: Path) -> None:

@@ -13,24 +13,29 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a module imports only from lines above its own. Some of these are still to be written.
 LAYERS = (
-    "errors events families",  # import nothing
+    "errors events families findings",  # import nothing
     "workspace wording retention naming",
     "buffers exact",
     "tensors",
     "formats hub published",  # the files of formats/ count as one module
     "checkpoint",
-    "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names",  # parts of what follows
-    "config processor examine",
-    "adapter",
-    "delta lora convert inspection",  # the transforms: pure
+    "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
+    "config processor examine tower fast_tokenizer splice streamed projector",
+    "adapter hf_config",
+    "parts",
+    "delta lora convert inspection health",  # the transforms: pure
     "plan job",
     "manifest stream",
-    "card",
-    "write verify diff smoke",  # side effects begin
-    "report",
+    "card predict rehash",
+    "records",
+    "against",
+    "write verify diff forward",  # side effects begin
+    "smoke",
+    "report proof plot",
     "console",
     "toy",
     "demo",
+    "commands",
     "cli",
     "__main__ __init__",
 )
@@ -38,7 +43,7 @@ LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in mod
 
 # What costs more than 50 ms to import is imported inside the function that needs it, so that `--help` stays fast.
 HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tqdm", "typer"}
-HEAVY_ALLOWED = {"cli": {"typer"}}
+HEAVY_ALLOWED = {"cli": {"typer"}, "commands": {"typer"}}
 
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 40
@@ -105,9 +110,9 @@ def printing(tree: ast.AST) -> list[int]:
 
 
 def long_functions(tree: ast.AST, path: Path) -> list[str]:
-    """Functions of too many lines, from `def` to the last one."""
+    """Functions of too many lines, their signatures not counted: a command's is the table of its options."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {f"{module_name(path)}.{node.name}": (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    lengths = {f"{module_name(path)}.{node.name}": (node.end_lineno or node.lineno) - node.body[0].lineno + 2 for node in functions}
     return [f"{name}: {lines} lines" for name, lines in lengths.items() if lines > LONGEST_FUNCTION and name not in LONGER_FUNCTIONS]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -26,6 +27,10 @@ NAMES = {  # what the documents call a checkpoint: the one of the reference set 
     "adapter-a": "F-peft/plain/adapter",
     "adapter-b": "F-peft/rslora/adapter",
     "llava-hf-base": "C-v1.5/hf-by-tf4.47.1",
+    "llava-v1.5-7b": "C-v1.5/original-no-vision-bin",
+    "llava-v1.6-vicuna-7b": "D-v1.6/original-vicuna",
+    "clip-vit-large-patch14-336": "common/clip-tiny-42px",
+    "clip-vit-large-patch14": "common/clip-tiny-28px",
 }
 WRONG = "LLaVA-wrong"  # the output of the command that is to be refused
 
@@ -88,12 +93,24 @@ def test_the_other_commands_are_those_that_ci_runs() -> None:
 
 
 def test_the_python_runs(shelf: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    _, block = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
     result = subprocess.run(
         [sys.executable, "-c", block], cwd=shelf, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert re.fullmatch("[0-9a-f]{64}", result.stdout.strip())
+
+
+def test_the_converted_model_answers(shelf: Path) -> None:
+    block, _ = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    shutil.copy(FIXTURES / "common/images/wide_90x36.png", shelf / "photo.png")
+    made = run("llava-weights convert llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 -o llava-v1.5-7b-hf -q", shelf)
+    assert made.returncode == 0, made.stderr
+    result = subprocess.run([sys.executable, "-c", block], cwd=shelf, env={**os.environ}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, second = ast.literal_eval(result.stdout)
+    assert first == second
+    assert "What is shown in this image? ASSISTANT:" in first
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,44 +1,61 @@
 """SentencePiece models: which pieces `tokenizer.model` holds, read field by field, without the sentencepiece library.
 
-sentencepiece_model.proto: ModelProto{1: pieces{1: piece, 3: type}, 2: trainer_spec{45-48: unk, bos, eos, pad piece}}.
+sentencepiece_model.proto: ModelProto{1: pieces{1: piece, 2: score, 3: type}, 2: trainer_spec{3: model type, 45-48: unk, bos, eos,
+pad piece}, 3: normalizer_spec{2: character map, 3: add dummy prefix, 4: remove extra whitespaces}}.
 """
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import InputError
 from . import shown
 
-UNKNOWN, CONTROL = 2, 3
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 DEFAULT_PIECES = {45: "<unk>", 46: "<s>", 47: "</s>", 48: "<pad>"}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What tokenizer.model holds: the id of every piece, and which pieces are special. `pad` is None where there is none."""
+    """What tokenizer.model holds: the id of every piece, and which pieces are special. `pad` is None where there is none.
+
+    `scores` and `kinds` are those of each piece; `prefix` says whether a blank is put before every text, `verbatim` that
+    the text is otherwise taken as it is.
+    """
 
     ids: Mapping[str, int]
     bos: str
     eos: str
     unk: str
     pad: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    kinds: Mapping[str, int] = field(default_factory=dict)
+    model_type: int = UNIGRAM
+    prefix: bool = True
+    verbatim: bool = True
 
 
 def read_sentencepiece(data: bytes) -> Vocabulary:
     """The pieces of a SentencePiece model. Raises InputError for anything that SentencePiece would not load as one with bos and eos."""
     ids: dict[str, int] = {}
     kinds: dict[str, int] = {}
-    special = dict(DEFAULT_PIECES)
-    for field, value in _fields(data):
-        if field == 1:
-            piece, kind = _piece(_message(value))
+    scores: dict[str, float] = {}
+    special, training, normalizing = dict(DEFAULT_PIECES), dict[int, int | bytes](), dict[int, int | bytes]()
+    for number, value in _fields(data):
+        if number == 1:
+            piece, score, kind = _piece(_message(value))
             if piece in ids:
                 raise _refusal(f"two pieces are {shown(piece)}")
-            ids[piece], kinds[piece] = len(ids), kind
-        elif field == 2:
-            special |= {number: _text(text) for number, text in _fields(_message(value)) if number in DEFAULT_PIECES}
+            ids[piece], kinds[piece], scores[piece] = len(ids), kind, score
+        elif number == 2:
+            training |= dict(_fields(_message(value)))
+        elif number == 3:
+            normalizing |= dict(_fields(_message(value)))
+    special |= {number: _text(training[number]) for number in DEFAULT_PIECES if number in training}
     unknown = [piece for piece, kind in kinds.items() if kind == UNKNOWN]
     if len(unknown) != 1:
         raise _refusal(f"{len(unknown)} pieces are the unknown token")
@@ -46,19 +63,29 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
         if kinds.get(special[number]) != CONTROL:
             raise _refusal(f"{shown(special[number])}, the {role} token, is not among its control pieces")
     pad = special[48] if kinds.get(special[48]) == CONTROL else None
-    return Vocabulary(ids, bos=special[46], eos=special[47], unk=unknown[0], pad=pad)
+    model_type = training.get(3, UNIGRAM)
+    return Vocabulary(
+        ids, bos=special[46], eos=special[47], unk=unknown[0], pad=pad, scores=scores, kinds=kinds,
+        model_type=model_type if isinstance(model_type, int) else 0,
+        prefix=normalizing.get(3, 1) != 0,
+        verbatim=not normalizing.get(2) and normalizing.get(4, 1) == 0,
+    )  # fmt: skip
 
 
-def _piece(message: bytes) -> tuple[str, int]:
-    text, kind = "", 1
-    for field, value in _fields(message):
-        if field == 1:
+def _piece(message: bytes) -> tuple[str, float, int]:
+    text, score, kind = "", 0.0, NORMAL
+    for number, value in _fields(message):
+        if number == 1:
             text = _text(value)
-        elif field == 3 and isinstance(value, int):
+        elif number == 2 and isinstance(value, bytes) and len(value) == 4:
+            (score,) = struct.unpack("<f", value)
+        elif number == 3 and isinstance(value, int):
             kind = value
     if not text:
         raise _refusal("a piece is empty")
-    return text, kind
+    if math.isnan(score):
+        raise _refusal(f"the score of {shown(text)} is not a number")
+    return text, score, kind
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -1,0 +1,50 @@
+"""The commands that look at what is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..console import versions
+from ..wording import two_columns
+from .common import Json, Quiet, Verbose, session
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file, owner/name[@rev] or hf://owner/name.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a repository on the Hub.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a checkpoint is, why we think so, and what to do with it."""
+    with session(json, quiet, verbose) as console:
+        from ..checkpoint import open_checkpoint
+        from ..inspection import inspect as look
+
+        rows, document = look(open_checkpoint(source, revision=revision), given=source, tensors=tensors)
+        console.document("\n".join([str(document["name"]), *two_columns(rows)]), document)
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put the toy models.")] = Path("demo"),
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a toy LLaMA and its delta, then run the real commands on them and show each."""
+    with session(False, quiet, verbose, writes=True) as console:
+        from ..demo import run
+
+        raise typer.Exit(run(folder, console))
+
+
+def env(json: Json = False) -> None:
+    """Versions and settings for a bug report."""
+    with session(json, False, False) as console:
+        found = versions()
+        settings = {name: value for name in ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE") if (value := os.environ.get(name))}
+        console.document("\n".join(two_columns([*found.items(), *settings.items()])), {**found, **settings})

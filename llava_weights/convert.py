@@ -1,0 +1,264 @@
+"""The original LLaVA layout to llava-hf and back, and any key style of llava-hf to that of the Hub. A pure renaming where it can be.
+
+Everything is decided from tensors and config. What comes in is taken apart by canonical names (`naming`), checked against its
+config, and put together under the names of the other layout in one fixed order, so that it does not matter how it was stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .buffers import TORCH_DTYPE
+from .checkpoint import Checkpoint, Origin, Step, main_dtype, small_object, small_text
+from .config import expected_shapes, repair_generation_config
+from .conversation import chat_template, choose, example
+from .errors import InputError, UsageError
+from .families import PROCESSOR_FILES
+from .fast_tokenizer import original_tokenizer
+from .formats.strict_json import json_bytes
+from .hf_config import Tokens, is_next, llava_hf_config, pinpoints
+from .naming import canonical, spelled
+from .parts import LINEAR, TABLES, Model, Parts, take_apart
+from .processor import processor_files, read_image_settings
+from .projector import FORMS, NAMES, paired, single
+from .resize import resized
+from .tokenizer import SpecialIds
+from .tower import tower_shapes
+
+TARGETS = ("llava-hf", "llava")
+MULTIPLE = 64  # transformers' converters pad the vocabulary to it, for speed
+
+
+def convert(checkpoint: Checkpoint, to: str, *, tower: Checkpoint | None = None, dtype: str | None = None, **options: Any) -> Checkpoint:
+    """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`.
+
+    Raises UsageError for another layout or an option that it does not take.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"there is no layout `{to}` to convert to", hint=f"choose one of {', '.join(TARGETS)}")
+    given = {key: value for key, value in options.items() if value is not None}
+    if to == "llava-hf":
+        return to_llava_hf(checkpoint, tower=tower, dtype=dtype, **given)
+    if foreign := sorted(set(given) - {"tower_name"}):
+        raise UsageError(f"`--to llava` takes no {', '.join('--' + key.replace('_', '-') for key in foreign)}", hint="leave it out")
+    return to_llava(checkpoint, tower=tower, dtype=dtype, **given)
+
+
+def to_llava_hf(
+    checkpoint: Checkpoint,
+    *,
+    tower: Checkpoint | None = None,
+    projector_form: str = "identity",
+    image_token: str | None = None,
+    vocab_size: int | None = None,
+    conv_mode: str | None = None,
+    image_aspect: str | None = None,
+    dtype: str | None = None,
+) -> Checkpoint:
+    """`checkpoint`, in the original layout or any key style of llava-hf, as the Hub's llava-hf checkpoints are.
+
+    `tower` serves where the checkpoint has no vision tower of its own. New vocabulary rows hold the mean of the old ones.
+    Raises InputError for unknown or missing tensors, shapes that contradict the config, an image token without a row.
+    """
+    model = take_apart(checkpoint, tower, image_token, dtype)
+    tiles = pinpoints(model.config, model.tower.image_size) if _is_tiled(model) else None
+    parts, activation, form = _two_layers(model, projector_form)
+    notes = list(model.tower.notes)
+    if tiles:
+        notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
+    elif parts.pop("newline", None) is not None:
+        notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
+    rows = _rows(model, vocab_size, bool(tiles))
+    parts |= {name: resized(parts[name], rows) for name in TABLES}
+    tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
+    config = llava_hf_config(model.config, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles)
+    if unpadded := _unpadded(checkpoint, model):
+        config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
+    prompt = _prompt(checkpoint, model, conv_mode)
+    files = (
+        dict(model.tokenizer.files) | _generation(checkpoint, tokens) | _processor(checkpoint, model, config, image_aspect, prompt.template)
+    )
+    step = Step(
+        "convert",
+        _inputs(checkpoint, model),
+        _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name),
+        _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
+        repairs=(*model.repairs, *model.tokenizer.notes),
+        notes=(*_first_notes(checkpoint), *notes),
+        checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
+    )
+    return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
+
+
+def to_llava(
+    checkpoint: Checkpoint, *, tower: Checkpoint | None = None, tower_name: str | None = None, dtype: str | None = None
+) -> Checkpoint:
+    """`checkpoint` (llava-hf in any key style, or already original) in the original layout, as haotian-liu's code and SGLang read it.
+
+    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped.
+    """
+    model = take_apart(checkpoint, tower, None, dtype)
+    parts, projector = dict(model.parts), "linear"
+    if NAMES[0] in parts:
+        if (one := single(parts, model.activation)) is None:
+            projector = "mlp2x_gelu"
+        else:
+            parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
+    files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
+    rows = _unpadded(checkpoint, model) or rows
+    parts |= {name: resized(parts[name], rows) for name in TABLES}
+    config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
+    files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
+    pad = config["pad_token_id"]
+    files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows))
+    named = config.get("mm_vision_tower")
+    step = Step(
+        "convert",
+        _inputs(checkpoint, model),
+        _given(to="llava", dtype=dtype),
+        _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
+        repairs=model.repairs,
+        notes=(*_first_notes(checkpoint), *model.tower.notes, *notes),
+        warnings=() if named else ("nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`",),
+    )
+    return _assembled(checkpoint, model, parts, "llava", config, files, step)
+
+
+def _is_tiled(model: Model) -> bool:
+    return model.tower.kind == "clip" and is_next(model.config, "newline" in model.parts)
+
+
+def _two_layers(model: Model, form: str) -> tuple[Parts, str, str]:
+    """The parts with a projector of two layers, its activation, and the form that was chosen for a single Linear."""
+    if form not in FORMS:
+        raise UsageError(f"there is no projector form `{form}`", hint=f"choose one of {', '.join(FORMS)}")
+    parts = dict(model.parts)
+    if LINEAR[0] not in parts:
+        if model.activation != "gelu" and form != "identity":
+            weight, bias = single(parts, model.activation) or (None, None)
+            if weight and bias:
+                return {**parts, **paired(weight, bias, form)}, FORMS[form], form
+        return parts, model.activation, ""
+    weight, bias = (parts.pop(name) for name in LINEAR)
+    return {**parts, **paired(weight, bias, form)}, FORMS[form], form
+
+
+def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
+    """How many rows the tables get: two more, rounded up to 64, where tokens are new, as transformers' converters do it."""
+    used, rows = model.tokenizer.used, model.rows
+    if wanted is not None:
+        if wanted < used:
+            raise InputError(f"`--vocab-size {wanted}` is too small: the tokenizer's highest id is {used - 1}")
+        return wanted
+    if not any("added as id" in note for note in model.tokenizer.notes) or (tiles and used <= rows):
+        return max(rows, used)
+    return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
+
+
+def _unpadded(checkpoint: Checkpoint, model: Model) -> int | None:
+    """The original's rows, where its tokenizer does not tell them: recorded in a llava-hf config, since the way back needs them."""
+    if checkpoint.layout == "llava-hf":
+        recorded = checkpoint.config.get("unpadded_vocab_size")
+        return recorded if type(recorded) is int and 0 < recorded <= model.rows else None
+    told = original_tokenizer(model.tokenizer.files, rows=model.rows, image_id=model.tokenizer.image_id)[1]
+    return model.rows if told != model.rows else None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The chat template, where its text comes from, and what the card shows of it."""
+
+    name: str
+    template: str
+    evidence: str
+    example: str = ""
+    stop: str = ""
+
+
+def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prompt:
+    if checkpoint.layout == "llava-hf" and conv_mode is None:
+        listed = (small_object(checkpoint.files, "chat_template.json") or {}).get("chat_template")
+        if kept := small_text(checkpoint.files, "chat_template.jinja") or listed:
+            return Prompt("", str(kept), "its own chat template")
+    conversation, evidence = choose(model.config, model.tokenizer.specials, name=conv_mode)
+    token = model.tokenizer.image_token
+    image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
+    told = f"{conversation.title} ({evidence})"
+    return Prompt(conversation.name, chat_template(conversation, image), told, example(conversation, image), conversation.stop)
+
+
+def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
+    if aspect not in (None, "square", "pad"):
+        raise UsageError(f"there is no image aspect `{aspect}`", hint="choose square or pad")
+    tower, pads = model.tower, model.config.get("image_aspect_ratio") == "pad"
+    own = small_object(checkpoint.files, "preprocessor_config.json") or {}
+    if aspect is None and str(own.get("image_processor_type")).startswith("LlavaImageProcessor"):
+        aspect = "pad"
+    settings = read_image_settings(tower.preprocessor or own, size=tower.image_size, patch=tower.patch_size, siglip=tower.kind == "siglip")
+    return processor_files(
+        settings,
+        next="image_grid_pinpoints" in config,
+        image_token=model.tokenizer.image_token,
+        select_strategy=config["vision_feature_select_strategy"],
+        aspect=aspect or "square",
+        pads=pads,
+        pinpoints=config.get("image_grid_pinpoints"),
+        template=template,
+    )
+
+
+def _summary(model: Model, rows: int) -> dict[str, str]:
+    source = f"`{model.tower.origin.name}`" if model.tower.origin else "the checkpoint itself"
+    grown = f"{model.rows} to {rows} rows" + ("; each new one is the mean of the old ones" if rows > model.rows else "")
+    return {
+        "tower": f"{model.tower.kind}, {len(model.tower.tensors)} tensors from {source}",
+        "vocabulary": f"{rows} rows as before" if rows == model.rows else grown,
+    }
+
+
+def _ordered(parts: Parts, model: Model) -> Iterator[str]:
+    """One order, whatever the input's: decoder, head, tower, projector."""
+    text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": False})
+    order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
+    return (name for name in order if name in parts)
+
+
+def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str) -> dict[str, Any]:
+    """The original's config with what changed: names that it had before are kept."""
+    config = dict(model.config)
+    named = name or config.get("mm_vision_tower")
+    config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
+    config |= {"tie_word_embeddings": False, "torch_dtype": TORCH_DTYPE[dtype]}
+    if config["pad_token_id"] >= rows:
+        config["pad_token_id"] = 0
+    return dict(sorted(config.items()))
+
+
+def _generation(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, bytes]:
+    ids = SpecialIds(tokens.bos, tokens.eos, tokens.pad, 0, {}, 0)
+    return {
+        "generation_config.json": json_bytes(repair_generation_config(small_object(checkpoint.files, "generation_config.json"), ids)[0])
+    }
+
+
+def _inputs(checkpoint: Checkpoint, model: Model) -> tuple[tuple[str, Origin], ...]:
+    given = (("tower", model.tower.origin),) if model.tower.origin else ()
+    return given if checkpoint.history else (("source", checkpoint.origin), *given)
+
+
+def _first_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return () if checkpoint.history else checkpoint.notes
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value}
+
+
+def _assembled(
+    checkpoint: Checkpoint, model: Model, parts: Parts, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
+) -> Checkpoint:
+    tensors = {spelled(name, layout): parts[name] for name in _ordered(parts, model)}
+    assert len(tensors) == len(parts)
+    return Checkpoint(tensors, config, checkpoint.origin, files, (*checkpoint.history, step))

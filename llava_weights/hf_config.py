@@ -1,0 +1,237 @@
+"""config.json of the llava-hf layout from the original's, and back. Every key stands there: readers have other defaults.
+
+(mlx-vlm takes rms_norm_eps 1e-6 where it is missing, candle needs pad_token_id; facts: llava-hf 3.1.) `config` of the original
+layout is one that `repair_config` has been over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .buffers import TORCH_DTYPE
+from .config import is_qwen
+from .errors import InputError
+from .families import HUB_TOWERS
+from .tower import Tower
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A decoder that llava-hf can hold: its class there, the original's, and what its config says where a key is missing."""
+
+    architecture: str
+    original: str
+    original_type: str
+    defaults: Mapping[str, Any]
+
+
+SHARED = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "use_cache": True,
+}
+TEXT_MODELS = {
+    "llama": TextModel(
+        "LlamaForCausalLM", "LlavaLlamaForCausalLM", "llava", {**SHARED, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    ),
+    # A missing window means 4096 to transformers; Mistral 0.2 says null.
+    "mistral": TextModel("MistralForCausalLM", "LlavaMistralForCausalLM", "llava_mistral", {**SHARED, "sliding_window": 4096}),
+    "qwen2": TextModel(
+        "Qwen2ForCausalLM", "LlavaQwenForCausalLM", "llava_qwen",
+        {**SHARED, "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False},
+    ),
+}  # fmt: skip
+SIZES = (
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "rms_norm_eps",
+)  # fmt: skip
+MODELS = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+STRATEGIES = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature -> vision_feature_select_strategy
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The ids that a config names, and the row count of the vocabulary tables."""
+
+    image: int
+    bos: int
+    eos: int
+    pad: int
+    rows: int
+
+
+def text_type(config: Mapping[str, Any]) -> str:
+    """Which entry of TEXT_MODELS the decoder of a config is. Raises InputError for a family that llava-hf can't hold here."""
+    named = " ".join(str(config.get(key, "")) for key in ("model_type", "architectures")).lower()
+    other = re.search(r"mixtral|gemma|phi|mpt|falcon|stablelm|olmo|qwen2_moe|qwen3|deepseek|minicpm", named)
+    if other:
+        raise InputError(
+            f"a LLaVA on {other[0]} can't be converted", facts={"config": named.strip()}, hint="LLaMA, Mistral and Qwen2 decoders can"
+        )
+    return "qwen2" if is_qwen(config) else "mistral" if "mistral" in named else "llama"
+
+
+def is_next(config: Mapping[str, Any], newline: bool) -> bool:
+    """Whether an original is a LLaVA-NeXT: images in tiles, with `image_newline` behind each row (mm_patch_merge_type spatial_unpad).
+
+    Raises InputError for tiles that are joined in a way that llava-hf has no model for.
+    """
+    aspect, merge = str(config.get("image_aspect_ratio", "")), str(config.get("mm_patch_merge_type") or "flat")
+    if not aspect.startswith("anyres") or merge == "flat":
+        return False
+    if aspect != "anyres" or merge != "spatial_unpad" or not newline:
+        raise InputError(
+            "images in tiles, joined in a way that neither LLaVA-1.5 nor LLaVA-NeXT does",
+            facts={"image_aspect_ratio": aspect, "mm_patch_merge_type": merge, "image_newline": "there" if newline else "missing"},
+            hint="`anyres` with `spatial_unpad` and an `image_newline` is LLaVA-NeXT; LLaVA-OneVision is another model",
+        )
+    return True
+
+
+def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
+    """`image_grid_pinpoints` with each pair swapped: (width, height) in the original, (height, width) in transformers.
+
+    Only with the swap do ties fall as the original's, and so logits and number of image tokens (reference D, fact 2).
+    Raises InputError where they are not pairs of multiples of `size`, pixels.
+    """
+    found = config.get("image_grid_pinpoints")
+    pairs = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
+    if not found or not pairs or not all(type(side) is int and 0 < side <= 1 << 16 and side % size == 0 for pair in found for side in pair):
+        facts = {"image_grid_pinpoints": str(found)[:200], "image size": size}
+        raise InputError("`image_grid_pinpoints` is not a list of (width, height) in multiples of the tower's image size", facts=facts)
+    return [[height, width] for width, height in found]
+
+
+def llava_hf_config(
+    config: Mapping[str, Any], *, tower: Tower, tokens: Tokens, activation: str, dtype: str, tiles: Sequence[Sequence[int]] | None
+) -> dict[str, Any]:
+    """The config of the llava-hf layout; `tiles` are pinpoints in transformers' order and make it a LLaVA-NeXT."""
+    kind, name = "llava_next" if tiles else "llava", TORCH_DTYPE[dtype]
+    strategy = "full" if tower.kind == "siglip" else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch")))
+    if strategy is None:
+        raise InputError(f"`mm_vision_select_feature` is {config['mm_vision_select_feature']!r}, not patch or cls_patch")
+    vision = dict(tower.config)
+    if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        vision["_name_or_path"] = given  # what the way back writes as `mm_vision_tower`
+    made: dict[str, Any] = {
+        "architectures": [MODELS[kind]],
+        "dtype": name,
+        "ignore_index": -100,
+        "image_seq_length": tower.patches + (tower.class_token and strategy == "full"),
+        "image_token_index": tokens.image,  # the only name for it before 4.52
+        "model_type": kind,
+        "multimodal_projector_bias": True,
+        "pad_token_id": tokens.pad,
+        "projector_hidden_act": activation,
+        "text_config": text_config(config, tokens=tokens, dtype=dtype),
+        "tie_word_embeddings": False,
+        "torch_dtype": name,
+        "vision_config": dict(sorted(vision.items())),
+        "vision_feature_layer": select_layer(config, tower),
+        "vision_feature_select_strategy": strategy,
+        "vocab_size": tokens.rows,
+    }
+    if tiles:
+        made |= {"image_grid_pinpoints": [list(pair) for pair in tiles], "use_image_newline_parameter": True}
+    return dict(sorted(made.items()))
+
+
+def select_layer(config: Mapping[str, Any], tower: Tower) -> int:
+    """Which hidden state of the tower is taken. LLaVA's SigLIP encoder deletes the last layer and takes the last state."""
+    if tower.kind == "siglip":
+        return -1
+    layer, count = config.get("mm_vision_select_layer", -2), int(tower.config["num_hidden_layers"])
+    if type(layer) is not int or not -count - 1 <= layer <= count:
+        raise InputError(f"`mm_vision_select_layer` is {layer!r}, the tower has {count} layers")
+    return layer
+
+
+def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dict[str, Any]:
+    """The decoder's part, from a flat config, with every key that any reader asks for."""
+    kind = text_type(config)
+    model = TEXT_MODELS[kind]
+    made = {key: config.get(key, default) for key, default in model.defaults.items()} | {key: config[key] for key in SIZES}
+    made |= {
+        "architectures": [model.architecture],
+        "bos_token_id": tokens.bos,
+        "dtype": TORCH_DTYPE[dtype],
+        "eos_token_id": tokens.eos,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        "model_type": kind,
+        "pad_token_id": tokens.pad,
+        "tie_word_embeddings": False,
+        "torch_dtype": TORCH_DTYPE[dtype],
+        "vocab_size": tokens.rows,
+    }
+    return dict(sorted(made.items()))
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's part of a llava-hf config as a plain one, in the words that every version knows.
+
+    transformers 5 writes `rope_parameters` where `rope_theta` and `rope_scaling` were; 4.x would take its own theta.
+    """
+    text = {**config["text_config"]} if isinstance(config.get("text_config"), Mapping) else {}
+    rope = text.pop("rope_parameters", None)
+    if isinstance(rope, Mapping):
+        text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        rest = {key: value for key, value in rope.items() if key != "rope_theta"}
+        text.setdefault("rope_scaling", None if rest.get("rope_type", "default") == "default" else rest)
+    text.setdefault("model_type", "llama")
+    if "rms_norm_eps" not in text and text["model_type"] == "llama":
+        text["rms_norm_eps"] = 1e-6  # transformers' default, which its own saved configs leave out
+    return text
+
+
+def original_config(config: Mapping[str, Any], *, tower: Tower, tokens: Tokens, projector: str, name: str, dtype: str) -> dict[str, Any]:
+    """The flat config of the original layout from a llava-hf one: the keys that LLaVA's code and SGLang read.
+
+    `name` is the tower that the original's code names; the checkpoint holds its tensors, and `unfreeze_mm_vision_tower` makes
+    that code keep them (LLaVA #902). `projector` is `mm_projector_type`.
+    """
+    text = flat_config(config)
+    model = TEXT_MODELS[text_type(text)]
+    kept = {key: text.get(key, default) for key, default in model.defaults.items()} | {key: text[key] for key in SIZES if key in text}
+    strategy = config.get("vision_feature_select_strategy", "default")
+    feature = next((ours for ours, theirs in STRATEGIES.items() if theirs == strategy), "patch")
+    made: dict[str, Any] = {
+        **kept,
+        "architectures": [model.original],
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": tower.hidden,
+        "mm_projector_type": projector,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": feature,
+        "mm_vision_select_layer": -2 if tower.kind == "siglip" else config.get("vision_feature_layer", -2),
+        "mm_vision_tower": name,
+        "model_type": model.original_type,
+        "pad_token_id": tokens.pad,
+        "tie_word_embeddings": False,
+        "torch_dtype": TORCH_DTYPE[dtype],
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,
+        "use_mm_proj": True,
+        "vocab_size": tokens.rows,
+    }
+    if tiles := config.get("image_grid_pinpoints"):
+        size = tower.image_size
+        made |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints(config, size) if tiles else None}
+        made |= {"image_crop_resolution": size, "image_split_resolution": size, "mm_patch_merge_type": "spatial_unpad"}
+    return dict(sorted(made.items()))
+
+
+def tower_name(config: Mapping[str, Any], tower: Tower) -> str | None:
+    """The Hub id of the tower, as far as the config or its shapes tell."""
+    vision = config.get("vision_config")
+    recorded = vision.get("_name_or_path") if isinstance(vision, Mapping) else None
+    return str(recorded) if recorded else HUB_TOWERS.get((tower.kind, tower.hidden, tower.image_size))

@@ -1,0 +1,181 @@
+"""The inputs of a smoke test, made from a checkpoint's config and tokenizer alone: the same for every checkpoint of its shapes.
+
+Three kinds (facts: verify 2.3): text, an image with text, and the ids of every added token and of the last rows. They are stored
+with a reference and never made again, so that a change here makes no old reference useless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .forward import Probe
+from .naming import canonical
+from .processor import CLIP_MEAN, CLIP_STD
+from .splice import IMAGE, best_grid, unpad
+from .tokenizer import read_special_ids
+from .tower import Tower, open_tower, own_tower
+
+TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
+LAST_ROWS, MOST_ADDED = 8, 64
+TOWER = "give the CLIP that it was trained with: `--vision-tower openai/clip-vit-large-patch14-336`, or its folder"
+HUB_IMAGE = 32000  # LlavaConfig's own `image_token_index`
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a LLaVA takes images in: `side` in pixels of a tile, `patches` along it, `extra` features of a tile beside its patches.
+    `pinpoints` are (width, height) in pixels where images are cut into tiles, else None."""
+
+    tower: Tower
+    extra: int
+    pinpoints: list[list[int]] | None
+
+    @property
+    def side(self) -> int:
+        return self.tower.image_size
+
+    @property
+    def patches(self) -> int:
+        return self.side // self.tower.patch_size
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of tiles of an image of (height, width)."""
+        return best_grid(size, self.pinpoints, self.side)
+
+    def features(self, size: tuple[int, int]) -> int:
+        """How many places an image of (height, width) takes in the text."""
+        if self.pinpoints is None:
+            return self.patches**2 + self.extra
+        rows, columns = (tiles * self.patches for tiles in self.grid(size))
+        left = unpad(cast(Any, np.empty((rows, columns, 0))), size).shape  # only its shape counts
+        return self.patches**2 + left[0] * (left[1] + 1)
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Images to try, (height, width): with tiles, one that fits two grids equally well, and one that takes several rows."""
+        if self.pinpoints is None:
+            yield "image", (self.side, self.side)
+        else:
+            narrow = [(self.side, width) for width in range(3 * self.side // 4, self.side)]
+            wide = [(4 * self.side // 3, width) for width in range(5 * self.side // 2, 3 * self.side)]
+            for name, candidates in (("image", wide), ("image-tie", narrow)):
+                yield name, next(filter(self._clear, candidates), candidates[0])
+
+    def _clear(self, size: tuple[int, int]) -> bool:
+        """Whether the crop of the padding is far from a whole number, where programs round in different ways."""
+        (height, width), (rows, columns) = size, (tiles * self.patches for tiles in self.grid(size))
+        cut = height * columns / width if width / height > columns / rows else width * rows / height
+        return cut > 1 and 0.2 < cut % 1 < 0.8
+
+
+def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None) -> tuple[Probe, ...]:
+    """Deterministic probes in the form of the checkpoint's layout; without an image where there is no vision tower to see it.
+
+    `tower` serves where an original LLaVA has none inside. Raises InputError for tokenizer files or a config that can't be right.
+    """
+    rows = table_rows(checkpoint)
+    known = read_special_ids(checkpoint.files, rows)
+    hub = checkpoint.layout == "llava-hf"
+    mark = image_id(checkpoint) if hub else IMAGE
+    words = [word for k in range(1, 100) if (word := 3 + (7919 * k * k + 104729 * k) % max(1, known.base_vocabulary - 3)) != mark]
+    added = [i for i in sorted(known.added.values())[:MOST_ADDED] if i != mark]
+    probes = [
+        Probe("text", _ids([known.bos], words[:TEXT])),
+        Probe("rows", _ids([known.bos], words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
+    ]
+    sight = find_sight(checkpoint, tower)
+    for name, size in sight.sizes() if sight else ():
+        count = sight.features(size) if hub and sight else 1
+        ids = _ids([known.bos], words[:AROUND], [mark] * count, words[TEXT : TEXT + AROUND])
+        probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
+    return tuple(probes)
+
+
+def _image_probe(name: str, ids: np.ndarray, sight: Sight, size: tuple[int, int]) -> Probe:
+    if sight.pinpoints is None:
+        return Probe(name, ids, pattern(1, sight.side))
+    rows, columns = sight.grid(size)
+    return Probe(name, ids, pattern(1 + rows * columns, sight.side)[None], np.array([size]))
+
+
+def pattern(tiles: int, side: int) -> np.ndarray:
+    """[tiles, 3, side, side] in CLIP's range: no symmetry in x, y or channel, so that no flip, transpose or BGR goes unseen."""
+    tile, channel, y, x = np.ogrid[:tiles, :3, :side, :side]
+    values = (7 * x + 13 * y + 29 * channel + 53 * tile + x * y // 11) % 256
+    mean, std = (np.reshape(each, (3, 1, 1)) for each in (CLIP_MEAN, CLIP_STD))
+    return cast(np.ndarray, ((values / 255 - mean) / std).astype(np.float32))
+
+
+def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight | None:
+    """How this checkpoint sees, None for a text model and for an original LLaVA without a vision tower at hand."""
+    config, hub = checkpoint.config, checkpoint.layout == "llava-hf"
+    if checkpoint.layout not in ("llava", "llava-hf"):
+        return None
+    given = open_tower(tower) if tower and not hub else None
+    vision = config.get("vision_config") if hub else None
+    found = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given) or given
+    if found is None:
+        return None
+    if hub:
+        pairs = config.get("image_grid_pinpoints") if config.get("model_type") == "llava_next" else None
+        extra = config.get("vision_feature_select_strategy") == "full" and found.class_token
+        return Sight(found, int(extra), [[width, height] for height, width in pairs] if pairs else None)
+    tiled = config.get("image_aspect_ratio") == "anyres" and config.get("mm_patch_merge_type") == "spatial_unpad"
+    extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
+    return Sight(found, int(extra), config.get("image_grid_pinpoints") if tiled else None)
+
+
+def image_id(checkpoint: Checkpoint) -> int:
+    """The id that stands for a feature of an image in a llava-hf model."""
+    return int(checkpoint.config.get("image_token_index") or checkpoint.config.get("image_token_id") or HUB_IMAGE)
+
+
+def table_rows(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding table, in any layout."""
+    return next((tensor.rows for name, tensor in checkpoint.tensors.items() if canonical(name) == "text.embed_tokens.weight"), 0)
+
+
+def image_places(checkpoint: Checkpoint, probe: Probe, length: int, tower: Checkpoint | None = None) -> np.ndarray:
+    """bool [length]: which places of the sequence that `probe` became hold features of an image."""
+    if probe.pixel_values is None:
+        return np.zeros(length, bool)
+    if checkpoint.layout == "llava-hf":
+        return probe.ids == image_id(checkpoint)
+    marks = probe.ids == IMAGE
+    if not marks.any():
+        patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
+        return probe.ids == patch
+    images = int(marks.sum())
+    counts = [(length - int((~marks).sum())) // images] * images
+    if images > 1 and probe.image_sizes is not None and (sight := find_sight(checkpoint, tower)):
+        counts = [sight.features((int(height), int(width))) for height, width in probe.image_sizes]
+    lengths = np.ones(len(marks), int)
+    lengths[marks] = counts
+    return np.repeat(marks, lengths)
+
+
+def in_layout(probe: Probe, places: np.ndarray, checkpoint: Checkpoint) -> Probe:
+    """`probe`, recorded from another layout, with ids as `checkpoint` takes them: one image token a feature, or -200 an image.
+
+    `places` are those of `image_places`. Pixels and the text's ids stay; images side by side can't be told apart for the latter.
+    """
+    if not places.any():
+        return probe
+    ids = probe.ids
+    expanded = len(ids) == len(places)
+    if checkpoint.layout == "llava-hf":
+        full = np.full(len(places), image_id(checkpoint))
+        full[~places] = ids[~places] if expanded else ids[ids != IMAGE]
+        return Probe(probe.name, full, probe.pixel_values, probe.image_sizes)
+    if not expanded:
+        return probe
+    first = places & ~np.concatenate(([False], places[:-1]))
+    return Probe(probe.name, np.where(first, IMAGE, ids)[first | ~places], probe.pixel_values, probe.image_sizes)
+
+
+def _ids(*parts: Iterable[int]) -> np.ndarray:
+    return np.array([i for part in parts for i in part], np.int64)

@@ -1,0 +1,251 @@
+"""Files read once, front to back, in little memory: digests of the file and of each tensor in it, zip CRC-32s, inf and NaN.
+
+A file passes in windows of 8 MiB through two reused buffers: while one is filled from the disk, the other is digested. Each
+digest and each scan is a lane of its own, which sees the windows in file order; hashlib, zlib and numpy let the lanes run side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .buffers import ITEMSIZE
+from .errors import InputError
+from .events import Event, Progress, Started
+from .manifest import TensorEntry
+from .tensors import LazyTensor, Stored
+from .windows import row_ranges
+from .workspace import Record, SourceFile, Workspace, crc_errors
+
+WINDOW = 8 << 20
+CHUNK = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
+GIT = "git-sha1"  # how git, and the Hub for its small files, names content: sha1 of a line with the size, then the bytes
+
+# The bits that are all ones in every inf and NaN (F8_E4M3: in NaN, it has no inf) and in no other value.
+NOT_FINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the bytes say. A file that could not be read to its end has no digest, and neither have its tensors."""
+
+    files: Mapping[str, Mapping[str, str]]  # name -> algorithm -> hex digest
+    tensors: Mapping[str, TensorEntry]
+    non_finite: Mapping[str, int]  # tensor -> how many values are inf or NaN, where there are any
+    damaged: Mapping[str, str]  # file -> why it could not be read
+    broken: Mapping[str, list[str]]  # .bin file -> tensors whose zip record does not have the CRC-32 that its writer took
+    nbytes: int
+
+
+@dataclass
+class _Range:
+    """Bytes [begin, end) of a file on their way: their sha256 and the count of inf and NaN."""
+
+    dtype: str
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    non_finite: int = 0
+    tail: bytes = b""
+
+    def scan(self, piece: memoryview) -> None:
+        """Count inf and NaN; a value that two windows share is put together first."""
+        size = ITEMSIZE[self.dtype]
+        missing = -len(self.tail) % size
+        self.tail += bytes(piece[:missing])
+        if len(self.tail) == size:
+            self.non_finite += inf_and_nan(self.tail, self.dtype)
+            self.tail = b""
+        whole = len(piece[missing:]) // size * size
+        self.non_finite += inf_and_nan(piece[missing : missing + whole], self.dtype)
+        self.tail += bytes(piece[missing + whole :])
+
+
+@dataclass
+class _Crc:
+    value: int = 0
+
+    def add(self, piece: memoryview) -> None:
+        self.value = zlib.crc32(piece, self.value)
+
+
+class _Lane:
+    """Gives each taker the part of every window that lies in its range. Windows come in file order."""
+
+    def __init__(self, takers: Iterable[tuple[tuple[int, int], Callable[[memoryview], None]]]) -> None:
+        self.waiting = sorted(takers, key=lambda taker: taker[0], reverse=True)
+        self.active: list[tuple[tuple[int, int], Callable[[memoryview], None]]] = []
+
+    def feed(self, start: int, data: memoryview) -> None:
+        stop = start + len(data)
+        while self.waiting and self.waiting[-1][0][0] < stop:
+            self.active.append(self.waiting.pop())
+        for (begin, end), take in self.active:
+            take(data[max(begin - start, 0) : min(end, stop) - start])
+        self.active = [taker for taker in self.active if taker[0][1] > stop]
+
+
+def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
+    """How many of these values are inf or NaN, counted on the integers of their bits; 0 for dtypes that have neither."""
+    if dtype not in NOT_FINITE:
+        return 0
+    values, count = np.frombuffer(raw, f"<u{ITEMSIZE[dtype]}"), 0
+    ones = values.dtype.type(NOT_FINITE[dtype])
+    for first in range(0, len(values), CHUNK):
+        bits = values[first : first + CHUNK] & ones
+        if bits.max() == ones:
+            count += int(np.count_nonzero(bits == ones))
+    return count
+
+
+class Rehash:
+    """One run over a set of files. `read` gives what they say; an interrupt ends it after the windows in hand."""
+
+    def __init__(self, algorithms: Sequence[str], jobs: int, on_event: Callable[[Event], None]) -> None:
+        self.algorithms, self.jobs, self.on_event = algorithms, jobs, on_event
+        self.stop, self.turn, self.nbytes = threading.Event(), threading.Lock(), 0
+        self.entries: dict[str, TensorEntry] = {}
+        self.non_finite: dict[str, int] = {}
+        self.damaged: dict[str, str] = {}
+        self.broken: dict[str, list[str]] = defaultdict(list)
+        self.names: dict[str, str] = {}
+
+    def read(self, files: Mapping[str, Path], tensors: Mapping[str, LazyTensor]) -> Reading:
+        self.names = {os.path.abspath(path): name for name, path in files.items()}
+        inside: dict[str, dict[str, Stored]] = {path: {} for path in self.names}
+        made = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Stored):
+                inside.setdefault(tensor.file.path, {})[name] = tensor
+            else:
+                made[name] = tensor
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        largest_first = sorted(files, key=lambda name: -sizes[name])
+        self.on_event(Started(len(files), sum(sizes.values()) + sum(tensor.nbytes for tensor in made.values()), what="Reading"))
+        with ThreadPoolExecutor(2 * self.jobs) as lanes, ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                digests = pool.map(lambda name: self._file(name, files[name], inside[os.path.abspath(files[name])], lanes), largest_first)
+                found = dict(zip(largest_first, digests, strict=True))
+                list(pool.map(self._made, made.items()))
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        ordered = {name: self.entries[name] for name in tensors if name in self.entries}
+        known = {name: found[name] for name in files if name not in self.damaged}
+        return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes)
+
+    def _file(self, name: str, path: Path, tensors: Mapping[str, Stored], lanes: Executor) -> dict[str, str]:
+        """Digests of one file by algorithm; what is found of its tensors goes to this object."""
+        ranges: dict[tuple[int, int], _Range] = {}
+        records: dict[Record, _Crc] = {}
+        for tensor in tensors.values():
+            ranges.setdefault(_place(tensor), _Range(tensor.dtype))
+            if tensor.record:
+                records.setdefault(tensor.record, _Crc())
+        try:
+            file = next((tensor.file for tensor in tensors.values()), None) or SourceFile.at(path)
+            whole = {algorithm: _new(algorithm, file.size) for algorithm in self.algorithms}
+            work = [_Lane([((0, file.size), digest.update)]) for digest in whole.values()]
+            work += [_Lane([(place, found.digest.update) for place, found in ranges.items()])]
+            work += [_Lane([(place, found.scan) for place, found in ranges.items() if found.dtype in NOT_FINITE])]
+            work += [_Lane([((record.offset, record.offset + record.size), crc.add) for record, crc in records.items()])]
+            self._pass(file, name, work, lanes)
+        except InputError as error:
+            self.damaged[name] = error.what
+            return {}
+        for tensor_name, tensor in tensors.items():
+            found = ranges[_place(tensor)]
+            self._found(tensor_name, tensor, found.digest.hexdigest(), found.non_finite, name)
+        bad = {record for record, crc in records.items() if crc.value != record.crc32}
+        if bad:
+            self.broken[name] = [tensor_name for tensor_name, tensor in tensors.items() if tensor.record in bad]
+        return {algorithm: digest.hexdigest() for algorithm, digest in whole.items()}
+
+    def _pass(self, file: SourceFile, name: str, work: Sequence[_Lane], lanes: Executor) -> None:
+        """Show every window of the file to every lane: the next is read while the lanes are busy with the one before."""
+        with closing(Workspace()) as workspace, workspace.scratch(min(WINDOW, file.size)) as one, workspace.scratch(len(one)) as other:
+            busy: list[Future[None]] = []
+            try:
+                for number, start in enumerate(range(0, file.size, WINDOW)):
+                    window = (one, other)[number % 2][: min(WINDOW, file.size - start)]
+                    workspace.read(file, start, window)
+                    _wait(busy)
+                    if self.stop.is_set():
+                        break
+                    busy = [lanes.submit(lane.feed, start, window) for lane in work]
+                    self._advance(len(window), name)
+            finally:
+                _wait(busy)
+            workspace.recheck_sources()
+
+    def _made(self, item: tuple[str, LazyTensor]) -> None:
+        """A tensor that lies in several files or in another order (Meta's layout): its rows are made, a second reading of its bytes."""
+        name, tensor = item
+        found, first = _Range(tensor.dtype), tensor.leaves()[0].file
+        shard = self.names.get(first.path, first.name)
+        with closing(Workspace()) as workspace:
+            try:
+                for start, stop in row_ranges(tensor, WINDOW):
+                    if self.stop.is_set():
+                        return
+                    with workspace.scratch((stop - start) * tensor.row_nbytes) as rows:
+                        tensor.rows_into(rows, start, stop, workspace)
+                        found.digest.update(rows)
+                        found.non_finite += inf_and_nan(rows, tensor.dtype)
+                        self._advance(len(rows), shard)
+            except InputError as error:
+                self.damaged[shard] = error.what
+                return
+            with self.turn:
+                for file, _ in crc_errors([workspace]):
+                    self.broken[self.names.get(file.path, file.name)].append(name)
+        self._found(name, tensor, found.digest.hexdigest(), found.non_finite, shard)
+
+    def _found(self, name: str, tensor: LazyTensor, digest: str, non_finite: int, file: str) -> None:
+        self.entries[name] = TensorEntry(name, tensor.dtype, tensor.shape, tensor.nbytes, digest, file)
+        if non_finite:
+            self.non_finite[name] = non_finite
+
+    def _advance(self, nbytes: int, name: str) -> None:
+        with self.turn:
+            self.nbytes += nbytes
+            self.on_event(Progress(self.nbytes, name))
+
+
+def rehash(
+    files: Mapping[str, Path],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    algorithms: Sequence[str] = ("sha256",),
+    jobs: int = 2,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Reading:
+    """Read `files`, by their names in messages, each once and `jobs` at a time, and digest the `tensors` that lie in them on the way.
+
+    Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`.
+    """
+    return Rehash(algorithms, jobs, on_event).read(files, tensors)
+
+
+def _place(tensor: Stored) -> tuple[int, int]:
+    return tensor.offset, tensor.offset + tensor.nbytes
+
+
+def _new(algorithm: str, size: int) -> hashlib._Hash:
+    if algorithm == GIT:
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def _wait(busy: Iterable[Future[None]]) -> None:
+    for future in busy:
+        future.result()

@@ -1,0 +1,338 @@
+"""The vision tower of a LLaVA: its tensors by the name behind the tower, and a complete `vision_config` for llava-hf.
+
+A tower comes from a CLIP or SigLIP repository (`open_tower`) or lies inside a LLaVA (`own_tower`). Its config is checked
+against the shapes of its tensors; what no tensor tells (heads, activation) is looked up, and `notes` say where.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, Origin
+from .errors import InputError, MismatchError
+from .families import BESIDE_TOWER, DROPPED, KNOWN_TOWERS, TOWER_DEFAULTS, TOWER_TYPES, KnownTower
+from .formats import listed, shown
+from .formats.folder import member
+from .formats.strict_json import load_object
+from .naming import canonical
+from .tensors import FLOATS, LazyTensor
+
+CLIP = "clip_vision_model"
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
+MAX_LAYERS = 1024
+WHOLE = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
+NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
+
+PATCH, POSITION, CLASS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "embeddings.class_embedding"
+# The tensors of a layer: their axes, in terms of config keys.
+LAYER = {
+    **{f"self_attn.{part}.weight": ("hidden_size", "hidden_size") for part in ("k_proj", "v_proj", "q_proj", "out_proj")},
+    **{f"self_attn.{part}.bias": ("hidden_size",) for part in ("k_proj", "v_proj", "q_proj", "out_proj")},
+    **{f"layer_norm{number}.{part}": ("hidden_size",) for number in (1, 2) for part in ("weight", "bias")},
+    "mlp.fc1.weight": ("intermediate_size", "hidden_size"),
+    "mlp.fc1.bias": ("intermediate_size",),
+    "mlp.fc2.weight": ("hidden_size", "intermediate_size"),
+    "mlp.fc2.bias": ("hidden_size",),
+}
+# Where each size can be read: tensor and axis.
+MEASURES = {
+    "hidden_size": (PATCH, 0), "num_channels": (PATCH, 1), "patch_size": (PATCH, 2),
+    "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
+}  # fmt: skip
+RANKS = {PATCH: 4, POSITION: 2, "encoder.layers.0.mlp.fc1.weight": 2}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower that is whole: its tensors and config agree, and a LLaVA can be made with it."""
+
+    tensors: Mapping[str, LazyTensor]  # "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight", ...
+    config: Mapping[str, Any]  # the vision_config of llava-hf, every key explicit
+    preprocessor: Mapping[str, Any] | None  # its preprocessor_config.json, where there is one
+    origin: Origin | None  # None: it lies inside the LLaVA
+    notes: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """ "clip" or "siglip"."""
+        return str(self.config["model_type"]).partition("_")[0]
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image, the class token not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along each side of an image."""
+        return int(self.config["image_size"])
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along each side of a patch."""
+        return int(self.config["patch_size"])
+
+    @property
+    def hidden(self) -> int:
+        """Length of a patch's features, the input of the projector."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def class_token(self) -> bool:
+        """Whether a class token stands before the patches."""
+        return bool(self.config["model_type"] == CLIP)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of a tower tell: its kind, sizes by config key, and patches along each side of an image."""
+
+    model_type: str
+    sizes: Mapping[str, int]
+    side: int
+
+
+def open_tower(checkpoint: Checkpoint) -> Tower:
+    """The tower of a CLIP or SigLIP repository: CLIPModel, CLIPVisionModel, SiglipModel, SiglipVisionModel of any transformers
+    version (5.6 and later save a vision model without the prefix `vision_model.`).
+
+    Raises InputError where there is none, or where config.json and tensors disagree.
+    """
+    name = checkpoint.origin.name
+    beside = re.compile(f"{BESIDE_TOWER}|{DROPPED}")
+    named = _unique((full.removeprefix("vision_model."), x) for full, x in checkpoint.tensors.items() if not beside.fullmatch(full))
+    if PATCH not in named:
+        facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type"))), "lacks": f"`{PATCH}`"}
+        hint = "give a CLIP or SigLIP repository, for example `openai/clip-vit-large-patch14-336`"
+        raise InputError(f"{shown(name)} is no vision tower", facts=facts, hint=hint)
+    config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
+    _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
+    notes = (NO_HEAD,) if any(map(_is_head, checkpoint.tensors)) else ()
+    return Tower(_fitted(named, config, name), config, _preprocessor(checkpoint), checkpoint.origin, notes)
+
+
+def own_tower(
+    tensors: Mapping[str, LazyTensor],
+    *,
+    vision_config: Mapping[str, Any] | None,
+    model: Checkpoint | None,
+    reference: Tower | None = None,
+) -> Tower | None:
+    """The tower among the tensors of a LLaVA in any key style, None where there is none.
+
+    `vision_config` is what a llava-hf config.json says. Without one the sizes come from the shapes, and the heads from
+    `reference` (a tower whose config serves, not its tensors), from the config.json of the local folder that `model`'s config
+    names, from a published tower of the same widths, or from 64 per head, in this order. Raises InputError where the heads
+    stay unknown, a tensor is missing or unknown, or `vision_config` disagrees; MismatchError where another config does.
+    """
+    name = model.origin.name if model else "the checkpoint"
+    every = ((canonical(full), tensor) for full, tensor in tensors.items())
+    inside = _unique((x.removeprefix("tower."), tensor) for x, tensor in every if x.startswith("tower.") and not re.fullmatch(DROPPED, x))
+    own = {behind: tensor for behind, tensor in inside.items() if not _is_head(behind)}
+    if not own:
+        return None
+    sizes = _measure(own, name)
+    if vision_config is None:
+        config, note = _look_up(sizes, model.config if model else {}, reference)
+    else:
+        config, note = complete_config(vision_config, source=f"the `vision_config` of {shown(name)}"), ""
+        _check_sizes(config, sizes, source=f"the `vision_config` of {shown(name)}")
+    notes = (f"vision tower: the checkpoint's own, {len(own):,} tensors", note, NO_HEAD if len(own) < len(inside) else "")
+    preprocessor = reference.preprocessor if reference else _preprocessor(model) if model else None
+    return Tower(_fitted(own, config, name), config, preprocessor, None, tuple(filter(None, notes)))
+
+
+def complete_config(config: Mapping[str, Any], *, source: str = "the vision config") -> dict[str, Any]:
+    """`model_type` and every key of `families.TOWER_DEFAULTS`, from `config` or else as transformers assumes; other keys stay behind.
+
+    Raises InputError, naming `source`, for a kind of tower that is unknown or a value that is no size, fraction or activation.
+    """
+    model_type = CLIP if config.get("model_type") is None else config["model_type"]  # LlavaConfig's own assumption
+    if not isinstance(model_type, str) or model_type not in TOWER_DEFAULTS:
+        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(TOWER_DEFAULTS)}")
+    complete: dict[str, Any] = {"model_type": model_type}
+    for key, default in TOWER_DEFAULTS[model_type].items():
+        value: Any = default if config.get(key) is None or isinstance(default, bool) else config[key]
+        if not _valid(value, default) or (key == "num_hidden_layers" and value > MAX_LAYERS):
+            raise InputError(f"`{key}` is {shown(str(value))} in {source}, which can't be")
+        complete[key] = float(value) if isinstance(default, float) else value
+    hidden, heads, image, patch = (complete[key] for key in ("hidden_size", "num_attention_heads", "image_size", "patch_size"))
+    if hidden % heads:
+        raise InputError(f"`hidden_size` {hidden:,} is no multiple of `num_attention_heads` {heads:,} in {source}")
+    if image < patch:
+        raise InputError(f"`image_size` {image:,} is less than `patch_size` {patch:,} in {source}")
+    return complete
+
+
+def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the tower that a `vision_config` describes, by the name behind the tower, without SigLIP's pooling head.
+
+    Missing keys count as transformers' defaults. Raises InputError as `complete_config` does. Source: the state dicts of
+    CLIPVisionModel and SiglipVisionModel. `pre_layrnorm` is spelled that way.
+    """
+    known = complete_config(config)
+    hidden, patch = known["hidden_size"], known["patch_size"]
+    clip = known["model_type"] == CLIP
+    rows = (known["image_size"] // patch) ** 2 + clip
+    shapes: dict[str, tuple[int, ...]] = {CLASS: (hidden,)} if clip else {}
+    shapes |= {PATCH: (hidden, known["num_channels"], patch, patch)}
+    shapes |= {} if clip else {"embeddings.patch_embedding.bias": (hidden,)}
+    shapes |= {POSITION: (rows, hidden)}
+    shapes |= {"pre_layrnorm.weight": (hidden,), "pre_layrnorm.bias": (hidden,)} if clip else {}
+    for number in range(known["num_hidden_layers"]):
+        shapes |= {f"encoder.layers.{number}.{name}": tuple(known[key] for key in axes) for name, axes in LAYER.items()}
+    return shapes | {"post_layernorm.weight": (hidden,), "post_layernorm.bias": (hidden,)}
+
+
+def _unique(pairs: Iterable[tuple[str, LazyTensor]]) -> dict[str, LazyTensor]:
+    """The pairs as a mapping. Raises InputError where a name stands twice."""
+    found: dict[str, LazyTensor] = {}
+    for name, tensor in pairs:
+        if name in found:
+            raise InputError(f"the vision tower holds {shown(name)} twice, under names of two layouts")
+        found[name] = tensor
+    return found
+
+
+def _is_head(name: str) -> bool:
+    return name.removeprefix("vision_model.").startswith("head.")
+
+
+def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
+    """Kind and sizes from the shapes. Raises InputError where a tensor that tells one is missing or has no such shape."""
+    for needed, rank in RANKS.items():
+        if needed not in tensors:
+            raise InputError(f"the vision tower of {shown(name)} lacks `{needed}`", hint=WHOLE)
+        shape = list(tensors[needed].shape)
+        if len(shape) != rank or 0 in shape:
+            raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty")
+    clip = CLASS in tensors or any(behind.startswith("pre_layrnorm.") for behind in tensors)
+    rows = tensors[POSITION].shape[0] - clip
+    if rows < 1 or math.isqrt(rows) ** 2 != rows:
+        raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square")
+    numbers = (re.match(r"encoder\.layers\.(\d{1,6})\.", behind) for behind in tensors)
+    layers = max(int(found[1]) for found in numbers if found) + 1
+    if layers > MAX_LAYERS:
+        raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read")
+    sizes = {key: tensors[tensor].shape[axis] for key, (tensor, axis) in MEASURES.items()}
+    return Sizes(CLIP if clip else "siglip_vision_model", {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
+
+
+def _check_sizes(config: Mapping[str, Any], found: Sizes, *, source: str, error: type[InputError] = InputError) -> None:
+    """Raise `error`, naming key and tensor, where a complete config does not describe these tensors."""
+    hint = "give the config.json that belongs to these tensors"
+    if config["model_type"] != found.model_type:
+        has = "has" if found.model_type == CLIP else "lacks"
+        raise error(f"`model_type` is `{config['model_type']}` in {source}, but the vision tower {has} `{CLASS}`", hint=hint)
+    for key, size in found.sizes.items():
+        if config[key] != size:
+            tensor = MEASURES[key][0] if key in MEASURES else f"encoder.layers.{size - 1}"
+            raise error(f"`{key}` is {config[key]:,} in {source}, but {size:,} by `{tensor}`", hint=hint)
+    side = config["image_size"] // config["patch_size"]
+    if side != found.side:
+        what = f"`image_size` is {config['image_size']:,} in {source}, {side} patches a side, but {found.side} by `{POSITION}`"
+        raise error(what, hint=hint)
+
+
+def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: str) -> dict[str, LazyTensor]:
+    """The tensors in the order of `tower_shapes`. Raises InputError unless they are exactly those, in floating point."""
+    expected = tower_shapes(config)
+    if missing := expected.keys() - tensors.keys():
+        names = listed(behind for behind in expected if behind in missing)
+        raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE)
+    if unknown := [behind for behind in tensors if behind not in expected]:
+        facts = {"known kinds": ", ".join(TOWER_DEFAULTS)}
+        raise InputError(f"the vision tower of {shown(name)} has tensors that no rule knows: {listed(unknown)}", facts=facts)
+    for behind, shape in expected.items():
+        tensor = tensors[behind]
+        if tensor.shape != shape:
+            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"`{behind}` of {shown(name)} is stored as {tensor.dtype}", hint="give a tower that is not quantised")
+    return {behind: tensors[behind] for behind in expected}
+
+
+def _look_up(found: Sizes, model_config: Mapping[str, Any], reference: Tower | None) -> tuple[dict[str, Any], str]:
+    """A complete config for measured sizes, and a sentence on where heads and activation are from."""
+    named = next((str(model_config[key]) for key in ("mm_vision_tower", "vision_tower") if isinstance(model_config.get(key), str)), "")
+    if reference is not None:
+        source = shown(reference.origin.name) if reference.origin else "the given tower"
+        return _borrowed(reference.config, found, source)
+    if local := _local_config(named):
+        return _borrowed(complete_config(_vision_config(local, named), source=shown(named)), found, shown(named))
+    hidden = found.sizes["hidden_size"]
+    measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
+    if known := _known(found, named):
+        measured |= {"num_attention_heads": known.heads, "projection_dim": known.projection, "hidden_act": known.activation}
+        if known.image // found.sizes["patch_size"] == found.side:
+            measured["image_size"] = known.image
+        note = f"{known.heads} heads and {known.activation} as in {known.repo}, which has the same widths"
+    elif hidden >= 512 and hidden % 64 == 0:  # so in every published tower but ViT-H, bigG and so400m, which are known
+        measured["num_attention_heads"] = hidden // 64
+        note = f"{hidden // 64} heads, guessed as 64 channels each, and the usual activation: no published tower has these widths"
+    else:
+        facts = {"hidden_size": hidden, "mm_vision_tower": shown(named) if named else "not in config.json"}
+        hint = "give the repository that the tower was trained from with `--vision-tower`, for its config"
+        raise InputError("nothing says how many attention heads the vision tower has", facts=facts, hint=hint)
+    return complete_config(measured), f"vision_config: {note}"
+
+
+def _borrowed(config: Mapping[str, Any], found: Sizes, source: str) -> tuple[dict[str, Any], str]:
+    """Another tower's config for these tensors, which may have fewer layers: some LLaVAs drop the last ones."""
+    layers = min(config["num_hidden_layers"], found.sizes["num_hidden_layers"])
+    fitting = {**config, "num_hidden_layers": layers}
+    _check_sizes(fitting, found, source=source, error=MismatchError)
+    cut = f", of whose {config['num_hidden_layers']} layers the checkpoint has the first {layers}"
+    return fitting, f"vision_config: from {source}" + (cut if layers < config["num_hidden_layers"] else "")
+
+
+def _known(found: Sizes, named: str) -> KnownTower | None:
+    """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
+    sizes = (found.model_type, found.sizes["hidden_size"], found.sizes["intermediate_size"])
+    fitting = [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == sizes]
+    theirs = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
+    return next(theirs, fitting[0] if fitting else None)
+
+
+def _local_config(named: str) -> Mapping[str, Any] | None:
+    """config.json of the folder `named`, seen from the working directory; None where there is no such folder or file."""
+    folder = Path(named)
+    return load_object(member(folder, "config.json")) if named and os.path.lexists(folder / "config.json") else None
+
+
+def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The vision half of a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in TOWER_TYPES:
+        facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(TOWER_TYPES)}
+        raise InputError(f"{shown(name)} has no config.json of a CLIP or SigLIP", facts=facts, hint="give the tower's whole folder")
+    if model_type in TOWER_DEFAULTS:
+        return config
+    nested = config.get("vision_config") or config.get("vision_config_dict") or {}  # the second was its name in 2022
+    if not isinstance(nested, Mapping):
+        raise InputError(f"`vision_config` is not an object in the config.json of {shown(name)}")
+    return {**nested, "model_type": nested.get("model_type") or TOWER_TYPES[model_type]}
+
+
+def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """preprocessor_config.json of the folder that a checkpoint was opened from."""
+    folder = checkpoint.origin.path
+    if not folder.is_dir() or not os.path.lexists(folder / "preprocessor_config.json"):
+        return None
+    return load_object(member(folder, "preprocessor_config.json"))
+
+
+def _valid(value: Any, default: int | float | str) -> bool:
+    """Whether a config value is of its default's kind and within bounds."""
+    if isinstance(default, bool):
+        return value is default
+    if isinstance(default, str):
+        return value in ACTIVATIONS
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (isinstance(value, int) and 0 < value <= 1 << 16 if isinstance(default, int) else 0 <= value <= 100)
