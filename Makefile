@@ -9,6 +9,7 @@ VENV := .venv
 PEERS := .peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.stamp
+TRANSFORMERS := $(addprefix $(PEERS)/transformers-,4.37.2 4.45.2 4.47.1 4.57.6)
 INSTALL := -m pip install -qq --no-input --disable-pip-version-check --retries 10
 
 .PHONY: demo test check peer bench oldest docs clean
@@ -25,7 +26,7 @@ check: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layering.py
 
-peer: $(READY) $(PEERS)/fschat/.stamp
+peer: $(READY) $(PEERS)/fschat/.stamp $(TRANSFORMERS:=/.stamp)
 	@$(BIN)/python -m pytest -m peer tests/peers $(ARGS)
 
 bench: $(READY)
@@ -62,4 +63,13 @@ $(PEERS)/fschat/.stamp: tests/peers/fschat.txt
 	@$(PYTHON) -m venv $(PEERS)/fschat
 	@$(PEERS)/fschat/bin/python $(INSTALL) --requirement tests/peers/fschat.txt
 	@$(PEERS)/fschat/bin/python $(INSTALL) --no-deps fschat==0.2.36
+	@touch $@
+
+# torch and whatever transformers can do without are the main environment's: a .pth file puts that behind what lies here.
+SITE := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(PEERS)/transformers-%/.stamp: | $(READY)
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) transformers==$*
+	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
 	@touch $@

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from synthetic import LLAMA_SIZES, cut_to, write_lora, write_pair
+from synthetic import LLAMA_SIZES, Size, cut_to, write_llava, write_lora, write_pair
 
 OURS = [sys.executable, "-m", "llava_weights"]
 PEFT = """
@@ -81,6 +81,18 @@ def compare(title: str, ours: list[str], other: list[str], inputs: list[Path], o
     print("| other / ours | " + " | ".join(spread(ratio) for ratio in ratios) + " |", flush=True)
 
 
+def convert(title: str, original: Path, out: Path, pairs: int, size: Size) -> None:
+    """The original layout to llava-hf, and llava-hf to llava-hf, which only renames; against `cp` of the same files."""
+    hub = original.with_name("llava-hf")
+    write_llava(original, size)
+    subprocess.run([*OURS, "convert", f"{original}", "-o", f"{hub}", "-q"], check=True)
+    for text, source in ((title, original), ("convert, renames only", hub)):
+        copy = ["sh", "-c", f"mkdir {out}; cp {source}/*.safetensors {out}/"]
+        for options in ([], ["--no-reread"]):
+            ours = [*OURS, "convert", f"{source}", "-o", f"{out}", "-q", *options]
+            compare(f"{' '.join([text, *options])}, against `cp`", ours, copy, [source], out, pairs)
+
+
 def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
@@ -91,12 +103,13 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.5)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--only", choices=["apply-delta", "merge-lora"])
+    parser.add_argument("--only", choices=["apply-delta", "merge-lora", "convert"])
     given = parser.parse_args()
     size = cut_to(given.gigabytes, LLAMA_SIZES[1])
     base, delta, lora, out = (given.folder / name for name in ("base", "delta", "lora", "out"))
-    write_pair(given.folder, size)
-    write_lora(lora, size, given.rank)
+    if given.only != "convert":
+        write_pair(given.folder, size)
+        write_lora(lora, size, given.rank)
     cases: dict[str, Callable[[], None]] = {
         "apply-delta": lambda: compare(
             "apply-delta against `cp base out; cat delta`",
@@ -113,6 +126,11 @@ def main() -> None:
             [base, lora],
             out,
             given.pairs,
+        ),
+    }
+    cases |= {
+        "convert": lambda: convert(
+            f"convert to llava-hf, {given.gigabytes} GB, new vocabulary rows", given.folder / "llava", out, given.pairs, size
         ),
     }
     for name, case in cases.items():

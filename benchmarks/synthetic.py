@@ -18,10 +18,15 @@ import numpy as np
 from llava_weights.families import LLAMA_SIZES, Size
 from llava_weights.formats.safetensors import make_header
 from llava_weights.tensors import LazyTensor
+from llava_weights.tower import tower_shapes
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 TOKENIZER = FIXTURES / "common" / "tokenizer" / "tokenizer.model"
 SHARD = 5_000_000_000
+CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
 
 
 def shapes(size: Size, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -76,6 +81,21 @@ def write_lora(folder: Path, size: Size, rank: int, *, seed: int = 0, sparse: bo
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
     for name in ("model.safetensors.index.json", "config.json", "tokenizer.model"):
         (folder / name).unlink()
+
+
+def write_llava(folder: Path, size: Size, *, seed: int = 0, sparse: bool = False) -> None:
+    """A LLaVA-1.5 in the original layout, F16, with its tower (CLIP L/14 at 336 pixels) inside."""
+    tower = {f"model.vision_tower.vision_tower.vision_model.{name}": shape for name, shape in tower_shapes(CLIP).items()}
+    hidden = size.hidden
+    projector = {"0.weight": (hidden, 1024), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    tensors = {**dict(shapes(size, 32000)), **{f"model.mm_projector.{name}": shape for name, shape in projector.items()}, **tower}
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "hidden_size": hidden, "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+        "mm_hidden_size": 1024, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "use_mm_proj": True, "torch_dtype": "float16", "vocab_size": 32000,
+    }  # fmt: skip
+    _write(folder, tensors, config, None if sparse else partial(weights, seed))
 
 
 def factors(seed: int, name: str, first: int, count: int) -> np.ndarray:

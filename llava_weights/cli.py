@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": check.verify,
     "checksum": check.checksum,
     "diff": check.diff,
+    "smoke": check.smoke,
     "demo": look.demo,
     "env": look.env,
 }

@@ -71,7 +71,7 @@ def to_llava_hf(
     elif parts.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
     rows = _rows(model, vocab_size, bool(tiles))
-    parts |= {name: resized(parts[name], rows) for name in TABLES}
+    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
     tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
     config = llava_hf_config(model.config, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles)
     if unpadded := _unpadded(checkpoint, model):
@@ -108,7 +108,7 @@ def to_llava(
             parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
     files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
     rows = _unpadded(checkpoint, model) or rows
-    parts |= {name: resized(parts[name], rows) for name in TABLES}
+    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
     config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
     pad = config["pad_token_id"]
@@ -220,7 +220,7 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
 
 def _ordered(parts: Parts, model: Model) -> Iterator[str]:
     """One order, whatever the input's: decoder, head, tower, projector."""
-    text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": False})
+    text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
     order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
     return (name for name in order if name in parts)
 
@@ -230,7 +230,7 @@ def _back_config(model: Model, name: str | None, projector: str, rows: int, dtyp
     config = dict(model.config)
     named = name or config.get("mm_vision_tower")
     config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
-    config |= {"tie_word_embeddings": False, "torch_dtype": TORCH_DTYPE[dtype]}
+    config |= {"tie_word_embeddings": model.tied, "torch_dtype": TORCH_DTYPE[dtype]}
     if config["pad_token_id"] >= rows:
         config["pad_token_id"] = 0
     return dict(sorted(config.items()))

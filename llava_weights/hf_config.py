@@ -130,7 +130,7 @@ def llava_hf_config(
         "pad_token_id": tokens.pad,
         "projector_hidden_act": activation,
         "text_config": text_config(config, tokens=tokens, dtype=dtype),
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config["tie_word_embeddings"],
         "torch_dtype": name,
         "vision_config": dict(sorted(vision.items())),
         "vision_feature_layer": select_layer(config, tower),
@@ -165,7 +165,7 @@ def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dic
         "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         "model_type": kind,
         "pad_token_id": tokens.pad,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config["tie_word_embeddings"],
         "torch_dtype": TORCH_DTYPE[dtype],
         "vocab_size": tokens.rows,
     }

@@ -42,6 +42,11 @@ class Model:
     rows: int
     repairs: tuple[str, ...] = ()
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding table, and is not stored."""
+        return TABLES[1] not in self.parts
+
 
 def take_apart(checkpoint: Checkpoint, tower: Checkpoint | None, image_token: str | None, dtype: str | None) -> Model:
     """The parts of `checkpoint`, cast to `dtype`, with `tower` where it holds no tower of its own.
@@ -75,8 +80,6 @@ def take_apart(checkpoint: Checkpoint, tower: Checkpoint | None, image_token: st
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
     tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=processor, model_max_length=limit)
     config, repairs = _repaired(config, parts, tokenizer, main)
-    if TABLES[1] not in parts and config.get("tie_word_embeddings") is True:
-        parts[TABLES[1]] = parts[TABLES[0]]
     _check_parts(config, parts, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", "gelu")) if hub else "gelu"
     return Model(parts, chosen, config, tokenizer, activation, rows, repairs)
@@ -172,7 +175,7 @@ def _repaired(config: Mapping[str, Any], parts: Parts, tokenizer: HfTokenizer, d
 def _check_parts(config: Mapping[str, Any], parts: Parts, tower: Tower) -> None:
     """Raise InputError unless the parts are exactly those of a LLaVA of this config."""
     text = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith(("tower.", "projector."))}
-    check_structure({**config, "tie_word_embeddings": False}, text, vocabulary_rows=parts[TABLES[0]].rows)
+    check_structure(config, text, vocabulary_rows=parts[TABLES[0]].rows)
     hidden = parts[TABLES[0]].shape[1]
     projector = {name: tensor.shape for name, tensor in parts.items() if name.startswith("projector.")}
     one = {LINEAR[0]: (hidden, tower.hidden), LINEAR[1]: (hidden,)}

@@ -144,11 +144,11 @@ def image_places(checkpoint: Checkpoint, probe: Probe, length: int, tower: Check
     if probe.pixel_values is None:
         return np.zeros(length, bool)
     if checkpoint.layout == "llava-hf":
-        return probe.ids == image_id(checkpoint)
+        return np.asarray(probe.ids == image_id(checkpoint))
     marks = probe.ids == IMAGE
     if not marks.any():
         patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
-        return probe.ids == patch
+        return np.asarray(probe.ids == patch)
     images = int(marks.sum())
     counts = [(length - int((~marks).sum())) // images] * images
     if images > 1 and probe.image_sizes is not None and (sight := find_sight(checkpoint, tower)):

@@ -122,9 +122,7 @@ def _processor_class(next: bool) -> str:
     return "LlavaNextProcessor" if next else "LlavaProcessor"
 
 
-def _preprocessor(
-    settings: ImageSettings, *, next: bool, aspect: str, pads: bool, pinpoints: list[list[int]] | None
-) -> dict[str, Any]:
+def _preprocessor(settings: ImageSettings, *, next: bool, aspect: str, pads: bool, pinpoints: list[list[int]] | None) -> dict[str, Any]:
     square = {"height": settings.size, "width": settings.size}
     common = {
         "do_convert_rgb": True,

@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
-from .findings import Finding
+from .findings import Finding, Verdict
 
 VERDICTS = {0: "verified", 3: "not verified: there is nothing to verify against", 4: "FAILED"}
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "unchecked": "unchecked"}
-ORDER = ("failed", "warning", "unchecked", "ok")
+ORDER: tuple[Verdict, ...] = ("failed", "warning", "unchecked", "ok")
 
 
 def lines(name: str, findings: Sequence[Finding], code: int) -> list[str]:
@@ -50,7 +50,8 @@ def junit(name: str, findings: Sequence[Finding]) -> bytes:
             ElementTree.SubElement(case, "skipped", message)
         else:
             ElementTree.SubElement(case, "system-out").text = message["message"]
-    return b'<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="utf-8") + b"\n"
+    text: str = ElementTree.tostring(suite, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'.encode()
 
 
 def markdown(name: str, findings: Sequence[Finding], code: int) -> str:

@@ -22,10 +22,10 @@ from .findings import Finding, exit_code
 from .formats import listed, shown
 from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member
 from .formats.strict_json import json_bytes
+from .health import health
 from .hub import HubSource, parse_source
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
-from .parts import take_apart
 from .plan import Plan
 from .records import Manifest, find_manifest, manifest_path, read_manifest, read_sums, sums_path
 from .rehash import Reading, rehash
@@ -33,9 +33,8 @@ from .stream import output_error
 from .wording import size
 
 SMALL = 64 << 20  # bytes of a file that is no weight file, up to which it is always read; a tokenizer.json has 2 MB, optimizer.pt 100 GB
-CHECKED_STRUCTURE = ("llama", "llava", "llava-hf")  # layouts for which there is a rule
+CHECKED_STRUCTURE = ("llama", "llava")  # layouts for which config.py has the rule
 WRITE_SUMS = "run `llava-weights checksum` now to find any later change"
-
 Listener = Callable[[Event], None]
 
 
@@ -86,7 +85,7 @@ def verify(
     jobs: int = 2,
     on_event: Listener = lambda event: None,
 ) -> Verification:
-    """Check a folder, a weight file or a repository of the Hub, reading headers and small files only unless `deep`.
+    """Check a folder, a weight file or a repository of the Hub, reading headers, small files and samples only unless `deep`.
 
     `against` is a manifest or a checkpoint (compared by tensors), a list as `sha256sum` or `md5sum` write it, `owner/name[@revision]`
     (the Hub's digests, nothing is downloaded) or "published" (the table in published.py); then the values are read where needed.
@@ -95,14 +94,14 @@ def verify(
     subject = open_subject(path)
     reference = find_reference(against, jobs=jobs, on_event=on_event) if against is not None else None
     recorded = subject.manifest.tensors if subject.manifest else {}
-    by_record = reference is not None and reference.tensors is not None and bool(recorded)
-    everything = deep or (reference is not None and not by_record)
+    everything = deep or bool(reference and (reference.tensors is None or not recorded))
     chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
-    algorithms = reference.algorithms if reference else ("sha256",)
-    reading = rehash(chosen, subject.tensors if everything else {}, algorithms=algorithms, jobs=jobs, on_event=on_event)
+    algorithms, tensors = reference.algorithms if reference else ("sha256",), subject.tensors if everything else {}
+    reading = rehash(chosen, tensors, algorithms=algorithms, jobs=jobs, on_event=on_event)
     findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject)) + _files(subject, reading)
+    findings += [] if reference else _health(subject)  # compared with OTHER, the question is whether it is the same
     findings += _tensors(subject, reading) if everything else [_unread(subject)]
-    if reference is not None:
+    if reference:
         findings += compare(subject.place, subject.files, recorded, reading, reference)
     return Verification(subject.place.resolve().name, tuple(findings), _facts(subject, reading), reference.label if reference else "")
 
@@ -260,13 +259,10 @@ def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Whether the tensors are those that config.json describes."""
     if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config:
         try:
-            if checkpoint.layout == "llava-hf":
-                take_apart(checkpoint, None, None, None)
-            else:
-                check_structure(checkpoint.config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+            check_structure(checkpoint.config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
         except InputError as error:
             yield _refused(error, "config.json")
-    else:
+    elif checkpoint.layout != "llava-hf":  # health.py has the rules of that one
         why = f"there is no rule for this layout ({checkpoint.layout})" if checkpoint.config else "there is no config.json"
         yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: {why}")
 
@@ -278,6 +274,12 @@ def _structure_text(subject: Subject) -> str:
     files = f"{count} weight {'file' if count == 1 else 'files'}, {size(sum(file.size for file in subject.checkpoint.origin.files))}"
     manifest = ", as in the manifest" if subject.manifest else ""
     return f"{len(subject.tensors):,} tensors in {files}: names, shapes, sizes and index agree{manifest}"
+
+
+def _health(subject: Subject) -> list[Finding]:
+    """What the files and a few MB of values say by themselves."""
+    folder = subject.place if subject.place.is_dir() else None
+    return list(health(subject.checkpoint, folder)) if subject.checkpoint else []
 
 
 # --- L2: files, L3: tensors -----------------------------------------------------------------------------------------
@@ -316,11 +318,11 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
         same = {name: name for name, entry in reading.tensors.items() if name in recorded and kind(entry) == kind(recorded[name])}
         yield from differing("L3", reading.tensors, recorded, same, "the manifest records")
 
-    missing = [] if reading.damaged else [name for name in subject.tensors if name not in reading.tensors]
+    missing = [name for name in subject.tensors if name not in reading.tensors and not reading.damaged]
     unread = [Finding("L3", "unchecked", missing[0], f"not read: {listed(missing)}")] if missing else []
     as_recorded = ", every digest as in the manifest" if recorded else ""
-    text = f"{counted(len(reading.tensors), 'tensor')} read, none with inf or NaN{as_recorded}"
-    return folded("L3", subject.place.name, wrong(), text if reading.tensors else "") + unread
+    text = f"{counted(len(reading.tensors), 'tensor')} read, none with inf or NaN{as_recorded}" if reading.tensors else ""
+    return folded("L3", subject.place.name, wrong(), text) + unread
 
 
 def _refused(error: InputError, otherwise: str) -> Finding:
@@ -337,7 +339,7 @@ def _record(subject: Subject) -> str:
 def _facts(subject: Subject, reading: Reading) -> dict[str, Any]:
     """`root` and `content` are those of the values that were read, empty where they were not."""
     entries = list(reading.tensors.values())
-    complete = bool(entries) and len(entries) == len(subject.tensors)
+    complete = len(entries) == len(subject.tensors) > 0
     return {
         "files": len(subject.files),
         "tensors": len(subject.tensors),

@@ -22,15 +22,19 @@ LAYERS = (
     "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
     "config processor examine tower fast_tokenizer splice streamed projector",
     "adapter hf_config",
-    "parts",
+    "parts sidecars",
+    "agreement",
+    "agreement_hf",
     "delta lora convert inspection health",  # the transforms: pure
     "plan job",
     "manifest stream",
     "card predict rehash",
     "records",
     "against",
-    "write verify diff forward",  # side effects begin
-    "smoke",
+    "write verify diff derive forward",  # side effects begin
+    "probes",
+    "reference_file",
+    "smoke sample",
     "report proof plot",
     "console",
     "toy",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
-from .common import Jobs, Json, Quiet, Verbose, session
+from .common import Jobs, Json, Quiet, Verbose, VisionTower, session
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..console import Console
     from ..findings import Finding
+
+PROMPT = "the meaning of life is"  # of LLaVA-13b-delta-v0's model card, which shows the babble of an unapplied delta as its answer
 
 Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owner/name[@rev] or hf://owner/name.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
@@ -32,10 +35,12 @@ def verify(
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Compare with the checksums that the authors published.")] = False,
+    base: Annotated[str | None, typer.Option("--base", help="What PATH was made from: make every tensor again and compare.")] = None,
     delta: Annotated[
-        str | None, typer.Option("--delta", help="With --published: the delta, whose files the author's merge follows.")
+        str | None, typer.Option("--delta", help="The delta that was applied; with --published, it tells the author's files.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="With --published: the base that the delta was applied to.")] = None,
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
+    vision_tower: VisionTower = None,
     jobs: Jobs = 2,
     junit: Junit = None,
     summary: Summary = None,
@@ -48,19 +53,26 @@ def verify(
         from ..checkpoint import open_checkpoint
         from ..verify import verify as check
 
-        if (delta or base) and not (published and delta):
-            raise UsageError("`--delta` and `--base` are for `--published`", hint="pass `--published --delta DELTA [--base BASE]`")
+        if (delta or lora or vision_tower) and not (base or (published and delta)):
+            raise UsageError("what was made again needs its base", hint="pass `--base` too, or `--published --delta DELTA`")
         if published and against:
             raise UsageError("`--against` and `--published` name two things to compare with", hint="run `verify` once for each")
         other = "published" if published and not delta else against
         result = check(path, against=other, deep=deep, jobs=jobs, on_event=console.on_event)
         findings = result.findings
-        if delta:
+        if published and delta:
             from ..predict import check_published
 
             given = open_checkpoint(base) if base else None
             findings += check_published(open_checkpoint(path), open_checkpoint(delta), given, on_event=console.on_event)
-        _prove(console, result.name, findings, max(result.exit_code, _code(findings)), result.facts, junit, summary)
+        elif base:
+            from ..derive import compare_derived, derive
+
+            subject, tower = open_checkpoint(path), open_checkpoint(vision_tower) if vision_tower else None
+            added = open_checkpoint(delta) if delta else None
+            again = derive(subject, open_checkpoint(base), delta=added, lora=lora or [], tower=tower)
+            findings += tuple(compare_derived(subject, again, jobs=jobs, on_event=console.on_event))
+        _prove(console, result.name, findings, _code(result.exit_code, findings), result.facts, junit, summary)
 
 
 def checksum(
@@ -106,8 +118,78 @@ def diff(
         raise typer.Exit(0 if found.equal else 4)
 
 
-def _code(findings: Sequence[Finding]) -> int:
-    return 4 if any(finding.verdict == "failed" for finding in findings) else 0
+def smoke(
+    path: Checked,
+    reference: Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="Compare with logits recorded by --record.")] = None,
+    original: Annotated[str | None, typer.Option("--original", metavar="DIR", help="Compare with this unconverted checkpoint.")] = None,
+    record: Annotated[
+        Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and keep what comes of them.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and rate the model's English.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
+    vision_tower: VisionTower = None,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to compute.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="F32|BF16|F16", help="Dtype of the arithmetic; only F32 can tell `same`.")
+    ] = "F32",
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Keep the whole model on the device; else it streams, layer by layer.")
+    ] = False,
+    atol: Annotated[
+        float | None, typer.Option("--atol", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --record: replace FILE.")] = False,
+    junit: Junit = None,
+    summary: Summary = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt. Exit 4 if it computes something else."""
+    with session(json, quiet, verbose) as console:
+        from ..checkpoint import open_checkpoint
+        from ..lora import to_dtype
+
+        if sum(choice is not None for choice in (reference, original, record)) > 1:
+            raise UsageError("`--reference`, `--original` and `--record` are three different runs", hint="pass one of them")
+        if image and prompt is None:
+            raise UsageError("`--image` belongs to a prompt", hint='pass `--prompt "<image> What is this?"` too')
+        model = open_checkpoint(path)
+        how: Any = {"tower": open_checkpoint(vision_tower) if vision_tower else None, "device": device, "dtype": to_dtype(dtype)}
+        how["resident"] = resident
+        if record:
+            from ..reference_file import record as keep
+
+            kept = keep(model, record, force=force, on_event=console.on_event, **how)
+            console.document(f"Wrote {record}: {len(kept.probes)} probes", {"written": str(record)})
+        elif reference or original:
+            from ..smoke import compare, compare_original, table
+
+            more: Any = {"atol": atol, "on_event": console.on_event, **how}
+            done = compare_original(model, open_checkpoint(original), **more) if original else compare(model, reference or Path(), **more)
+            facts = {
+                "against": done.against,
+                "result": done.verdict,
+                "first_wrong": done.first_wrong,
+                "rows": [asdict(r) for r in done.rows],
+            }
+            _prove(console, done.name, done.findings, done.exit_code, facts, junit, summary, table(done))
+        else:
+            from ..findings import exit_code
+            from ..sample import sample
+
+            text = sample(model, prompt or PROMPT, image=image, **how)
+            facts = asdict(text)
+            _prove(console, model.origin.name, [text.finding], exit_code([text.finding]), facts, junit, summary, [text.prompt + text.text])
+
+
+def _code(code: int, findings: Sequence[Finding]) -> int:
+    """That of `verify`, unless what came after it failed, or found what `verify` had nothing to compare with."""
+    if any(finding.verdict == "failed" for finding in findings):
+        return 4
+    return 0 if any(finding.verdict == "ok" and finding.level in ("L4", "published") for finding in findings) else code
 
 
 def _prove(
@@ -118,11 +200,12 @@ def _prove(
     facts: Mapping[str, Any],
     junit: Path | None,
     summary: Path | None,
+    before: Sequence[str] = (),
 ) -> None:
     """Show the findings, write the reports that were asked for, and end with the exit code."""
     from .. import proof
 
-    console.document("\n".join(proof.lines(name, findings, code)), proof.document(name, findings, code, facts))
+    console.document("\n".join([*before, *proof.lines(name, findings, code)]), proof.document(name, findings, code, facts))
     if junit:
         junit.write_bytes(proof.junit(name, findings))
     if summary:

@@ -1,0 +1,298 @@
+"""Do the files of a llava-hf folder agree with its tensors and with each other? A table of rules.
+
+What each value must be and which program stumbles otherwise: facts llava-hf 2 and 3, tested with transformers 4.36 to 5.23.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from .agreement import GENERATION, REPAIR, RIGHT_TOKENIZER, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
+from .checkpoint import small_text
+from .config import check_structure, few
+from .families import DROPPED
+from .formats import shown
+from .hf_config import MODELS, TEXT_MODELS, pinpoints
+from .naming import canonical, spelled
+from .processor import read_image_settings
+from .sidecars import CONFIG, PROCESSOR, Rule, Sidecars, said, vision
+from .tokenizer import CONFIG as TOKENIZER
+from .tokenizer import FAST
+from .tower import own_tower
+
+PREPROCESSOR, TEMPLATE, JINJA = "preprocessor_config.json", "chat_template.json", "chat_template.jinja"
+# transformers.activations.ACT2FN of 4.37 and 4.57. `identity` is not among them.
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh", "laplace",
+    "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh", "xielu",
+)  # fmt: skip
+# What LlamaConfig, MistralConfig and Qwen2Config assume where the key is missing.
+LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+MISTRAL = {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8}
+MISSING = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": {**LLAMA, "vocab_size": 151936, "intermediate_size": 22016}}
+# Names that are not those of the Hub, and who can't read them (load matrix: facts, llava-hf 2.2). The first that matches some name.
+STYLES = (
+    (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),
+    (
+        r"model\.vision_tower\.(?!vision_model\.).*",
+        "transformers 5.6 and later: earlier ones miss the vision tower, before 4.52 nearly all",
+    ),
+    (r"model\.language_model\..*", "transformers 4.52 and later: earlier ones miss the whole text model"),
+    (r"vision_tower\.(?!vision_model\.).*", "a save by transformers 5.23: 4.57 and earlier, and vLLM, miss the vision tower"),
+)
+
+
+def _vocabulary(s: Sidecars) -> Iterator[str]:
+    text = MISSING.get(s.text["model_type"], LLAMA) | s.text
+    config = {"vocab_size": s.of(CONFIG).get("vocab_size", text["vocab_size"]), "text_config.vocab_size": text["vocab_size"]}
+    yield from (f"`{key}` is {said(rows)}, but the embedding table has {s.rows:,} rows" for key, rows in config.items() if rows != s.rows)
+
+
+def _structure(s: Sidecars) -> Iterator[str]:
+    if unknown := [name for name in s.checkpoint.parameters() if not re.match(r"(text|head|tower|projector)\.|newline$", canonical(name))]:
+        yield f"{len(unknown):,} tensors are of no part of a LLaVA: {few(unknown)}"
+    if len(s.parts) < len(s.checkpoint.parameters()):
+        yield "some tensors are there twice, under names of two key styles"
+    if s.text["model_type"] in TEXT_MODELS:
+        tied = (s.text.get("tie_word_embeddings") or s.of(CONFIG).get("tie_word_embeddings")) and "head.weight" not in s.parts
+        text = {**MISSING[s.text["model_type"]], **s.text, "vocab_size": s.rows, "tie_word_embeddings": tied is True}
+        check_structure(text, {spelled(x, "llava"): t.shape for x, t in s.parts.items() if x.startswith(("text.", "head."))})
+
+
+def _tower(s: Sidecars) -> Iterator[str]:
+    if own_tower(s.checkpoint.tensors, vision_config=vision(s.objects), model=None) is None:
+        yield "there are no tensors of a vision tower"
+
+
+def _projector(s: Sidecars) -> Iterator[str]:
+    if (act := s.of(CONFIG).get("projector_hidden_act", "gelu")) not in ACTIVATIONS:
+        yield f"`projector_hidden_act` is {said(act)}, which transformers does not know"
+    if not s.tower or not s.rows:
+        return
+    hidden, layers = s.parts["text.embed_tokens.weight"].shape[-1], s.of(CONFIG).get("vision_feature_layer", -2)
+    width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
+    expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            full = spelled(f"projector.{name}", "llava-hf") if name in expected else f"projector.{name}"
+            yield f"{shown(full)} has shape {said(found.get(name))}, expected {said(expected.get(name))}"
+
+
+def _image_id(s: Sidecars) -> Iterator[str]:
+    config = s.of(CONFIG)
+    image = config.get("image_token_index", config.get("image_token_id", 32000))
+    wanted = s.tokens.get(s.image_token)
+    if config.get("image_token_id", image) != image:
+        yield f"`image_token_index` is {said(image)}, `image_token_id` {said(config['image_token_id'])}"
+    if type(image) is not int or not 0 <= image < s.rows:
+        yield f"`image_token_index` is {said(image)}, the embedding table has {s.rows:,} rows"
+    elif wanted is not None and image != wanted:
+        yield f"`image_token_index` is {image}, but {shown(s.image_token)} has the id {wanted} in the tokenizer"
+
+
+def _image_id_name(s: Sidecars) -> Iterator[str]:
+    if "image_token_index" not in s.of(CONFIG) and "image_token_id" in s.of(CONFIG):
+        yield "there is only `image_token_id`: transformers before 4.52 read `image_token_index`, and take 32000 here"
+
+
+def _image_length(s: Sidecars) -> Iterator[str]:
+    if not s.tower:
+        return
+    whole = s.tower.class_token and s.of(CONFIG).get("vision_feature_select_strategy") == "full"
+    length, wanted = s.of(CONFIG).get("image_seq_length", 576), s.tower.patches + whole
+    if length != wanted:
+        yield (
+            f"`image_seq_length` is {said(s.of(CONFIG).get('image_seq_length'))}, but an image of {s.tower.image_size} pixels in patches "
+            f"of {s.tower.patch_size} gives {wanted} features: transformers 4.45 to 4.47 stop or merge them wrongly"
+        )
+
+
+def _layer(s: Sidecars) -> Iterator[str]:
+    layer = s.of(CONFIG).get("vision_feature_layer", -2)
+    count = int(s.tower.config["num_hidden_layers"]) if s.tower else 0
+    for number in layer if isinstance(layer, list) else [layer]:
+        if type(number) is not int or (count and not -count - 1 <= number <= count):
+            yield f"`vision_feature_layer` is {said(layer)}, the vision tower has {count} layers"
+    if (strategy := s.of(CONFIG).get("vision_feature_select_strategy", "default")) not in ("default", "full"):
+        yield f"`vision_feature_select_strategy` is {said(strategy)}, not default or full"
+
+
+def _kind(s: Sidecars) -> Iterator[str]:
+    kind, named = str(s.of(CONFIG).get("model_type")), s.of(CONFIG).get("architectures")
+    if kind not in MODELS:
+        yield f"`model_type` is {said(s.of(CONFIG).get('model_type'))}, not {' or '.join(MODELS)}"
+    elif named != [MODELS[kind]]:
+        yield f"`architectures` is {said(named)}, but `{MODELS[kind]}` belongs to `{kind}`: vLLM and llama.cpp choose by it"
+
+
+def _newline(s: Sidecars) -> Iterator[str]:
+    if s.next and "newline" not in s.parts and s.of(CONFIG).get("use_image_newline_parameter") is not False:
+        yield "`model_type` is llava_next, but there is no tensor `image_newline`"
+    if s.of(CONFIG).get("model_type") == "llava" and "newline" in s.parts:
+        yield "there is a tensor `image_newline`, which belongs to llava_next: `model_type` is llava"
+
+
+def _pinpoints(s: Sidecars) -> Iterator[str]:
+    if s.next and not s.of(CONFIG).get("image_grid_pinpoints"):
+        yield "`image_grid_pinpoints` is missing: transformers then takes those for 336 pixels"
+    elif s.next and s.tower:
+        pinpoints(s.of(CONFIG), s.tower.image_size)
+
+
+def _style(s: Sidecars) -> Iterator[str]:
+    names = s.checkpoint.tensors
+    if style := next((who for pattern, who in STYLES if any(re.fullmatch(pattern, name) for name in names)), None):
+        yield f"the tensors, such as {shown(next(iter(names)))}, are named as by {style}"
+
+
+def _buffers(s: Sidecars) -> Iterator[str]:
+    if stray := [name for name in s.checkpoint.tensors if re.fullmatch(DROPPED, name)]:
+        yield f"{len(stray):,} tensors are buffers that no model reads: {few(stray)}"
+
+
+# --- the other files ------------------------------------------------------------------------------------------------
+
+
+def _generation_missing(s: Sidecars) -> Iterator[str]:
+    if not s.has(GENERATION):
+        yield "it is missing: transformers 5 then knows no end of text and never stops"
+
+
+def _legacy(s: Sidecars) -> Iterator[str]:
+    if not s.has(TOKENIZER):
+        yield "it is missing: readers guess the tokenizer's class and settings"
+    elif s.is_llama and s.of(TOKENIZER).get("legacy") is not True:
+        yield (
+            f"`legacy` is {said(s.of(TOKENIZER).get('legacy'))}, not true: slow tokenizers, and transformers 5 without a config.json "
+            "beside it, leave out the blank behind an image that LLaVA was trained with"
+        )
+    if s.is_llama and s.of(TOKENIZER).get("add_prefix_space", True) is None:
+        yield "`add_prefix_space` is null: transformers 4.45 and later then lose the blank before a text"
+
+
+def _class(s: Sidecars) -> Iterator[str]:
+    if (named := s.of(TOKENIZER).get("tokenizer_class")) in ("TokenizersBackend", "LLaMATokenizer"):
+        yield f"`tokenizer_class` is {named}, which transformers 4 does not know"
+
+
+def _fast(s: Sidecars) -> Iterator[str]:
+    """The one form that gives LLaVA's own ids in every version (facts, llava-hf 3.6)."""
+    if not s.is_llama:
+        return
+    if not s.has(FAST):
+        yield "it is missing: each version of transformers makes its own, and 4.45 and later another than LLaVA's"
+        return
+    normalizer, before = s.of(FAST).get("normalizer"), s.of(FAST).get("pre_tokenizer")
+    steps = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
+    kinds = [step.get("type") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    bare = s.of(TOKENIZER).get("add_prefix_space") is False and kinds == ["Replace"]
+    if before is not None or not (kinds == ["Prepend", "Replace"] or bare):
+        form = before.get("type") if isinstance(before, dict) else kinds or normalizer
+        yield (
+            f"its form is {said(form)}, not the normalizers Prepend and Replace without a pre_tokenizer: "
+            "it leaves out the blank behind an image, and transformers 4.37 can't read some of these forms"
+        )
+
+
+def _image_token(s: Sidecars) -> Iterator[str]:
+    if s.has(FAST) and s.image_token not in s.tokens:
+        yield f"{shown(s.image_token)}, which stands for an image, is not one token"
+
+
+def _image_special(s: Sidecars) -> Iterator[str]:
+    entries = s.of(FAST).get("added_tokens")
+    named = [e for e in entries if isinstance(e, dict) and e.get("content") == s.image_token] if isinstance(entries, list) else []
+    if s.has(FAST) and s.image_token in s.tokens and not any(entry.get("special") is True for entry in named):
+        yield f"{shown(s.image_token)}, which stands for an image, is no special token"
+
+
+def _processor_missing(s: Sidecars) -> Iterator[str]:
+    if not s.has(PROCESSOR):
+        yield "it is missing: transformers 4.48 and later stop at the first prompt with an image"
+
+
+def _processor(s: Sidecars) -> Iterator[str]:
+    if not s.has(PROCESSOR):
+        return
+    wanted = {"vision_feature_select_strategy": s.of(CONFIG).get("vision_feature_select_strategy", "default")}
+    if s.tower:
+        wanted |= {"num_additional_image_tokens": int(s.tower.class_token), "patch_size": s.tower.patch_size}
+    wanted["processor_class"] = "LlavaNextProcessor" if s.next else "LlavaProcessor"
+    for key, value in wanted.items():
+        if (found := s.of(PROCESSOR).get(key)) != value:
+            yield f"`{key}` is {said(found)}, the model needs {said(value)}: image tokens in the prompt do not fit its features then"
+
+
+def _nested(s: Sidecars) -> Iterator[str]:
+    if not s.has(PREPROCESSOR) and "image_processor" in s.of(PROCESSOR):
+        yield "it is missing: the settings stand in processor_config.json, where transformers 4 does not look for them"
+
+
+def _preprocessor(s: Sidecars) -> Iterator[str]:
+    nested = s.of(PROCESSOR).get("image_processor")
+    settings = s.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else None)
+    if settings is None:
+        yield "it is missing: nothing says how an image becomes pixels"
+        return
+    if s.tower:
+        read_image_settings(settings, size=s.tower.image_size, patch=s.tower.patch_size, siglip=s.tower.kind == "siglip")
+    ours, theirs = s.of(CONFIG).get("image_grid_pinpoints"), settings.get("image_grid_pinpoints")
+    if s.next and ours and ours != theirs:
+        differ = "is missing" if theirs is None else f"is {said(theirs)}, in config.json {said(ours)}"
+        yield f"`image_grid_pinpoints` {differ}: the processor and the model cut images differently"
+
+
+def _template(s: Sidecars) -> Iterator[str]:
+    inside = s.of(TOKENIZER).get("chat_template")
+    if not s.has(TEMPLATE):
+        other = "; 4.47 and later read chat_template.jinja" if s.has(JINJA) else "" if inside else " at all"
+        yield f"it is missing: transformers 4.43 to 4.46 find no chat template{other}"
+    text = s.of(TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA)
+    if isinstance(text, str) and s.image_token not in text:
+        yield f"the chat template never writes {shown(s.image_token)}, which stands for an image"
+
+
+def _templates_differ(s: Sidecars) -> Iterator[str]:
+    jinja, text = small_text(s.checkpoint.files, JINJA), s.of(TEMPLATE).get("chat_template")
+    if s.has(TEMPLATE) and not isinstance(text, str):
+        yield "it holds no `chat_template`"
+    elif jinja is not None and text is not None and jinja.rstrip("\n") != text.rstrip("\n"):
+        yield "it differs from chat_template.jinja: the processor reads one, the tokenizer the other"
+
+
+RULES = (
+    Rule(CONFIG, "vocabulary", _vocabulary, remedy=REPAIR),
+    Rule(CONFIG, "names and shapes of the text model", _structure, remedy="check that all shards are there and that config.json is theirs"),
+    Rule(
+        CONFIG, "vision tower", _tower, remedy="give the tower with `llava-weights convert PATH --to llava-hf --vision-tower CLIP -o OUT`"
+    ),
+    Rule(CONFIG, "projector", _projector),
+    Rule(CONFIG, "image token", _image_id),
+    Rule(CONFIG, "image token", _image_id_name, "warning", REPAIR),
+    Rule(CONFIG, "image_seq_length", _image_length, remedy=REPAIR),
+    Rule(CONFIG, "features", _layer),
+    Rule(CONFIG, "special ids", ids_in_table, remedy=REPAIR),
+    Rule(CONFIG, "special ids", misnamed_pad, "warning", REPAIR),
+    Rule(CONFIG, "model type", _kind, "warning", REPAIR),
+    Rule(CONFIG, "image_newline", _newline, remedy=REPAIR),
+    Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
+    Rule(GENERATION, "there", _generation_missing, remedy=REPAIR),
+    Rule(GENERATION, "bos, eos and pad as in the tokenizer", generation_ids, remedy=REPAIR),
+    Rule("tokenizer", "there", tokenizer_missing, remedy=RIGHT_TOKENIZER),
+    *SHARED,
+    Rule(TOKENIZER, "legacy", _legacy, "warning", REPAIR),
+    Rule(TOKENIZER, "class", _class, remedy=REPAIR),
+    Rule(FAST, "form", _fast, "warning", REPAIR),
+    Rule(FAST, "image token", _image_token, remedy=REPAIR),
+    Rule(FAST, "image token", _image_special, "warning", REPAIR),
+    Rule(PROCESSOR, "there", _processor_missing, remedy=REPAIR),
+    Rule(PROCESSOR, "patches, class token and strategy of the tower", _processor, remedy=REPAIR),
+    Rule(PREPROCESSOR, "image size and pinpoints of the model", _preprocessor, remedy=REPAIR),
+    Rule(PREPROCESSOR, "place", _nested, "warning", REPAIR),
+    Rule(TEMPLATE, "there, with the image token", _template, "warning", REPAIR),
+    Rule(TEMPLATE, "the same as chat_template.jinja", _templates_differ, remedy=REPAIR),
+    Rule("tensors", "key style", _style, "warning", REPAIR),
+    Rule("tensors", "no stray buffers", _buffers, "warning", REPAIR),
+)

@@ -1,0 +1,224 @@
+"""The small files of a checkpoint, read and ready for rules; and what a rule is.
+
+A rule yields one sentence for each thing that is wrong in its file; `check` makes findings of them, and says what was checked
+where nothing is wrong. Nothing here raises for a damaged file: that is a finding too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, small_object
+from .errors import InputError
+from .findings import Finding, Verdict
+from .formats import shown
+from .formats.strict_json import load_object, parse_json
+from .formats.tokenizer_json import added_tokens
+from .hf_config import flat_config
+from .naming import canonical
+from .tensors import LazyTensor
+from .tokenizer import ADDED, FAST, FAST_LIMIT, MODEL, SPECIAL, read_special_ids
+from .tokenizer import CONFIG as TOKENIZER
+from .tower import Tower, own_tower
+
+CONFIG, PROCESSOR = "config.json", "processor_config.json"
+CORRECT = "correct it by hand, or take the file from the authors of the model"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sidecars:
+    """A checkpoint with its small files read: `objects` are JSON by file name, `parts` the tensors by canonical name.
+
+    `ids` are the true special ids by role, empty where no tokenizer tells them; `tower` is None where there is none that is whole.
+    """
+
+    checkpoint: Checkpoint
+    objects: Mapping[str, Json]
+    parts: Mapping[str, LazyTensor]
+    ids: Mapping[str, int]
+    base_vocabulary: int
+    tower: Tower | None
+
+    def of(self, file: str) -> Json:
+        return self.objects.get(file, {})
+
+    def has(self, file: str) -> bool:
+        return file in self.checkpoint.files
+
+    @property
+    def rows(self) -> int:
+        return table.rows if (table := self.parts.get("text.embed_tokens.weight")) else 0
+
+    @property
+    def text(self) -> Json:
+        """The text model's part of a llava-hf config; `model_type` is always a text."""
+        text = flat_config(self.of(CONFIG))
+        return {**text, "model_type": str(text["model_type"])}
+
+    @property
+    def next(self) -> bool:
+        return self.of(CONFIG).get("model_type") == "llava_next"
+
+    @property
+    def image_token(self) -> str:
+        """The text that stands for an image in a prompt of llava-hf."""
+        named = self.of(PROCESSOR).get("image_token")
+        return named if isinstance(named, str) else "<image>"
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Ids by text: those of tokenizer.json, and the added tokens of every file."""
+        return {**_vocab(self.objects), **added_ids(self.objects)}
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether the tokenizer is SentencePiece's or falls back on bytes as that does, not a byte-level one."""
+        model = self.of(FAST).get("model")
+        return self.has(MODEL) or (isinstance(model, dict) and model.get("byte_fallback") is True)
+
+    @property
+    def fast_vocabulary(self) -> int:
+        """How many tokens the model in tokenizer.json has, added ones not counted."""
+        return len(_vocab(self.objects))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`find` yields a sentence for each thing wrong in `file`; `about` says what it looks at, for the list of what was checked."""
+
+    file: str
+    about: str
+    find: Callable[[Sidecars], Iterable[str]]
+    verdict: Verdict = "failed"
+    remedy: str = CORRECT
+
+
+def read_sidecars(checkpoint: Checkpoint) -> tuple[Sidecars, list[Finding]]:
+    """The small files, and a failed finding for each that can't be read: rules on it are left out."""
+    objects: dict[str, Json] = {CONFIG: dict(checkpoint.config)} if checkpoint.config else {}
+    findings = []
+    for name in checkpoint.files:
+        if name.endswith(".json"):
+            try:
+                objects[name] = _object(checkpoint.files, name)
+            except InputError as error:
+                findings.append(refused(error, name))
+    parts = {canonical(name): tensor for name, tensor in checkpoint.parameters().items()}
+    rows = parts["text.embed_tokens.weight"].rows if "text.embed_tokens.weight" in parts else 0
+    ids, base = dict[str, int](), 0
+    try:
+        ids, base = _special_ids(checkpoint, objects, rows)
+    except InputError as error:
+        if not findings:  # else it only says again what could not be read
+            findings.append(refused(error, "tokenizer"))
+    try:
+        tower = own_tower(checkpoint.tensors, vision_config=vision(objects), model=None) if checkpoint.layout == "llava-hf" else None
+    except InputError:
+        tower = None  # the rule `_tower` says why
+    return Sidecars(checkpoint, objects, parts, ids, base, tower), findings
+
+
+def check(rules: Iterable[Rule], sidecars: Sidecars) -> list[Finding]:
+    """What the rules find, and for each file without fault one `ok` with what was checked. Rules on unreadable files are left out."""
+    findings: list[Finding] = []
+    for file, group in groupby(rules, key=lambda rule: rule.file):
+        every = list(group)
+        absent = file.endswith(".json") and file not in sidecars.objects
+        if absent and sidecars.has(file):
+            continue
+        if absent and file == CONFIG:
+            findings.append(Finding("L0", "unchecked", CONFIG, "there is no config.json to compare with"))
+            continue
+        found = [finding for rule in every for finding in _found(rule, sidecars)]
+        about = ", ".join(dict.fromkeys(rule.about for rule in every))
+        findings += found or ([] if absent else [Finding("L0", "ok", file, f"right: {about}")])
+    return findings
+
+
+def _found(rule: Rule, sidecars: Sidecars) -> list[Finding]:
+    try:
+        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy) for text in rule.find(sidecars)]
+    except InputError as error:
+        return [refused(error, rule.file)]
+
+
+def refused(error: InputError, subject: str) -> Finding:
+    """What a reader refuses, as a failed finding, without this machine's paths."""
+    facts = "".join(f"; {label}: {text}" for label, text in error.facts.items() if label not in ("path", "folder", "link", "leads to"))
+    return Finding("L0", "failed", subject, error.what + facts, error.hint or CORRECT)
+
+
+def _findings(rule: Rule, sidecars: Sidecars) -> list[Finding]:
+    try:
+        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy) for text in rule.find(sidecars)]
+    except InputError as error:
+        return [refused(error, rule.file)]
+
+
+def said(value: Any) -> str:
+    """A JSON value for a message."""
+    return "missing" if value is None else shown(json.dumps(value, ensure_ascii=False))[1:-1]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _object(files: Mapping[str, Path | bytes], name: str) -> Json:
+    source = files[name]
+    if name != FAST:
+        return small_object(files, name) or {}
+    value = load_object(source, limit=FAST_LIMIT) if isinstance(source, Path) else parse_json(source, name=name)
+    return value if isinstance(value, dict) else {}
+
+
+def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, Json], rows: int) -> tuple[dict[str, int], int]:
+    """The id of each role, and how many pieces tokenizer.model has (0 without one). Raises InputError where the files contradict."""
+    if MODEL in checkpoint.files:
+        ids = read_special_ids({name: x for name, x in checkpoint.files.items() if name != FAST}, rows or 1 << 31)
+        return {"bos": ids.bos, "eos": ids.eos, "pad": ids.pad, "unk": ids.unk}, ids.base_vocabulary
+    known = {**_vocab(objects), **added_ids(objects)}
+    found: dict[str, int] = {}
+    for role in ("bos", "eos", "pad", "unk"):
+        names = (content(objects.get(file, {}).get(f"{role}_token")) for file in (TOKENIZER, SPECIAL))
+        found |= next(({role: known[name]} for name in names if name in known), {})
+    return found, 0
+
+
+def _vocab(objects: Mapping[str, Json]) -> dict[str, int]:
+    model = objects.get(FAST, {}).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    return {name: i for name, i in vocabulary.items() if type(i) is int} if isinstance(vocabulary, dict) else {}
+
+
+def added_ids(objects: Mapping[str, Json]) -> dict[str, int]:
+    """The added tokens that any of the files lists."""
+    return {name: i for _, name, i in listings(objects)}
+
+
+def listings(objects: Mapping[str, Json]) -> Iterator[tuple[str, str, int]]:
+    """(file, token, id) of every list of added tokens."""
+    yield from ((FAST, entry["content"], i) for i, entry in added_tokens(objects.get(FAST, {})).items())
+    decoder = objects.get(TOKENIZER, {}).get("added_tokens_decoder")
+    for key, entry in decoder.items() if isinstance(decoder, dict) else ():
+        if key.isdecimal() and len(key) < 10 and (name := content(entry)):
+            yield TOKENIZER, name, int(key)
+    yield from ((ADDED, name, i) for name, i in objects.get(ADDED, {}).items() if type(i) is int)
+
+
+def content(value: Any) -> str | None:
+    """The text of a token, which stands as a string or as an object with a `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def vision(objects: Mapping[str, Json]) -> Json:
+    """The `vision_config`, empty without one."""
+    value = objects.get(CONFIG, {}).get("vision_config")
+    return value if isinstance(value, dict) else {}
