@@ -11,7 +11,7 @@ from typing import Any
 
 from .against import failed, folded
 from .checkpoint import Checkpoint
-from .convert import convert
+from .conversion import convert
 from .delta import apply_delta
 from .errors import InputError
 from .events import Event, Progress, Started

@@ -263,6 +263,12 @@ def llama2_hints(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(hints)
 
 
+def is_llama1(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a LLaMA 1 up to 30B, as far as a config can tell: 65B has the rms_norm_eps of Llama 2."""
+    eps = config.get("rms_norm_eps")
+    return isinstance(eps, float) and math.isclose(eps, 1e-6, rel_tol=1e-3) and not llama2_hints(config)
+
+
 def _judge(counts: Mapping[str, tuple[int, int]], *, final: bool = False) -> RoundTrip:
     failing, sampled = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0)
     share = failing / sampled if sampled else 0.0

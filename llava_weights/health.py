@@ -22,7 +22,7 @@ import numpy as np
 from . import agreement, agreement_hf
 from .checkpoint import Checkpoint
 from .config import few, fold_names
-from .diagnose import LARGEST_ROW, LONGEST_NORM, bf16_damaged, state
+from .diagnose import LARGEST_ROW, LONGEST_NORM, bf16_damaged, is_llama1, state
 from .errors import InputError
 from .findings import Finding
 from .formats import listed
@@ -266,7 +266,9 @@ def _bfloat16(checkpoint: Checkpoint) -> Iterator[Finding]:
     how = "are stored as" if found.dtype == "BF16" else f"are {found.dtype}, but hold no more than"
     what = f"{len(found.names)} sampled matrices {how} bfloat16 ({found.share:.1%} of all sampled values fit): {few(found.names)}"
     remedy = "normal for a model trained in bfloat16. As the base of a delta use Meta's files or a conversion by transformers before 4.33"
-    yield _warning("L1", found.names[0], what, remedy)
+    damaged = checkpoint.layout == "llama" and is_llama1(checkpoint.config)  # which Meta published in fp16
+    what += ": a LLaMA 1 that a converter damaged" if damaged else ""
+    yield Finding("L1", "failed" if damaged else "warning", found.names[0], what, remedy)
 
 
 def _rows(sidecars: Sidecars) -> Iterator[Finding]:

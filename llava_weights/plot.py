@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from .diff import STATUSES, Difference, Status, TensorDifference
+from .comparison import STATUSES, Difference, Status, TensorDifference
 from .errors import OutputError, UsageError
 from .formats import shown
 from .stream import output_error

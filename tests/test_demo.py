@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from llava_weights import apply_delta, demo, execute, make_plan, open_checkpoint
 from llava_weights.console import Console
-from llava_weights.convert import convert
+from llava_weights.conversion import convert
 from llava_weights.demo import MARK, MARKER, Scene, run
 from llava_weights.errors import Interrupted, OutputError, Terminated
 from llava_weights.toy import make_toys, tokenizer_model, write_torch_zip

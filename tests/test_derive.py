@@ -9,7 +9,7 @@ import pytest
 
 from llava_weights import apply_delta, execute, make_plan, open_checkpoint
 from llava_weights.checkpoint import Checkpoint
-from llava_weights.convert import convert
+from llava_weights.conversion import convert
 from llava_weights.derive import compare_derived, derive
 from llava_weights.lora import merge_lora, open_weighted
 from llava_weights.manifest import MANIFEST

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint import open_checkpoint
-from llava_weights.convert import convert
+from llava_weights.conversion import convert
 from llava_weights.findings import Finding
 from llava_weights.health import health
 from llava_weights.plan import make_plan
@@ -338,9 +338,10 @@ def test_unapplied_delta(fixtures: Path, name: str) -> None:
 
 
 def test_base_in_bfloat16(fixtures: Path) -> None:
-    got = [f for f in found(fixtures / "A-delta-v0/base-hf-from-meta13B-by-tf4.37.2-BF16") if f.level == "L1" and f.verdict == "warning"]
+    got = [f for f in found(fixtures / "A-delta-v0/base-hf-from-meta13B-by-tf4.37.2-BF16") if f.level == "L1" and f.verdict == "failed"]
     assert [f.subject for f in got] == ["lm_head.weight"]
     assert "16 sampled matrices are stored as bfloat16" in got[0].text
+    assert "a LLaMA 1 that a converter damaged" in got[0].text
     assert "Meta" in got[0].remedy
 
 

@@ -25,13 +25,13 @@ LAYERS = (
     "parts sidecars",
     "agreement",
     "agreement_hf",
-    "delta lora convert inspection health",  # the transforms: pure
+    "delta lora conversion inspection health",  # the transforms: pure
     "plan job",
     "manifest stream",
     "card predict rehash",
     "records",
     "against",
-    "write verify diff derive forward",  # side effects begin
+    "write verification comparison derive forward",  # side effects begin
     "probes",
     "reference_file",
     "smoke sample",

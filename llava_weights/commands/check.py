@@ -51,7 +51,7 @@ def verify(
     """Prove that a checkpoint is whole and right: structure, health, digests, and what it is compared with. Exit 4 if it is not."""
     with session(json, quiet, verbose) as console:
         from ..checkpoint import open_checkpoint
-        from ..verify import verify as check
+        from ..verification import verify as check
 
         if (delta or lora or vision_tower) and not (base or (published and delta)):
             raise UsageError("what was made again needs its base", hint="pass `--base` too, or `--published --delta DELTA`")
@@ -85,7 +85,7 @@ def checksum(
 ) -> None:
     """Write SHA256SUMS and the manifest for any checkpoint."""
     with session(json, quiet, verbose, writes=True) as console:
-        from ..verify import checksum as write
+        from ..verification import checksum as write
 
         written = [str(file) for file in write(path, force=force, jobs=jobs, on_event=console.on_event)]
         console.document("\n".join(f"Wrote {file}" for file in written) or "Everything is recorded already", {"written": written})
@@ -105,8 +105,8 @@ def diff(
     """Compare two checkpoints tensor by tensor, across layouts and containers. Exit 0 equal, 4 different."""
     with session(json, quiet, verbose) as console:
         from ..checkpoint import open_checkpoint
-        from ..diff import diff as compare
-        from ..diff import document, table
+        from ..comparison import diff as compare
+        from ..comparison import document, table
         from ..plot import check_plot, write_plot
 
         if plot:

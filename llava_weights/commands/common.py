@@ -161,7 +161,7 @@ def converted(
             raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
         return checkpoint
     from ..checkpoint import open_checkpoint
-    from ..convert import convert
+    from ..conversion import convert
     from ..lora import to_dtype
 
     if (

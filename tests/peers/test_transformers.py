@@ -14,10 +14,10 @@ from typing import Any
 
 import forwards
 import pytest
-from test_convert import SOURCES, hub, same_bits, tensors_of, write
+from test_conversion import SOURCES, hub, same_bits, tensors_of, write
 
 from llava_weights.checkpoint import open_checkpoint
-from llava_weights.convert import convert
+from llava_weights.conversion import convert
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent.parent / ".peers"

@@ -21,10 +21,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_weights import diff as module
+from llava_weights import comparison as module
 from llava_weights import plot
 from llava_weights.checkpoint import Checkpoint, Origin, open_checkpoint
-from llava_weights.diff import Difference, TensorDifference, diff, document, table
+from llava_weights.comparison import Difference, TensorDifference, diff, document, table
 from llava_weights.errors import InputError, OutputError, UsageError
 from llava_weights.events import Progress, Started
 from llava_weights.plot import check_plot, heat_map, write_plot
@@ -318,7 +318,7 @@ def test_relative_change_counts_the_rows_that_did_not_change() -> None:
 def test_events_end_with_every_byte_read() -> None:
     events: list[Any] = []
     diff(checkpoint(x=torch.ones(4), y=torch.ones(2)), checkpoint(x=torch.ones(4).half(), z=torch.ones(3)), on_event=events.append)
-    assert events[0] == Started(shards=3, nbytes=24)
+    assert events[0] == Started(shards=3, nbytes=24, what="Comparing")
     assert events[-1] == Progress(24, "z")
 
 
@@ -335,7 +335,7 @@ def test_damage_is_not_a_difference(fixtures: Path, tmp_path: Path) -> None:
 
 def test_torch_is_not_imported(fixtures: Path) -> None:
     code = (
-        "import sys; from llava_weights.checkpoint import open_checkpoint as o; from llava_weights.diff import diff\n"
+        "import sys; from llava_weights.checkpoint import open_checkpoint as o; from llava_weights.comparison import diff\n"
         "assert not diff(o(sys.argv[1]), o(sys.argv[2])).equal; assert 'torch' not in sys.modules"
     )
     paths = [str(fixtures / "A-delta-v0" / name) for name in ("base-meta", "base-hf-from-meta13B-by-tf4.37.2-BF16")]

@@ -30,7 +30,7 @@ from llava_weights.formats.safetensors import index_safetensors
 from llava_weights.manifest import MANIFEST, SUMS
 from llava_weights.published import PUBLISHED
 from llava_weights.rehash import NOT_FINITE, inf_and_nan, rehash
-from llava_weights.verify import Verification, checksum, verify
+from llava_weights.verification import Verification, checksum, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -130,7 +130,7 @@ def test_without_records_the_structure_is_checked_and_the_rest_said_to_be_unchec
 
 
 def test_start_up_and_reading_need_no_torch(made: Path) -> None:
-    code = f"import sys; from llava_weights.verify import verify; verify({str(made)!r}, deep=True); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from llava_weights.verification import verify; verify({str(made)!r}, deep=True); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 

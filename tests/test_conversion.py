@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint import open_checkpoint
-from llava_weights.convert import convert
+from llava_weights.conversion import convert
 from llava_weights.delta import apply_delta
 from llava_weights.errors import InputError, LlavaWeightsError, UsageError
 from llava_weights.lora import merge_lora, open_weighted
