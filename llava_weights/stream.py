@@ -25,7 +25,7 @@ from .job import sync_folder
 from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
 from .tensors import wrong_digest
 from .windows import Window, cut
-from .workspace import Workspace, check_crcs, private_buffer
+from .workspace import DropBehind, Workspace, check_crcs, private_buffer
 
 SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
 
@@ -111,7 +111,8 @@ class Pipeline:
         self.made: dict[int, memoryview] = {}
         self.users: dict[int, int] = {}
         self.free: SimpleQueue[memoryview | None] = SimpleQueue()
-        self.workspaces = [Workspace(drop_cache=self.settings.drop_cache) for _ in range(self.settings.jobs)]
+        behind = DropBehind()
+        self.workspaces = [Workspace(drop_cache=self.settings.drop_cache, behind=behind) for _ in range(self.settings.jobs)]
 
     def run(self) -> None:
         """Start the threads, wait for them, then judge what was read. Raises the first failure."""

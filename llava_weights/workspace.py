@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from .errors import InputError
 
 T = TypeVar("T")
 DROP_BEHIND = 64 << 10  # reads below this stay in the page cache, where read-ahead serves the neighbours (facts: perf 6)
+# The page cache is given back in stretches: each call drains lists of every processor, and one for each 8 MiB read doubled the
+# kernel's share of a run (6 GB: 3.0 s, with stretches 1.8 s; without dropping, 13 s).
+STRETCH = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,34 @@ class Record:
     crc32: int
 
 
+class DropBehind:
+    """Gives back the page cache behind the reads of several threads, once a stretch of a file has been read by any of them."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.behind: dict[SourceFile, list[tuple[int, int]]] = defaultdict(list)
+
+    def passed(self, file: SourceFile, fd: int, start: int, stop: int, least: int = STRETCH) -> None:
+        """Bytes [start, stop) were read. Drops every joined range of at least `least` bytes."""
+        with self.turn:
+            joined: list[tuple[int, int]] = []
+            for first, last in sorted((*self.behind[file], (start, stop))):
+                if joined and first <= joined[-1][1]:
+                    joined[-1] = joined[-1][0], max(last, joined[-1][1])
+                else:
+                    joined.append((first, last))
+            self.behind[file] = [(first, last) for first, last in joined if last - first < least]
+        for first, last in joined:
+            if last - first >= least and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(fd, first, last - first, os.POSIX_FADV_DONTNEED)
+
+
 @dataclass
 class Workspace:
     """Open files, scratch buffers, CRC pieces and tallies of one worker. Not shared between threads."""
 
     drop_cache: bool = True
+    behind: DropBehind = field(default_factory=DropBehind)  # shared by the workers of a file
     tallies: Counter[str] = field(default_factory=Counter)
     crc_pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
     _fds: dict[SourceFile, int] = field(default_factory=dict)
@@ -101,8 +128,8 @@ class Workspace:
             if got == 0:
                 raise changed(file, os.fstat(fd))
             done += got
-        if self.drop_cache and done >= DROP_BEHIND and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, offset, done, os.POSIX_FADV_DONTNEED)
+        if self.drop_cache and done >= DROP_BEHIND:
+            self.behind.passed(file, fd, offset, offset + done)
 
     def check(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
         """Take the CRC-32 of a piece of `record` while it is in cache; `crc_errors` joins the pieces."""
@@ -116,7 +143,9 @@ class Workspace:
                 raise changed(file, status)
 
     def close(self) -> None:
-        for fd in self._fds.values():
+        for file, fd in self._fds.items():
+            if self.drop_cache:
+                self.behind.passed(file, fd, 0, 0, least=1)
             os.close(fd)
         self._fds.clear()
         self._buffers.clear()
