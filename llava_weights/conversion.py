@@ -152,7 +152,7 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
         if wanted < used:
             raise InputError(f"`--vocab-size {wanted}` is too small: the tokenizer's highest id is {used - 1}")
         return wanted
-    if not any("added as id" in note for note in model.tokenizer.notes) or (tiles and used <= rows):
+    if not model.tokenizer.grew or (tiles and used <= rows):
         return max(rows, used)
     return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
 

@@ -16,10 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, MismatchError, UsageError
-from .formats import listed, open_regular, shown, tokenizer_json
+from .formats import listed, shown, tokenizer_json
 from .formats.sentencepiece import BPE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_sentencepiece
-from .formats.strict_json import json_bytes, parse_json, read_exactly
-from .tokenizer import ADDED, CONFIG, FAST, FAST_LIMIT, JSON_LIMIT, MODEL, MODEL_LIMIT, NO_LIMIT, SETTINGS, SIDES, SPECIAL, repair_tokenizer
+from .formats.strict_json import json_bytes
+from .tokenizer import (
+    ADDED,
+    CONFIG,
+    FAST,
+    FAST_LIMIT,
+    MODEL,
+    MODEL_LIMIT,
+    NO_LIMIT,
+    SETTINGS,
+    SIDES,
+    SPECIAL,
+    is_token_id,
+    read_settings,
+    read_small,
+    repair_tokenizer,
+    token_text,
+)  # fmt: skip
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 IM_PATCH, IMAGE, PAD, END_OF_TEXT = "<im_patch>", "<image>", "<pad>", "<|endoftext|>"
@@ -36,8 +52,8 @@ Json = dict[str, Any]
 class HfTokenizer:
     """The files of a llava-hf folder's tokenizer and the ids that its configs need.
 
-    `files` holds every file given, the tokenizer's own replaced or added. The table needs at least `used` rows. `specials` has
-    the text of every added token, and `notes` a sentence for each thing added or changed.
+    `files` holds every file given, the tokenizer's own replaced or added. The table needs at least `used` rows; `grew`: there are
+    tokens that were not there before. `specials` has the text of every added token, `notes` a sentence for each change.
     """
 
     files: Files
@@ -47,6 +63,7 @@ class HfTokenizer:
     eos: int
     pad: int
     used: int
+    grew: bool
     specials: frozenset[str]
     notes: tuple[str, ...]
 
@@ -87,13 +104,14 @@ def hf_tokenizer(
     name = image_token if image_token is not None else IM_PATCH if IM_PATCH in parts.ids else IMAGE
     if not name.strip():
         raise UsageError("the image token is empty")
-    parts = _with_image(parts, name, rows)
+    parts, before = _with_image(parts, name, rows), len(parts.ids)
     settings = {**parts.settings, "padding_side": "left", "processor_class": processor_class, **(ROW_1 if parts.llama else {})}
     written, notes = _written(replace(parts, settings=settings), files, fast=True)
-    default = END_OF_TEXT if END_OF_TEXT in parts.ids else parts.roles["eos"]
-    bos, eos, pad = (parts.ids[parts.roles.get(role, default)] for role in ("bos", "eos", "pad"))
+    end = END_OF_TEXT if END_OF_TEXT in parts.ids else parts.roles["eos"]
+    bos, eos, pad = (parts.ids[parts.roles.get(role, end)] for role in ("bos", "eos", "pad"))
     specials = frozenset(entry["content"] for entry in parts.entries.values())
-    return HfTokenizer(written, name, parts.ids[name], bos, eos, pad, max(parts.ids.values()) + 1, specials, notes)
+    used = max(parts.ids.values()) + 1
+    return HfTokenizer(written, name, parts.ids[name], bos, eos, pad, used, len(parts.ids) > before, specials, notes)
 
 
 def original_tokenizer(files: Files, *, rows: int, image_id: int) -> tuple[dict[str, Path | bytes], int, tuple[str, ...]]:
@@ -118,7 +136,7 @@ def original_tokenizer(files: Files, *, rows: int, image_id: int) -> tuple[dict[
     roles.setdefault("pad", roles["unk"] if parts.llama else END_OF_TEXT if END_OF_TEXT in parts.ids else roles["eos"])
     settings = {key: value for key, value in parts.settings.items() if key != "processor_class"}
     if isinstance(extra := settings.get("additional_special_tokens"), list):
-        settings["additional_special_tokens"] = [token for token in extra if _text(token) not in gone]
+        settings["additional_special_tokens"] = [token for token in extra if token_text(token) not in gone]
     entries = {i: entry for i, entry in parts.entries.items() if i not in doomed}
     parts = replace(parts, settings=settings, roles=roles, entries=entries, notes=tuple(notes))
     result, changes = _written(parts, files, fast=MODEL not in files)
@@ -147,11 +165,13 @@ def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
     if MODEL in files:
         return _from_pieces(files, rows, model_max_length)
     if FAST in files:
-        core = _object(files, FAST, FAST_LIMIT)
+        core = read_settings(files, FAST, FAST_LIMIT)
     elif VOCABULARY in files and MERGES in files:
-        if not str(_object(files, CONFIG).get("tokenizer_class", "")).startswith("Qwen2Tokenizer"):
+        if not str(read_settings(files, CONFIG).get("tokenizer_class", "")).startswith("Qwen2Tokenizer"):
             raise InputError(f"without `{FAST}` only Qwen2's byte-level tokenizer is known", hint=f"put the model's `{FAST}` beside it")
-        core = tokenizer_json.qwen2_json(_object(files, VOCABULARY, FAST_LIMIT), _data(files, MERGES, FAST_LIMIT).decode(errors="replace"))
+        core = tokenizer_json.qwen2_json(
+            read_settings(files, VOCABULARY, FAST_LIMIT), read_small(MERGES, files[MERGES], FAST_LIMIT).decode(errors="replace")
+        )
     else:
         raise InputError(f"the tokenizer is missing: neither `{MODEL}` nor `{FAST}` is there", hint=tokenizer_json.PUT_MODEL)
     return _from_fast(files, core, rows, model_max_length)
@@ -159,24 +179,24 @@ def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
 
 def _from_pieces(files: Files, rows: int, model_max_length: object) -> _Parts:
     """A SentencePiece tokenizer, repaired. Tokens that only tokenizer.json names count too: transformers 5 writes no other list."""
-    given, source = {name: content for name, content in files.items() if name != FAST}, _object(files, CONFIG)
+    given, source = {name: content for name, content in files.items() if name != FAST}, read_settings(files, CONFIG)
     if FAST in files and ADDED not in files and not source.get("added_tokens_decoder"):
         source["added_tokens_decoder"] = {
-            str(i): entry for i, entry in tokenizer_json.added_tokens(_object(files, FAST, FAST_LIMIT)).items()
+            str(i): entry for i, entry in tokenizer_json.added_tokens(read_settings(files, FAST, FAST_LIMIT)).items()
         }
         given[CONFIG] = json_bytes(source)
     repaired, ids, notes = repair_tokenizer(given, rows=rows, model_max_length=model_max_length)
-    vocabulary = read_sentencepiece(_data(files, MODEL, MODEL_LIMIT))
+    vocabulary = read_sentencepiece(read_small(MODEL, files[MODEL], MODEL_LIMIT))
     if vocabulary.model_type != BPE:
         raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_ONE)
     if not vocabulary.verbatim:
         notes += (f"{MODEL}: normalizes texts, which {FAST} does not",)
-    settings = _object(repaired, CONFIG)
-    roles = {role: text for role in ROLES if (text := _text(settings.pop(f"{role}_token", None)))}
+    settings = read_settings(repaired, CONFIG)
+    roles = {role: text for role in ROLES if (text := token_text(settings.pop(f"{role}_token", None)))}
     decoder = {int(i): entry for i, entry in settings.pop("added_tokens_decoder", {}).items()}
-    entries = _entries(vocabulary, ids.added, decoder, {*roles.values(), *map(_text, _list(settings, "additional_special_tokens"))})
+    entries = _entries(vocabulary, ids.added, decoder, {*roles.values(), *map(token_text, _list(settings, "additional_special_tokens"))})
     if "added_tokens_decoder" not in source:
-        typed = {_text(value) for value in _object(files, SPECIAL).values() if isinstance(value, dict)}
+        typed = {token_text(value) for value in read_settings(files, SPECIAL).values() if isinstance(value, dict)}
         entries |= {i: {**entries[i], **STRIPPED} for name, i in ids.added.items() if name not in typed}
     settings.pop("add_prefix_space", None)  # where it stands, transformers 4.45 makes its own tokenizer.json
     if not vocabulary.prefix:
@@ -205,15 +225,15 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
     if len(vocabulary) > rows:
         what = f"the tokenizer has {len(vocabulary):,} tokens, but the embedding table only {rows:,} rows"
         raise MismatchError(what, hint=RIGHT_ONE)
-    llama, config = tokenizer_json.is_llama(core), _object(files, CONFIG)
+    llama, config = tokenizer_json.is_llama(core), read_settings(files, CONFIG)
     entries, notes = _every_entry(files, core, vocabulary, rows)
     ids = {**vocabulary, **{entry["content"]: i for i, entry in entries.items()}}
     settings = {key: config[key] for key, kind in SETTINGS.items() if type(config.get(key)) is kind}
     settings |= {key: config[key] for key in SIDES if config.get(key) in ("left", "right")}
-    if not 0 < settings.get("model_max_length", 0) < NO_LIMIT and _is_id(model_max_length):
+    if not 0 < settings.get("model_max_length", 0) < NO_LIMIT and is_token_id(model_max_length):
         settings["model_max_length"] = model_max_length
     if llama:
-        unk = _text(core["model"].get("unk_token")) or "<unk>"
+        unk = token_text(core["model"].get("unk_token")) or "<unk>"
         roles = _roles(files, ids, {"bos": "<s>", "eos": "</s>", "pad": unk, "unk": unk})
         settings.pop("add_prefix_space", None)
         settings = {"add_bos_token": tokenizer_json.starts_with_bos(core), "add_eos_token": False, **settings}
@@ -231,12 +251,12 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
 def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: int) -> tuple[dict[int, Json], tuple[str, ...]]:
     """The added tokens of all files, tokenizer.json first. Raises InputError where they disagree or leave a gap between ids."""
     entries, ids = dict[int, Json](), dict(vocabulary)
-    named: list[tuple[Any, Json]] = [(i, {"content": name}) for name, i in _object(files, ADDED).items()]
-    decoder = found if isinstance(found := _object(files, CONFIG).get("added_tokens_decoder"), dict) else {}
+    named: list[tuple[Any, Json]] = [(i, {"content": name}) for name, i in read_settings(files, ADDED).items()]
+    decoder = found if isinstance(found := read_settings(files, CONFIG).get("added_tokens_decoder"), dict) else {}
     decoded = {int(i): entry for i, entry in decoder.items() if i.isdecimal() and len(i) < 10 and isinstance(entry, dict)}
     for i, stored in (*tokenizer_json.added_tokens(core).items(), *decoded.items(), *named):
-        name = _text(stored)
-        free = _is_id(i) and (i >= len(vocabulary) or name in vocabulary) and (i not in entries or entries[i]["content"] == name)
+        name = token_text(stored)
+        free = is_token_id(i) and (i >= len(vocabulary) or name in vocabulary) and (i not in entries or entries[i]["content"] == name)
         if name is None or not free or ids.setdefault(name, i) != i:
             raise InputError(f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))})
         entries.setdefault(i, tokenizer_json.added_token(name, stored))
@@ -250,9 +270,9 @@ def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: 
 
 def _roles(files: Files, ids: Mapping[str, int], usual: Mapping[str, str]) -> dict[str, str]:
     """The token of each role by the files, else the usual one. Raises InputError where eos, or a usual bos or unk, is no token."""
-    sources, roles = (_object(files, SPECIAL), _object(files, CONFIG)), dict[str, str]()
+    sources, roles = (read_settings(files, SPECIAL), read_settings(files, CONFIG)), dict[str, str]()
     for role in ROLES:
-        names = (*(_text(source.get(f"{role}_token")) for source in sources), usual.get(role))
+        names = (*(token_text(source.get(f"{role}_token")) for source in sources), usual.get(role))
         if (name := next((name for name in names if name in ids), None)) is not None:
             roles[role] = name
     if missing := sorted({*usual, "eos"} - {"pad"} - set(roles)):
@@ -278,12 +298,12 @@ def _written(parts: _Parts, given: Files, *, fast: bool) -> tuple[dict[str, Path
     result = {name: source for name, source in parts.files.items() if name not in (ADDED, FAST)}
     notes = list(parts.notes)
     for name, content in contents.items():
-        same = name in given and json.dumps(_object(given, name, FAST_LIMIT), sort_keys=True) == json.dumps(content, sort_keys=True)
+        same = name in given and json.dumps(read_settings(given, name, FAST_LIMIT), sort_keys=True) == json.dumps(content, sort_keys=True)
         if content:
             result[name] = given[name] if same else json_bytes(content)
     if fast and result[FAST] is not given.get(FAST):
         notes.append(f"{FAST}: written" + " anew" * (FAST in given) + f" from {MODEL}" * (MODEL in given))
-    if changes := list(_changes(_object(parts.files, CONFIG), contents[CONFIG])):
+    if changes := list(_changes(read_settings(parts.files, CONFIG), contents[CONFIG])):
         notes.append(f"{CONFIG}: {', '.join(changes)}")
     notes += [f"{FAST}: dropped, LLaVA's own code reads {MODEL}"] * (FAST in given and not fast)
     return result, tuple(notes)
@@ -304,7 +324,7 @@ def _changes(old: Json, new: Json) -> Iterator[str]:
         return str(value).lower() if isinstance(value, bool) else "null" if value is None else shown(str(value))
 
     for key in sorted({*old, *new}):
-        before, after = (_text(value.get(key)) if key.endswith("_token") else value.get(key) for value in (old, new))
+        before, after = (token_text(value.get(key)) if key.endswith("_token") else value.get(key) for value in (old, new))
         if key not in new:
             yield f"{shown(key)} dropped"
         elif before != after and isinstance(after, dict | list):
@@ -313,38 +333,6 @@ def _changes(old: Json, new: Json) -> Iterator[str]:
             yield f"`{key}` " + (f"{plain(before)} -> {plain(after)}" if key in old else f"{plain(after)} added")
 
 
-def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value < NO_LIMIT
-
-
-def _text(value: Any) -> str | None:
-    """The text of a token, which stands in the JSON as a string or as an object with a `content`."""
-    content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) else None
-
-
 def _list(value: Json, key: str) -> list[Any]:
     found = value.get(key)
     return found if isinstance(found, list) else []
-
-
-def _object(files: Files, name: str, limit: int = JSON_LIMIT) -> Json:
-    """The JSON object in a file, empty where the file is missing."""
-    value = parse_json(_data(files, name, limit), name=name) if name in files else {}
-    if not isinstance(value, dict):
-        raise InputError(f"`{name}` does not hold a JSON object")
-    return value
-
-
-def _data(files: Files, name: str, limit: int) -> bytes:
-    """The bytes of a file, at most `limit`."""
-    source = files[name]
-    if isinstance(source, bytes):
-        size = len(source)
-    else:
-        with open_regular(source) as (descriptor, status):
-            size = status.st_size
-            source = read_exactly(source, descriptor, size) if size <= limit else b""
-    if size > limit:
-        raise InputError(f"`{name}` has {size:,} bytes, at most {limit:,} are read")
-    return source

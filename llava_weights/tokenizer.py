@@ -81,18 +81,18 @@ def repair_tokenizer(
     model = files.get(MODEL, (fallback or {}).get(MODEL))
     if model is None:
         return _without_model(files, rows)
-    data = _read(MODEL, model, MODEL_LIMIT)
+    data = read_small(MODEL, model, MODEL_LIMIT)
     vocabulary = read_sentencepiece(data)
     added, dropped = _added_tokens(files, vocabulary, rows)
     known = {**vocabulary.ids, **added}
-    special, settings = _object(files, SPECIAL), _object(files, CONFIG)
+    special, settings = read_settings(files, SPECIAL), read_settings(files, CONFIG)
     tokens = _resolve(special, settings, vocabulary, known)
 
     notes = [] if MODEL in files else [f"{MODEL}: taken from the base"]
     notes += [f"{MODEL}: LLaMA's own, by its sha256"] if hashlib.sha256(data).hexdigest() == LLAMA_TOKENIZER else []
     notes += [f"tokenizer: {shown(name)} (id {i}) dropped, the table has {rows:,} rows" for name, i in dropped.items()]
     repairs = (
-        _repair_added(_object(files, ADDED), vocabulary, added, dropped),
+        _repair_added(read_settings(files, ADDED), vocabulary, added, dropped),
         _repair_map(special, tokens, known),
         _repair_settings(settings, tokens, known, added, model_max_length),
     )
@@ -103,7 +103,7 @@ def repair_tokenizer(
     if not added:
         del result[ADDED]
     wrong = bool(dropped) or any(repair.wrong for repair in repairs)
-    if FAST in files and (reason := _reason_to_drop(_object(files, FAST, FAST_LIMIT), vocabulary, added, wrong)):
+    if FAST in files and (reason := _reason_to_drop(read_settings(files, FAST, FAST_LIMIT), vocabulary, added, wrong)):
         del result[FAST]
         notes.append(f"{FAST}: dropped, {reason}; {MODEL} serves instead")
     ids = SpecialIds(**{role: known[token] for role, token in tokens.items()}, added=added, base_vocabulary=len(vocabulary.ids))
@@ -112,8 +112,8 @@ def repair_tokenizer(
 
 def _without_model(files: Files, rows: int) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
     """Nothing to check against: the files stay as they are and the ids are LLaMA's."""
-    listing = _object(files, ADDED)
-    added = {name: i for name, i in listing.items() if _is_id(i) and 2 < i < rows}
+    listing = read_settings(files, ADDED)
+    added = {name: i for name, i in listing.items() if is_token_id(i) and 2 < i < rows}
     ids = SpecialIds(bos=1, eos=2, pad=0, unk=0, added=added, base_vocabulary=min(added.values(), default=rows))
     return dict(files), ids, (f"{MODEL}: in neither folder, so the tokenizer files are not checked and bos/eos/pad ids 1/2/0 are assumed",)
 
@@ -131,11 +131,11 @@ def _added_tokens(files: Files, vocabulary: Vocabulary, rows: int) -> tuple[dict
         )
     names: dict[int, str] = {i: name for name, i in vocabulary.ids.items()}
     ids: dict[str, int] = dict(vocabulary.ids)
-    listing = _object(files, ADDED)
-    decoder = _decoder(_object(files, CONFIG)) or {}
+    listing = read_settings(files, ADDED)
+    decoder = _decoder(read_settings(files, CONFIG)) or {}
     for source, tokens in ((ADDED, listing), (CONFIG, {name: i for i, name in decoder.items()})):
         for name, i in tokens.items():
-            if not _is_id(i):
+            if not is_token_id(i):
                 raise InputError(f"`{source}` gives {shown(name)} an id that is not a whole number", facts={"id": shown(repr(i))})
             if ids.setdefault(name, i) != i or names.setdefault(i, name) != name:
                 facts = {f"id {i}": shown(names.get(i, name)), shown(name): f"id {ids[name]}"}
@@ -149,7 +149,7 @@ def _added_tokens(files: Files, vocabulary: Vocabulary, rows: int) -> tuple[dict
     return added, {name: i for name, i in sorted(ids.items()) if i >= rows}
 
 
-def _is_id(value: Any) -> bool:
+def is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < NO_LIMIT
 
 
@@ -163,13 +163,13 @@ def _resolve(special: Mapping[str, Any], settings: Mapping[str, Any], vocabulary
     own = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad or vocabulary.unk}
     swapped = {"bos": vocabulary.eos, "eos": vocabulary.bos}
     for role, fallback in own.items():
-        named = (_content(source.get(f"{role}_token")) for source in (special, settings))
+        named = (token_text(source.get(f"{role}_token")) for source in (special, settings))
         fitting = (name for name in named if name is not None and name in known and name != swapped.get(role))
         tokens[role] = next(fitting, fallback)
     return tokens
 
 
-def _content(value: Any) -> str | None:
+def token_text(value: Any) -> str | None:
     """The text of a token, which stands in the JSON as a string or as an object with a `content`."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
@@ -226,9 +226,9 @@ def _roles(old: Mapping[str, Any], tokens: Mapping[str, str], *, typed: bool) ->
     changes: list[str] = []
     for role, token in sorted(tokens.items()):
         value = old.get(f"{role}_token")
-        new[f"{role}_token"] = value if _content(value) == token and _well_formed(value, typed=typed) else token
+        new[f"{role}_token"] = value if token_text(value) == token and _well_formed(value, typed=typed) else token
         if new[f"{role}_token"] != value:
-            form = " of unknown form" * (_content(value) == token)
+            form = " of unknown form" * (token_text(value) == token)
             changes.append(f"{role} {_described(value)}{form} -> {shown(token)}")
     return new, changes
 
@@ -243,14 +243,14 @@ def _well_formed(value: Any, *, typed: bool) -> bool:
 
 
 def _described(value: Any) -> str:
-    content = _content(value)
+    content = token_text(value)
     if content is None:
         return "missing" if value is None else "unreadable"
     return shown(content) if content else "empty"
 
 
 def _all_known(tokens: Any, known: Mapping[str, int]) -> bool:
-    return isinstance(tokens, list) and all(_content(token) in known and _well_formed(token, typed=False) for token in tokens)
+    return isinstance(tokens, list) and all(token_text(token) in known and _well_formed(token, typed=False) for token in tokens)
 
 
 def _decoder(settings: Mapping[str, Any]) -> dict[int, str] | None:
@@ -258,7 +258,7 @@ def _decoder(settings: Mapping[str, Any]) -> dict[int, str] | None:
     entries = settings.get("added_tokens_decoder")
     if not isinstance(entries, dict) or not all(key.isascii() and key.isdigit() and len(key) < 10 for key in entries):
         return None
-    decoder = {int(key): name for key, value in entries.items() if (name := _content(value)) and _well_formed(value, typed=False)}
+    decoder = {int(key): name for key, value in entries.items() if (name := token_text(value)) and _well_formed(value, typed=False)}
     return decoder if len(set(decoder.values())) == len(entries) else None
 
 
@@ -273,7 +273,7 @@ def _sentences(name: str, changes: list[str], old: Mapping[str, Any], new: Mappi
 
 def _some_wrong(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether a token that was named, and not just left out, is another one now."""
-    return any(old.get(key) is not None and _content(old[key]) != _content(new[key]) for key in TOKENS)
+    return any(old.get(key) is not None and token_text(old[key]) != token_text(new[key]) for key in TOKENS)
 
 
 def _reason_to_drop(fast: dict[str, Any], vocabulary: Vocabulary, added: Mapping[str, int], wrong: bool) -> str | None:
@@ -285,8 +285,8 @@ def _reason_to_drop(fast: dict[str, Any], vocabulary: Vocabulary, added: Mapping
         return f"its vocabulary is not that of {MODEL}"
     if not all(isinstance(entry, dict) for entry in entries):
         return "its added tokens are unreadable"
-    behind = [entry for entry in entries if _content(entry) not in vocabulary.ids]
-    if [(_content(entry), entry.get("id")) for entry in behind] != sorted(added.items(), key=lambda item: item[1]):
+    behind = [entry for entry in entries if token_text(entry) not in vocabulary.ids]
+    if [(token_text(entry), entry.get("id")) for entry in behind] != sorted(added.items(), key=lambda item: item[1]):
         return "its added tokens differ"
     if any(entry.get("normalized") is not False for entry in behind):
         return "it does not find added tokens inside a text"  # 4.28 wrote `normalized: true`, seen in tokenizers 0.23
@@ -301,12 +301,12 @@ def _list(value: Any, key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def _object(files: Files, name: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
+def read_settings(files: Files, name: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """The JSON object in a file, empty where the file is missing."""
     source = files.get(name)
     if source is None:
         return {}
-    value = load_json(source, limit=limit) if isinstance(source, Path) else parse_json(_read(name, source, limit), name=name)
+    value = load_json(source, limit=limit) if isinstance(source, Path) else parse_json(read_small(name, source, limit), name=name)
     if not isinstance(value, dict):
         raise InputError(f"`{name}` does not hold a JSON object")
     return value
@@ -314,14 +314,14 @@ def _object(files: Files, name: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 def _kept_or_new(files: Files, repair: Repair) -> Path | bytes:
     new = _dump(repair.content)
-    return files[repair.name] if repair.name in files and _dump(_object(files, repair.name)) == new else new
+    return files[repair.name] if repair.name in files and _dump(read_settings(files, repair.name)) == new else new
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _read(name: str, source: Path | bytes, limit: int) -> bytes:
+def read_small(name: str, source: Path | bytes, limit: int) -> bytes:
     if isinstance(source, Path):
         with open_regular(source) as (descriptor, status):
             size = status.st_size
