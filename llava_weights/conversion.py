@@ -87,6 +87,7 @@ def to_llava_hf(
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *model.tokenizer.notes),
         notes=(*_first_notes(checkpoint), *notes),
+        warnings=_another_tower(model),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
     )
     return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
@@ -216,6 +217,13 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
         "tower": f"{model.tower.kind}, {len(model.tower.tensors)} tensors from {source}",
         "vocabulary": f"{rows} rows as before" if rows == model.rows else grown,
     }
+
+
+def _another_tower(model: Model) -> tuple[str, ...]:
+    """A tower of another name than the config's; at 224 and at 336 pixels they have the same widths."""
+    named, given = str(model.config.get("mm_vision_tower") or ""), model.tower.origin.name if model.tower.origin else ""
+    same = {text.rstrip("/").rpartition("/")[2].lower() for text in (named, given)}
+    return (f"the config names the vision tower `{named}`, the one given is `{given}`",) if named and given and len(same) > 1 else ()
 
 
 def _ordered(parts: Parts, model: Model) -> Iterator[str]:

@@ -139,7 +139,7 @@ def own_tower(
         return None
     sizes = _measure(own, name)
     if vision_config is None:
-        config, note = _look_up(sizes, model.config if model else {}, reference)
+        config, note = _look_up(sizes, model, reference)
     else:
         config, note = complete_config(vision_config, source=f"the `vision_config` of {shown(name)}"), ""
         _check_sizes(config, sizes, source=f"the `vision_config` of {shown(name)}")
@@ -258,13 +258,14 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
     return {behind: tensors[behind] for behind in expected}
 
 
-def _look_up(found: Sizes, model_config: Mapping[str, Any], reference: Tower | None) -> tuple[dict[str, Any], str]:
+def _look_up(found: Sizes, model: Checkpoint | None, reference: Tower | None) -> tuple[dict[str, Any], str]:
     """A complete config for measured sizes, and a sentence on where heads and activation are from."""
+    model_config, near = (model.config, model.origin.path) if model else ({}, None)
     named = next((str(model_config[key]) for key in ("mm_vision_tower", "vision_tower") if isinstance(model_config.get(key), str)), "")
     if reference is not None:
         source = shown(reference.origin.name) if reference.origin else "the given tower"
         return _borrowed(reference.config, found, source)
-    if local := _local_config(named):
+    if local := _local_config(named, near):
         return _borrowed(complete_config(_vision_config(local, named), source=shown(named)), found, shown(named))
     hidden = found.sizes["hidden_size"]
     measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
@@ -300,10 +301,12 @@ def _known(found: Sizes, named: str) -> KnownTower | None:
     return next(theirs, fitting[0] if fitting else None)
 
 
-def _local_config(named: str) -> Mapping[str, Any] | None:
-    """config.json of the folder `named`, seen from the working directory; None where there is no such folder or file."""
-    folder = Path(named)
-    return load_object(member(folder, "config.json")) if named and os.path.lexists(folder / "config.json") else None
+def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
+    """config.json of the folder `named`, seen from the working directory or from up to three folders above the checkpoint `near`;
+    None where there is no such folder or file."""
+    above = list(near.parents)[:3] if near else []
+    folders = (folder / named for folder in (Path(), *above)) if named else ()
+    return next((load_object(member(folder, "config.json")) for folder in folders if os.path.lexists(folder / "config.json")), None)
 
 
 def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
