@@ -78,12 +78,12 @@ def text_type(config: Mapping[str, Any]) -> str:
 
 
 def is_next(config: Mapping[str, Any], newline: bool) -> bool:
-    """Whether an original is a LLaVA-NeXT: images in tiles, with `image_newline` behind each row (mm_patch_merge_type spatial_unpad).
+    """Whether an original with a CLIP tower is a LLaVA-NeXT: images in tiles, `image_newline` behind each row (spatial_unpad).
 
     Raises InputError for tiles that are joined in a way that llava-hf has no model for.
     """
     aspect, merge = str(config.get("image_aspect_ratio", "")), str(config.get("mm_patch_merge_type") or "flat")
-    if not aspect.startswith("anyres") or merge == "flat":
+    if not aspect.startswith("anyres"):
         return False
     if aspect != "anyres" or merge != "spatial_unpad" or not newline:
         raise InputError(

@@ -227,6 +227,11 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], Any], str]] = 
         lambda t, c: c.update(image_aspect_ratio="anyres_max_9", mm_patch_merge_type="spatial_unpad"),
         "images in tiles",
     ),
+    "tiles side by side": (
+        "C-tower",
+        lambda t, c: c.update(image_aspect_ratio="anyres", mm_patch_merge_type="flat"),
+        "images in tiles",
+    ),
     "NeXT without newline": ("D", lambda t, c: t.pop("model.image_newline"), "images in tiles"),
     "pinpoints": ("D", lambda t, c: c.update(image_grid_pinpoints=[[84, 41]]), "image_grid_pinpoints"),
     "MPT": ("C-tower", lambda t, c: (t.clear(), t.update({"transformer.blocks.0.attn.Wqkv.weight": torch.zeros(2, 2)})), "LLaVA-MPT"),
