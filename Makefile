@@ -29,8 +29,8 @@ check: $(READY)
 peer: $(READY) $(PEERS)/fschat/.stamp $(TRANSFORMERS:=/.stamp)
 	@$(BIN)/python -m pytest -m peer tests/peers $(ARGS)
 
-bench: $(READY)
-	@$(BIN)/python benchmarks/stream.py $(ARGS)
+bench: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/mergekit/.stamp
+	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 oldest: $(PEERS)/oldest/.stamp
 	@$(PEERS)/oldest/bin/python -m pytest -n 2 $(ARGS)
@@ -71,5 +71,14 @@ $(PEERS)/transformers-%/.stamp: | $(READY)
 	@echo "setting up $(@D)"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python $(INSTALL) transformers==$*
+	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
+	@touch $@
+
+# mergekit too. Of what it asks for, scipy and datasets are imported by none of its modules.
+$(PEERS)/mergekit/.stamp: benchmarks/mergekit.txt | $(READY)
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) --requirement benchmarks/mergekit.txt
+	@$(@D)/bin/python $(INSTALL) --no-deps mergekit==0.1.5
 	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
 	@touch $@

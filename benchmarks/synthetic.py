@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +23,20 @@ from llava_weights.tower import tower_shapes
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 TOKENIZER = FIXTURES / "common" / "tokenizer" / "tokenizer.model"
 SHARD = 5_000_000_000
-CLIP = {
+Clip = Mapping[str, int | str]
+CLIP: Clip = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
+TINY = Size("tiny", 512, 1, 8, 1376)
+TINY_CLIP: Clip = {
+    **CLIP,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "image_size": 56,
+}
 
 
 def shapes(size: Size, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -48,23 +58,41 @@ def shapes(size: Size, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def write_pair(folder: Path, size: Size, *, vocabulary: int = 32000, added: int = 3, seed: int = 0, sparse: bool = False) -> None:
     """`base/` (LLaMA) and `delta/` (LLaVA v0: `added` more rows, a linear projector) as F16 safetensors shards."""
-    projector = [("model.mm_projector.weight", (size.hidden, 1024)), ("model.mm_projector.bias", (size.hidden,))]
-    base, delta = dict(shapes(size, vocabulary)), {**dict(shapes(size, vocabulary + added)), **dict(projector)}
-    config = {
+    write_base(folder / "base", size, vocabulary=vocabulary, seed=seed, sparse=sparse)
+    write_delta(folder / "delta", size, vocabulary=vocabulary, added=added, seed=seed, sparse=sparse)
+
+
+def write_base(folder: Path, size: Size, *, vocabulary: int = 32000, seed: int = 0, sparse: bool = False, limit: int = SHARD) -> None:
+    """A LLaMA as F16 safetensors shards of at most `limit` bytes."""
+    _write(folder, dict(shapes(size, vocabulary)), llama_config(size, vocabulary), None if sparse else partial(weights, seed), limit)
+
+
+def write_delta(
+    folder: Path,
+    size: Size,
+    *,
+    vocabulary: int = 32000,
+    added: int = 3,
+    vision: int = 1024,
+    seed: int = 0,
+    sparse: bool = False,
+    limit: int = SHARD,
+) -> None:
+    """A LLaVA v0 delta onto `write_base` of the same seed; with `vision` 0 a LLaMA's delta, as Vicuna's, without a projector."""
+    tensors, config = dict(shapes(size, vocabulary + added)), llama_config(size, vocabulary + added)
+    if vision:
+        tensors |= {"model.mm_projector.weight": (size.hidden, vision), "model.mm_projector.bias": (size.hidden,)}
+        config |= {"mm_hidden_size": vision, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_use_im_start_end": True}
+        config |= {"use_mm_proj": True}
+    _write(folder, tensors, config, None if sparse else partial(difference, seed), limit)
+
+
+def llama_config(size: Size, rows: int) -> dict[str, object]:
+    return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden, "intermediate_size": size.intermediate,
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float16", "vocab_size": vocabulary,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float16", "vocab_size": rows,
     }  # fmt: skip
-    multimodal = {
-        "mm_hidden_size": 1024,
-        "mm_vision_tower": "openai/clip-vit-large-patch14",
-        "mm_use_im_start_end": True,
-        "use_mm_proj": True,
-    }
-    _write(folder / "base", base, config, None if sparse else partial(weights, seed))
-    _write(
-        folder / "delta", delta, {**config, **multimodal, "vocab_size": vocabulary + added}, None if sparse else partial(difference, seed)
-    )
 
 
 def write_lora(folder: Path, size: Size, rank: int, *, seed: int = 0, sparse: bool = False) -> None:
@@ -83,19 +111,39 @@ def write_lora(folder: Path, size: Size, rank: int, *, seed: int = 0, sparse: bo
         (folder / name).unlink()
 
 
-def write_llava(folder: Path, size: Size, *, seed: int = 0, sparse: bool = False) -> None:
+def write_llava(folder: Path, size: Size, *, clip: Clip = CLIP, seed: int = 0, sparse: bool = False) -> None:
     """A LLaVA-1.5 in the original layout, F16, with its tower (CLIP L/14 at 336 pixels) inside."""
-    tower = {f"model.vision_tower.vision_tower.vision_model.{name}": shape for name, shape in tower_shapes(CLIP).items()}
-    hidden = size.hidden
-    projector = {"0.weight": (hidden, 1024), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    tower = {f"model.vision_tower.vision_tower.vision_model.{name}": shape for name, shape in tower_shapes(clip).items()}
+    hidden, vision = size.hidden, int(clip["hidden_size"])
+    projector = {"0.weight": (hidden, vision), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     tensors = {**dict(shapes(size, 32000)), **{f"model.mm_projector.{name}": shape for name, shape in projector.items()}, **tower}
     config = {
         "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "hidden_size": hidden, "intermediate_size": size.intermediate,
         "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
-        "mm_hidden_size": 1024, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": vision, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "use_mm_proj": True, "torch_dtype": "float16", "vocab_size": 32000,
     }  # fmt: skip
     _write(folder, tensors, config, None if sparse else partial(weights, seed))
+
+
+def write_clip(folder: Path, *, clip: Clip = CLIP, seed: int = 0) -> None:
+    """The vision half of a CLIP repository, F16, as `openai/clip-vit-large-patch14-336` names its tensors."""
+    tensors = {f"vision_model.{name}": shape for name, shape in tower_shapes(clip).items()}
+    config = {"architectures": ["CLIPModel"], "model_type": "clip", "vision_config": dict(clip), "torch_dtype": "float16"}
+    _write(folder, tensors, config, partial(weights, seed))
+    (folder / "tokenizer.model").unlink()
+
+
+def write_bin(source: Path, folder: Path) -> None:
+    """The safetensors shards of `source` as the `.bin` files of 2023, which is all that FastChat's `--low-cpu-mem` reads."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("*.safetensors")):
+        torch.save(load_file(path), folder / f"pytorch_{path.stem}.bin")
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(source / name, folder)
 
 
 def factors(seed: int, name: str, first: int, count: int) -> np.ndarray:
