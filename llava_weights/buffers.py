@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .errors import UsageError
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -21,6 +22,16 @@ ITEMSIZE = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+
+
+def to_dtype(text: str | None) -> str | None:
+    """A dtype as safetensors spells it, from that or torch's spelling. Raises UsageError for others."""
+    names = {
+        spelled: dtype for dtype in ("F16", "BF16", "F32") for spelled in (dtype, dtype.replace("F", "FLOAT"), dtype.replace("F", "FP"))
+    }
+    if text is not None and text.upper() not in names:
+        raise UsageError(f"there is no output dtype `{text}`", hint="choose F16, BF16 or F32")
+    return names[text.upper()] if text else None
 
 
 def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:

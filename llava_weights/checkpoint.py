@@ -171,15 +171,20 @@ def small_text(files: Mapping[str, Path | bytes], name: str, *, limit: int = 1 <
     """The text in one of a checkpoint's small files, None where there is no such file. Raises InputError unless it is short and UTF-8."""
     if (source := files.get(name)) is None:
         return None
-    if isinstance(source, Path):
-        with open_regular(source) as (descriptor, status):
-            data = read_exactly(source, descriptor, min(status.st_size, limit + 1))
-    else:
-        data = source
     try:
-        text = data.decode()
+        return small_bytes(name, source, limit).decode()
     except UnicodeDecodeError as error:
         raise InputError(f"`{name}` is not UTF-8", facts={"byte": error.start}) from error
-    if len(data) > limit:
-        raise InputError(f"`{name}` has more than {limit:,} bytes")
-    return text
+
+
+def small_bytes(name: str, source: Path | bytes, limit: int) -> bytes:
+    """The bytes of a small file. Raises InputError where there are more than `limit`."""
+    if isinstance(source, Path):
+        with open_regular(source) as (descriptor, status):
+            size = status.st_size
+            data = read_exactly(source, descriptor, size) if size <= limit else b""
+    else:
+        data, size = source, len(source)
+    if size > limit:
+        raise InputError(f"`{name}` has {size:,} bytes, at most {limit:,} are read")
+    return data

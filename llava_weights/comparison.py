@@ -23,8 +23,7 @@ from .checkpoint import Checkpoint
 from .config import fold_names
 from .errors import UsageError
 from .events import Event, Progress, Started
-from .families import VOCABULARY
-from .naming import Names, canonical
+from .naming import TABLES, Names, canonical
 from .tensors import FLOATS, LazyTensor
 from .windows import row_ranges
 from .workspace import Workspace, check_crcs
@@ -32,7 +31,6 @@ from .workspace import Workspace, check_crcs
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
 
-TABLES = {canonical(name) for name in VOCABULARY}  # padded and resized by converters, so compared on the common rows
 WINDOW = 8 << 20  # bytes of a tensor read at once (facts: perf)
 CHUNK = 1 << 17  # values measured at once: small enough for the processor's cache, large enough for two threads
 

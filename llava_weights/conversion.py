@@ -19,8 +19,8 @@ from .families import PROCESSOR_FILES
 from .fast_tokenizer import original_tokenizer
 from .formats.strict_json import json_bytes
 from .hf_config import Tokens, is_next, llava_hf_config, pinpoints
-from .naming import canonical, spelled
-from .parts import LINEAR, TABLES, Model, Parts, take_apart
+from .naming import TABLES, canonical, spelled
+from .parts import LINEAR, Model, Parts, take_apart
 from .processor import processor_files, read_image_settings
 from .projector import FORMS, NAMES, paired, single
 from .resize import resized

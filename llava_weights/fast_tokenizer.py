@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import small_bytes
 from .errors import InputError, MismatchError, UsageError
 from .formats import listed, shown, tokenizer_json
 from .formats.sentencepiece import BPE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_sentencepiece
@@ -32,7 +33,6 @@ from .tokenizer import (
     SPECIAL,
     is_token_id,
     read_settings,
-    read_small,
     repair_tokenizer,
     token_text,
 )  # fmt: skip
@@ -170,7 +170,7 @@ def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
         if not str(read_settings(files, CONFIG).get("tokenizer_class", "")).startswith("Qwen2Tokenizer"):
             raise InputError(f"without `{FAST}` only Qwen2's byte-level tokenizer is known", hint=f"put the model's `{FAST}` beside it")
         core = tokenizer_json.qwen2_json(
-            read_settings(files, VOCABULARY, FAST_LIMIT), read_small(MERGES, files[MERGES], FAST_LIMIT).decode(errors="replace")
+            read_settings(files, VOCABULARY, FAST_LIMIT), small_bytes(MERGES, files[MERGES], FAST_LIMIT).decode(errors="replace")
         )
     else:
         raise InputError(f"the tokenizer is missing: neither `{MODEL}` nor `{FAST}` is there", hint=tokenizer_json.PUT_MODEL)
@@ -186,7 +186,7 @@ def _from_pieces(files: Files, rows: int, model_max_length: object) -> _Parts:
         }
         given[CONFIG] = json_bytes(source)
     repaired, ids, notes = repair_tokenizer(given, rows=rows, model_max_length=model_max_length)
-    vocabulary = read_sentencepiece(read_small(MODEL, files[MODEL], MODEL_LIMIT))
+    vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT))
     if vocabulary.model_type != BPE:
         raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_ONE)
     if not vocabulary.verbatim:

@@ -28,7 +28,7 @@ from .findings import Finding
 from .formats import listed
 from .formats.folder import MAX_INDEX, STANDARD, member
 from .formats.strict_json import load_object
-from .naming import canonical, spelled
+from .naming import TABLES, canonical, spelled
 from .sidecars import Rule, Sidecars, added_ids, check, read_sidecars, refused, said
 from .tensors import FLOATS, LazyTensor, read_rows
 from .wording import size
@@ -43,7 +43,6 @@ DOWNLOAD = "make or download it again, and run `llava-weights verify --deep`"
 APPLY = "`llava-weights apply-delta --base LLAMA --delta PATH -o OUT`"
 WIDE = 0.1  # standard deviation of matrices from 1,024 columns on: LLaMA's have 1e-2 to 3e-2
 SAMPLED_ROWS, TABLE_ROWS, LISTED_ROWS = 3, 64, 256
-TABLES = ("text.embed_tokens.weight", "head.weight")
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
         except LlavaWeightsError:
             raise
         except Exception as error:
-            explained = _explain(error, source)
+            explained = explain(error, source)
             if explained is None:
                 raise
         raise explained  # outside of `except`: the library's own message may hold a token, so it must not be the context
@@ -174,7 +174,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
 def _fetch(source: HubSource) -> FetchedRepo:
     from huggingface_hub import HfApi, constants
 
-    api = HfApi(endpoint=_endpoint(), library_name="llava-weights")
+    api = HfApi(endpoint=endpoint(), library_name="llava-weights")
     if constants.HF_HUB_OFFLINE:
         return _from_cache(api, source)
     try:
@@ -250,13 +250,13 @@ def _check_space(source: HubSource, info: ModelInfo, chosen: tuple[str, ...]) ->
         raise _error(OutputError, NO_SPACE, facts, NO_SPACE_HINT)
 
 
-def _explain(error: Exception, source: HubSource) -> LlavaWeightsError | None:
+def explain(error: Exception, source: HubSource) -> LlavaWeightsError | None:
     """What went wrong in the user's words; None where it is not the Hub's or the disk's doing."""
     from huggingface_hub import constants, errors
 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
     cache, repo = constants.HF_HUB_CACHE, f"`{source.repo_id}`"
-    facts = {"endpoint": _endpoint(), "cache": cache, "reason": f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"}
+    facts = {"endpoint": endpoint(), "cache": cache, "reason": f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"}
     number = cause.errno if isinstance(cause, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
         return _error(OutputError, NO_SPACE, {"cache": cache}, NO_SPACE_HINT)
@@ -281,11 +281,11 @@ def _refusal(source: HubSource, what: str, hint: str, keys: tuple[str, ...]) -> 
 
     stored = "the account of `hf auth login`" if os.path.isfile(constants.HF_TOKEN_PATH) else "nobody (no HF_TOKEN, no `hf auth login`)"
     login = "the owner of `HF_TOKEN`" if os.environ.get("HF_TOKEN") else stored
-    facts = {"local path": f"{source.repo_id} does not exist either", "logged in as": login, "endpoint": _endpoint()}
+    facts = {"local path": f"{source.repo_id} does not exist either", "logged in as": login, "endpoint": endpoint()}
     words = {
         "repo": source.repo_id,
         "revision": source.revision or "main",
-        "page": f"{_endpoint()}/{source.repo_id}",
+        "page": f"{endpoint()}/{source.repo_id}",
         "local": _did_you_mean(source.repo_id, "check the name; for a private repository, `hf auth login`"),
     }
     return _error(HubError, what.format(**words), {key: facts[key] for key in keys}, hint.format(**words))
@@ -309,7 +309,7 @@ def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")

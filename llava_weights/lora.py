@@ -26,7 +26,7 @@ from .errors import InputError, MismatchError, UsageError
 from .families import MULTIMODAL, VOCABULARY
 from .formats.strict_json import json_bytes
 from .low_rank import Arithmetic, LowRank, add_low_rank, fits
-from .naming import Names, canonical
+from .naming import TABLES, Names, canonical
 from .tensors import LazyTensor, ReplaceRows, cast
 from .tokenizer import read_special_ids, repair_tokenizer
 
@@ -85,16 +85,6 @@ def to_arithmetic(text: str) -> Arithmetic:
     if found is None:
         raise UsageError(f"there is no arithmetic `{text}`", hint=f"choose one of {', '.join(get_args(Arithmetic))}")
     return cast_type(Arithmetic, found)
-
-
-def to_dtype(text: str | None) -> str | None:
-    """A dtype as safetensors spells it, from that or torch's spelling. Raises UsageError for others."""
-    names = {
-        spelled: dtype for dtype in ("F16", "BF16", "F32") for spelled in (dtype, dtype.replace("F", "FLOAT"), dtype.replace("F", "FP"))
-    }
-    if text is not None and text.upper() not in names:
-        raise UsageError(f"there is no output dtype `{text}`", hint="choose F16, BF16 or F32")
-    return names[text.upper()] if text else None
 
 
 def _untie(base: Checkpoint, tensors: dict[str, LazyTensor], adapters: Iterable[tuple[Adapter, float]]) -> bool:
@@ -177,7 +167,7 @@ def _update(module: Module, weight: float) -> LowRank:
 def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic) -> LazyTensor:
     if place.replacement is not None:
         replaced = cast(place.replacement, tensor.dtype)
-        grows = canonical(name) in ("text.embed_tokens.weight", "head.weight") and replaced.shape[1:] == tensor.shape[1:]
+        grows = canonical(name) in TABLES and replaced.shape[1:] == tensor.shape[1:]
         if replaced.shape != tensor.shape and not grows:
             raise MismatchError(
                 f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter",

@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from .families import VOCABULARY
+
 # Where each layout keeps the parts of a LLaVA. First match wins; the canonical name is the part and what follows in it.
 # Original (haotian-liu), Hub style, the in-memory names of transformers 4.52 and 5.6, and what 5.4/5.5 saved by mistake
 # (facts: llava-hf 2.1, styles S0 to S5).
@@ -57,6 +59,10 @@ def spelled(name: str, layout: str) -> str:
         if found := re.fullmatch(pattern, name):
             return found.expand(target)
     raise KeyError(name)
+
+
+# The vocabulary's tables by canonical name, embedding first.
+TABLES = tuple(map(canonical, VOCABULARY))
 
 
 class Names:

@@ -17,14 +17,13 @@ from .errors import InputError, MismatchError
 from .families import LAYOUTS
 from .fast_tokenizer import HfTokenizer, hf_tokenizer
 from .hf_config import Tokens, flat_config, is_next, original_config, tower_name
-from .naming import canonical, spelled
+from .naming import TABLES, canonical, spelled
 from .processor import original_vision_settings
 from .projector import NAMES
 from .tensors import LazyTensor, cast
 from .tokenizer import SpecialIds
 from .tower import Tower, open_tower, own_tower
 
-TABLES = ("text.embed_tokens.weight", "head.weight")
 LINEAR = ("projector.weight", "projector.bias")
 
 Parts = dict[str, LazyTensor]

@@ -18,7 +18,7 @@ import numpy as np
 
 from .buffers import ITEMSIZE, as_rows, to_float32
 from .errors import InputError, UsageError
-from .tensors import LazyTensor
+from .tensors import FromRows, LazyTensor
 from .windows import row_ranges
 from .workspace import Workspace
 
@@ -48,17 +48,8 @@ class Diagonals(LazyTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SignedPair(LazyTensor):
+class SignedPair(FromRows):
     """Columns of `source`, then the same with the other sign, then zeros."""
-
-    source: LazyTensor
-
-    @property
-    def inputs(self) -> tuple[LazyTensor, ...]:
-        return (self.source,)
-
-    def scratch(self, rows: int) -> int:
-        return rows * self.source.row_nbytes + self.source.scratch(rows)
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         kind, width = f"<u{ITEMSIZE[self.dtype]}", self.source.shape[1]
@@ -71,17 +62,8 @@ class SignedPair(LazyTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns(LazyTensor):
+class Columns(FromRows):
     """The first columns of `source`."""
-
-    source: LazyTensor
-
-    @property
-    def inputs(self) -> tuple[LazyTensor, ...]:
-        return (self.source,)
-
-    def scratch(self, rows: int) -> int:
-        return rows * self.source.row_nbytes + self.source.scratch(rows)
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         with work.scratch((stop - start) * self.source.row_nbytes) as raw:

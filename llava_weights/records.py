@@ -14,7 +14,7 @@ from .buffers import ITEMSIZE
 from .errors import HubError, InputError, LlavaWeightsError
 from .formats import listed, open_regular, refuse_disguise, shown
 from .formats.strict_json import load_object, read_exactly
-from .hub import HubSource, _endpoint, _explain
+from .hub import HubSource, endpoint, explain
 from .manifest import MANIFEST, SCHEMA, SUMS, FileEntry, TensorEntry, make_sums, root_of_tensors
 from .rehash import GIT
 
@@ -165,12 +165,12 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
     """
     from huggingface_hub import HfApi, constants
 
-    api, timeout = HfApi(endpoint=_endpoint(), library_name="llava-weights"), constants.HF_HUB_DOWNLOAD_TIMEOUT
+    api, timeout = HfApi(endpoint=endpoint(), library_name="llava-weights"), constants.HF_HUB_DOWNLOAD_TIMEOUT
     explained: LlavaWeightsError | None = None
     try:
         info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=timeout)
     except Exception as error:
-        explained = _explain(error, source)
+        explained = explain(error, source)
         if explained is None:
             raise
     if explained:  # outside of `except`: the library's own message may hold a token, so it must not be the context

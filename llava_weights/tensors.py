@@ -96,14 +96,10 @@ class Stored(LazyTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cast(LazyTensor):
-    """`source` in another float dtype, rounded to nearest even."""
+class FromRows(LazyTensor):
+    """What is made of the same rows of `source`, read into scratch memory first."""
 
     source: LazyTensor
-
-    @property
-    def uses_torch(self) -> bool:
-        return True
 
     @property
     def inputs(self) -> tuple[LazyTensor, ...]:
@@ -111,6 +107,15 @@ class Cast(LazyTensor):
 
     def scratch(self, rows: int) -> int:
         return rows * self.source.row_nbytes + self.source.scratch(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast(FromRows):
+    """`source` in another float dtype, rounded to nearest even."""
+
+    @property
+    def uses_torch(self) -> bool:
+        return True
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         with work.scratch((stop - start) * self.source.row_nbytes) as raw:
@@ -235,25 +240,17 @@ class ConcatColumns(LazyTensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PermuteRope(LazyTensor):
+class PermuteRope(FromRows):
     """Rows of each head from Meta's interleaved rotary order (pairs 2i, 2i+1) to HF's halves (i, i + head_dim/2).
 
     Source: `permute` in transformers' convert_llama_weights_to_hf.py: view (heads, head_dim/2, 2, columns), swap axes 1 and 2.
     """
 
-    source: LazyTensor
     heads: int
-
-    @property
-    def inputs(self) -> tuple[LazyTensor, ...]:
-        return (self.source,)
 
     @property
     def row_unit(self) -> int:
         return self.rows // self.heads
-
-    def scratch(self, rows: int) -> int:
-        return rows * self.row_nbytes + self.source.scratch(rows)
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         head = self.row_unit

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import small_bytes
 from .errors import InputError
-from .formats import listed, open_regular, shown
+from .formats import listed, shown
 from .formats.sentencepiece import Vocabulary, read_sentencepiece
-from .formats.strict_json import load_json, parse_json, read_exactly
+from .formats.strict_json import load_json, parse_json
 
 MODEL, CONFIG, SPECIAL, ADDED, FAST = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
@@ -81,7 +82,7 @@ def repair_tokenizer(
     model = files.get(MODEL, (fallback or {}).get(MODEL))
     if model is None:
         return _without_model(files, rows)
-    data = read_small(MODEL, model, MODEL_LIMIT)
+    data = small_bytes(MODEL, model, MODEL_LIMIT)
     vocabulary = read_sentencepiece(data)
     added, dropped = _added_tokens(files, vocabulary, rows)
     known = {**vocabulary.ids, **added}
@@ -306,7 +307,7 @@ def read_settings(files: Files, name: str, limit: int = JSON_LIMIT) -> dict[str,
     source = files.get(name)
     if source is None:
         return {}
-    value = load_json(source, limit=limit) if isinstance(source, Path) else parse_json(read_small(name, source, limit), name=name)
+    value = load_json(source, limit=limit) if isinstance(source, Path) else parse_json(small_bytes(name, source, limit), name=name)
     if not isinstance(value, dict):
         raise InputError(f"`{name}` does not hold a JSON object")
     return value
@@ -319,15 +320,3 @@ def _kept_or_new(files: Files, repair: Repair) -> Path | bytes:
 
 def _dump(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def read_small(name: str, source: Path | bytes, limit: int) -> bytes:
-    if isinstance(source, Path):
-        with open_regular(source) as (descriptor, status):
-            size = status.st_size
-            data = read_exactly(source, descriptor, size) if size <= limit else b""
-    else:
-        data, size = source, len(source)
-    if size > limit:
-        raise InputError(f"`{name}` has {size:,} bytes, at most {limit:,} are read")
-    return data

@@ -149,8 +149,8 @@ def smoke(
 ) -> None:
     """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt. Exit 4 if it computes something else."""
     with session(json, quiet, verbose) as console:
+        from ..buffers import to_dtype
         from ..checkpoint import open_checkpoint
-        from ..lora import to_dtype
 
         if sum(choice is not None for choice in (reference, original, record)) > 1:
             raise UsageError("`--reference`, `--original` and `--record` are three different runs", hint="pass one of them")

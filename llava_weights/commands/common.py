@@ -138,7 +138,8 @@ def merge(
     """`model` with the adapters of the command line merged in; itself where there are none."""
     if not loras:
         return model
-    from ..lora import merge_lora, open_weighted, to_arithmetic, to_dtype
+    from ..buffers import to_dtype
+    from ..lora import merge_lora, open_weighted, to_arithmetic
 
     adapters = [open_weighted(text, non_lora=non_lora, progress=progress) for text in loras]
     return merge_lora(model, adapters, arithmetic=to_arithmetic(arithmetic), scale=scale, dtype=to_dtype(dtype))
@@ -160,9 +161,9 @@ def converted(
             names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given)
             raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
         return checkpoint
+    from ..buffers import to_dtype
     from ..checkpoint import open_checkpoint
     from ..conversion import convert
-    from ..lora import to_dtype
 
     if (
         to == "llava" and vision_tower and not Path(vision_tower).exists()

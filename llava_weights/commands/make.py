@@ -245,11 +245,12 @@ def convert(
     """Convert LLaVA's original layout to llava-hf, and back; with a delta and adapters in the same pass."""
     with session(json, quiet, verbose, writes=True) as console:
         from ..checkpoint import open_checkpoint
-        from ..delta import apply_delta as add
 
         bars = False if json or quiet else None
         model = open_checkpoint(source, revision=revision, progress=bars)
         if delta:
+            from ..delta import apply_delta as add
+
             model = add(model, open_checkpoint(delta, progress=bars), accept_base=accept_base)
         model = merge(model, lora or [], arithmetic, scale=scale, non_lora=non_lora, progress=bars)
         made = converted(
