@@ -7,7 +7,6 @@ import pickle
 import resource
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -387,11 +386,10 @@ HOSTILE_BLOCKS = {
 @pytest.mark.parametrize("case", HOSTILE_BLOCKS)
 def test_hostile_block_is_refused(tmp_path: Path, case: str) -> None:
     lazy = index(forged(tmp_path / "x", HOSTILE_BLOCKS[case]))["a"].onto(None)
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="a block of `a` is damaged"):
         read(lazy)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
-    assert time.monotonic() - started < 1
 
 
 def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:

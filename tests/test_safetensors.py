@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -226,10 +225,8 @@ HOSTILE = {
 def test_hostile_file_is_refused(tmp_path: Path, case: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(HOSTILE[case])
-    started = time.monotonic()
     with pytest.raises(InputError, match=r"`model.safetensors`") as caught:
         index_safetensors(path)
-    assert time.monotonic() - started < 3
     assert caught.value.what.isprintable()
     if case in ("Git LFS pointer", "HTML", "zip", "GGUF"):
         assert case in caught.value.what
