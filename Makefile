@@ -12,7 +12,7 @@ READY := $(VENV)/.stamp
 TRANSFORMERS := $(addprefix $(PEERS)/transformers-,4.37.2 4.45.2 4.47.1 4.57.6)
 INSTALL := -m pip install -qq --no-input --disable-pip-version-check --retries 10
 
-.PHONY: demo test check peer bench oldest docs clean
+.PHONY: demo test check peer bench faults oldest docs clean
 
 demo: $(READY)
 	@$(BIN)/llava-weights demo $(DEMO)
@@ -31,6 +31,9 @@ peer: $(READY) $(PEERS)/fschat/.stamp $(TRANSFORMERS:=/.stamp)
 
 bench: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/mergekit/.stamp
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+faults: $(READY)
+	@$(BIN)/python -m pytest -m faults $(ARGS)
 
 oldest: $(PEERS)/oldest/.stamp
 	@$(PEERS)/oldest/bin/python -m pytest -n 2 $(ARGS)

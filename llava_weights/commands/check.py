@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .common import Jobs, Json, Quiet, Verbose, VisionTower, session
+from .common import session
+from .options import Jobs, Show, VisionTower, grouped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +28,9 @@ Summary = Annotated[
 ]
 
 
+@grouped
 def verify(
+    *,
     path: Checked,
     against: Annotated[
         str | None,
@@ -44,12 +47,10 @@ def verify(
     jobs: Jobs = 2,
     junit: Junit = None,
     summary: Summary = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    show: Show,
 ) -> None:
     """Prove that a checkpoint is whole and right: structure, health, digests, and what it is compared with. Exit 4 if it is not."""
-    with session(json, quiet, verbose) as console:
+    with session(show) as console:
         from ..checkpoint import open_checkpoint
         from ..verification import verify as check
 
@@ -75,35 +76,35 @@ def verify(
         _prove(console, result.name, findings, _code(result.exit_code, findings), result.facts, junit, summary)
 
 
+@grouped
 def checksum(
+    *,
     path: Checked,
     force: Annotated[bool, typer.Option("--force", help="Replace checksums that say something else.")] = False,
     jobs: Jobs = 2,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    show: Show,
 ) -> None:
     """Write SHA256SUMS and the manifest for any checkpoint."""
-    with session(json, quiet, verbose, writes=True) as console:
+    with session(show, writes=True) as console:
         from ..verification import checksum as write
 
         written = [str(file) for file in write(path, force=force, jobs=jobs, on_event=console.on_event)]
         console.document("\n".join(f"Wrote {file}" for file in written) or "Everything is recorded already", {"written": written})
 
 
+@grouped
 def diff(
+    *,
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: folder, file, owner/name[@rev].")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another, in any layout and container.")],
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest difference of two values that count as equal.")] = 0.0,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Heat map of the relative change, as .svg or .png.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Lines of differing tensors to show.")] = 20,
     jobs: Jobs = 2,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    show: Show,
 ) -> None:
     """Compare two checkpoints tensor by tensor, across layouts and containers. Exit 0 equal, 4 different."""
-    with session(json, quiet, verbose) as console:
+    with session(show) as console:
         from ..checkpoint import open_checkpoint
         from ..comparison import diff as compare
         from ..comparison import document, table
@@ -118,7 +119,9 @@ def diff(
         raise typer.Exit(0 if found.equal else 4)
 
 
+@grouped
 def smoke(
+    *,
     path: Checked,
     reference: Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="Compare with logits recorded by --record.")] = None,
     original: Annotated[str | None, typer.Option("--original", metavar="DIR", help="Compare with this unconverted checkpoint.")] = None,
@@ -143,12 +146,10 @@ def smoke(
     force: Annotated[bool, typer.Option("--force", help="With --record: replace FILE.")] = False,
     junit: Junit = None,
     summary: Summary = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    show: Show,
 ) -> None:
     """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt. Exit 4 if it computes something else."""
-    with session(json, quiet, verbose) as console:
+    with session(show) as console:
         from ..buffers import to_dtype
         from ..checkpoint import open_checkpoint
 

@@ -10,19 +10,20 @@ import typer
 
 from ..console import versions
 from ..wording import two_columns
-from .common import Json, Quiet, Verbose, session
+from .common import session
+from .options import Json, Quiet, Show, Verbose, grouped
 
 
+@grouped
 def inspect(
+    *,
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file, owner/name[@rev] or hf://owner/name.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a repository on the Hub.")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    show: Show,
 ) -> None:
     """Say what a checkpoint is, why we think so, and what to do with it."""
-    with session(json, quiet, verbose) as console:
+    with session(show) as console:
         from ..checkpoint import open_checkpoint
         from ..inspection import inspect as look
 
@@ -36,7 +37,7 @@ def demo(
     verbose: Verbose = False,
 ) -> None:
     """Make a toy LLaMA and its delta, then run the real commands on them and show each."""
-    with session(False, quiet, verbose, writes=True) as console:
+    with session(Show(quiet=quiet, verbose=verbose), writes=True) as console:
         from ..demo import run
 
         raise typer.Exit(run(folder, console))
@@ -44,7 +45,7 @@ def demo(
 
 def env(json: Json = False) -> None:
     """Versions and settings for a bug report."""
-    with session(json, False, False) as console:
+    with session(Show(json=json)) as console:
         found = versions()
         settings = {name: value for name in ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE") if (value := os.environ.get(name))}
         console.document("\n".join(two_columns([*found.items(), *settings.items()])), {**found, **settings})

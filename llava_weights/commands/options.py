@@ -1,0 +1,128 @@
+"""The options that several commands have, one by one and in groups.
+
+A group is a frozen dataclass whose fields are options. `grouped` shows typer a command whose parameter of such a type is
+replaced by the fields, and hands the command the group.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+Output = Annotated[
+    Path, typer.Option("-o", "--output", "--target", "--target-model-path", help="Folder to write; it appears when it is complete.")
+]
+Base = Annotated[str, typer.Option("--base", "--base-model-path", help="Original LLaMA: folder (HF or Meta's), file, or owner/name[@rev].")]
+AcceptBase = Annotated[bool, typer.Option("--accept-base", help="Go on although the base's values look wrong.")]
+DryRun = Annotated[bool, typer.Option("-n", "--dry-run", help="Print the plan, write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output after the new one is complete.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Ignore the partial work of an earlier run; the default continues it.")]
+Reread = Annotated[bool, typer.Option("--reread/--no-reread", help="Read back from the disk what was written, before it gets its name.")]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file, as 5GB or 512MiB.")]
+Memory = Annotated[
+    str | None,
+    typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this."),
+]
+Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, max=64, envvar="LLAVA_WEIGHTS_JOBS", help="Worker threads.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="F16|BF16|F32", help="Dtype of the output; the base's own by default.")]
+Lora = Annotated[
+    list[str],
+    typer.Option("--lora", "--lora-path", "--model-path", help="Adapter: folder, file or Hub id; A@0.5 weighs it. Repeats."),
+]
+NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
+Scale = Annotated[float, typer.Option("--scale", help="Multiplies every adapter.")]
+Rule = Annotated[
+    str,
+    typer.Option("--arithmetic", metavar="peft|peft-safe|peft-half|exact", help="Whose bits to make; exact is the same everywhere."),
+]
+To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]
+VisionTower = Annotated[
+    str | None, typer.Option("--vision-tower", help="CLIP for a checkpoint that holds none: folder, file or owner/name[@rev].")
+]
+ProjectorForm = Annotated[
+    str | None,
+    typer.Option(
+        "--projector-form", metavar="identity|relu|gelu", help="A linear projector in llava-hf: relu for vLLM, gelu for GGUF and MLX."
+    ),
+]
+ImageToken = Annotated[str | None, typer.Option("--image-token", help="Text of the image token in llava-hf.")]
+VocabSize = Annotated[int | None, typer.Option("--vocab-size", min=1, help="Rows of the vocabulary tables in llava-hf.")]
+ConvMode = Annotated[str | None, typer.Option("--conv-mode", help="Prompt family of the chat template, by LLaVA's name, as llava_v1.")]
+ImageAspect = Annotated[
+    str | None,
+    typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later."),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last one a summary.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors, and the output's path.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More, and tracebacks.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """How a command speaks."""
+
+    json: Json = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+    @property
+    def bars(self) -> bool | None:
+        """`progress` of a download: no bars beside JSON or when quiet, else only on a terminal."""
+        return False if self.json or self.quiet else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The options of conversion beside `--to` and `--dtype`."""
+
+    vision_tower: VisionTower = None
+    projector_form: ProjectorForm = None
+    image_token: ImageToken = None
+    vocab_size: VocabSize = None
+    conv_mode: ConvMode = None
+    image_aspect: ImageAspect = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a checkpoint is written."""
+
+    max_shard_size: ShardSize = "5GB"
+    max_memory: Memory = None
+    jobs: Jobs = 2
+    dry_run: DryRun = False
+    force: Force = False
+    restart: Restart = False
+    reread: Reread = True
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer is to see it: each parameter that is a group becomes the options that are the group's fields."""
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        group = parameter.annotation
+        if not (isinstance(group, type) and is_dataclass(group)):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = group
+        hints = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            option = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name])
+            parameters.append(option)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        collected = {name: group(**{field.name: given.pop(field.name) for field in fields(group)}) for name, group in groups.items()}
+        command(**given, **collected)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
