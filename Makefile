@@ -4,15 +4,17 @@
 PYTHON ?= python3
 DEMO ?=
 ARGS ?=
+SECONDS ?= 60
+TARGET ?=
 
 VENV := .venv
 PEERS := .peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.stamp
 TRANSFORMERS := $(addprefix $(PEERS)/transformers-,4.37.2 4.45.2 4.47.1 4.57.6)
-INSTALL := -m pip install -qq --no-input --disable-pip-version-check --retries 10
+INSTALL := -m pip install -qq --prefer-binary --no-input --disable-pip-version-check --retries 10
 
-.PHONY: demo test check peer bench faults oldest docs clean
+.PHONY: demo test check peer bench faults fuzz oldest docs clean
 
 demo: $(READY)
 	@$(BIN)/llava-weights demo $(DEMO)
@@ -32,8 +34,11 @@ peer: $(READY) $(PEERS)/fschat/.stamp $(TRANSFORMERS:=/.stamp)
 bench: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/mergekit/.stamp
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
-faults: $(READY)
+faults: $(VENV)/.fuzz
 	@$(BIN)/python -m pytest -m faults $(ARGS)
+
+fuzz: $(VENV)/.fuzz
+	@$(BIN)/python tests/fuzz/run.py $(TARGET) --seconds $(SECONDS)
 
 oldest: $(PEERS)/oldest/.stamp
 	@$(PEERS)/oldest/bin/python -m pytest -n 2 $(ARGS)
@@ -56,6 +61,10 @@ endef
 
 $(READY): pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt)
+
+$(VENV)/.fuzz: $(READY)
+	@$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[fuzz,sign]'
+	@touch $@
 
 $(PEERS)/oldest/.stamp: pyproject.toml constraints-oldest.txt
 	$(call install,$(PEERS)/oldest,constraints-oldest.txt)

@@ -19,12 +19,13 @@ from .checkpoint import Origin
 from .config import few
 from .errors import InputError
 from .families import TOKENIZER_FILES, VOCABULARY
-from .formats import listed, shown, unreadable
+from .formats import listed, present, shown, unreadable
 from .formats.folder import index_file, member
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import load_object
 from .formats.torch_zip import index_torch_zip
 from .hub import HubSource, fetch, parse_source
+from .remote import is_remote, shadowed
 from .tensors import FLOATS, LazyTensor
 from .workspace import SourceFile
 
@@ -80,11 +81,15 @@ class Adapter:
 
 
 def open_adapter(source: str | Path, *, revision: str | None = None, non_lora: Path | None = None, progress: bool | None = None) -> Adapter:
-    """Open an adapter: a folder, one of its files, a projector (`mm_projector.bin`), or `owner/name[@revision]` on the Hub.
+    """Open an adapter: a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address
+    as `open_checkpoint` takes it.
 
     `non_lora` stands in for the `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. Reads headers and small JSON
     files only. Raises InputError for anything missing, damaged, not LoRA, or without a place; HubError where the Hub can't serve it.
     """
+    if is_remote(str(source)):
+        with shadowed(str(source), revision) as shadow:
+            return _open(shadow.path, shadow.name, shadow.revision, non_lora)
     parsed = parse_source(str(source))
     if isinstance(parsed, HubSource):
         repo = fetch(parsed, revision=revision, progress=progress)
@@ -100,12 +105,12 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
     file = _weights_in(path) if path.is_dir() else path
     found = index_file(file)
     _check_sound(found.tensors, file.name)
-    files = {entry: member(folder, entry) for entry in TOKENIZER_FILES if os.path.lexists(folder / entry)}
+    files = {entry: member(folder, entry) for entry in TOKENIZER_FILES if present(folder / entry)}
     origin = Origin(name, path.absolute(), found.container, found.files, revision)
     adapter = Adapter(origin, config=_config_in(folder), files=files)
     if any("mm_projector." in key for key in found.tensors) and not any("lora_" in key for key in found.tensors):
         return _projector(adapter, file, found.tensors, non_lora)
-    if not os.path.lexists(folder / "adapter_config.json"):
+    if not present(folder / "adapter_config.json"):
         facts = {"folder": folder, "tensors": few(found.tensors)}
         hint = "its rank and alpha are there, without which the weights mean nothing; download the whole adapter"
         raise InputError(f"there is no `adapter_config.json` beside {shown(file.name)}", facts=facts, hint=hint)
@@ -134,7 +139,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _config_in(folder: Path) -> Mapping[str, Any]:
-    return load_object(member(folder, "config.json")) if os.path.lexists(folder / "config.json") else {}
+    return load_object(member(folder, "config.json")) if present(folder / "config.json") else {}
 
 
 def _check_sound(tensors: Mapping[str, LazyTensor], file: str) -> None:
@@ -260,7 +265,7 @@ def _find_non_lora(folder: Path, config: Mapping[str, Any]) -> Path | None:
     train.py writes it, and config.json, once at the end: not into the Trainer's `checkpoint-N` (LLaVA #742, #1200, #1245),
     which is known by its trainer_state.json and the config.json above it.
     """
-    if os.path.lexists(folder / NON_LORA):
+    if present(folder / NON_LORA):
         return member(folder, NON_LORA)
     above = folder.absolute().parent
     checkpoint = not config and (folder / "trainer_state.json").exists() and _is_llava(_config_in(above))

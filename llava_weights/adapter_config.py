@@ -163,7 +163,8 @@ def _refuse_methods(config: Mapping[str, Any]) -> None:
     method = config.get("peft_type")
     if method != "LORA":
         name = METHODS.get(str(method), shown(str(method)))
-        raise InputError(f"the adapter is not a LoRA but of the kind {name}", facts={"peft_type": method}, hint=PLAIN_LORA)
+        facts = {"adapter_config.json": f"peft_type {shown(str(method))}"}
+        raise InputError(f"the adapter is not a LoRA but of the kind {name}", facts=facts, hint=PLAIN_LORA)
     for key, title in VARIANTS.items():
         if _is_set(config.get(key)):
             raise InputError(f"the adapter uses {title}, by `{key}` in adapter_config.json", hint=PLAIN_LORA)
@@ -247,7 +248,7 @@ def _pattern(key: str, value: float, setting: str) -> Pattern:
             return Pattern(re.compile(rf"(.*\.)?({key})$"), value, ways, repeats)
     except (ValueError, re.error, Warning, OverflowError, RecursionError) as error:
         hint = "write the full names of the modules instead"
-        raise InputError(f"`{setting}` has the key {shown(key)}: {error}", hint=hint) from error
+        raise InputError(f"`{setting}` has the key {shown(key)} in adapter_config.json: {error}", hint=hint) from error
 
 
 def _branches(key: str) -> tuple[int, int]:

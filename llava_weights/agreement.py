@@ -122,7 +122,7 @@ def _projector(s: Sidecars) -> Iterator[str]:
     kind = "linear" if weights == ["projector.weight"] else f"mlp{len(weights)}x_gelu"
     if (told := s.of(CONFIG).get("mm_projector_type", "linear")) != kind:
         yield f"`mm_projector_type` is {said(s.of(CONFIG).get('mm_projector_type'))}, taken for {said(told)}: the tensors are {kind}"
-    width = s.parts[weights[0]].shape[-1]
+    *_, width = s.parts[weights[0]].shape or (0,)
     if (size := s.of(CONFIG).get("mm_hidden_size")) != width:
         yield f"`mm_hidden_size` is {said(size)}, but the projector takes features of {width}"
 

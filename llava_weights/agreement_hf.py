@@ -70,7 +70,8 @@ def _projector(s: Sidecars) -> Iterator[str]:
         yield f"`projector_hidden_act` is {said(act)}, which transformers does not know"
     if not s.tower or not s.rows:
         return
-    hidden, layers = s.parts["text.embed_tokens.weight"].shape[-1], s.of(CONFIG).get("vision_feature_layer", -2)
+    *_, hidden = s.parts["text.embed_tokens.weight"].shape or (0,)
+    layers = s.of(CONFIG).get("vision_feature_layer", -2)
     width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}

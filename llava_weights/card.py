@@ -10,6 +10,7 @@ from .checkpoint import Origin, Step
 from .manifest import FileEntry, TensorEntry, root_of_tensors
 from .plan import Plan
 from .projector import CONSUMERS
+from .wording import redact
 
 PROMPTS = {  # llava/conversation.py at 8959d5c: `v0` turns end in ###, `v1` assistant turns in </s>
     "v0": "`###Human: <question>###Assistant:`, stop at `###`",
@@ -23,7 +24,7 @@ def make_card(plan: Plan, files: Sequence[FileEntry], tensors: Sequence[TensorEn
     parts = [_front_matter(plan), f"# {title}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
     parts += [_use(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(files, tensors)]
-    return "\n".join(part for part in parts if part)
+    return redact("\n".join(part for part in parts if part))
 
 
 def _front_matter(plan: Plan) -> str:

@@ -16,11 +16,13 @@ from typing import Any
 
 from .errors import InputError
 from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, VOCABULARY, size_name
-from .formats import open_regular
+from .formats import DOWNLOAD_AGAIN, open_regular, unreadable
 from .formats.folder import index_file, index_folder, member
 from .formats.strict_json import load_object, parse_json, read_exactly
 from .hub import HubSource, fetch, parse_source
+from .remote import is_remote, shadowed
 from .tensors import LazyTensor
+from .wording import redact
 from .workspace import SourceFile
 
 
@@ -33,6 +35,11 @@ class Origin:
     container: str
     files: tuple[SourceFile, ...]
     revision: str | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether the weights are read over the network; `path` is a shadow then, without values."""
+        return any(file.remote for file in self.files)
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,15 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: bool | None = None) -> Checkpoint:
-    """Open a folder, a file, `owner/name[@revision]` or `hf://owner/name[@revision]`; an existing local path wins.
+    """Open a folder, a file, `owner/name[@revision]` (downloaded first), or an address: `hf://owner/name[@revision][/folder]`,
+    `s3://`, `gs://`, `https://` (read over the network where and when values are needed). An existing local path wins.
 
     Reads headers only; `progress=False` hides the bars of a download.
     Raises InputError for anything missing, damaged or unknown, HubError where the Hub can't serve it.
     """
+    if is_remote(str(source)):
+        with shadowed(str(source), revision) as shadow:
+            return _open(shadow.path, name=shadow.name, revision=shadow.revision)
     parsed = parse_source(str(source))
     if isinstance(parsed, HubSource):
         repo = fetch(parsed, revision=revision, progress=progress)
@@ -120,25 +131,41 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
         return replace(opened, notes=(*opened.notes, f"{repo.repo_id} comes from the cache")) if repo.from_cache else opened
     if revision is not None:
         raise InputError(f"`{source}` is a local path, so it has no revision `{revision}`", hint="leave out `--revision`")
-    return _open(parsed.path, name=parsed.path.resolve().name, revision=None)
+    try:
+        return _open(parsed.path, name=parsed.path.resolve().name, revision=None)
+    except OSError as error:
+        raise unreadable(parsed.path, error) from error
+
+
+def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
+    """`checkpoint`, or an InputError where its files are not on this machine, as `purpose` needs them."""
+    if checkpoint.origin.remote:
+        hub = checkpoint.origin.revision and f"give `{checkpoint.origin.name}@{checkpoint.origin.revision}`, which is downloaded first"
+        what = f"{purpose} needs whole files, and `{checkpoint.origin.name}` is read over the network"
+        raise InputError(what, hint=hub or "copy it to this machine first")
+    return checkpoint
 
 
 def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
     found = index_folder(path) if path.is_dir() else index_file(path)
     folder = path if path.is_dir() else path.parent
     config = found.config or _read_config(folder if path.is_dir() else None)
+    remote = found.files[0].remote
+    files = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else {}
+    if remote:  # the shadow goes before the plan does
+        files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
     return Checkpoint(
         tensors=found.tensors,
         config=config,
-        origin=Origin(name, path.absolute(), found.container, found.files, revision),
-        files=_small_files(Path(found.files[0].path).parent) if path.is_dir() else {},
+        origin=Origin(redact(name), path.absolute(), found.container, found.files, revision),
+        files=files,
         metadata=found.metadata,
         notes=found.notes,
     )
 
 
 def _read_config(folder: Path | None) -> Mapping[str, Any]:
-    if folder is None or not os.path.lexists(folder / "config.json"):
+    if folder is None or "config.json" not in os.listdir(folder):  # `lexists` would take a disk that fails for a missing file
         return {}
     return load_object(member(folder, "config.json"))
 
@@ -146,9 +173,9 @@ def _read_config(folder: Path | None) -> Mapping[str, Any]:
 def _small_files(folder: Path) -> dict[str, Path | bytes]:
     """Tokenizer, processor, generation config and licence files by name. Meta keeps `tokenizer.model` beside the size folders."""
     files: dict[str, Path | bytes] = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.name in (*TOKENIZER_FILES, *PROCESSOR_FILES, *CONFIG_FILES[1:]) or entry.name.startswith(LICENSE_PREFIXES):
-            files[entry.name] = member(folder, entry.name)
+    for name in sorted(os.listdir(folder)):
+        if name in (*TOKENIZER_FILES, *PROCESSOR_FILES, *CONFIG_FILES[1:]) or name.startswith(LICENSE_PREFIXES):
+            files[name] = member(folder, name)
     above = folder.parent / "tokenizer.model"
     if "tokenizer.model" not in files and (folder / "params.json").exists() and above.exists():
         files["tokenizer.model"] = above
@@ -186,5 +213,5 @@ def small_bytes(name: str, source: Path | bytes, limit: int) -> bytes:
     else:
         data, size = source, len(source)
     if size > limit:
-        raise InputError(f"`{name}` has {size:,} bytes, at most {limit:,} are read")
+        raise InputError(f"`{name}` has {size:,} bytes, at most {limit:,} are read", hint=DOWNLOAD_AGAIN)
     return data

@@ -29,6 +29,7 @@ LLAMA_DEFAULTS = {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_no
 # What LLaVA's code of 2023 did before these keys existed: CLS dropped, images resized and cropped to a square.
 LLAVA_DEFAULTS = {"image_aspect_ratio": "square", "mm_vision_select_feature": "patch", "use_mm_proj": True}
 MAX_LAYERS = 1024
+RIGHT_CONFIG = "give the config.json that belongs to these weights"
 
 # The tensors of a layer: rows, columns, in terms of the sizes that `expected_shapes` reads.
 LAYER = {
@@ -110,7 +111,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """
     layers, rows = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
     if layers > MAX_LAYERS:
-        raise InputError(f"`num_hidden_layers` is {layers:,} in config.json, at most {MAX_LAYERS:,} are read")
+        raise InputError(f"`num_hidden_layers` is {layers:,} in config.json, at most {MAX_LAYERS:,} are read", hint=RIGHT_CONFIG)
     heads = _size(config, "num_attention_heads")
     sizes = {"hidden": _size(config, "hidden_size"), "intermediate": _size(config, "intermediate_size")}
     head = _optional_size(config, "head_dim") or sizes["hidden"] // heads
@@ -140,6 +141,7 @@ def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_row
 
     `vocabulary_rows` stands in for the config's `vocab_size` where tokens were added.
     """
+    _check_numbers(config)
     expected = expected_shapes(config if vocabulary_rows is None else {**config, "vocab_size": vocabulary_rows})
     unexpected = [name for name in shapes if name not in expected and not re.fullmatch(f"{DROPPED}|{MULTIMODAL}", name)]
     wrong = [name for name, shape in expected.items() if shapes.get(name, shape) != shape]
@@ -234,12 +236,13 @@ def _facts(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     _agree(config, "hidden_size", hidden, VOCABULARY[0], shapes)
     _agree(config, "intermediate_size", intermediate, "model.layers.0.mlp.gate_proj.weight", shapes)
     if _optional_size(config, "num_hidden_layers") not in (None, layers):
-        raise InputError(f"`num_hidden_layers` is {config['num_hidden_layers']} in config.json, but the tensors have {layers} layers")
+        what = f"`num_hidden_layers` is {config['num_hidden_layers']} in config.json, but the tensors have {layers} layers"
+        raise InputError(what, hint=RIGHT_CONFIG)
     heads = _optional_size(config, "num_attention_heads") or next(
         (s.heads for s in LLAMA_SIZES if (s.hidden, s.layers) == (hidden, layers)), 0
     )
     if not heads:
-        raise InputError("`num_attention_heads` is missing in config.json, and no tensor tells it")
+        raise InputError("`num_attention_heads` is missing in config.json, and no tensor tells it", hint=RIGHT_CONFIG)
     head = _optional_size(config, "head_dim") or max(hidden // heads, 1)
     _agree({"num_attention_heads": heads}, "num_attention_heads", query / head, "model.layers.0.self_attn.q_proj.weight", shapes)
     _agree(config, "num_key_value_heads", key / head, "model.layers.0.self_attn.k_proj.weight", shapes)
@@ -251,9 +254,7 @@ def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes
     value = _optional_size(config, key)
     if value not in (None, size) or size != int(size):
         told = f"`{key}` is {value:,} in config.json" if value else f"config.json has no `{key}`"
-        raise InputError(
-            f"{told}, but `{tensor}` has shape {list(shapes[tensor])}", hint="give the config.json that belongs to these weights"
-        )
+        raise InputError(f"{told}, but `{tensor}` has shape {list(shapes[tensor])}", hint=RIGHT_CONFIG)
 
 
 def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
@@ -274,7 +275,7 @@ def _multimodal(config: Mapping[str, Any], shapes: Shapes, ids: SpecialIds) -> d
         return found  # of a kind that this table does not know: the config's word stands
     hidden = shapes[VOCABULARY[0]][1]
     if shapes[weights[-1]][0] != hidden:
-        raise InputError(f"`{weights[-1]}` has shape {list(shapes[weights[-1]])}, but the decoder is {hidden} wide")
+        raise InputError(f"`{weights[-1]}` has shape {list(shapes[weights[-1]])}, but the decoder is {hidden} wide", hint=RIGHT_CONFIG)
     kind = "linear" if weights == ["model.mm_projector.weight"] else f"mlp{len(weights)}x_gelu"
     return {**found, "mm_projector_type": kind, "mm_hidden_size": shapes[weights[0]][1]}
 
@@ -301,8 +302,9 @@ def _apply(new: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
     _optional_size(config, "max_position_embeddings")
-    if not _valid(config["rms_norm_eps"], float, 0, 1):
-        raise InputError(f"`rms_norm_eps` is {_text(config['rms_norm_eps'])} in config.json, not a small positive number")
+    for key, most in (("rms_norm_eps", 1), ("rope_theta", 1e12)):
+        if config.get(key) is not None and not _valid(config[key], float, 0, most):
+            raise InputError(f"`{key}` is {_text(config[key])} in config.json, not a positive number up to {most:g}", hint=RIGHT_CONFIG)
 
 
 def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
@@ -316,7 +318,7 @@ def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
 def _size(config: Mapping[str, Any], key: str) -> int:
     size = _optional_size(config, key)
     if size is None:
-        raise InputError(f"`{key}` is missing in config.json")
+        raise InputError(f"`{key}` is missing in config.json", hint=RIGHT_CONFIG)
     return size
 
 
@@ -324,7 +326,7 @@ def _optional_size(config: Mapping[str, Any], key: str) -> int | None:
     value = config.get(key)
     if value is None or _valid(value, int, 1, 1 << 31):
         return value
-    raise InputError(f"`{key}` is {_text(value)} in config.json, not a sensible size")
+    raise InputError(f"`{key}` is {_text(value)} in config.json, not a sensible size", hint=RIGHT_CONFIG)
 
 
 def _valid(value: Any, kind: type, least: float, most: float) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from . import __version__
 from .errors import Interrupted, LlavaWeightsError, OutputError
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
-from .wording import Meter, clock_face, duration, sentences, shards, size, two_columns, visible
+from .wording import Meter, clock_face, duration, redact, sentences, shards, size, two_columns, visible
 
 __all__ = ["Console", "clean", "duration", "size", "two_columns", "versions", "visible"]
 
@@ -258,8 +258,6 @@ class Console:
 
 def clean(text: str) -> str:
     """`text` as it may be shown: no access tokens, nothing that moves the cursor or reorders the line."""
-    from .hub import redact
-
     return visible(redact(text))
 
 
@@ -269,8 +267,6 @@ def _clean_lines(text: str) -> str:
 
 def _plain(value: object) -> object:
     """What JSON can hold: no NaN (a word instead), no paths, no tokens."""
-    from .hub import redact
-
     match value:
         case None | bool() | int():
             return value

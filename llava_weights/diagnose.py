@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .tensors import FLOATS, LazyTensor, read_rows
+from .tensors import FLOATS, LazyTensor, each, read_rows
 from .workspace import Workspace
 
 Tensors = Mapping[str, LazyTensor]
@@ -121,8 +121,9 @@ def state(tensors: Tensors) -> State:
     """
     norms = {name: t for name, t in sorted(tensors.items()) if _is_norm(name, t)}
     matrices = _spread([name for name in _matrices(tensors) if not re.fullmatch(NOT_TEXT, name)], MATRICES)
+    read = each(lambda name, work: _finite(read_rows(norms[name], 0, min(norms[name].rows, LONGEST_NORM), work).ravel()), norms, norms)
+    vectors = list(read.values())
     with closing(Workspace(drop_cache=False)) as work:
-        vectors = [_finite(read_rows(t, 0, min(t.rows, LONGEST_NORM), work).ravel()) for t in norms.values()]
         matrix_std = median([_std(_finite(_sample(tensors[name], work))) for name in matrices] or [0.0])
     shares = [float(np.mean(x > 0)) if x.size else 0.0 for x in vectors]
     sizes = [float(np.median(np.abs(x))) if x.size else 0.0 for x in vectors]
@@ -150,13 +151,12 @@ def round_trip(base: Tensors, delta: Tensors) -> RoundTrip:
     are left out. Says nothing on swapped arguments or a delta that was subtracted twice: see `pair`.
     """
     names = _common(base, delta)
-    with closing(Workspace(drop_cache=False)) as work:
-        counts = {name: _failing(base[name], delta[name], work) for name in names}
-        judged = _judge(counts)
-        if judged.verdict != "unclear":
-            return judged
-        again = sorted((name for name in names if counts[name][0]), key=lambda name: (-counts[name][0], name))[:MORE]
-        counts |= {name: _failing(base[name], delta[name], work, times=TIMES) for name in again}
+    counts = each(lambda name, work: _failing(base[name], delta[name], work), names, base, delta)
+    judged = _judge(counts)
+    if judged.verdict != "unclear":
+        return judged
+    again = sorted((name for name in names if counts[name][0]), key=lambda name: (-counts[name][0], name))[:MORE]
+    counts |= each(lambda name, work: _failing(base[name], delta[name], work, times=TIMES), again, base, delta)
     return _judge(counts, final=True)
 
 

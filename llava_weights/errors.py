@@ -11,7 +11,8 @@ from collections.abc import Mapping
 class LlavaWeightsError(Exception):
     """A problem that the user can act on: `what` happened, the `facts`, one `hint`.
 
-    `kept` is set by the writer once work has begun and says what lies on disk; until then nothing was written.
+    `kept` is set by the writer once work has begun and says what lies on disk; until then nothing was written. Pickles as it is: each
+    class takes `what` alone too, and the rest travels as attributes.
     """
 
     exit_code = 1
@@ -22,15 +23,6 @@ class LlavaWeightsError(Exception):
         self.facts = {label: str(value) for label, value in (facts or {}).items()}
         self.hint = hint
         self.kept: str | None = None
-
-    def __reduce__(self) -> tuple[object, ...]:  # keyword arguments survive a process pool
-        return (_rebuild, (type(self), self.what, self.facts, self.hint, self.kept))
-
-
-def _rebuild(kind: type[LlavaWeightsError], what: str, facts: dict[str, str], hint: str | None, kept: str | None) -> LlavaWeightsError:
-    error = kind(what, facts=facts, hint=hint)
-    error.kept = kept
-    return error
 
 
 class UsageError(LlavaWeightsError):

@@ -142,6 +142,10 @@ def _refuse_states(base: Checkpoint, delta: Checkpoint) -> None:
 
 
 def _refuse_shapes(base: Checkpoint, other: Checkpoint, *, role: str = "delta") -> None:
+    for name, checkpoint in (("base", base), (role, other)):
+        if len(found := checkpoint.tensors[VOCABULARY[0]].shape if VOCABULARY[0] in checkpoint.tensors else ()) != 2:
+            what = f"the {name} `{checkpoint.origin.name}` has no table `{VOCABULARY[0]}`"
+            raise InputError(what, facts={"shape": list(found)} if found else None, hint="check that all of its shards are there")
     if base.size != other.size:
         facts = {"base": base.origin.name, role: other.origin.name}
         raise MismatchError(f"the base is {base.size}, the {role} {other.size}", facts=facts, hint="give the base of the same size")

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from . import agreement, agreement_hf
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, small_text
 from .config import few, fold_names
 from .diagnose import LARGEST_ROW, LONGEST_NORM, bf16_damaged, is_llama1, state
 from .errors import InputError
 from .findings import Finding
-from .formats import listed
+from .formats import listed, present
 from .formats.folder import MAX_INDEX, STANDARD, member
 from .formats.strict_json import load_object
 from .naming import TABLES, canonical, spelled
@@ -102,7 +102,7 @@ def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
     stem, suffix = STANDARD["safetensors" if checkpoint.origin.container == "safetensors" else "torch"]
     name, home = f"{stem}{suffix}.index.json", Path(checkpoint.origin.files[0].path).parent
-    if not os.path.lexists(home / name):
+    if not present(home / name):
         return
     try:
         metadata = load_object(member(home, name), limit=MAX_INDEX).get("metadata")
@@ -131,12 +131,25 @@ def _code(checkpoint: Checkpoint, sidecars: Sidecars, folder: Path | None) -> It
                 yield _warning(
                     "L0", name, f"`{key}` makes other programs run code; llava-weights never runs it", "remove the key; convert does so"
                 )
+    for name, template in _templates(checkpoint, objects):
+        if inner := re.search(r"__\w+__", template):
+            text = f"its chat template asks for `{inner[0]}`, which is a way to run code; llava-weights never renders it"
+            yield _warning("L0", name, text, "take the template from the authors of the model")
     own = {file.name for file in checkpoint.origin.files}
     if programs := [name for name in names if name.endswith(PROGRAMS)]:
         yield _warning("L0", programs[0], f"{listed(programs)}: programs, which llava-weights never runs", "remove what you do not know")
     if others := [name for name in names if name.endswith(PICKLES) and name not in own]:
         text = f"{listed(others)}: pickles by their names, which other programs may execute; this tool does not read them here"
         yield _warning("L0", others[0], text, "remove what no program needs; never load it with `torch.load` from a stranger")
+
+
+def _templates(checkpoint: Checkpoint, objects: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every chat template with its file's name; transformers writes one or a list of named ones."""
+    for name, value in objects.items():
+        if "chat_template" in value:
+            yield name, str(value["chat_template"])
+    with suppress(InputError):  # which the rules on this file say
+        yield agreement_hf.JINJA, small_text(checkpoint.files, agreement_hf.JINJA) or ""
 
 
 def _keys(value: Any) -> Iterator[str]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .buffers import TORCH_DTYPE
-from .config import is_qwen
+from .config import RIGHT_CONFIG, is_qwen
 from .errors import InputError
 from .families import HUB_TOWERS
+from .formats import shown
 from .tower import Tower
 
 
@@ -71,9 +72,8 @@ def text_type(config: Mapping[str, Any]) -> str:
     named = " ".join(str(config.get(key, "")) for key in ("model_type", "architectures")).lower()
     other = re.search(r"mixtral|gemma|phi|mpt|falcon|stablelm|olmo|qwen2_moe|qwen3|deepseek|minicpm", named)
     if other:
-        raise InputError(
-            f"a LLaVA on {other[0]} can't be converted", facts={"config": named.strip()}, hint="LLaMA, Mistral and Qwen2 decoders can"
-        )
+        facts = {"config": shown(named.strip())}
+        raise InputError(f"a LLaVA on {other[0]} can't be converted", facts=facts, hint="LLaMA, Mistral and Qwen2 decoders can")
     return "qwen2" if is_qwen(config) else "mistral" if "mistral" in named else "llama"
 
 
@@ -115,7 +115,8 @@ def llava_hf_config(
     kind, name = "llava_next" if tiles else "llava", TORCH_DTYPE[dtype]
     strategy = "full" if tower.kind == "siglip" else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch")))
     if strategy is None:
-        raise InputError(f"`mm_vision_select_feature` is {config['mm_vision_select_feature']!r}, not patch or cls_patch")
+        what = f"`mm_vision_select_feature` is {shown(str(config['mm_vision_select_feature']))} in config.json, not patch or cls_patch"
+        raise InputError(what, hint=RIGHT_CONFIG)
     vision = dict(tower.config)
     if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         vision["_name_or_path"] = given  # what the way back writes as `mm_vision_tower`
@@ -148,7 +149,8 @@ def select_layer(config: Mapping[str, Any], tower: Tower) -> int:
         return -1
     layer, count = config.get("mm_vision_select_layer", -2), int(tower.config["num_hidden_layers"])
     if type(layer) is not int or not -count - 1 <= layer <= count:
-        raise InputError(f"`mm_vision_select_layer` is {layer!r}, the tower has {count} layers")
+        what = f"`mm_vision_select_layer` is {shown(str(layer))} in config.json, the tower has {count} layers"
+        raise InputError(what, hint=RIGHT_CONFIG)
     return layer
 
 

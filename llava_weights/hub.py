@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
+from .web import endpoint as endpoint
+from .wording import redact as redact
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -67,12 +69,6 @@ HF_URI = re.compile(
     r"(?:@(?P<revision>refs/\w+/[^/\s]+|[^/\s@]+))?(?:/(?P<folder>.*))?"
 )
 FILE_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".model", ".zip")
-SECRETS = (
-    (re.compile(r"(hf|api_org)_[A-Za-z0-9]{10,}"), r"\1_***"),
-    (re.compile(r"://[^/\s]*@(?=[^/\s])"), "://***@"),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
-    (re.compile(r"(https?://[^\s?#`]+)\?[^\s`'\"]+"), r"\1?***"),  # signed addresses of the storage behind the Hub
-)
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
     if revision and source.revision and revision != source.revision:
         raise UsageError(f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions")
     source = HubSource(source.repo_id, source.revision or revision, source.folder)
-    with _narration(sys.stderr.isatty() if progress is None else progress):
+    with narration(sys.stderr.isatty() if progress is None else progress):
         try:
             return _fetch(source)
         except LlavaWeightsError:
@@ -309,14 +305,8 @@ def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def endpoint() -> str:
-    from huggingface_hub import constants
-
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-
-
 @contextmanager
-def _narration(progress: bool) -> Iterator[None]:
+def narration(progress: bool) -> Iterator[None]:
     """Bars only where they are wanted, and no log lines: what matters is raised. `HF_HUB_DISABLE_PROGRESS_BARS` keeps the last word."""
     from huggingface_hub import constants
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
@@ -333,17 +323,6 @@ def _narration(progress: bool) -> Iterator[None]:
         set_verbosity(level)
         if silence:
             enable_progress_bars()
-
-
-def redact(text: str) -> str:
-    """`text` without tokens, passwords in addresses and signed queries. For every message and traceback that may be shown or saved."""
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        secret = os.environ.get(variable, "").strip()
-        if len(secret) >= 8:
-            text = text.replace(secret, "***")
-    for pattern, replacement in SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def _error(kind: type[LlavaWeightsError], what: str, facts: Mapping[str, object] | None, hint: str) -> LlavaWeightsError:

@@ -117,7 +117,8 @@ def _projector(tensors: Mapping[str, LazyTensor]) -> str:
     if not weights:
         return ""
     kind = "linear" if "model.mm_projector.weight" in found else f"mlp{len(weights)}x_gelu"
-    return f"{kind}, {weights[0].shape[-1]} to {weights[-1].shape[0]}"
+    (*_, narrow), (wide, *_) = weights[0].shape or (1,), weights[-1].shape or (1,)
+    return f"{kind}, {narrow} to {wide}"
 
 
 def _tower(checkpoint: Checkpoint) -> str:

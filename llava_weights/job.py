@@ -3,6 +3,7 @@
     OUT.partial/lock        held by the running process (flock); its death frees it
     OUT.partial/plan.json   what this work is; other work is refused
     OUT.partial/journal     one line a finished shard, each with its own checksum; a torn last line is ignored
+    OUT.partial/journal-00003-of-00016, lock-00003-of-00016   the same of one portion; portions share `lock`, whole runs hold it alone
     OUT.partial/out/        becomes OUT in one rename, when it is complete
 
 Order on disk: data fsynced before its rename, the folder fsynced after, then the journal line. Leaving one of them out broke a
@@ -11,17 +12,24 @@ simulated power cut (facts: verify 4.3).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
+
+# What file systems answer to a call that they do not have: some network ones know no locks, and no fsync of a folder.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+JOURNAL = re.compile(r"journal(-\d{5}-of-(?P<count>\d{5}))?")
 
 
 def partial_folder(out: Path) -> Path:
@@ -35,22 +43,53 @@ class Job:
         self.out = out
         self.partial = partial_folder(out)
         self.folder = self.partial / "out"
+        self.recorded = self.partial / "plan.json"
         self.journal = self.partial / "journal"
+        self.aside = self.partial / "replaced"
+        self.locked = True  # False on a file system without locks
+        self.elsewhere = False  # where the output goes over the network: `upload.UploadJob`, which replaces what follows
+
+    @property
+    def shown(self) -> str:
+        """Where the output will be."""
+        return str(self.out)
+
+    @property
+    def remains(self) -> str:
+        """What became of the output, as the end of a sentence about shards that are kept."""
+        return f"`{self.out.name}` was not touched"
+
+    def room(self, sizes: Sequence[int]) -> int:
+        """Bytes that lie here at one time, of shards of these sizes."""
+        return sum(sizes)
+
+    def prepare(self) -> None:
+        """Called once the work may begin."""
+
+    def uploaded(self, entry: Mapping[str, Any]) -> bool:
+        """Whether the shard of a journal line needs no bytes here any more."""
+        return False
+
+    def shard_done(self, entry: Mapping[str, Any]) -> None:
+        """Called after the journal line of each shard that is finished."""
+
+    def close(self) -> None:
+        """Called when the lock goes: what is not done by now is for a later run."""
 
     def begin(self, identity: Mapping[str, str], *, restart: bool) -> None:
         """Take up earlier work on the same plan, or start anew. Raises OutputError where the earlier work is another's."""
-        recorded = self.partial / "plan.json"
-        if restart:
-            for path in (self.folder, recorded, self.journal):
-                remove(path)
-        earlier = _read_json(recorded)
+        earlier = None if restart else _read_plan(self.recorded)
         if earlier is None:  # no shard can be finished yet
-            remove(self.folder)
-            remove(self.journal)
-            self.folder.mkdir()  # before plan.json, so that a plan without a folder means: it was published
-            write_file(recorded, json.dumps(dict(identity), indent=2).encode())
+            self._forget()
+            for path in (self.folder, *self._journals()):
+                remove(path)
+            self.folder.mkdir()
+            sync_folder(self.partial)  # before plan.json, so that a plan without a folder means: it was published
+            write_file(self.recorded, json.dumps(dict(identity), indent=2).encode())
         elif earlier != dict(identity):
             raise self._belongs_to_another(earlier, identity)
+        elif self.folder.is_symlink() or not (self.folder.is_dir() or self.published):  # somebody moved it away
+            self.begin(identity, restart=True)
 
     def _belongs_to_another(self, then: Mapping[str, str], now: Mapping[str, str]) -> OutputError:
         facts: dict[str, str] = {}
@@ -65,56 +104,92 @@ class Job:
 
     @property
     def published(self) -> bool:
-        """OUT got its name, and the run died before it cleaned up."""
-        return not self.folder.exists() and (self.partial / "plan.json").exists()
+        """OUT got its name, and the run died before it cleaned up. Or somebody deleted `out/`: only the bytes of OUT can tell."""
+        return self.recorded.exists() and not os.path.lexists(self.folder) and self.occupied
+
+    @property
+    def occupied(self) -> bool:
+        """OUT holds something."""
+        return self.out.is_dir() and any(self.out.iterdir())
+
+    def restore(self) -> None:
+        """Bring back the OUT that a run (`--force`) moved aside, where it died before the new one got the name."""
+        if self.aside.is_dir() and not self.aside.is_symlink() and not self.occupied:
+            os.rename(self.aside, self.out)
+            sync_folder(self.out.parent)
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """Journal entries by shard name, those whose line is whole."""
         entries = {}
-        for line in self.journal.read_bytes().splitlines() if self.journal.exists() else ():
-            check, _, text = line.partition(b" ")
-            if hashlib.sha256(text).hexdigest()[:16].encode() != check:
-                break
-            entry = json.loads(text)
-            entries[entry["name"]] = entry
+        for journal in self._journals():
+            for line in journal.read_bytes().splitlines():
+                entry = _entry(line)
+                if entry is None:
+                    break
+                entries[entry["name"]] = entry
         return entries
+
+    def _journals(self) -> list[Path]:
+        return sorted(path for path in self.partial.iterdir() if JOURNAL.fullmatch(path.name))
+
+    def portions(self) -> int | None:
+        """Into how many portions the work was cut, where all that were begun agree (`open_portion`)."""
+        counts = {found["count"] for path in self._journals() if (found := JOURNAL.fullmatch(path.name)) and found["count"]}
+        return int(counts.pop()) if len(counts) == 1 else None
 
     def record(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the journal anew: whole lines only, durable when this returns."""
-        lines = []
-        for entry in entries.values():
-            text = json.dumps(entry, sort_keys=True).encode()
-            lines.append(hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n")
-        write_file(self.journal, b"".join(lines))
+        write_file(self.journal, b"".join(map(_line, entries.values())))
 
-    def publish(self) -> None:
-        """Give the complete folder its name. An OUT that was there (`--force`) is moved aside before and deleted after."""
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to the journal that `record` wrote, durable when this returns: its cost does not grow with the journal."""
+        with naming(self.journal), open(self.journal, "ab") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self, *, force: bool) -> None:
+        """Give the complete folder its name. With `force`, an OUT that was there is moved aside before, and deleted by `clean`."""
         sync_folder(self.folder)
-        aside = self.partial / "replaced"
-        if self.out.exists() and any(self.out.iterdir()):
-            os.rename(self.out, aside)
+        if force and self.occupied:
+            remove(self.aside)  # of a run that was killed while it deleted this
+            os.rename(self.out, self.aside)
         os.rename(self.folder, self.out)
         sync_folder(self.out.parent)
-        self.clean()
 
     def clean(self) -> None:
-        """Delete the work folder, the bulk first. Without plan.json it says nothing any more; the lock goes last."""
-        order = {"replaced": 0, "plan.json": 1, "lock": 3}
-        for path in sorted(self.partial.iterdir(), key=lambda path: order.get(path.name, 2)):
-            remove(path)
-        self.partial.rmdir()
+        """Delete the work folder, the bulk first. The lock, which tells that the folder is ours, goes last."""
+        remove(self.aside)
+        self._forget()
+        for path in self.partial.iterdir():
+            if path.name != "lock":
+                remove(path)
+        sync_folder(self.partial)
+        remove(self.partial / "lock")
+        with suppress(OSError):  # NFS keeps a name for the lock until it is closed, then `open_job` does this
+            self.partial.rmdir()
         sync_folder(self.out.parent)
+
+    def _forget(self) -> None:
+        """Delete plan.json, without which nothing else here counts: first, and durably, in whatever order names reach the disk."""
+        if os.path.lexists(self.recorded):
+            remove(self.recorded)
+            sync_folder(self.partial)
 
 
 @contextmanager
-def open_job(out: Path) -> Iterator[Job]:
-    """The locked work folder of `out`. Raises OutputError where another run holds it or it can't be made."""
-    job = Job(out)
+def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool = False) -> Iterator[Job]:
+    """The locked work folder of `out`; `shared` with others that ask for it so. Raises OutputError where another run holds it or it
+    can't be made."""
+    job = make_job(out)
     while True:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        fd = os.open(job.partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fd = _open_lock(job.partial)
+        if fd is None:
+            continue
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with naming(job.partial / "lock"):
+                job.locked = lock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+                ours = _is_still(fd, job.partial / "lock")
         except BlockingIOError as error:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             os.close(fd)
@@ -123,15 +198,48 @@ def open_job(out: Path) -> Iterator[Job]:
                 facts={"process": holder or "unknown", "work folder": job.partial},
                 hint="wait for it to end, or choose another `-o`",
             ) from error
-        if _is_still(fd, job.partial / "lock"):
+        except OSError:
+            os.close(fd)
+            raise
+        if ours:
             break
         os.close(fd)  # the run before us finished and deleted the folder between our open and our lock
     try:
-        os.truncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with naming(job.partial / "lock"):
+            os.truncate(fd, 0)
+            os.pwrite(fd, b"portions\n" if shared else f"{os.getpid()}\n".encode(), 0)
+        sync_folder(job.partial)
+        if not shared:
+            job.restore()
         yield job
     finally:
+        job.close()
         os.close(fd)
+        with suppress(OSError):  # unless it is empty, it stays
+            job.partial.rmdir()
+
+
+def _open_lock(partial: Path) -> int | None:
+    """The lock file; None where another run deleted the folder meanwhile. Raises OutputError where the folder is somebody else's:
+    what lies in it would be deleted at the end."""
+    make_folder(partial)
+    with suppress(FileNotFoundError):
+        if partial.is_symlink() or not (set(os.listdir(partial)) <= {"lock"} or (partial / "lock").is_file()):
+            hint = "move it away, or choose another `-o`"
+            raise OutputError(f"`{partial.name}` exists and is not the work of an earlier run", facts={"folder": partial}, hint=hint)
+        return os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    return None
+
+
+def lock(fd: int, kind: int) -> bool:
+    """Take a lock of flock's `kind`; False where the file system has none. Raises BlockingIOError where another process holds it."""
+    try:
+        fcntl.flock(fd, kind)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        return False
+    return True
 
 
 def _is_still(fd: int, path: Path) -> bool:
@@ -144,26 +252,55 @@ def _is_still(fd: int, path: Path) -> bool:
 def write_file(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder."""
     temporary = path.with_name(f".{path.name}.part")
-    put_file(temporary, data)
-    os.rename(temporary, path)
+    try:
+        put_file(temporary, data)
+        os.rename(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
 def put_file(path: Path, data: bytes) -> None:
-    """Write `data` where nobody looks yet, and fsync it; its name is durable when the folder is."""
-    with open(path, "wb") as file:
+    """Write `data` to a new file where nobody looks yet, and fsync it; its name is durable when the folder is."""
+    path.unlink(missing_ok=True)  # what a run left that was killed, or a link to elsewhere
+    with naming(path), open(path, "xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, with durable names."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename is not, before this."""
+    """Make the names in `folder` durable: a rename is not, before this. Where the file system has no such call, it can't be done."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
     finally:
         os.close(fd)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError of a call that only knows a descriptor."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def remove(path: Path) -> None:
@@ -174,10 +311,30 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> Any:
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry, sort_keys=True).encode()
+    return hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line of the journal says; None for one that is torn, or that no run of ours wrote."""
+    check, _, text = line.partition(b" ")
+    if hashlib.sha256(text).hexdigest()[:16].encode() != check:
+        return None
+    entry = _json(text)
+    return entry if isinstance(entry, dict) and isinstance(entry.get("name"), str) else None
+
+
+def _read_plan(path: Path) -> dict[str, str] | None:
+    """The identity in plan.json; None where there is none, or a file that no run of ours wrote."""
+    found = _json(path.read_bytes()) if path.exists() else None
+    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else None
+
+
+def _json(data: bytes) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return json.loads(data)
+    except (ValueError, RecursionError):
         return None
 
 

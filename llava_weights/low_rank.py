@@ -35,6 +35,7 @@ Arithmetic = Literal["peft", "peft-safe", "peft-half", "exact"]
 """
 
 BLOCK = 128  # rows of a product, the last block up to 255: far from where kernels change, and 7 MB of float32 for 13824 columns
+COUNTED = 8  # blocks of each matrix, evenly spread, tell how much of an update arrives: counting all cost half as much as the products
 PART = 1 << 17  # elements that are rounded and counted at a time, so that they stay in cache
 SLICES = 3  # of a factor in `exact`, unless its values differ by more than 2**60 along r
 
@@ -112,7 +113,7 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class AddLowRank(LazyTensor):
-    """`base` plus all `updates`, in the base's dtype; made and checked by `add_low_rank`. Tallies: see `retention.py`."""
+    """`base` plus all `updates`, in the base's dtype; made and checked by `add_low_rank`. Tallies, of some blocks: see `retention.py`."""
 
     base: LazyTensor
     updates: tuple[LowRank, ...]
@@ -180,14 +181,16 @@ class AddLowRank(LazyTensor):
     def _merge(self, weight: torch.Tensor, factors: Sequence[Factors], at: int, wanted: slice, work: Workspace) -> None:
         """Merge a block in place, its first line being line `at` of the tensor; lines that are not `wanted` may stay as they are."""
         matrix, begin = divmod(at, self.matrices[1])
+        counts = begin // BLOCK % max(self.matrices[1] // BLOCK // COUNTED, 1) == 0
         changes = [factor.product(matrix, slice(begin, begin + len(weight))) for factor in factors]
         for part in touched(wanted.start, wanted.stop, len(weight), max(PART // weight.shape[1], 2)):
             before = weight[part].to(changes[0].dtype, copy=True)
             rows = slice(begin + part.start, begin + part.stop)
             update, result = self._result(before, factors, [change[part] for change in changes], rows)
             weight[part] = round_once(result, weight.dtype)
-            counted = slice(max(wanted.start - part.start, 0), min(wanted.stop, part.stop) - part.start)
-            tally(work.tallies, self.label, before, weight[part].to(before.dtype), update, counted)
+            if counts:
+                counted = slice(max(wanted.start - part.start, 0), min(wanted.stop, part.stop) - part.start)
+                tally(work.tallies, self.label, before, weight[part].to(before.dtype), update, counted)
 
     def _result(
         self, weight: torch.Tensor, factors: Sequence[Factors], changes: Sequence[torch.Tensor], rows: slice
@@ -320,7 +323,7 @@ def fits(update: LowRank, shape: tuple[int, ...]) -> bool:
     a, b = update.a.shape if update.a else (), update.b.shape
     if update.kind == "bias":
         return not a and len(shape) == 1 and b == shape and not update.magnitude
-    if len(b) < 2 or not b[1] or (update.magnitude and (update.kind == "parameter" or update.magnitude.numel != b[0])):
+    if len(shape) < 2 or len(b) < 2 or not b[1] or (update.magnitude and (update.kind == "parameter" or update.magnitude.numel != b[0])):
         return False
     if update.kind == "conv":
         return len(shape) in (3, 4, 5) and a == (b[1], *shape[1:]) and b == (shape[0], b[1], *(1 for _ in shape[2:]))

@@ -7,7 +7,6 @@ Schema: facts, verify 1.3.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 
 from . import __version__
 from .plan import Plan, describe
-from .workspace import private_buffer
+from .workspace import drop_cache, private_buffer
 
 MANIFEST = "llava-weights.manifest.json"
 SUMS = "SHA256SUMS"
@@ -100,7 +99,6 @@ def digest_file(path: Path, *, algorithm: str = "sha256") -> str:
         position = 0
         while got := file.readinto(buffer):
             digest.update(buffer[:got])
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), position, got, os.POSIX_FADV_DONTNEED)
+            drop_cache(file.fileno(), position, got)
             position += got
     return digest.hexdigest()

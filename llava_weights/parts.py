@@ -16,6 +16,7 @@ from .diagnose import state
 from .errors import InputError, MismatchError
 from .families import LAYOUTS
 from .fast_tokenizer import HfTokenizer, hf_tokenizer
+from .formats import shown
 from .hf_config import Tokens, flat_config, is_next, original_config, tower_name
 from .naming import TABLES, canonical, spelled
 from .processor import original_vision_settings
@@ -122,7 +123,7 @@ def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
     config = checkpoint.config
     image = config.get("image_token_index", config.get("image_token_id"))
     if type(image) is not int or not 0 <= image < rows:
-        what = f"the image token's id is {image!r}, the vocabulary has {rows:,} rows"
+        what = f"the image token's id is {shown(str(image))[1:-1]}, the vocabulary has {rows:,} rows"
         raise InputError(what, facts={"config": "image_token_index"}, hint="give the config.json that belongs to these weights")
     named = (small_object(checkpoint.files, "processor_config.json") or {}).get("image_token")
     return named if isinstance(named, str) else None
@@ -146,7 +147,8 @@ def _in_original_words(checkpoint: Checkpoint, tower: Tower) -> dict[str, Any]:
     """A llava-hf config in the original's words, so that one way leads on from here."""
     config, text = checkpoint.config, flat_config(checkpoint.config)
     if str(config.get("model_type")) not in ("llava", "llava_next"):
-        raise InputError(f"`model_type` is {config.get('model_type')!r} in config.json", hint="llava and llava_next can be converted")
+        what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
+        raise InputError(what, hint="llava and llava_next can be converted")
     named = tower_name(config, tower) or ""
     made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector="mlp2x_gelu", name=named, dtype="F32")
     preprocessor, processor = (small_object(checkpoint.files, name) or {} for name in ("preprocessor_config.json", "processor_config.json"))

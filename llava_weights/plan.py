@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import Checkpoint, Step
+from .checkpoint import Checkpoint, Step, small_bytes
 from .errors import UsageError
 from .formats.strict_json import json_bytes
 from .tensors import LazyTensor
 from .windows import cut
+from .wording import redact, redacted
 
 FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an AttributeError (facts: llava-hf 2.4)
 MiB = 1 << 20
 WINDOW = 8 * MiB  # 4-8 MiB is the fastest; 16 and more leave the processor's cache (facts: perf 1)
 SMALLEST_WINDOW = MiB
+LARGEST_SMALL_FILE = 1 << 30  # bytes; the largest honest one, a tokenizer.json, has 10 MB
 BUFFERS_BEYOND_JOBS = 4  # what the digest threads may lag behind the workers
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
+WITH_NETWORK = 110 * MiB  # HTTP and fsspec clients, and the 4 MiB that a store's answer takes in each of 8 workers
+UPLOADING = 160 * MiB  # four parts of 16 MiB of a large object, each once more on its way
+REMOTE_JOBS = 4  # workers in place of one, where inputs come over the network: most of them wait for an answer
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Settings:
     jobs: int = 2
     window: int = WINDOW
     drop_cache: bool = True
+    upload: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,14 @@ class Plan:
     def identity(self) -> dict[str, str]:
         """What makes two runs the same work, by part; resume compares it and names what differs."""
         sources = {leaf.file for shard in self.shards for _, tensor in shard.tensors for leaf in tensor.leaves()}
-        small = {name: _digest(data if isinstance(data, bytes) else data.read_bytes()) for name, data in self.files.items()}
+        small = {name: _digest(small_bytes(name, data, LARGEST_SMALL_FILE)) for name, data in self.files.items()}
         return {
             "version": __version__,
             "command": ", ".join(step.operation for step in self.history),
             "options": json.dumps(dict(self.options), sort_keys=True),
-            "inputs": "\n".join(sorted(f"{s.path} {s.size} bytes, changed {s.mtime_ns}, header {s.header_sha256[:16]}" for s in sources)),
+            "inputs": "\n".join(
+                sorted(f"{redact(s.path)} {s.size} bytes, changed {s.etag or s.mtime_ns}, header {s.header_sha256[:16]}" for s in sources)
+            ),
             "small files": _digest(json.dumps(small, sort_keys=True).encode()),
             "tensors": _digest(repr(self.shards).encode()),
         }
@@ -97,16 +105,17 @@ def make_plan(
     max_memory: int | str | None = None,
     jobs: int = 2,
     options: Mapping[str, Any] | None = None,
+    upload: bool = False,
 ) -> Plan:
     """Cut `checkpoint` into shards at the boundaries, and with the names, that the Hub's libraries use.
 
-    `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB". Raises UsageError where they can't be read or
-    where the work does not fit into `max_memory`.
+    `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB"; `upload` says that the output goes elsewhere. Raises
+    UsageError where they can't be read or where the work does not fit into `max_memory`.
     """
     shards = _shards(checkpoint.tensors, parse_size(max_shard_size, "max-shard-size"))
     config = json_bytes(dict(checkpoint.config))
     files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
-    settings = Settings(jobs=jobs)
+    settings = Settings(jobs=jobs * REMOTE_JOBS if _uses_network(shards) else jobs, upload=upload)
     if max_memory is not None:
         settings = _fit(shards, settings, parse_size(max_memory, "max-memory"))
     chosen = {"max_shard_size": parse_size(max_shard_size, "max-shard-size"), **(options or {})}
@@ -130,7 +139,12 @@ def _memory(shards: tuple[Shard, ...], settings: Settings) -> int:
             scratch = max(scratch, *(piece.tensor.scratch(piece.stop - piece.start) for piece in window.pieces))
     uses_torch = any(tensor.uses_torch for shard in shards for _, tensor in shard.tensors)
     buffers = (settings.jobs + BUFFERS_BEYOND_JOBS) * largest + settings.jobs * 2 * scratch
-    return (WITH_TORCH if uses_torch else INTERPRETER) + buffers
+    network = (_uses_network(shards) or settings.upload) * WITH_NETWORK + settings.upload * UPLOADING
+    return (WITH_TORCH if uses_torch else INTERPRETER) + network + buffers
+
+
+def _uses_network(shards: tuple[Shard, ...]) -> bool:
+    return any(leaf.file.remote for shard in shards for _, tensor in shard.tensors for leaf in tensor.leaves())
 
 
 def _fit(shards: tuple[Shard, ...], settings: Settings, limit: int) -> Settings:
@@ -171,12 +185,17 @@ def describe(step: Step) -> dict[str, Any]:
     """A step as plain data for the manifest and `--json`: names and identities of its inputs, no machine path."""
     data = asdict(step)
     data["inputs"] = {
-        role: {
+        _numbered(role, [other for other, _ in step.inputs[:position]]): {
             "name": origin.name,
             "revision": origin.revision,
             "container": origin.container,
             "files": [{"name": f.name, "size": f.size, "header_sha256": f.header_sha256} for f in origin.files],
         }
-        for role, origin in step.inputs
+        for position, (role, origin) in enumerate(step.inputs)
     }
-    return {key: value for key, value in data.items() if value}
+    return {key: redacted(value) for key, value in data.items() if value}
+
+
+def _numbered(role: str, before: list[str]) -> str:
+    """A key for each of several inputs in one role: `lora`, `lora (2)`, `lora (3)`."""
+    return f"{role} ({before.count(role) + 1})" if role in before else role

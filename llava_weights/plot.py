@@ -19,6 +19,7 @@ from pathlib import Path
 from .comparison import STATUSES, Difference, Status, TensorDifference
 from .errors import OutputError, UsageError
 from .formats import shown
+from .job import write_file
 from .stream import output_error
 from .wording import visible
 
@@ -114,14 +115,10 @@ def write_plot(difference: Difference, path: Path) -> None:
     width = max(_right(item) for item in items) + GAP / 2
     height = max(item.y + (item.height if isinstance(item, Box) else 0) for item in items) + GAP / 2
     data = _svg(items, width, height, difference) if path.suffix.lower() == ".svg" else _png(items, width, height)
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        temporary.write_bytes(data)
-        os.rename(temporary, path)
+        write_file(path, data)
     except OSError as error:
         raise output_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _picture(difference: Difference) -> Iterator[Box | Words]:

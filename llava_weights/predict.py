@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from . import published
-from .checkpoint import Checkpoint, small_object
+from .checkpoint import Checkpoint, need_files, small_object
 from .errors import InputError, MismatchError
 from .events import Event, Progress
 from .families import known_delta
@@ -85,6 +85,7 @@ def predict(
     """
     if delta.origin.container != "torch":
         raise InputError(f"the delta {shown(delta.origin.name)} is not in `.bin` files", hint=THEIR_FILES)
+    need_files(delta, "`--published`")
     shards = [_plan(file, delta, merged, base) for file in delta.origin.files]
     return _predictions(shards, delta, on_event)
 

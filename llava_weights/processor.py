@@ -18,6 +18,7 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # every tower of LLaVA wants all three
 LAST_RESAMPLE = 5  # PIL's filters are 0 to 5, 3 is bicubic
 LARGEST = 1e6  # of a mean, a deviation or a factor; real ones are below 256
+RIGHT_FILE = "give the preprocessor_config.json that belongs to the vision tower"
 MAX_PINPOINTS = 1024  # the largest known list has 36
 
 
@@ -48,7 +49,7 @@ def read_image_settings(preprocessor: Mapping[str, Any] | None, *, size: int, pa
     for key in ("size", "crop_size"):
         if key in given and _square(key, given[key]) != size:
             facts = {f"`{key}` in preprocessor_config.json": f"{_square(key, given[key])} pixels", "the vision tower": f"{size} pixels"}
-            raise MismatchError("preprocessor_config.json belongs to another vision tower", facts=facts)
+            raise MismatchError("preprocessor_config.json belongs to another vision tower", facts=facts, hint=RIGHT_FILE)
     mean, std = (SIGLIP_MEAN, SIGLIP_STD) if siglip else (CLIP_MEAN, CLIP_STD)
     resample = given.get("resample", 3)
     if type(resample) is not int or not 0 <= resample <= LAST_RESAMPLE:
@@ -178,4 +179,4 @@ def _number(key: str, value: Any, *, positive: bool) -> float:
 
 
 def _refusal(key: str, value: object) -> InputError:
-    return InputError(f"`{key}` is {shown(str(value))} in preprocessor_config.json, which no vision tower of LLaVA uses")
+    return InputError(f"`{key}` is {shown(str(value))} in preprocessor_config.json, which no vision tower of LLaVA uses", hint=RIGHT_FILE)

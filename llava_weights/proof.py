@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .findings import Finding, Verdict
+from .wording import redact
 
 VERDICTS = {0: "verified", 3: "not verified: there is nothing to verify against", 4: "FAILED"}
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "unchecked": "unchecked"}
@@ -40,9 +41,9 @@ def junit(name: str, findings: Sequence[Finding]) -> bytes:
     """A JUnit XML report: a test case a finding; what failed is a failure, what was not checked is skipped."""
     counts = Counter(finding.verdict for finding in findings)
     sizes = {"tests": str(len(findings)), "failures": str(counts["failed"]), "skipped": str(counts["unchecked"]), "errors": "0"}
-    suite = ElementTree.Element("testsuite", {"name": f"llava-weights {name}", **sizes})
+    suite = ElementTree.Element("testsuite", {"name": f"llava-weights {_clean(name)}", **sizes})
     for finding in findings:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": f"{name}.{finding.level}", "name": _clean(finding.subject)})
+        case = ElementTree.SubElement(suite, "testcase", {"classname": f"{_clean(name)}.{finding.level}", "name": _clean(finding.subject)})
         message = {"message": _clean(_text(finding))}
         if finding.verdict == "failed":
             ElementTree.SubElement(case, "failure", message).text = _clean(finding.remedy)
@@ -74,5 +75,5 @@ def _cell(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without characters that XML has no form for."""
-    return "".join(character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text)
+    """Without secrets, and without characters that XML has no form for."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in redact(text))

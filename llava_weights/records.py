@@ -18,7 +18,7 @@ from .hub import HubSource, endpoint, explain
 from .manifest import MANIFEST, SCHEMA, SUMS, FileEntry, TensorEntry, make_sums, root_of_tensors
 from .rehash import GIT
 
-MAX_MANIFEST = 64 << 20  # that of a 13B model has 250 kB
+MAX_MANIFEST = 16 << 20  # that of a 13B model has 250 kB
 MAX_SUMS = 16 << 20
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}  # by the digest's length in hexadecimal digits
 # `digest  name` and `digest *name` of GNU's programs and Meta's checklist.chk; `SHA256 (name) = digest` of BSD's.

@@ -127,7 +127,7 @@ class Rehash:
                 inside.setdefault(tensor.file.path, {})[name] = tensor
             else:
                 made[name] = tensor
-        sizes = {name: path.stat().st_size for name, path in files.items()}
+        sizes = {name: size_of(path) for name, path in files.items()}
         largest_first = sorted(files, key=lambda name: -sizes[name])
         self.on_event(Started(len(files), sum(sizes.values()) + sum(tensor.nbytes for tensor in made.values()), what="Reading"))
         with ThreadPoolExecutor(2 * self.jobs) as lanes, ThreadPoolExecutor(self.jobs) as pool:
@@ -234,6 +234,14 @@ def rehash(
     Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`.
     """
     return Rehash(algorithms, jobs, on_event).read(files, tensors)
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, 0 where it is gone meanwhile: reading it then tells."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _place(tensor: Stored) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import resource
 import shutil
 import sys
@@ -10,16 +12,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+from .checkpoint import small_bytes
 from .manifest import MANIFEST, SUMS
-from .plan import Plan, describe
+from .plan import LARGEST_SMALL_FILE, Plan, describe
+from .portions import PortionReport
 from .retention import retention
 from .wording import duration, shards, size
+from .workspace import reading
 from .write import Report
 
 LITTLE = 0.5  # of an update: below, say so. An update of 1e-5 on weights of 0.02 keeps 0.61 in fp16, 0.10 in bf16 (facts: peers 7.4)
 
 
-def explain(plan: Plan, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+def explain(plan: Plan, output: str | Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """What will be read, changed, repaired and written, and what it takes."""
     rows: list[tuple[str, str]] = []
     for step in plan.history:
@@ -34,14 +40,22 @@ def explain(plan: Plan, output: Path) -> tuple[list[tuple[str, str]], dict[str, 
         rows += [("fix", repair) for repair in step.repairs]
         rows += [("note", note) for note in step.notes]
         rows += [("warning", warning) for warning in step.warnings]
-    place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    rows.append(("output", f"{output}  {shards(len(plan.shards))}, {size(plan.nbytes)} ({size(free)} free)"))
+    rows.append(("output", f"{output}  {shards(len(plan.shards))}, {size(plan.nbytes)}{_free(output)}"))
     rows.append(("memory", f"at most {size(plan.memory)} in all, {plan.settings.jobs} jobs"))
     return rows, _document(plan, output)
 
 
-def _document(plan: Plan, output: Path) -> dict[str, Any]:
+def _free(output: str | Path) -> str:
+    """How much space there is; nothing where the system does not say, which `preflight` then tells."""
+    try:
+        here = Path(output).absolute()  # of an address exists the current folder, where the work folder will be
+        place = next(folder for folder in (here, *here.parents) if folder.exists())
+        return f" ({size(shutil.disk_usage(place).free)} free)"
+    except OSError:
+        return ""
+
+
+def _document(plan: Plan, output: str | Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "fingerprint": plan.fingerprint,
@@ -52,23 +66,41 @@ def _document(plan: Plan, output: Path) -> dict[str, Any]:
         "shards": [{"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.tensors)} for shard in plan.shards],
         "steps": [describe(step) for step in plan.history],
         "options": dict(plan.options),
+        "version": __version__,
+        "files": {name: hashlib.sha256(small_bytes(name, data, LARGEST_SMALL_FILE)).hexdigest() for name, data in plan.files.items()},
+        "changed": _changed(plan),
     }
 
 
-def outcome(report: Report, output: Path, seconds: float) -> tuple[list[str], dict[str, Any]]:
+def _changed(plan: Plan) -> int | None:
+    """When an input last changed, in ns since 1970, its moves and copies counted (ctime); None where an input elsewhere can't tell.
+
+    A revision on the Hub never changes.
+    """
+    files = [file for step in plan.history for _, origin in step.inputs if origin.revision is None for file in origin.files]
+    if any(file.remote for file in files):
+        return None
+    newest = 0
+    for file in files:
+        with reading(file):
+            newest = max(newest, file.mtime_ns, os.stat(file.path).st_ctime_ns)
+    return newest
+
+
+def outcome(report: Report, output: str, seconds: float) -> tuple[list[str], dict[str, Any]]:
     """The sentences and the document of a finished run."""
     peak = peak_memory()
     resumed = f", {report.resumed} of them from an earlier run" if report.resumed else ""
     speed = f"{size(round(report.nbytes / seconds))}/s, " if seconds and not report.resumed else ""
     lines = [
         f"Wrote {output}: {shards(report.shards)}{resumed}, {size(report.nbytes)} in {duration(seconds)} ({speed}peak memory {size(peak)})",
-        f"  checksums in {output / SUMS}, recipe in {MANIFEST}, model card in README.md",
+        f"  checksums in {output.rstrip('/')}/{SUMS}, recipe in {MANIFEST}, model card in README.md",
         *_loss(report.tallies),
         *_retained(report.tallies),
-        f"Check: cd {output} && sha256sum -c {SUMS}",
+        f"Check: {'download it, then ' if '://' in output else f'cd {output} && '}sha256sum -c {SUMS}",
     ]
     document = {
-        "output": str(output),
+        "output": output,
         "shards": report.shards,
         "resumed": report.resumed,
         "nbytes": report.nbytes,
@@ -80,6 +112,17 @@ def outcome(report: Report, output: Path, seconds: float) -> tuple[list[str], di
     return lines, document
 
 
+def portion_outcome(report: PortionReport, seconds: float) -> tuple[list[str], dict[str, Any]]:
+    """What a portion did."""
+    kept = f", {report.resumed} of them from an earlier run" if report.resumed else ""
+    lines = [
+        f"Portion {report.portion} is finished: {shards(report.shards)}{kept}, {size(report.nbytes)} in {duration(seconds)}",
+        "  when all are, the same command with `--finish` instead of `--shards` publishes the output",
+    ]
+    document = {"portion": str(report.portion), "shards": report.shards, "resumed": report.resumed, "nbytes": report.nbytes}
+    return lines, document
+
+
 def _retained(tallies: Mapping[str, int]) -> list[str]:
     """How much of the adapters' updates survived the rounding to the output's dtype, in all and by kind of module."""
     if (total := retention(tallies)) is None:
@@ -87,7 +130,7 @@ def _retained(tallies: Mapping[str, int]) -> list[str]:
     kinds = sorted(key.removesuffix(".update_sq") for key in tallies if key.endswith(".update_sq"))
     parts = {kind: found for kind in kinds if (found := retention(tallies, kind))}
     listed = ", ".join(f"{kind} {found.kept:.1%}" for kind, found in parts.items())
-    moved = f"{total.moved:,} of {total.updated:,} values moved"
+    moved = f"{total.moved / total.updated:.1%} of the values moved"
     lines = [f"  {total.kept:.1%} of the update survived rounding, {moved} ({listed})"]
     if total.kept < LITTLE or total.moved < total.updated * LITTLE:
         lines.append("  warning: merged, the model will be more like its base than it should; `--dtype F32` (or F16 for BF16) keeps more")

@@ -1,4 +1,4 @@
-"""How much of an update arrives: counted while rows are merged, so it costs no second pass.
+"""How much of an update arrives: counted while rows are merged, on a fixed sample of the rows of large matrices.
 
 Tallies, each also as `<label>.<name>`: elements that an update was to change (`updated`: D != 0) and that it did change (`moved`),
 and the sums of squares `update_sq` of D and `lost_sq` of W' - W - D in units of `SQUARE`.

@@ -11,9 +11,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
+import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,11 +24,11 @@ from queue import SimpleQueue
 from .errors import InputError, LlavaWeightsError, OutputError
 from .formats.safetensors import make_header
 from .integer_delta import ToInteger, write_integer_shard
-from .job import sync_folder
+from .job import NOT_SUPPORTED, sync_folder
 from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
 from .tensors import wrong_digest
 from .windows import Window, cut
-from .workspace import DropBehind, Workspace, check_crcs, private_buffer
+from .workspace import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
 
 SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
 
@@ -58,7 +61,7 @@ def write_shard(
     header, laid_out = make_header(shard.tensors, FORMAT)
     windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
     size = len(header) + sum(window.nbytes for window in windows)
-    temporary = folder / f".{shard.name}.part"
+    temporary = temporary_path(folder, shard.name)
     try:
         with Sink(temporary, size, settings) as sink:
             sink.write(memoryview(header), 0)
@@ -73,13 +76,19 @@ def write_shard(
     except OSError as error:
         raise output_error(error, folder / shard.name) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the next run deletes it
+            temporary.unlink(missing_ok=True)
     return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies))
+
+
+def temporary_path(folder: Path, name: str) -> Path:
+    """Another one for each attempt: where a node was only thought to be lost, two attempts write the same shard at one time."""
+    return folder / f".{name}.{secrets.token_hex(4)}.part"
 
 
 def _write_integer(shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None]) -> ShardResult:
     items = [(name, tensor) for name, tensor in shard.tensors if isinstance(tensor, ToInteger)]
-    temporary = folder / f".{shard.name}.part"
+    temporary = temporary_path(folder, shard.name)
     try:
         result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes)
         os.rename(temporary, folder / shard.name)
@@ -112,7 +121,8 @@ class Pipeline:
         self.users: dict[int, int] = {}
         self.free: SimpleQueue[memoryview | None] = SimpleQueue()
         behind = DropBehind()
-        self.workspaces = [Workspace(drop_cache=self.settings.drop_cache, behind=behind) for _ in range(self.settings.jobs)]
+        self.stopping = threading.Event()
+        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping) for _ in range(self.settings.jobs)]
 
     def run(self) -> None:
         """Start the threads, wait for them, then judge what was read. Raises the first failure."""
@@ -158,6 +168,7 @@ class Pipeline:
     def _fail(self, error: BaseException) -> None:
         with self.changed:
             self.failures.append(error)
+            self.stopping.set()
             self.changed.notify_all()
         self.free.put(None)
 
@@ -258,18 +269,18 @@ class Sink:
             except OSError as error:
                 raise output_error(error, self.path) from error
         if self.drop_cache and _sync_file_range:
-            _sync_file_range(self.fd, offset, len(data), 2)  # SYNC_FILE_RANGE_WRITE: start now, wait for nothing
+            sync_range(self.fd, offset, len(data), 2)  # SYNC_FILE_RANGE_WRITE: start now, wait for nothing
             self.started.append((offset, len(data)))
             if len(self.started) > SYNC_LAG:
                 old, size = self.started.popleft()
-                _sync_file_range(self.fd, old, size, 7)  # WAIT_BEFORE | WRITE | WAIT_AFTER
-                os.posix_fadvise(self.fd, old, size, os.POSIX_FADV_DONTNEED)
+                sync_range(self.fd, old, size, 7)  # WAIT_BEFORE | WRITE | WAIT_AFTER
+                drop_cache(self.fd, old, size)
 
     def sync(self) -> None:
         """Everything is on the disk when this returns; the page cache is given back."""
         os.fsync(self.fd)
-        if self.drop_cache and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if self.drop_cache:
+            drop_cache(self.fd)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -279,6 +290,13 @@ if _sync_file_range:
     _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 if _fallocate:
     _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def sync_range(fd: int, offset: int, size: int, flags: int) -> None:
+    """`sync_file_range`. Its errors count: Linux tells a descriptor once that pages were lost, and the fsync at the end would no
+    longer hear of them (`file_check_and_advance_wb_err`)."""
+    if _sync_file_range and _sync_file_range(fd, offset, size, flags) and (code := ctypes.get_errno()) not in NOT_SUPPORTED:
+        raise OSError(code, os.strerror(code))
 
 
 def allocate(fd: int, size: int) -> None:
@@ -292,6 +310,9 @@ def allocate(fd: int, size: int) -> None:
 
 
 def output_error(error: OSError, path: Path) -> LlavaWeightsError:
-    """The OutputError for a failed write, with the file and the system's reason."""
+    """The OutputError for what the system refused, with its reason and the file: the one that `error` names, else `path`."""
+    named = error.filename2 or error.filename
+    path = Path(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else path
     hint = {28: "free some space, then run the same command to continue", 122: "the disk quota is used up"}.get(error.errno or 0)
-    return OutputError(f"can't write `{path.name.removesuffix('.part').lstrip('.')}`: {error.strerror}", facts={"file": path}, hint=hint)
+    name = re.sub(r"(\.[0-9a-f]{8})?\.part$", "", path.name).lstrip(".")
+    return OutputError(f"can't write `{name}`: {error.strerror}", facts={"file": path}, hint=hint)

@@ -7,7 +7,11 @@ read until then. Because the classes are frozen dataclasses they print in a dry 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +20,8 @@ from .errors import MismatchError
 from .workspace import Record, SourceFile, Workspace
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+AT_ONCE = 16  # samples over a network
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,3 +324,18 @@ def wrong_digest(name: str) -> MismatchError:
         f"`{name}` does not come out as the delta's maker recorded: the base is not the one that the delta was made against",
         hint="give exactly the base that the maker used, in the same dtype",
     )
+
+
+def each(function: Callable[[str, Workspace], T], names: Iterable[str], *sources: Mapping[str, LazyTensor]) -> dict[str, T]:
+    """What `function` makes of each name, in order; many at once where its tensors come over a network, since that is mostly waiting."""
+    wanted = list(names)
+    if not any(leaf.file.remote for source in sources for name in wanted for leaf in source[name].leaves()):
+        with closing(Workspace(drop_cache=False)) as work:
+            return {name: function(name, work) for name in wanted}
+
+    def one(name: str) -> T:
+        with closing(Workspace(drop_cache=False)) as work, np.errstate(all="ignore"):
+            return function(name, work)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(wanted, pool.map(one, wanted), strict=True))

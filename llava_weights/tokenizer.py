@@ -24,9 +24,11 @@ MODEL, CONFIG, SPECIAL, ADDED, FAST = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
 )  # fmt: skip
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-MODEL_LIMIT, FAST_LIMIT, JSON_LIMIT = 16 << 20, 64 << 20, 1 << 20  # bytes; LLaMA's own tokenizer.model has 499,723
+# Bytes. LLaMA's own tokenizer.model has 499,723, Llama 3's tokenizer.json 17 million; in memory, text may take four bytes a character.
+MODEL_LIMIT, FAST_LIMIT, JSON_LIMIT = 16 << 20, 20 << 20, 1 << 20
 # meta-llama/llama PR #87 and llama.cpp's SHA256SUMS; Llama-2 has the same file.
 LLAMA_TOKENIZER = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+RIGHT_TOKENIZER = "give the tokenizer that belongs to these weights"
 NO_LIMIT = 10**9  # transformers writes model_max_length 10^30 where it knows none
 
 # What may stand in tokenizer_config.json beside the tokens. Paths, `auto_map` and everything unknown stay behind.
@@ -128,7 +130,7 @@ def _added_tokens(files: Files, vocabulary: Vocabulary, rows: int) -> tuple[dict
     if base > rows:
         raise InputError(
             f"`{MODEL}` has {base:,} pieces, but the embedding table only {rows:,} rows",
-            hint="give the tokenizer that belongs to these weights",
+            hint=RIGHT_TOKENIZER,
         )
     names: dict[int, str] = {i: name for name, i in vocabulary.ids.items()}
     ids: dict[str, int] = dict(vocabulary.ids)
@@ -137,15 +139,18 @@ def _added_tokens(files: Files, vocabulary: Vocabulary, rows: int) -> tuple[dict
     for source, tokens in ((ADDED, listing), (CONFIG, {name: i for i, name in decoder.items()})):
         for name, i in tokens.items():
             if not is_token_id(i):
-                raise InputError(f"`{source}` gives {shown(name)} an id that is not a whole number", facts={"id": shown(repr(i))})
+                what = f"`{source}` gives {shown(name)} an id that is not a whole number"
+                raise InputError(what, facts={"id": shown(repr(i))}, hint=RIGHT_TOKENIZER)
             if ids.setdefault(name, i) != i or names.setdefault(i, name) != name:
                 facts = {f"id {i}": shown(names.get(i, name)), shown(name): f"id {ids[name]}"}
-                raise InputError(f"`{source}` gives {shown(name)} the id {i}, which contradicts the other tokens", facts=facts)
+                what = f"`{source}` gives {shown(name)} the id {i}, which contradicts the other tokens"
+                raise InputError(what, facts=facts, hint=RIGHT_TOKENIZER)
     added = {name: i for name, i in sorted(ids.items()) if base <= i < rows}
     if sorted(added.values()) != list(range(base, base + len(added))):
         raise InputError(
             f"the added tokens do not follow the {base:,} pieces of `{MODEL}` without a gap",
             facts={"added tokens": listed(f"{name} {i}" for name, i in added.items())},
+            hint=RIGHT_TOKENIZER,
         )
     return added, {name: i for name, i in sorted(ids.items()) if i >= rows}
 
@@ -309,7 +314,7 @@ def read_settings(files: Files, name: str, limit: int = JSON_LIMIT) -> dict[str,
         return {}
     value = load_json(source, limit=limit) if isinstance(source, Path) else parse_json(small_bytes(name, source, limit), name=name)
     if not isinstance(value, dict):
-        raise InputError(f"`{name}` does not hold a JSON object")
+        raise InputError(f"`{name}` does not hold a JSON object", hint=RIGHT_TOKENIZER)
     return value
 
 

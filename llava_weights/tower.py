@@ -17,7 +17,7 @@ from typing import Any
 from .checkpoint import Checkpoint, Origin
 from .errors import InputError, MismatchError
 from .families import BESIDE_TOWER, DROPPED, KNOWN_TOWERS, TOWER_DEFAULTS, TOWER_TYPES, KnownTower
-from .formats import listed, shown
+from .formats import listed, present, shown, unreadable
 from .formats.folder import member
 from .formats.strict_json import load_object
 from .naming import canonical
@@ -260,7 +260,8 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
 
 def _look_up(found: Sizes, model: Checkpoint | None, reference: Tower | None) -> tuple[dict[str, Any], str]:
     """A complete config for measured sizes, and a sentence on where heads and activation are from."""
-    model_config, near = (model.config, model.origin.path) if model else ({}, None)
+    model_config = model.config if model else {}
+    near = model.origin.path if model and not model.origin.remote else None
     named = next((str(model_config[key]) for key in ("mm_vision_tower", "vision_tower") if isinstance(model_config.get(key), str)), "")
     if reference is not None:
         source = shown(reference.origin.name) if reference.origin else "the given tower"
@@ -306,7 +307,7 @@ def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
     None where there is no such folder or file."""
     above = list(near.parents)[:3] if near else []
     folders = (folder / named for folder in (Path(), *above)) if named else ()
-    return next((load_object(member(folder, "config.json")) for folder in folders if os.path.lexists(folder / "config.json")), None)
+    return next((load_object(member(folder, "config.json")) for folder in folders if present(folder / "config.json")), None)
 
 
 def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -326,8 +327,11 @@ def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """preprocessor_config.json of the folder that a checkpoint was opened from."""
     folder = checkpoint.origin.path
-    if not folder.is_dir() or not os.path.lexists(folder / "preprocessor_config.json"):
-        return None
+    try:
+        if not folder.is_dir() or "preprocessor_config.json" not in os.listdir(folder):
+            return None
+    except OSError as error:
+        raise unreadable(folder, error) from error
     return load_object(member(folder, "preprocessor_config.json"))
 
 

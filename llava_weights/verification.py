@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .against import DAMAGED, PUBLISHED, compare, counted, differing, failed, find_reference, folded, kind
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, need_files, open_checkpoint
 from .config import check_structure
 from .errors import InputError, OutputError
 from .events import Event
@@ -28,7 +28,7 @@ from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
 from .plan import Plan
 from .records import Manifest, find_manifest, manifest_path, read_manifest, read_sums, sums_path
-from .rehash import Reading, rehash
+from .rehash import Reading, rehash, size_of
 from .stream import output_error
 from .wording import size
 
@@ -114,7 +114,7 @@ def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: 
     """
     if isinstance(parse_source(str(path)), HubSource):
         raise InputError(f"`{path}` is on the Hub, which keeps checksums itself", hint=f"run `llava-weights verify PATH --against {path}`")
-    checkpoint = open_checkpoint(path)
+    checkpoint = need_files(open_checkpoint(path), "`checksum`")
     place = checkpoint.origin.path
     problems: list[Finding] = []
     files = _regular_files(place, checkpoint, problems)
@@ -123,7 +123,7 @@ def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: 
     reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
     for name, why in (*reading.damaged.items(), *((name, "its zip records do not match their CRC-32") for name in reading.broken)):
         raise InputError(f"{shown(name)} is damaged, so nothing was written: {why}", hint=DAMAGED)
-    entries = [FileEntry(name, files[name].stat().st_size, digests["sha256"]) for name, digests in reading.files.items()]
+    entries = [FileEntry(name, size_of(files[name]), digests["sha256"]) for name, digests in reading.files.items()]
     tensors = tuple(reading.tensors.values())
     manifest = make_manifest(Plan((), {}, {}, ()), entries, tensors, {})
     outputs = {sums_path(place): make_sums(entries), manifest_path(place): json_bytes(manifest)}
@@ -162,7 +162,7 @@ def open_subject(path: str | Path) -> Subject:
     problems: list[Finding] = []
     checkpoint, manifest, sums = None, None, {}
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = need_files(open_checkpoint(path), "`verify`")
         place = checkpoint.origin.path
     except InputError as error:
         place = Path(path).expanduser().absolute()
@@ -212,7 +212,7 @@ def _regular_files(place: Path, checkpoint: Checkpoint | None, problems: list[Fi
 
 
 def _is_read_always(subject: Subject, name: str) -> bool:
-    return name in subject.sums and not subject.is_weights(name) and subject.files[name].stat().st_size <= SMALL
+    return name in subject.sums and not subject.is_weights(name) and size_of(subject.files[name]) <= SMALL
 
 
 # --- L0: structure --------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def _listed_files(subject: Subject) -> Iterator[Finding]:
         entry = subject.manifest.files.get(name) if subject.manifest else None
         if name not in subject.files:
             yield failed("L0", name, f"{shown(name)} is listed and is missing, or is no regular file")
-        elif entry and (found := subject.files[name].stat().st_size) != entry.size:
+        elif entry and (found := size_of(subject.files[name])) != entry.size:
             yield failed("L0", name, f"{shown(name)} has {found:,} bytes, its manifest says {entry.size:,}")
     if subject.sums and subject.place.is_dir():
         entries = {path.name for path in subject.place.iterdir() if not path.name.startswith(".")} - {MANIFEST, SUMS}
@@ -343,7 +343,7 @@ def _facts(subject: Subject, reading: Reading) -> dict[str, Any]:
     return {
         "files": len(subject.files),
         "tensors": len(subject.tensors),
-        "nbytes": sum(path.stat().st_size for path in subject.files.values()),
+        "nbytes": sum(map(size_of, subject.files.values())),
         "read": reading.nbytes,
         "root": root_of_tensors(entries) if complete else "",
         "content": root_of_content(entries) if complete else "",

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .events import Progress, ShardDone, Started
 
 UNITS = ((10**15, "PB"), (10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))  # decimal, as the Hub counts
+# What no word of ours may hold: values of these variables, tokens, passwords in addresses, and the queries of signed addresses (Amazon's,
+# Google's, Azure's; the Hub redirects to such). A token of the Hub has 34 letters and digits; a word in a folder's name has fewer than 16.
+SECRET_VARIABLES = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "GH_TOKEN",
+)  # fmt: skip
+SECRETS = (
+    (re.compile(r"(hf|api_org)_[A-Za-z0-9]{16,}"), r"\1_***"),
+    (re.compile(r"(gh[pousr]|github_pat)_\w{20,}"), r"\1_***"),
+    (re.compile(r"://[^/\s]*@(?=[^/\s])"), "://***@"),
+    (re.compile(r"(?i)\b(authorization\W{1,5}\w+)\s+[^\s'\"`]+"), r"\1 ***"),
+    (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{16,}"), r"\1 ***"),
+    (re.compile(r"((?:https?|s3|gs)://[^\s?#`]+)\?[^\s`'\"]+"), r"\1?***"),
+    (re.compile(r"(?i)\b(x-(?:amz|goog)-(?:signature|credential|security-token)|signature|key-pair-id|sig)=[^\s&`'\"]+"), r"\1=***"),
+)
 WINDOW = 30.0  # seconds that the rate looks back: an average since the start would hide a slow disk until too late
 
 
@@ -122,6 +140,26 @@ def clock_face(seconds: float) -> str:
 def visible(text: str) -> str:
     """`text` on one line with control, format (bidi overrides, zero width) and undecodable characters written as escapes."""
     return text if text.isprintable() else "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def redact(text: str) -> str:
+    """`text` without tokens, passwords in addresses and signed queries. For all that may be shown or saved."""
+    for variable in SECRET_VARIABLES:
+        secret = os.environ.get(variable, "").strip()
+        if len(secret) >= 8:
+            text = text.replace(secret, "***")
+    for pattern, replacement in SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redacted(value: Any) -> Any:
+    """Plain data with every text in it redacted."""
+    if isinstance(value, Mapping):
+        return {redact(str(key)): redacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def two_columns(rows: Sequence[tuple[str, str]]) -> list[str]:

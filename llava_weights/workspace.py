@@ -12,8 +12,8 @@ import threading
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,22 +28,45 @@ STRETCH = 32 << 20
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file as it was when it was indexed; every later read checks that it is still the same file."""
+    """One input file as it was when it was indexed; every later read checks that it is still the same file.
+
+    `path` is a path of this machine, or the address of a file that is read over the network, whose `etag` stands for its time.
+    """
 
     path: str
     size: int
     mtime_ns: int
-    inode: int
+    inode: int = field(repr=False)  # tells two files apart, but is no part of a plan's identity: network file systems renumber
     header_sha256: str = ""  # of the bytes that name the tensors: safetensors header, zip directory and data.pkl
+    etag: str = ""
 
     @classmethod
     def at(cls, path: Path, header_sha256: str = "") -> SourceFile:
-        status = os.stat(path)
-        return cls(os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ino, header_sha256)
+        """The file at `path` now. Raises InputError where the system does not say."""
+        try:
+            return cls.of(path, os.stat(path), header_sha256)
+        except OSError as error:
+            raise InputError(f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}) from error
+
+    @classmethod
+    def of(cls, path: Path, status: os.stat_result, header_sha256: str = "") -> SourceFile:
+        """The file at `path`, which was open when it had this `status`; or the one elsewhere whose headers it holds."""
+        place = os.path.abspath(path)
+        if elsewhere := SHADOWS.get(place):
+            return replace(elsewhere, header_sha256=header_sha256)
+        return cls(place, status.st_size, status.st_mtime_ns, status.st_ino, header_sha256)
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.path
 
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
+
+
+SHADOWS: dict[str, SourceFile] = {}  # files of this machine that hold the headers of one elsewhere; remote.py makes them
+NO_DESCRIPTOR = -1  # of a file that is read over the network
 
 
 @dataclass(frozen=True)
@@ -73,8 +96,8 @@ class DropBehind:
                     joined.append((first, last))
             self.behind[file] = [(first, last) for first, last in joined if last - first < least]
         for first, last in joined:
-            if last - first >= least and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(fd, first, last - first, os.POSIX_FADV_DONTNEED)
+            if last - first >= least:
+                drop_cache(fd, first, last - first)
 
 
 @dataclass
@@ -83,6 +106,7 @@ class Workspace:
 
     drop_cache: bool = True
     behind: DropBehind = field(default_factory=DropBehind)  # shared by the workers of a file
+    stopping: threading.Event = field(default_factory=threading.Event)  # set where waiting for a network has lost its purpose
     tallies: Counter[str] = field(default_factory=Counter)
     crc_pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
     _fds: dict[SourceFile, int] = field(default_factory=dict)
@@ -117,16 +141,17 @@ class Workspace:
         fd = self._fds.get(file)
         if fd is None:
             fd = self._fds[file] = open_source(file)
+        if fd == NO_DESCRIPTOR:
+            from .ranges import read
+
+            return read(file, offset, out, self.stopping)
         done = 0
         while done < len(out):
-            try:
+            with reading(file):
                 got = os.preadv(fd, [out[done:]], offset + done)
-            except OSError as error:
-                raise InputError(
-                    f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path, "offset": offset + done}
-                ) from error
-            if got == 0:
-                raise changed(file, os.fstat(fd))
+                status = None if got else os.fstat(fd)
+            if status:
+                raise changed(file, status)
             done += got
         if self.drop_cache and done >= DROP_BEHIND:
             self.behind.passed(file, fd, offset, offset + done)
@@ -138,12 +163,20 @@ class Workspace:
     def recheck_sources(self) -> None:
         """Raise InputError if a file that was read is no longer what was indexed."""
         for file, fd in self._fds.items():
-            status = os.fstat(fd)
+            if fd == NO_DESCRIPTOR:
+                from .ranges import check
+
+                check(file)
+                continue
+            with reading(file):
+                status = os.fstat(fd)
             if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise changed(file, status)
 
     def close(self) -> None:
         for file, fd in self._fds.items():
+            if fd == NO_DESCRIPTOR:
+                continue
             if self.drop_cache:
                 self.behind.passed(file, fd, 0, 0, least=1)
             os.close(fd)
@@ -159,16 +192,39 @@ def private_buffer(nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
+def drop_cache(fd: int, start: int = 0, size: int = 0) -> None:
+    """Give back the page cache of a range, or from `start` to the end. An advice: where a file system can't take it, nothing is lost."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def reading(file: SourceFile) -> Iterator[None]:
+    """What the system refuses inside becomes an InputError that names `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}) from error
+
+
 def open_source(file: SourceFile) -> int:
     """A descriptor of `file`, or InputError where it is gone or no longer the file that was indexed."""
-    try:
+    if file.remote:
+        from .ranges import check
+
+        check(file)
+        return NO_DESCRIPTOR
+    with reading(file):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise InputError(f"`{file.name}` can't be opened: {error.strerror}", facts={"file": file.path}) from error
-    status = os.fstat(fd)
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+    try:
+        with reading(file):
+            status = os.fstat(fd)
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise changed(file, status)
+    except InputError:
         os.close(fd)
-        raise changed(file, status)
+        raise
     return fd
 
 

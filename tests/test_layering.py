@@ -14,10 +14,15 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up: a module imports only from lines above its own. Some of these are still to be written.
 LAYERS = (
     "errors events families findings",  # import nothing
+    "executors",
+    "patience",
+    "web",
+    "ranges",
     "workspace wording retention naming",
     "buffers exact",
     "tensors",
     "formats hub published",  # the files of formats/ count as one module
+    "remote",
     "checkpoint",
     "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
     "config processor examine tower fast_tokenizer splice streamed projector",
@@ -28,17 +33,17 @@ LAYERS = (
     "delta lora conversion inspection health",  # the transforms: pure
     "plan job",
     "manifest stream",
-    "card predict rehash",
-    "records",
+    "card predict rehash destination",
+    "records upload",
     "against",
     "write verification comparison derive forward",  # side effects begin
-    "probes",
+    "probes portions",
     "reference_file",
     "smoke sample",
     "report proof plot",
     "console",
-    "toy",
-    "demo",
+    "toy child",
+    "demo batch",
     "commands",
     "cli",
     "__main__ __init__",
@@ -46,7 +51,8 @@ LAYERS = (
 LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules.split()}
 
 # What costs more than 50 ms to import is imported inside the function that needs it, so that `--help` stays fast.
-HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tqdm", "typer"}
+HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tqdm", "typer",
+         "fsspec", "s3fs", "ray"}  # fmt: skip
 HEAVY_ALLOWED = {"cli": {"typer"}, "commands": {"typer"}}
 
 LONGEST_FILE = 350

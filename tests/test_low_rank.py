@@ -33,7 +33,7 @@ from llava_weights.exact import exact_slices, round_once, row_sums
 from llava_weights.formats.folder import index_folder
 from llava_weights.formats.safetensors import index_safetensors
 from llava_weights.formats.torch_zip import index_torch_zip
-from llava_weights.low_rank import Arithmetic, Kind, LowRank, add_bias, add_low_rank
+from llava_weights.low_rank import BLOCK, Arithmetic, Kind, LowRank, add_bias, add_low_rank
 from llava_weights.retention import retention
 from llava_weights.tensors import LazyTensor, cast
 from llava_weights.windows import row_ranges
@@ -533,3 +533,14 @@ def test_nothing_to_add_changes_nothing(tmp_path: Path) -> None:
     assert add_low_rank(base, [], name="w") is base
     assert add_bias(base, []) is base
     assert differing(made(add_bias(base, [(update.b, 1.3)])), made(add_low_rank(base, [update], name="w"))) == 0
+
+
+def test_of_a_large_matrix_a_fixed_sample_of_blocks_is_counted(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    w, a, b = (torch.randn(size, generator=generator) for size in ((BLOCK * 33, 16), (4, 16), (BLOCK * 33, 4)))
+    lazy = saved(tmp_path / "x.safetensors", {"w": w, "a": a, "b": b})
+    merged = add_low_rank(lazy["w"], [LowRank(kind="linear", a=lazy["a"], b=lazy["b"], scale=1e-8)], name="w")
+    whole, cut = Workspace(), Workspace()
+    assert differing(made(merged, work=whole), made(merged, 5, 700, BLOCK * 32 + 1, work=cut)) == 0
+    assert whole.tallies == cut.tallies
+    assert whole.tallies["updated"] == 9 * BLOCK * 16  # blocks 0, 4, ... 32

@@ -101,7 +101,7 @@ def test_several_metadata_keys_are_sorted_and_readable() -> None:
     assert header in theirs  # the library's order is random: one of six
 
 
-@pytest.mark.parametrize("name", ["", "__metadata__", "a\tb", "a\0", "x" * 513, "twice"])
+@pytest.mark.parametrize("name", ["", "__metadata__", "a\tb", "a\0", "x" * 4097, "twice"])
 def test_no_header_for_bad_names(name: str) -> None:
     with pytest.raises(ValueError, match="name of a tensor"):
         make_header([("twice", LazyTensor(dtype="U8", shape=())), (name, LazyTensor(dtype="U8", shape=()))], {})
@@ -195,7 +195,7 @@ HOSTILE = {
     "NUL in a name": build({"a\0b": entry()}, bytes(4)),
     "escape in a name": build({"\x1b[2J": entry()}, bytes(4)),
     "TAB in a name": build({"a\tb": entry()}, bytes(4)),
-    "long name": build({"é" * 257: entry()}, bytes(4)),
+    "long name": build({"é" * 2049: entry()}, bytes(4)),
     "key twice": build(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), bytes(4)),
     "field twice": build(b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', bytes(4)),
     "metadata key twice": build(b'{"__metadata__":{"format":"pt","format":"tf"}}'),

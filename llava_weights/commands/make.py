@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,7 +50,7 @@ def make_delta(
     *,
     base: Base,
     tuned: Annotated[str, typer.Option("--tuned", help="The fine-tuned model: folder, file, or owner/name[@rev].")],
-    output: Annotated[Path, typer.Option("-o", "--output", "--delta", "--delta-path", help="Folder to write the delta to.")],
+    output: Annotated[str, typer.Option("-o", "--output", "--delta", "--delta-path", help="Folder to write the delta to.")],
     codec: Annotated[
         str, typer.Option("--codec", metavar="arithmetic|integer", help="fp16 difference as published in 2023, or lossless and smaller.")
     ] = "arithmetic",
@@ -74,7 +73,7 @@ def merge_lora(
     *,
     base: Annotated[str, typer.Option("--base", "--model-base", help="The model to merge into: folder, file, or owner/name[@rev].")],
     lora: Lora,
-    output: Annotated[Path, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
+    output: Annotated[str, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
     scale: Scale = 1.0,
     arithmetic: Rule = "peft",
     dtype: Dtype = None,

@@ -16,7 +16,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 Output = Annotated[
-    Path, typer.Option("-o", "--output", "--target", "--target-model-path", help="Folder to write; it appears when it is complete.")
+    str,
+    typer.Option(
+        "-o", "--output", "--target", "--target-model-path", help="Folder to write, or s3://, gs://, hf:// address; there when complete."
+    ),
 ]
 Base = Annotated[str, typer.Option("--base", "--base-model-path", help="Original LLaMA: folder (HF or Meta's), file, or owner/name[@rev].")]
 AcceptBase = Annotated[bool, typer.Option("--accept-base", help="Go on although the base's values look wrong.")]
@@ -24,6 +27,9 @@ DryRun = Annotated[bool, typer.Option("-n", "--dry-run", help="Print the plan, w
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output after the new one is complete.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Ignore the partial work of an earlier run; the default continues it.")]
 Reread = Annotated[bool, typer.Option("--reread/--no-reread", help="Read back from the disk what was written, before it gets its name.")]
+Push = Annotated[
+    str | None, typer.Option("--push", metavar="OWNER/NAME[@BRANCH]", help="Publish the output on the Hub; a new repository is private.")
+]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file, as 5GB or 512MiB.")]
 Memory = Annotated[
     str | None,
@@ -58,6 +64,15 @@ ImageAspect = Annotated[
     str | None,
     typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later."),
 ]
+Pool = Annotated[str | None, typer.Option("--executor", metavar="ray", help="Send the shards to a cluster; by default threads write them.")]
+Address = Annotated[
+    str | None,
+    typer.Option("--ray-address", metavar="auto|HOST:PORT", help="Which Ray cluster; by default a running one, or this machine."),
+]
+Part = Annotated[
+    str | None, typer.Option("--shards", metavar="I/N", help="Write only the I-th of N portions of the shards, and publish nothing.")
+]
+Finish = Annotated[bool, typer.Option("--finish", help="Check the shards that portions wrote, and publish.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last one a summary.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors, and the output's path.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More, and tracebacks.")]
@@ -100,6 +115,11 @@ class Run:
     force: Force = False
     restart: Restart = False
     reread: Reread = True
+    push: Push = None
+    executor: Pool = None
+    ray_address: Address = None
+    shards: Part = None
+    finish: Finish = False
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

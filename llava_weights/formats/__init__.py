@@ -41,7 +41,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise InputError(f"{shown(path.name)} is {kind}, not a file", facts={"path": path})
+            raise InputError(f"{shown(path.name)} is {kind}, not a file", facts={"path": path}, hint=DOWNLOAD_AGAIN)
         yield fd, status
     except OSError as error:
         raise unreadable(path, error) from error
@@ -53,6 +53,19 @@ def unreadable(path: Path, error: OSError) -> InputError:
     """The refusal for a file that the operating system does not let us read."""
     why = "does not exist" if error.errno == errno.ENOENT else f"can't be read: {error.strerror}"
     return InputError(f"{shown(path.name)} {why}", facts={"path": path})
+
+
+def present(path: Path) -> bool:
+    """Whether something has this name, if only a link. A disk that fails is an InputError: `os.path.lexists` would call it absence."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have such a name
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise unreadable(path, error) from error
+    return True
 
 
 def refuse_disguise(path: Path, head: bytes) -> None:

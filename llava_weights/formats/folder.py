@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ..errors import InputError
 from ..tensors import LazyTensor
 from ..workspace import SourceFile
-from . import listed, shown, unreadable
+from . import listed, present, shown, unreadable
 from .meta import index_meta
 from .safetensors import index_safetensors
 from .strict_json import load_object
@@ -72,7 +72,7 @@ def index_folder(folder: Path) -> WeightFiles:
 
 def index_file(path: Path) -> WeightFiles:
     """Index one weight file by its suffix. A piece of a Meta checkpoint brings the pieces beside it. Raises InputError."""
-    if not os.path.lexists(path):
+    if not present(path):
         raise _missing(path)
     if re.fullmatch(META_FILE, path.name) and (whole := _meta(path.parent, _names(path.parent))):
         return whole
@@ -234,7 +234,7 @@ def _meta(folder: Path, names: list[str]) -> WeightFiles | None:
 
 def _names(folder: Path) -> list[str]:
     """The names in a folder, sorted. Raises InputError where it is missing or not a folder."""
-    if not os.path.lexists(folder):
+    if not present(folder):
         raise _missing(folder)
     if folder.is_file():
         raise InputError(f"{shown(folder.name)} is a file, not a folder", facts={"path": folder}, hint="give the folder that it is in")

@@ -13,7 +13,6 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from math import prod
-from os.path import abspath
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from .strict_json import parse_json, read_exactly
 
 MAX_HEADER = 16 << 20  # ours; the library's is 100 MB, and the header of a 13B model has less than 100 kB
 MAX_TENSORS = 20_000  # ours; LLaMA 65B has 723, and the library takes seconds and 800 MB for 700,000 empty ones
-MAX_NAME = 512  # ours, bytes of UTF-8
+MAX_NAME = 4096  # ours, bytes of UTF-8
 MAX_AXES = 8
 MAX_AXIS = 1 << 48
 
@@ -47,7 +46,7 @@ def index_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             raise _refusal(path, f"its header would have {size:,} bytes" if len(head) >= 8 else f"it has only {len(head)} bytes")
         header = read_exactly(path, fd, 8 + size)[8:]
     entries, metadata = _parse_header(path, header)
-    file = SourceFile(abspath(path), status.st_size, status.st_mtime_ns, status.st_ino, sha256(header).hexdigest())
+    file = SourceFile.of(path, status, sha256(header).hexdigest())
     tensors = _lay_out(path, entries, file, 8 + size)
     return tensors, metadata
 

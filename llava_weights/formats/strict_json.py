@@ -17,6 +17,9 @@ from ..errors import InputError
 from . import DOWNLOAD_AGAIN, open_regular, refuse_disguise, shown
 
 MAX_DEPTH = 64  # the deepest honest file, a tokenizer.json, has about 8
+# Bytes of memory that parsed JSON may take, as estimated before parsing: each item of a list about 64, each object with an entry 320.
+# The tokenizer.json of Llama 3, the largest of these families, comes to 65 MB; 10 MiB of `[],` would take 220.
+MAX_COST = 96 << 20
 
 
 def load_object(path: Path, *, limit: int = 1 << 20) -> dict[str, Any]:
@@ -31,7 +34,8 @@ def load_json(path: Path, *, limit: int = 1 << 20) -> Any:
     """The JSON value in a regular file of at most `limit` bytes. Raises InputError naming the file and the reason."""
     with open_regular(path) as (fd, status):
         if status.st_size > limit:
-            raise InputError(f"{shown(path.name)} has {status.st_size:,} bytes, at most {limit:,} are read", facts={"path": path})
+            what = f"{shown(path.name)} has {status.st_size:,} bytes, at most {limit:,} are read"
+            raise InputError(what, facts={"path": path}, hint=DOWNLOAD_AGAIN)
         data = read_exactly(path, fd, status.st_size)
     refuse_disguise(path, data[:64])
     return parse_json(data, name=path.name, path=path)
@@ -46,6 +50,8 @@ def parse_json(data: bytes, *, name: str, path: Path | None = None) -> Any:
     if data.startswith(b"\xef\xbb\xbf"):
         raise _refusal(name, "it starts with a byte order mark", path)
     try:
+        if 64 * (data.count(b",") + data.count(b"[")) + 320 * data.count(b"{") > MAX_COST:
+            raise ValueError("it holds far more values than such a file needs")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
         _check_depth_and_text(value)
     except UnicodeDecodeError as error:

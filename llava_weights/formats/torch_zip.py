@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from os.path import abspath
 from pathlib import Path
 
 from ..buffers import ITEMSIZE
@@ -97,7 +96,7 @@ def index_torch_zip(path: Path) -> dict[str, Stored]:
         pickle = _checked(file, parts["data.pkl"], MAX_PICKLE)
         views = _views(interpret(pickle))
         digest = sha256(pickle + directory).hexdigest()
-        source = SourceFile(abspath(path), status.st_size, status.st_mtime_ns, status.st_ino, digest)
+        source = SourceFile.of(path, status, digest)
         tensors = {name: _stored(name, view, parts, source) for name, view in views.items()}
         used = {tensor.record for tensor in tensors.values()}
         if unused := [name for name, member in parts.items() if name.startswith("data/") and member.record not in used]:
