@@ -114,14 +114,17 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
     return max(numbers, default=-1) + 1
 
 
-def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: bool | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, progress: bool | None = None, whole: bool = False
+) -> Checkpoint:
     """Open a folder, a file, `owner/name[@revision]` (downloaded first), or an address: `hf://owner/name[@revision][/folder]`,
     `s3://`, `gs://`, `https://` (read over the network where and when values are needed). An existing local path wins.
 
-    Reads headers only; `progress=False` hides the bars of a download.
+    Reads headers only; `progress=False` hides the bars of a download. With `whole`, `hf://` is downloaded too, for who reads everything
+    more than once.
     Raises InputError for anything missing, damaged or unknown, HubError where the Hub can't serve it.
     """
-    if is_remote(str(source)):
+    if is_remote(str(source)) and not (whole and str(source).startswith("hf://")):
         with shadowed(str(source), revision) as shadow:
             return _open(shadow.path, name=shadow.name, revision=shadow.revision)
     parsed = parse_source(str(source))

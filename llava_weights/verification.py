@@ -162,7 +162,7 @@ def open_subject(path: str | Path) -> Subject:
     problems: list[Finding] = []
     checkpoint, manifest, sums = None, None, {}
     try:
-        checkpoint = need_files(open_checkpoint(path), "`verify`")
+        checkpoint = need_files(open_checkpoint(path, whole=True), "`verify`")
         place = checkpoint.origin.path
     except InputError as error:
         place = Path(path).expanduser().absolute()

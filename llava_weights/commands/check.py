@@ -157,7 +157,7 @@ def smoke(
             raise UsageError("`--reference`, `--original` and `--record` are three different runs", hint="pass one of them")
         if image and prompt is None:
             raise UsageError("`--image` belongs to a prompt", hint='pass `--prompt "<image> What is this?"` too')
-        model = open_checkpoint(path)
+        model = open_checkpoint(path, whole=True)
         how: Any = {"tower": open_checkpoint(vision_tower) if vision_tower else None, "device": device, "dtype": to_dtype(dtype)}
         how["resident"] = resident
         if record:
@@ -169,7 +169,8 @@ def smoke(
             from ..smoke import compare, compare_original, table
 
             more: Any = {"atol": atol, "on_event": console.on_event, **how}
-            done = compare_original(model, open_checkpoint(original), **more) if original else compare(model, reference or Path(), **more)
+            theirs = open_checkpoint(original, whole=True) if original else None
+            done = compare_original(model, theirs, **more) if theirs else compare(model, reference or Path(), **more)
             facts = {
                 "against": done.against,
                 "result": done.verdict,
