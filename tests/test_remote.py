@@ -251,9 +251,12 @@ def test_commands(hub: HubServer, pair: Path, fixtures: Path, tmp_path: Path, ca
     local = ("merge-lora", "-o", str(tmp_path / "here"), "--base", str(hub.static["base"]), "--lora", str(hub.static["lora"]))
     assert run(*local)[0] == 0
     assert weights(tmp_path / "merged") == weights(tmp_path / "here")
+    assert not (tmp_path / "cache").exists()
     code, said = run("verify", base, "--against", str(pair / "base"), "--deep")  # reads everything, so it downloads
     assert code == 0, said
-    for command in (["verify", f"{hub.url}/base"], ["checksum", base], ["apply-delta", "--check-inputs", "--base", base, "--delta", delta, "-o", "x"]):
+    shutil.rmtree(tmp_path / "cache")
+    hashing = ("apply-delta", "--check-inputs", "--base", base, "--delta", delta, "-o", "x")
+    for command in (("verify", f"{hub.url}/base"), ("checksum", base), hashing):
         code, said = run(*command)
         assert (code, "whole files" in said or "keeps checksums itself" in said, "/base" in said) == (3, True, True), said
 
