@@ -114,9 +114,7 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
     return max(numbers, default=-1) + 1
 
 
-def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, progress: bool | None = None, whole: bool = False
-) -> Checkpoint:
+def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: bool | None = None, whole: bool = False) -> Checkpoint:
     """Open a folder, a file, `owner/name[@revision]` (downloaded first), or an address: `hf://owner/name[@revision][/folder]`,
     `s3://`, `gs://`, `https://` (read over the network where and when values are needed). An existing local path wins.
 
