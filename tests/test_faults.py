@@ -406,7 +406,7 @@ ON_WEIGHTS = ("pwrite64", "preadv2", "fallocate", "sync_file_range")  # calls th
 
 # System calls on files of the output or of the inputs: how they fail, the exit code, and which of them.
 TRACED = [
-    ("place", "pwrite64", "error=ENOSPC", 5, (1, 2, 4)),
+    ("place", "pwrite64", "error=ENOSPC", 5, (1, 2, 3)),
     ("place", "pwrite64", "error=EIO", 5, (3,)),
     ("place", "write", "error=EDQUOT", 5, (1, 2, 5)),
     ("place", "fsync", "error=EIO", 5, (1, 3, 8, 12)),
@@ -420,7 +420,6 @@ TRACED = [
     ("place", "fallocate", "error=EOPNOTSUPP", 0, (ALL,)),
     ("place", "sync_file_range", "error=ENOSYS", 0, (ALL,)),
     ("place", "fadvise64", "error=ENOSYS", 0, (ALL,)),
-    ("inputs", "fadvise64", "error=ENOSYS", 0, (ALL,)),
     ("place", "flock", "error=ENOLCK", 0, (ALL,)),
     ("place", "pwrite64", "error=EINTR", 0, (1, 2, 3)),
     ("place", "write", "error=EINTR", 0, (1, 4)),
