@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,8 @@ class Finished(NamedTuple):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure() -> None:
     """Before any test module is imported: huggingface_hub and transformers read these once, on import."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell: tests of Ctrl-C need it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
