@@ -63,9 +63,22 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread by the handler that the command line installs."""
 
 
-class Interrupted(LlavaWeightsError):
-    """Ctrl-C (130) or SIGTERM (143): the same command continues."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (130) or SIGTERM (143) while something was made: the same command continues, and `kept` says what lies on disk.
 
-    def __init__(self, what: str, *, exit_code: int = 130) -> None:
+    A KeyboardInterrupt, so nothing that catches errors takes it for one. Its attributes are those of LlavaWeightsError.
+    """
+
+    def __init__(self, what: str = "stopped", *, exit_code: int = 130) -> None:
         super().__init__(what)
-        self.exit_code = exit_code
+        self.what, self.exit_code = what, exit_code
+        self.facts: dict[str, str] = {}
+        self.hint: str | None = None
+        self.kept: str | None = None
+
+    @classmethod
+    def of(cls, error: KeyboardInterrupt, kept: str | None = None) -> Interrupted:
+        """`error` with what is known of it."""
+        found = error if isinstance(error, Interrupted) else cls(exit_code=143 if isinstance(error, Terminated) else 130)
+        found.kept = kept or found.kept
+        return found

@@ -9,6 +9,7 @@ three are done with it, so memory is a few windows, whatever the model's size.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -21,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
+from .buffers import one_thread
 from .errors import InputError, LlavaWeightsError, OutputError
 from .formats.safetensors import make_header
 from .integer_delta import ToInteger, write_integer_shard
 from .job import NOT_SUPPORTED, sync_folder
 from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
 from .tensors import wrong_digest
+from .threads import Shield
 from .windows import Window, cut
 from .workspace import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
 
@@ -44,6 +47,7 @@ class ShardResult:
     tallies: dict[str, int]
 
 
+@one_thread()
 def write_shard(
     shard: Shard,
     folder: Path,
@@ -132,17 +136,15 @@ class Pipeline:
         tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
         tasks += [(self._digest_file, ()), (self._digest_tensors, ())]
         threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
-        for thread in threads:
-            thread.start()
-        try:
+        with Shield(self._fail):  # the files are closed when no thread lives
+            try:
+                for thread in threads:
+                    thread.start()
+            except RuntimeError as error:  # there can be no more threads
+                self._fail(error)
             for thread in threads:
-                thread.join()
-        except BaseException as interruption:  # KeyboardInterrupt, SIGTERM: let the threads end before the files are closed
-            self._fail(interruption)
-            for thread in threads:
-                thread.join()
-            raise
-        finally:
+                if thread.ident is not None:
+                    thread.join()
             self._finish_workspaces()
         if self.failures:
             raise self.failures[0]
@@ -304,7 +306,7 @@ def allocate(fd: int, size: int) -> None:
     if size and _fallocate and _fallocate(fd, 0, 0, size) == 0:
         return
     code = ctypes.get_errno() if size and _fallocate else 0
-    if code in (28, 27, 122):  # ENOSPC, EFBIG, EDQUOT; anything else means that the file system can't reserve
+    if code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # anything else means that the file system can't reserve
         raise OSError(code, os.strerror(code))
     os.ftruncate(fd, size)
 

@@ -24,16 +24,19 @@ if TYPE_CHECKING:
 @contextmanager
 def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     """A console for one command; every way of ending becomes its text and its exit code."""
+    from ..buffers import one_thread
+
     console = Console(json=show.json, quiet=show.quiet, verbose=show.verbose)
     console.writes = writes
     console.install_status_signal()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield console
+        with one_thread():
+            yield console
     except LlavaWeightsError as error:
         raise typer.Exit(console.error(error)) from None
     except KeyboardInterrupt as error:
-        raise typer.Exit(console.error(Interrupted("stopped", exit_code=143 if isinstance(error, Terminated) else 130))) from None
+        raise typer.Exit(console.error(Interrupted.of(error))) from None
     except (typer.Exit, typer.Abort):
         raise
     except OSError as error:  # of an input: what is written has its own errors
