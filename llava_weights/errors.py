@@ -5,7 +5,11 @@ An error says what happened with the names in it, the facts that led there, and 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
+
+NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "failed to map segment")  # glibc's and torch's words
 
 
 class LlavaWeightsError(Exception):
@@ -51,6 +55,25 @@ class OutputError(LlavaWeightsError):
     """The output exists, has no space, can't be written or is in use by another run."""
 
     exit_code = 5
+
+
+def shortage(error: BaseException) -> OutputError | None:
+    """The OutputError for an error that says that this process may have no more memory, threads or open files; None for any other.
+
+    A library that finds no room where it is loaded says so in an ImportError, or an OSError without a number.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    words = str(error).lower()
+    if number in (errno.EMFILE, errno.ENFILE):
+        hint = "allow more with `ulimit -n`, or pass fewer `--jobs`"
+        return OutputError("there can be no more open files", facts={"reason": os.strerror(number)}, hint=hint)
+    if isinstance(error, RuntimeError) and words == "can't start new thread":
+        hint = "allow more processes (`ulimit -u`) or memory (`ulimit -v`), or pass fewer `--jobs`"
+        return OutputError("there can be no more threads", hint=hint)
+    if number == errno.ENOMEM or isinstance(error, MemoryError) or any(text in words for text in NO_MEMORY):
+        hint = "pass `--max-memory` less than what this process may have, or fewer `--jobs`"
+        return OutputError("there is not enough memory", facts={"reason": words} if words else None, hint=hint)
+    return None
 
 
 class HubError(LlavaWeightsError):

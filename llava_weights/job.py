@@ -4,6 +4,7 @@
     OUT.partial/lock        held by the running process (flock); its death frees it
     OUT.partial/plan.json   what this work is; other work is refused
     OUT.partial/journal     one line a finished shard, each with its own checksum; a torn last line is ignored
+    OUT.partial/sources     inode and change time of each input when the first shard was begun
     OUT.partial/journal-00003-of-00016, lock-00003-of-00016   the same of one portion; portions share `lock`, whole runs hold it alone
     OUT.partial/out/        becomes OUT in one rename, when it is complete
 
@@ -37,7 +38,7 @@ MARK = b"Work in progress of `llava-weights`, which deletes this folder when the
 LONGEST_WAY = 10_000  # files and folders; the kernel itself follows 40 links
 FORMAT = "2"  # of the work folder, in plan.json; 0.1.0 wrote none
 OURS = re.compile(
-    r"\.{0,2}(lock(-begin|-\d{5}-of-\d{5})?|plan\.json|journal(-\d{5}-of-\d{5})?|uploads|header|out|replaced|llava-weights-work)(\.[0-9a-f]{8})?(\.part)?"
+    r"\.{0,2}(lock(-begin|-\d{5}-of-\d{5})?|plan\.json|journal(-\d{5}-of-\d{5})?|uploads|header|sources|out|replaced|llava-weights-work)(\.[0-9a-f]{8})?(\.part)?"
 )
 
 JOURNAL = re.compile(r"journal(-\d{5}-of-(?P<count>\d{5}))?")
@@ -57,6 +58,7 @@ class Job:
         self.recorded = self.partial / "plan.json"
         self.journal = self.partial / "journal"
         self.aside = self.partial / "replaced"
+        self.sources = self.partial / "sources"
         self.locked = True  # False on a file system without locks
         self.elsewhere = False  # where the output goes over the network: `upload.UploadJob`, which replaces what follows
 
@@ -98,7 +100,7 @@ class Job:
         earlier = None if restart else _read_plan(self.recorded)
         if earlier is None:  # no shard can be finished yet
             self._forget()
-            for path in (self.folder, *self._journals()):
+            for path in (self.folder, self.sources, *self._journals()):
                 remove(path)
             self.folder.mkdir()
             sync_folder(self.partial)  # before plan.json, so that a plan without a folder means: it was published
@@ -170,6 +172,14 @@ class Job:
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
+
+    def noted_sources(self) -> dict[str, list[int]]:
+        """The state of each input, by path, that all finished shards were made of, as far as it is known."""
+        found = _json(self.sources.read_bytes()) if self.sources.exists() else None
+        return found if isinstance(found, dict) else {}
+
+    def note_sources(self, states: Mapping[str, list[int]]) -> None:
+        write_file(self.sources, json.dumps(states).encode())
 
     def publish(self, *, force: bool) -> None:
         """Give the complete folder its name. With `force`, an OUT that was there is moved aside before, and deleted by `clean`."""

@@ -20,7 +20,7 @@ from .events import Note
 from .job import Job, lock, open_job, remove
 from .plan import Plan
 from .stream import output_error
-from .write import Listener, Report, execute, keeping, preflight, trusted, write_shards
+from .write import Listener, Report, execute, keeping, note_sources, preflight, trusted, write_shards
 
 LARGEST_COUNT = 99999  # the numbers have five digits, as in the names of shards
 
@@ -115,6 +115,8 @@ def _begin(job: Job, plan: Plan) -> None:
     try:
         lock(fd, fcntl.LOCK_EX)
         job.begin(plan.identity, restart=False)
+        if not job.sources.exists():
+            note_sources(plan, job, fresh=not job.finished())
     except OutputError as error:
         error.hint = f"repeat the earlier inputs and options, or delete `{job.partial.name}`"
         raise

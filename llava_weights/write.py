@@ -12,24 +12,28 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .buffers import one_thread
 from .card import make_card
 from .checkpoint import small_bytes
-from .errors import InputError, Interrupted, LlavaWeightsError, OutputError
+from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, shortage
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
+from .formats import listed
+from .formats.folder import index_file
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
 from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard
-from .stream import ShardResult, output_error, write_shard
+from .stream import ShardResult, digest_shard, output_error, write_shard
 from .threads import Shield, in_threads
 from .wording import size
+from .workspace import SourceFile
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
+T = TypeVar("T")
 Listener = Callable[[Event], None]
 
 
@@ -97,7 +101,9 @@ def _run(
     _sweep(job, results)
     resumed = len(results)
     with keeping(plan, job, results):
+        note_sources(plan, job, fresh=not results)
         write_shards(plan, job, pool, results, on_event)
+        _check_sources(plan, job, pool, results, on_event)
         if reread and not job.elsewhere:
             _read_back(job, results, list(results)[resumed:], pool, plan.settings.jobs, on_event)
         _sweep(job, results)  # of workers that died
@@ -106,6 +112,59 @@ def _run(
         job.publish(force=force)
     _clean(job, on_event)
     return report
+
+
+def note_sources(plan: Plan, job: Job, *, fresh: bool) -> None:
+    """Note the state that the inputs had when they were indexed, unless there are finished shards (`fresh`) of an earlier state."""
+    if fresh or not job.sources.exists():
+        known = {} if not fresh else {file.path: file.state for file in _local_sources(plan)}
+        job.note_sources(known)
+
+
+def _local_sources(plan: Plan) -> set[SourceFile]:
+    files = {leaf.file for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves()}
+    return {file for file in files if not file.remote}
+
+
+def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], on_event: Listener) -> None:
+    """Raise InputError where an input holds other bytes than when the first shards were made of it, though of one size and time.
+
+    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or that lies
+    on some network file systems. So the shards that read it are made once more, without being written, and only other bytes count.
+    Those of them that come out otherwise are no longer kept.
+    """
+    noted, now = job.noted_sources(), {file: SourceFile.at(Path(file.path)).state for file in _local_sources(plan)}
+    moved = {file for file, state in now.items() if noted.get(file.path) != state}
+    if not moved:
+        return
+    on_event(Note(f"{listed(sorted(file.name for file in moved))}: touched since this work began, so what was read is read again"))
+    shards = [shard for shard in plan.shards if any(leaf.file in moved for _, tensor in shard.tensors for leaf in tensor.leaves())]
+    calls = [partial(digest_shard, shard, job.folder, plan.settings) for shard in shards]
+    with Shield():
+        found = dict(completed(pool, calls) if pool is not None else map(_call, calls))
+    wrong = [shard.name for shard in shards if found[shard.name] != results[shard.name].sha256]
+    for name in wrong:
+        del results[name]
+    job.record({name: asdict(result) for name, result in results.items()})
+    same = all(_same_header(file) and SourceFile.at(Path(file.path)).state == now[file] for file in moved)
+    if same:  # what is kept now was made of this state
+        job.note_sources({file.path: state for file, state in now.items()})
+    if wrong or not same:
+        names = sorted(file.name for file in moved)
+        facts = {"file": ", ".join(sorted(file.path for file in moved)), "shards that other bytes went into": ", ".join(wrong) or "unknown"}
+        hint = "wait until nothing writes to the inputs, then run the same command again" + ("" if same else " with `--restart`")
+        raise InputError(f"{listed(names)} changed while it was being read, in size and time the same", facts=facts, hint=hint)
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _same_header(file: SourceFile) -> bool:
+    """Whether the tensors of a file still lie where they did when it was indexed."""
+    return not file.header_sha256 or any(
+        (found.path, found.header_sha256) == (file.path, file.header_sha256) for found in index_file(Path(file.path)).files
+    )
 
 
 def _sweep(job: Job, results: Mapping[str, ShardResult]) -> None:
@@ -146,8 +205,11 @@ def keeping(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Iterato
     """Make every way in which work can end an error that says what lies on disk."""
     try:
         yield
-    except (LlavaWeightsError, OSError) as error:
-        known = error if isinstance(error, LlavaWeightsError) else output_error(error, job.folder)
+    except Exception as error:
+        known = error if isinstance(error, LlavaWeightsError) else shortage(error)
+        known = known or (output_error(error, job.folder) if isinstance(error, OSError) else None)
+        if known is None:
+            raise
         known.kept = kept(job, len(results), len(plan.shards))
         raise known from error
     except KeyboardInterrupt as error:
