@@ -46,7 +46,7 @@ class Turn:
     job: Job
     state: State = "not run"
     plan: Mapping[str, Any] = field(default_factory=dict)
-    error: LlavaWeightsError | None = None
+    error: LlavaWeightsError | Interrupted | None = None
     nbytes: int | None = None
     seconds: float | None = None
     root: str | None = None

@@ -5,7 +5,10 @@ dtypes are spelled as safetensors does: "F16", "BF16", "F32", ...
 
 from __future__ import annotations
 
-from functools import cache
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -43,14 +46,53 @@ def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:
     return np.frombuffer(raw, {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}.get(dtype, f"<u{ITEMSIZE[dtype]}"))
 
 
-@cache
+class _Threads:
+    """How many threads torch had when the outermost `one_thread` found it, and how many of these are open."""
+
+    turn, users, before = threading.Lock(), 0, 0
+
+
 def load_torch() -> ModuleType:
-    """torch with one thread of its own: the workers are the parallelism, and its barriers between threads made blocks
-    3 to 20 times slower on a busy machine (facts: perf 2)."""
+    """torch, with one thread of its own inside `one_thread`."""
     import torch
 
-    torch.set_num_threads(1)
+    if _Threads.users and not _Threads.before:
+        with _Threads.turn:
+            if _Threads.users and not _Threads.before:
+                _Threads.before = torch.get_num_threads()
+                torch.set_num_threads(1)
     return torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch has one thread of its own: the workers are the parallelism, and its barriers between threads made blocks
+    3 to 20 times slower on a busy machine (facts: perf 2). Afterwards it has as many as before. Does not import it."""
+    with _Threads.turn:
+        _Threads.users += 1
+    try:
+        if "torch" in sys.modules:
+            load_torch()
+        yield
+    finally:
+        with _Threads.turn:
+            _Threads.users -= 1
+            before = _Threads.before
+            _Threads.before = before if _Threads.users else 0
+        if before:
+            sys.modules["torch"].set_num_threads(before)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Inside, torch has as many threads as outside of `one_thread`: for whole matrices, which no worker shares."""
+    torch = load_torch()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(_Threads.before or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def as_torch(raw: memoryview, dtype: str) -> torch.Tensor:

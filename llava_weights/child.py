@@ -28,7 +28,7 @@ class Ended:
     """What a command left behind: its last document of each type, why it failed, and the signal that was passed on to it, or 0."""
 
     documents: Documents
-    error: LlavaWeightsError | None = None
+    error: LlavaWeightsError | Interrupted | None = None
     stopped: int = 0
 
 
@@ -91,14 +91,14 @@ def _parsed(line: str) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
-def _error(returncode: int, documents: Documents, words: Sequence[str], stopped: int) -> LlavaWeightsError | None:
+def _error(returncode: int, documents: Documents, words: Sequence[str], stopped: int) -> LlavaWeightsError | Interrupted | None:
     """What a command died of, in its own words where it left any."""
     if returncode == 0:
         return None
     code = 128 - returncode if returncode < 0 else returncode  # below 0: killed by that signal
     told, summary = documents.get("error"), documents.get("summary", {})
     if told:
-        error = LlavaWeightsError(str(told["what"]), facts=told["facts"], hint=told["hint"])
+        error: LlavaWeightsError | Interrupted = LlavaWeightsError(str(told["what"]), facts=told["facts"], hint=told["hint"])
         error.kept = told["written"]
     elif "verdict" in summary:
         facts = {finding["subject"]: finding["text"] for finding in summary["findings"] if finding["verdict"] != "ok"}

@@ -11,20 +11,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 
-from .buffers import ITEMSIZE, to_float32
+from .buffers import ITEMSIZE, one_thread, to_float32
 from .checkpoint import Checkpoint
 from .config import fold_names
 from .errors import UsageError
 from .events import Event, Progress, Started
 from .naming import TABLES, Names, canonical
 from .tensors import FLOATS, LazyTensor
+from .threads import in_threads
 from .windows import row_ranges
 from .workspace import Workspace, check_crcs
 
@@ -89,6 +89,7 @@ class Difference:
         return {status: found[status] for status in STATUSES}
 
 
+@one_thread()
 def diff(
     a: Checkpoint,
     b: Checkpoint,
@@ -111,13 +112,13 @@ def diff(
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]
     on_event(Started(shards=len(pairs), nbytes=sum(nbytes), what="Comparing"))
     workspaces = [Workspace() for _ in range(jobs)]
-    idle, found = list(workspaces), list[TensorDifference]()  # one workspace for each thread
+    idle, done = list(workspaces), accumulate(nbytes)  # one workspace for each thread
+
+    def tell(tensor: TensorDifference) -> None:
+        on_event(Progress(next(done), tensor.name or tensor.other))
+
     try:
-        with ThreadPoolExecutor(jobs) as pool:
-            measured = pool.map(lambda task: _measure(task[0], task[1], tolerance, idle), pairs)
-            for tensor, done in zip(measured, accumulate(nbytes), strict=True):
-                found.append(tensor)
-                on_event(Progress(done, tensor.name or tensor.other))
+        found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=tell)
         for workspace in workspaces:
             workspace.recheck_sources()
         check_crcs(workspaces)

@@ -107,7 +107,7 @@ class Console:
             elif path is not None:
                 _write(self._out, f"{clean(path) if _is_terminal(self._out) else path}\n")  # exact for a script
 
-    def error(self, error: LlavaWeightsError) -> int:
+    def error(self, error: LlavaWeightsError | Interrupted) -> int:
         """What happened, the facts, a hint, what was written; returns the exit code."""
         return self._report(error, error)
 
@@ -195,7 +195,7 @@ class Console:
         elif not self.quiet:
             self._narrate(event.text, label="warning" if event.warning else "")
 
-    def _report(self, error: LlavaWeightsError, raised: BaseException) -> int:
+    def _report(self, error: LlavaWeightsError | Interrupted, raised: BaseException) -> int:
         trace = _trace(raised) if self._traces else None
         with self._turn():
             self._end()
@@ -208,7 +208,7 @@ class Console:
                 self._explain(error, written)
         return error.exit_code
 
-    def _explain(self, error: LlavaWeightsError, written: str | None) -> None:
+    def _explain(self, error: LlavaWeightsError | Interrupted, written: str | None) -> None:
         if isinstance(error, Interrupted):
             self._narrate(sentences(error.what[:1].upper() + error.what[1:], error.hint, written))
             return
@@ -218,7 +218,7 @@ class Console:
             self._narrate("")
             self._narrate(last, label="hint" if error.hint else "")
 
-    def _written(self, error: LlavaWeightsError) -> str | None:
+    def _written(self, error: LlavaWeightsError | Interrupted) -> str | None:
         """What lies on disk now: the writer's words, else what the events told. None where the command writes nothing."""
         interrupted = isinstance(error, Interrupted)
         if not self.writes or not (interrupted or error.exit_code in WRITING_FAILED):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .console import Console
-from .errors import Interrupted, LlavaWeightsError, OutputError, Terminated
+from .errors import Interrupted, LlavaWeightsError, OutputError
 from .job import partial_folder
 from .stream import output_error
 from .toy import make_toys
@@ -49,9 +49,10 @@ def run(folder: Path, console: Console) -> int:
     _clear(folder)
     try:
         return _perform(folder, console)
-    except LlavaWeightsError as error:
-        error.kept = f"What was made is in `{folder}`"
-        raise
+    except (LlavaWeightsError, KeyboardInterrupt) as error:
+        known = Interrupted.of(error) if isinstance(error, KeyboardInterrupt) else error
+        known.kept = f"What was made is in `{folder}`"
+        raise known from error
 
 
 def _perform(folder: Path, console: Console) -> int:
@@ -64,8 +65,6 @@ def _perform(folder: Path, console: Console) -> int:
                 return code
     except OSError as error:
         raise output_error(error, folder) from error
-    except KeyboardInterrupt as error:
-        raise Interrupted("stopped", exit_code=143 if isinstance(error, Terminated) else 130) from error
     _tell(console, "\n" + "\n".join(_closing(folder)))
     console.summary((), {}, str(folder))
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -22,6 +21,7 @@ from .manifest import TensorEntry
 from .plan import WINDOW
 from .records import MAX_MANIFEST, find_manifest, manifest_path
 from .tensors import LazyTensor
+from .threads import in_threads
 from .windows import row_ranges
 from .workspace import Workspace, check_crcs
 
@@ -88,8 +88,7 @@ def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Liste
             on_event(Progress(done[0], name))
         return tensor.dtype, tensor.shape, found.hexdigest()
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(tensors, pool.map(digest, tensors.items()), strict=True))
+    return dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True))
 
 
 def _recorded(tensors: Mapping[str, TensorEntry]) -> dict[str, Digest]:

@@ -5,7 +5,11 @@ An error says what happened with the names in it, the facts that led there, and 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
+
+NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "failed to map segment")  # glibc's and torch's words
 
 
 class LlavaWeightsError(Exception):
@@ -53,6 +57,25 @@ class OutputError(LlavaWeightsError):
     exit_code = 5
 
 
+def shortage(error: BaseException) -> OutputError | None:
+    """The OutputError for an error that says that this process may have no more memory, threads or open files; None for any other.
+
+    A library that finds no room where it is loaded says so in an ImportError, or an OSError without a number.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    words = str(error).lower()
+    if number in (errno.EMFILE, errno.ENFILE):
+        hint = "allow more with `ulimit -n`, or pass fewer `--jobs`"
+        return OutputError("there can be no more open files", facts={"reason": os.strerror(number)}, hint=hint)
+    if isinstance(error, RuntimeError) and words == "can't start new thread":
+        hint = "allow more processes (`ulimit -u`) or memory (`ulimit -v`), or pass fewer `--jobs`"
+        return OutputError("there can be no more threads", hint=hint)
+    if number == errno.ENOMEM or isinstance(error, MemoryError) or any(text in words for text in NO_MEMORY):
+        hint = "pass `--max-memory` less than what this process may have, or fewer `--jobs`"
+        return OutputError("there is not enough memory", facts={"reason": words} if words else None, hint=hint)
+    return None
+
+
 class HubError(LlavaWeightsError):
     """The Hub answered no, or did not answer."""
 
@@ -63,9 +86,22 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread by the handler that the command line installs."""
 
 
-class Interrupted(LlavaWeightsError):
-    """Ctrl-C (130) or SIGTERM (143): the same command continues."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (130) or SIGTERM (143) while something was made: the same command continues, and `kept` says what lies on disk.
 
-    def __init__(self, what: str, *, exit_code: int = 130) -> None:
+    A KeyboardInterrupt, so nothing that catches errors takes it for one. Its attributes are those of LlavaWeightsError.
+    """
+
+    def __init__(self, what: str = "stopped", *, exit_code: int = 130) -> None:
         super().__init__(what)
-        self.exit_code = exit_code
+        self.what, self.exit_code = what, exit_code
+        self.facts: dict[str, str] = {}
+        self.hint: str | None = None
+        self.kept: str | None = None
+
+    @classmethod
+    def of(cls, error: KeyboardInterrupt, kept: str | None = None) -> Interrupted:
+        """`error` with what is known of it."""
+        found = error if isinstance(error, Interrupted) else cls(exit_code=143 if isinstance(error, Terminated) else 130)
+        found.kept = kept or found.kept
+        return found

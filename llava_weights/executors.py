@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from . import __version__
 from .errors import HubError, LlavaWeightsError, OutputError, UsageError
+from .threads import GLANCE, interruption
 
 T = TypeVar("T")
 IN_FLIGHT = 256  # tasks handed to a pool at a time: some MB of pickles, and more than a large cluster works on
@@ -28,6 +29,8 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     """Results of the calls, as they finish. After a failure nothing new begins, what can't be stopped is waited for and given too,
     and the first failure is raised at the end: nobody writes any more when this returns, and nothing that was finished is lost.
 
+    An interruption ends it too, where a `Shield` is open.
+
     Raises what a call raised, also where the pool wrapped it; OutputError where the pool itself broke.
     """
     left, running, failure = deque(calls), set[Future[T]](), None
@@ -35,7 +38,9 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
         while left or running:
             while left and len(running) < IN_FLIGHT:
                 running.add(pool.submit(left.popleft()))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            done, running = wait(running, GLANCE, FIRST_COMPLETED)
+            if (stopped := interruption()) is not None:
+                raise stopped
             for future in done:
                 if future.cancelled():
                     continue

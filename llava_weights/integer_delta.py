@@ -32,6 +32,7 @@ from .formats.byte_planes import pack, unpack
 from .formats.safetensors import MAX_AXES, MAX_AXIS, MAX_HEADER, make_header
 from .formats.strict_json import parse_json
 from .tensors import LazyTensor, Stored
+from .threads import Shield
 from .workspace import Workspace, check_crcs
 
 FORMAT, VERSION = "llava-weights.integer-delta", "1"
@@ -183,7 +184,8 @@ def write_integer_shard(
     try:
         with open(path, "w+b") as file:
             file.seek(reserved)
-            digests = _write_blocks(file, _pack_all(blocks, jobs), entries, on_bytes)
+            with Shield() as shield:
+                digests = _write_blocks(file, _pack_all(blocks, jobs, shield), entries, on_bytes)
             packed = file.tell() - reserved
             file.seek(0)
             file.write(_make_header(entries, reserved))
@@ -236,7 +238,7 @@ def _write_blocks(
     return {name: digest.hexdigest() for name, digest in stored.items()}
 
 
-def _pack_all(blocks: Sequence[_Block], jobs: int) -> Generator[Packed]:
+def _pack_all(blocks: Sequence[_Block], jobs: int, shield: Shield) -> Generator[Packed]:
     """(block, raw, packed) in the order of `blocks`, at most `jobs + AHEAD` of them in memory; then the inputs are judged."""
     workspaces = [Workspace() for _ in range(jobs)]
     idle = list(workspaces)  # one for each thread
@@ -244,6 +246,7 @@ def _pack_all(blocks: Sequence[_Block], jobs: int) -> Generator[Packed]:
     try:
         with ThreadPoolExecutor(jobs) as pool:
             for block in blocks:
+                shield.check()
                 waiting.append(pool.submit(_pack, block, idle))
                 if len(waiting) == jobs + AHEAD:
                     yield waiting.popleft().result()

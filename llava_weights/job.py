@@ -1,8 +1,10 @@
 """The folder of work in progress: `OUT.partial/` beside OUT, with a lock, the plan's identity, a journal, and the coming OUT.
 
+    OUT.partial/.llava-weights-work   says that the folder is ours to delete; a folder without it is somebody else's
     OUT.partial/lock        held by the running process (flock); its death frees it
     OUT.partial/plan.json   what this work is; other work is refused
     OUT.partial/journal     one line a finished shard, each with its own checksum; a torn last line is ignored
+    OUT.partial/sources     inode and change time of each input when the first shard was begun
     OUT.partial/journal-00003-of-00016, lock-00003-of-00016   the same of one portion; portions share `lock`, whole runs hold it alone
     OUT.partial/out/        becomes OUT in one rename, when it is complete
 
@@ -18,8 +20,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,15 @@ from typing import Any
 from .errors import OutputError
 
 # What file systems answer to a call that they do not have: some network ones know no locks, and no fsync of a folder.
-NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+MARKER = ".llava-weights-work"
+MARK = b"Work in progress of `llava-weights`, which deletes this folder when the output beside it is complete.\n"
+LONGEST_WAY = 10_000  # files and folders; the kernel itself follows 40 links
+FORMAT = "2"  # of the work folder, in plan.json; 0.1.0 wrote none
+OURS = re.compile(
+    r"\.{0,2}(lock(-begin|-\d{5}-of-\d{5})?|plan\.json|journal(-\d{5}-of-\d{5})?|uploads|header|sources|out|replaced|llava-weights-work)(\.[0-9a-f]{8})?(\.part)?"
+)
 
 JOURNAL = re.compile(r"journal(-\d{5}-of-(?P<count>\d{5}))?")
 
@@ -46,6 +58,7 @@ class Job:
         self.recorded = self.partial / "plan.json"
         self.journal = self.partial / "journal"
         self.aside = self.partial / "replaced"
+        self.sources = self.partial / "sources"
         self.locked = True  # False on a file system without locks
         self.elsewhere = False  # where the output goes over the network: `upload.UploadJob`, which replaces what follows
 
@@ -53,6 +66,11 @@ class Job:
     def shown(self) -> str:
         """Where the output will be."""
         return str(self.out)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The folders in which this work writes, and whose content it may delete."""
+        return (self.partial,) if self.elsewhere else (self.out, self.partial)
 
     @property
     def remains(self) -> str:
@@ -78,21 +96,28 @@ class Job:
 
     def begin(self, identity: Mapping[str, str], *, restart: bool) -> None:
         """Take up earlier work on the same plan, or start anew. Raises OutputError where the earlier work is another's."""
+        identity = {"format": FORMAT, **identity}
         earlier = None if restart else _read_plan(self.recorded)
         if earlier is None:  # no shard can be finished yet
             self._forget()
-            for path in (self.folder, *self._journals()):
+            for path in (self.folder, self.sources, *self._journals()):
                 remove(path)
             self.folder.mkdir()
             sync_folder(self.partial)  # before plan.json, so that a plan without a folder means: it was published
-            write_file(self.recorded, json.dumps(dict(identity), indent=2).encode())
-        elif earlier != dict(identity):
+            write_file(self.recorded, json.dumps(identity, indent=2).encode())
+        elif earlier != identity:
             raise self._belongs_to_another(earlier, identity)
         elif self.folder.is_symlink() or not (self.folder.is_dir() or self.published):  # somebody moved it away
             self.begin(identity, restart=True)
 
     def _belongs_to_another(self, then: Mapping[str, str], now: Mapping[str, str]) -> OutputError:
-        facts: dict[str, str] = {}
+        if (then.get("format"), then.get("version")) != (now.get("format"), now.get("version")):
+            facts = {"version, then": then.get("version", "unknown"), "version, now": now.get("version", "unknown")}
+            what = (
+                f"the partial work in `{self.partial.name}` was begun by another version of llava-weights, and is not continued by this one"
+            )
+            return OutputError(what, facts=facts, hint="pass `--restart` to begin again, or finish it with the version that began it")
+        facts = {}
         for part in sorted(set(then) | set(now)):
             if then.get(part) != now.get(part):
                 facts[f"{part}, then"], facts[f"{part}, now"] = _differing(then.get(part, ""), now.get(part, ""))
@@ -148,6 +173,14 @@ class Job:
             file.flush()
             os.fsync(file.fileno())
 
+    def noted_sources(self) -> dict[str, list[int]]:
+        """The state of each input, by path, that all finished shards were made of, as far as it is known."""
+        found = _json(self.sources.read_bytes()) if self.sources.exists() else None
+        return found if isinstance(found, dict) else {}
+
+    def note_sources(self, states: Mapping[str, list[int]]) -> None:
+        write_file(self.sources, json.dumps(states).encode())
+
     def publish(self, *, force: bool) -> None:
         """Give the complete folder its name. With `force`, an OUT that was there is moved aside before, and deleted by `clean`."""
         sync_folder(self.folder)
@@ -158,13 +191,14 @@ class Job:
         sync_folder(self.out.parent)
 
     def clean(self) -> None:
-        """Delete the work folder, the bulk first. The lock, which tells that the folder is ours, goes last."""
+        """Delete the work folder, the bulk first. What tells that the folder is ours goes last; what is not ours stays."""
         remove(self.aside)
         self._forget()
         for path in self.partial.iterdir():
-            if path.name != "lock":
+            if path.name not in ("lock", MARKER) and OURS.fullmatch(path.name):
                 remove(path)
         sync_folder(self.partial)
+        remove(self.partial / MARKER)
         remove(self.partial / "lock")
         with suppress(OSError):  # NFS keeps a name for the lock until it is closed, then `open_job` does this
             self.partial.rmdir()
@@ -205,6 +239,7 @@ def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool =
             break
         os.close(fd)  # the run before us finished and deleted the folder between our open and our lock
     try:
+        _mark(job.partial)
         with naming(job.partial / "lock"):
             os.truncate(fd, 0)
             os.pwrite(fd, b"portions\n" if shared else f"{os.getpid()}\n".encode(), 0)
@@ -220,15 +255,45 @@ def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool =
 
 
 def _open_lock(partial: Path) -> int | None:
-    """The lock file; None where another run deleted the folder meanwhile. Raises OutputError where the folder is somebody else's:
-    what lies in it would be deleted at the end."""
+    """The lock file; None where another run deleted the folder meanwhile. Raises OutputError where the folder is somebody else's."""
     make_folder(partial)
     with suppress(FileNotFoundError):
-        if partial.is_symlink() or not (set(os.listdir(partial)) <= {"lock"} or (partial / "lock").is_file()):
-            hint = "move it away, or choose another `-o`"
-            raise OutputError(f"`{partial.name}` exists and is not the work of an earlier run", facts={"folder": partial}, hint=hint)
+        check_ours(partial)
         return os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     return None
+
+
+def check_ours(partial: Path) -> None:
+    """Raise OutputError where `partial` exists and is not a work folder of ours, or an empty one: what lies in it would be deleted."""
+    if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir() or not _is_ours(partial)):
+        hint = "move it away, or choose another `-o`"
+        raise OutputError(f"`{partial.name}` exists and is not the work of an earlier run", facts={"folder": partial}, hint=hint)
+
+
+def _is_ours(partial: Path) -> bool:
+    names = set(os.listdir(partial))
+    if MARKER in names:
+        return _small_file(partial / MARKER) == MARK
+    known = {name for name in names if name == "lock" or name.startswith(f".{MARKER}.")}
+    if "lock" in known:  # of a run that died before it marked the folder, or of 0.1.0: a process id, or "portions"
+        written = _small_file(partial / "lock")
+        if written is None or not re.fullmatch(rb"[\0\n]*|\d+\n|portions\n", written):
+            return False
+    return known == names or ("lock" in known and {"version", "tensors"} <= (_read_plan(partial / "plan.json") or {}).keys())
+
+
+def _small_file(path: Path) -> bytes | None:
+    """The bytes of a small regular file; None for anything else."""
+    status = path.lstat()
+    return path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= 1000 else None
+
+
+def _mark(partial: Path) -> None:
+    """Say, durably and before anything else lies here, that the folder is ours. Under a name of its own, since portions come at once."""
+    if not (partial / MARKER).exists():
+        temporary = partial / f".{MARKER}.{secrets.token_hex(4)}.part"
+        put_file(temporary, MARK)
+        os.rename(temporary, partial / MARKER)
 
 
 def lock(fd: int, kind: int) -> bool:
@@ -247,6 +312,58 @@ def _is_still(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def meets(place: Path, sources: Iterable[Path]) -> Path | None:
+    """The first of `sources` that lies in the folder `place`, or that leads through it; None where all lie elsewhere.
+
+    Compared are the files and folders themselves, so it makes no difference how they are spelled: through links, `..`, mounts, or in
+    another case. Hard links don't count: what is deleted or replaced by name is still there under the other.
+    """
+    inside = {_itself(place)} if os.path.lexists(place) else set()
+    for folder, folders, files in os.walk(place):
+        for name in (*folders, *files):
+            with suppress(FileNotFoundError):  # of another run's work
+                status = os.lstat(os.path.join(folder, name))
+                if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:
+                    inside.add((status.st_dev, status.st_ino))
+    return next((source for source in sources if not inside.isdisjoint(map(_itself, _way(source)))), None)
+
+
+def lies_in(place: Path, folder: Path) -> bool:
+    """Whether `place`, which need not exist, lies in `folder` or is it."""
+    status = os.stat(folder)
+    return any((status.st_dev, status.st_ino) == _itself(part) for part in _way(place))
+
+
+def _way(path: Path) -> set[Path]:
+    """`path`, every folder above it, and the same of what the links among them lead to; those that exist."""
+    found, waiting = set[Path](), [path.absolute()]
+    while waiting and len(found) < LONGEST_WAY:
+        place = waiting.pop()
+        for part in (place, *place.parents):
+            if part not in found and os.path.lexists(part):
+                found.add(part)
+                if part.is_symlink():
+                    waiting.append(part.parent / os.readlink(part) / place.relative_to(part))
+    return found
+
+
+def _itself(path: Path) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+def mount_of(folder: Path) -> object:
+    """Which mount `folder` lies on: names can be moved within one, not from one to another. Two may be of one file system."""
+    fd = os.open(folder, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # only Linux has it
+            lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+            return next((line for line in lines if line.startswith("mnt_id:")), os.fstat(fd).st_dev)
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .buffers import one_thread
 from .errors import OutputError, UsageError
 from .events import Note
 from .job import Job, lock, open_job, remove
 from .plan import Plan
 from .stream import output_error
-from .write import Listener, Report, execute, keeping, preflight, trusted, write_shards
+from .write import Listener, Report, execute, keeping, note_sources, preflight, trusted, write_shards
 
 LARGEST_COUNT = 99999  # the numbers have five digits, as in the names of shards
 
@@ -57,6 +58,7 @@ def to_portion(text: str) -> Portion:
     return Portion(int(found[1]), int(found[2]))
 
 
+@one_thread()
 def execute_portion(
     plan: Plan, out: str | os.PathLike[str], portion: Portion, *, force: bool = False, on_event: Listener = lambda event: None
 ) -> PortionReport:
@@ -113,6 +115,8 @@ def _begin(job: Job, plan: Plan) -> None:
     try:
         lock(fd, fcntl.LOCK_EX)
         job.begin(plan.identity, restart=False)
+        if not job.sources.exists():
+            note_sources(plan, job, fresh=not job.finished())
     except OutputError as error:
         error.hint = f"repeat the earlier inputs and options, or delete `{job.partial.name}`"
         raise

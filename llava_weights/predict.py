@@ -33,6 +33,7 @@ from .formats import listed, shown
 from .formats.torch_zip import LOCAL, Member, zip_records
 from .stream import make
 from .tensors import FLOATS, Add, LazyTensor, Stored, cast
+from .threads import Shield
 from .windows import cut
 from .workspace import Record, SourceFile, Workspace, check_crcs
 
@@ -168,8 +169,9 @@ def _predictions(shards: list[_Shard], delta: Checkpoint, on_event: Callable[[Ev
     done = 0
     for shard in shards:
         digests = [hashlib.new(name, usedforsecurity=False) for name in ("md5", "sha256")]
-        with closing(Workspace()) as work, ThreadPoolExecutor(len(digests)) as pool:
+        with Shield() as shield, closing(Workspace()) as work, ThreadPoolExecutor(len(digests)) as pool:
             for piece in _Container(shard, work).stream():
+                shield.check()
                 for task in [pool.submit(digest.update, piece) for digest in digests]:
                     task.result()
                 done += len(piece)

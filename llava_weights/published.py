@@ -9,13 +9,13 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from .errors import InputError
+from .threads import in_threads
 from .workspace import SourceFile, Workspace
 
 WINDOW = 8 << 20  # bytes a read, each hashed by all algorithms while it is in cache
@@ -219,13 +219,7 @@ def hash_files(
         return _hash_file(path, algorithms, stop, advance)
 
     unique = tuple(dict.fromkeys(paths))
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return dict(zip(unique, pool.map(task, unique), strict=True))
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return dict(zip(unique, in_threads(task, unique, jobs, stop=stop.set), strict=True))
 
 
 def _hash_file(path: Path, algorithms: Sequence[str], stop: threading.Event, advance: Callable[[int], None]) -> dict[str, str]:

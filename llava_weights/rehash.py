@@ -24,6 +24,7 @@ from .errors import InputError
 from .events import Event, Progress, Started
 from .manifest import TensorEntry
 from .tensors import LazyTensor, Stored
+from .threads import Shield, in_threads
 from .windows import row_ranges
 from .workspace import Record, SourceFile, Workspace, crc_errors
 
@@ -129,16 +130,15 @@ class Rehash:
                 made[name] = tensor
         sizes = {name: size_of(path) for name, path in files.items()}
         largest_first = sorted(files, key=lambda name: -sizes[name])
-        self.on_event(Started(len(files), sum(sizes.values()) + sum(tensor.nbytes for tensor in made.values()), what="Reading"))
-        with ThreadPoolExecutor(2 * self.jobs) as lanes, ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                digests = pool.map(lambda name: self._file(name, files[name], inside[os.path.abspath(files[name])], lanes), largest_first)
-                found = dict(zip(largest_first, digests, strict=True))
-                list(pool.map(self._made, made.items()))
-            except BaseException:
-                self.stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        if total := sum(sizes.values()) + sum(tensor.nbytes for tensor in made.values()):
+            self.on_event(Started(len(files), total, what="Reading"))
+
+        def one(name: str) -> dict[str, str]:
+            return self._file(name, files[name], inside[os.path.abspath(files[name])], lanes)
+
+        with Shield(), ThreadPoolExecutor(2 * self.jobs) as lanes:
+            found = dict(zip(largest_first, in_threads(one, largest_first, self.jobs, stop=self.stop.set), strict=True))
+            in_threads(self._made, made.items(), self.jobs, stop=self.stop.set)
         ordered = {name: self.entries[name] for name in tensors if name in self.entries}
         known = {name: found[name] for name in files if name not in self.damaged}
         return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes)

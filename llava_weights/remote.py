@@ -16,7 +16,6 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from . import ranges
 from .errors import HubError, InputError, LlavaWeightsError, UsageError
 from .hub import SIDECARS, HubSource, choose_files, explain, parse_source
 from .patience import Absent, Patience, name_of, patiently
+from .threads import in_threads
 from .web import LOOPBACK, endpoint
 from .workspace import SHADOWS, SourceFile
 
@@ -109,8 +109,7 @@ def shadowed(text: str, revision: str | None = None) -> Iterator[Shadow]:
     folder = Path(tempfile.mkdtemp(prefix="llava-weights-")) / (re.sub(r"[^\w.\-]", "_", name_of(listing.address)) or "remote")
     _folders.append(folder.parent)
     folder.mkdir()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda name: _shadow(folder / name, chosen[name]), chosen))
+    in_threads(lambda name: _shadow(folder / name, chosen[name]), chosen, AT_ONCE)
     try:
         yield Shadow(folder / listing.only if listing.only else folder, listing.name, listing.revision)
     except LlavaWeightsError as error:
@@ -231,8 +230,7 @@ def _existing(home: str, names: Iterable[str]) -> dict[str, SourceFile]:
         found = ranges.stat(f"{home}/{name}")
         return SourceFile(f"{home}/{name}", found[0], 0, 0, etag=found[1]) if found else None
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return {file.name: file for file in pool.map(ask, names) if file}
+    return {file.name: file for file in in_threads(ask, names, AT_ONCE) if file}
 
 
 def _missing(text: str) -> InputError:
@@ -328,8 +326,7 @@ def _fill_zip(holes: _Holes) -> None:
     for member in members:
         small = 0 if re.search(r"/data/\d+$", member.filename) else member.file_size
         wanted.append((member.header_offset, member.header_offset + MEMBER_HEAD + len(member.filename.encode()) + small))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(lambda place: holes.fill(*place), _joined(wanted)))
+    in_threads(lambda place: holes.fill(*place), list(_joined(wanted)), AT_ONCE)
 
 
 def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

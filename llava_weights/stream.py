@@ -9,6 +9,7 @@ three are done with it, so memory is a few windows, whatever the model's size.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -21,12 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
-from .errors import InputError, LlavaWeightsError, OutputError
+from .buffers import one_thread
+from .errors import InputError, LlavaWeightsError, OutputError, shortage
 from .formats.safetensors import make_header
 from .integer_delta import ToInteger, write_integer_shard
 from .job import NOT_SUPPORTED, sync_folder
 from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
 from .tensors import wrong_digest
+from .threads import Shield
 from .windows import Window, cut
 from .workspace import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
 
@@ -44,6 +47,7 @@ class ShardResult:
     tallies: dict[str, int]
 
 
+@one_thread()
 def write_shard(
     shard: Shard,
     folder: Path,
@@ -56,21 +60,9 @@ def write_shard(
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then.
     """
-    if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
-        return _write_integer(shard, folder, settings, on_bytes)
-    header, laid_out = make_header(shard.tensors, FORMAT)
-    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
-    size = len(header) + sum(window.nbytes for window in windows)
     temporary = temporary_path(folder, shard.name)
     try:
-        with Sink(temporary, size, settings) as sink:
-            sink.write(memoryview(header), 0)
-            job = Pipeline(header, windows, sink, settings, on_bytes)
-            job.run()
-            for name, tensor in shard.tensors:
-                if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
-                    raise wrong_digest(name)
-            sink.sync()
+        result = _write(shard, temporary, settings, on_bytes)
         os.rename(temporary, folder / shard.name)
         sync_folder(folder)
     except OSError as error:
@@ -78,6 +70,41 @@ def write_shard(
     finally:
         with suppress(OSError):  # the next run deletes it
             temporary.unlink(missing_ok=True)
+    return result
+
+
+@one_thread()
+def digest_shard(shard: Shard, folder: Path, settings: Settings) -> tuple[str, str]:
+    """The name of `shard` and the sha256 of its file, made of what its inputs hold now. Nothing stays in `folder`.
+
+    Raises what `write_shard` raises.
+    """
+    temporary = temporary_path(folder, shard.name)
+    try:
+        integer = any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors)
+        return shard.name, _write(shard, temporary if integer else None, settings, lambda nbytes: None).sha256
+    except OSError as error:
+        raise output_error(error, folder / shard.name) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _write(shard: Shard, path: Path | None, settings: Settings, on_bytes: Callable[[int], None]) -> ShardResult:
+    """Write `shard` to `path`, durably; nowhere without one, which an integer delta can't do."""
+    if path and any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
+        return _write_integer(shard, path, settings, on_bytes)
+    header, laid_out = make_header(shard.tensors, FORMAT)
+    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
+    size = len(header) + sum(window.nbytes for window in windows)
+    with Sink(path, size, settings) if path else Nowhere() as sink:
+        sink.write(memoryview(header), 0)
+        job = Pipeline(header, windows, sink, settings, on_bytes)
+        job.run()
+        for name, tensor in shard.tensors:
+            if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
+                raise wrong_digest(name)
+        sink.sync()
     return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies))
 
 
@@ -86,15 +113,9 @@ def temporary_path(folder: Path, name: str) -> Path:
     return folder / f".{name}.{secrets.token_hex(4)}.part"
 
 
-def _write_integer(shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None]) -> ShardResult:
+def _write_integer(shard: Shard, path: Path, settings: Settings, on_bytes: Callable[[int], None]) -> ShardResult:
     items = [(name, tensor) for name, tensor in shard.tensors if isinstance(tensor, ToInteger)]
-    temporary = temporary_path(folder, shard.name)
-    try:
-        result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes)
-        os.rename(temporary, folder / shard.name)
-        sync_folder(folder)
-    except OSError as error:
-        raise output_error(error, folder / shard.name) from error
+    result = write_integer_shard(path, items, jobs=settings.jobs, on_bytes=on_bytes)
     tallies = {"raw": result.raw_nbytes, "packed": result.packed_nbytes}
     return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies)
 
@@ -106,7 +127,7 @@ class Pipeline:
 
     header: bytes
     windows: Sequence[Window]
-    sink: Sink
+    sink: Sink | Nowhere
     settings: Settings
     on_bytes: Callable[[int], None]
     tensor_digests: dict[str, str] = field(default_factory=dict)
@@ -132,17 +153,15 @@ class Pipeline:
         tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
         tasks += [(self._digest_file, ()), (self._digest_tensors, ())]
         threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
-        for thread in threads:
-            thread.start()
-        try:
+        with Shield(self._fail):  # the files are closed when no thread lives
+            try:
+                for thread in threads:
+                    thread.start()
+            except RuntimeError as error:  # there can be no more threads
+                self._fail(error)
             for thread in threads:
-                thread.join()
-        except BaseException as interruption:  # KeyboardInterrupt, SIGTERM: let the threads end before the files are closed
-            self._fail(interruption)
-            for thread in threads:
-                thread.join()
-            raise
-        finally:
+                if thread.ident is not None:
+                    thread.join()
             self._finish_workspaces()
         if self.failures:
             raise self.failures[0]
@@ -241,6 +260,22 @@ def make(window: Window, out: memoryview, workspace: Workspace) -> None:
             )
 
 
+class Nowhere:
+    """A `Sink` for who only wants the digests."""
+
+    def __enter__(self) -> Nowhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def write(self, data: memoryview, offset: int) -> None:
+        return
+
+    def sync(self) -> None:
+        return
+
+
 class Sink:
     """The output file: allocated at once, written by position, its pages started on their way and dropped behind."""
 
@@ -304,15 +339,17 @@ def allocate(fd: int, size: int) -> None:
     if size and _fallocate and _fallocate(fd, 0, 0, size) == 0:
         return
     code = ctypes.get_errno() if size and _fallocate else 0
-    if code in (28, 27, 122):  # ENOSPC, EFBIG, EDQUOT; anything else means that the file system can't reserve
+    if code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # anything else means that the file system can't reserve
         raise OSError(code, os.strerror(code))
     os.ftruncate(fd, size)
 
 
 def output_error(error: OSError, path: Path) -> LlavaWeightsError:
     """The OutputError for what the system refused, with its reason and the file: the one that `error` names, else `path`."""
+    if known := shortage(error):
+        return known
     named = error.filename2 or error.filename
     path = Path(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else path
-    hint = {28: "free some space, then run the same command to continue", 122: "the disk quota is used up"}.get(error.errno or 0)
+    hints = {errno.ENOSPC: "free some space, then run the same command to continue", errno.EDQUOT: "the disk quota is used up"}
     name = re.sub(r"(\.[0-9a-f]{8})?\.part$", "", path.name).lstrip(".")
-    return OutputError(f"can't write `{name}`: {error.strerror}", facts={"file": path}, hint=hint)
+    return OutputError(f"can't write `{name}`: {error.strerror or error}", facts={"file": path}, hint=hints.get(error.errno or 0))

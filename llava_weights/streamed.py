@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .buffers import TORCH_DTYPE, load_torch
+from .buffers import TORCH_DTYPE, all_threads
 from .errors import InputError, MismatchError, UsageError
 from .formats import listed, shown
 from .tensors import LazyTensor
@@ -47,13 +47,11 @@ class Streamed:
         import torch
 
         self._work, self._hidden = Workspace(), {}
-        threads, precision, convolution = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        load_torch()
-        torch.set_num_threads(threads)  # which load_torch sets to 1
+        precision, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")  # also `torch.backends.cuda.matmul.allow_tf32 = False`
         torch.backends.cudnn.allow_tf32 = False
         try:
-            with closing(self._work), torch.inference_mode():
+            with closing(self._work), all_threads(), torch.inference_mode():
                 yield self._hidden
                 self._work.recheck_sources()
                 check_crcs([self._work])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,6 +16,7 @@ import numpy as np
 
 from .buffers import ITEMSIZE, as_rows, as_torch, count_non_finite, to_float32
 from .errors import MismatchError
+from .threads import in_threads
 from .workspace import Record, SourceFile, Workspace
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -337,5 +337,4 @@ def each(function: Callable[[str, Workspace], T], names: Iterable[str], *sources
         with closing(Workspace(drop_cache=False)) as work, np.errstate(all="ignore"):
             return function(name, work)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(wanted, pool.map(one, wanted), strict=True))
+    return dict(zip(wanted, in_threads(one, wanted, AT_ONCE), strict=True))

@@ -21,6 +21,7 @@ from .events import Event, Note
 from .hub import REPO, HubSource
 from .job import Job, remove, write_file
 from .manifest import MANIFEST, SUMS, digest_file
+from .threads import GLANCE, interruption
 from .wording import redact
 
 AT_ONCE = 2  # shards on this machine: one goes up while the next is made
@@ -38,7 +39,11 @@ def job_at(
 
 
 class UploadJob(Job):
-    """Work in progress whose output is elsewhere. One thread uploads; what it raises comes out of the next call from the writer."""
+    """Work in progress whose output is elsewhere. One thread uploads; what it raises comes out of the next call from the writer.
+
+    After an interruption it may go on with the request that it has begun, which no client can break off; it reads through a descriptor
+    of its own, and writes nothing here any more.
+    """
 
     def __init__(self, out: Path, destination: Destination, reread: bool, on_event: Callable[[Event], None]) -> None:
         super().__init__(out)
@@ -128,9 +133,12 @@ class UploadJob(Job):
             _keep_header(path, self.partial / "header")  # not in the folder that will be the output
 
     def _wait(self) -> None:
-        if self.sending is not None:
-            self.sending.join()
-            self.sending = None
+        while self.sending is not None:
+            self.sending.join(GLANCE)
+            if not self.sending.is_alive():
+                self.sending = None
+            elif (stopped := interruption()) is not None:
+                raise stopped
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import InputError
+from .errors import InputError, shortage
 
 T = TypeVar("T")
 DROP_BEHIND = 64 << 10  # reads below this stay in the page cache, where read-ahead serves the neighbours (facts: perf 6)
@@ -39,6 +39,7 @@ class SourceFile:
     inode: int = field(repr=False)  # tells two files apart, but is no part of a plan's identity: network file systems renumber
     header_sha256: str = ""  # of the bytes that name the tensors: safetensors header, zip directory and data.pkl
     etag: str = ""
+    ctime_ns: int = field(default=0, repr=False, compare=False)  # no program can set it back, as it can the mtime
 
     @classmethod
     def at(cls, path: Path, header_sha256: str = "") -> SourceFile:
@@ -46,7 +47,7 @@ class SourceFile:
         try:
             return cls.of(path, os.stat(path), header_sha256)
         except OSError as error:
-            raise InputError(f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}) from error
+            raise shortage(error) or InputError(f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}) from error
 
     @classmethod
     def of(cls, path: Path, status: os.stat_result, header_sha256: str = "") -> SourceFile:
@@ -54,7 +55,7 @@ class SourceFile:
         place = os.path.abspath(path)
         if elsewhere := SHADOWS.get(place):
             return replace(elsewhere, header_sha256=header_sha256)
-        return cls(place, status.st_size, status.st_mtime_ns, status.st_ino, header_sha256)
+        return cls(place, status.st_size, status.st_mtime_ns, status.st_ino, header_sha256, ctime_ns=status.st_ctime_ns)
 
     @property
     def remote(self) -> bool:
@@ -63,6 +64,11 @@ class SourceFile:
     @property
     def name(self) -> str:
         return os.path.basename(self.path)
+
+    @property
+    def state(self) -> list[int]:
+        """What no change of the file leaves as it was. Much else changes it too: chmod, a hard link, another mount of the same disk."""
+        return [self.inode, self.ctime_ns]
 
 
 SHADOWS: dict[str, SourceFile] = {}  # files of this machine that hold the headers of one elsewhere; remote.py makes them
@@ -205,7 +211,7 @@ def reading(file: SourceFile) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}) from error
+        raise shortage(error) or InputError(f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}) from error
 
 
 def open_source(file: SourceFile) -> int:

@@ -6,27 +6,34 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .buffers import one_thread
 from .card import make_card
 from .checkpoint import small_bytes
-from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, Terminated
+from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, shortage
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
+from .formats import listed
+from .formats.folder import index_file
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
-from .job import Job, open_job, put_file, remove
+from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard
-from .stream import ShardResult, output_error, write_shard
+from .stream import ShardResult, digest_shard, output_error, write_shard
+from .threads import Shield, in_threads
 from .wording import size
+from .workspace import SourceFile
 
+ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
+T = TypeVar("T")
 Listener = Callable[[Event], None]
 
 
@@ -42,6 +49,7 @@ class Report:
     tallies: Mapping[str, int]
 
 
+@one_thread()
 def execute(
     plan: Plan,
     out: str | os.PathLike[str],
@@ -93,15 +101,70 @@ def _run(
     _sweep(job, results)
     resumed = len(results)
     with keeping(plan, job, results):
+        note_sources(plan, job, fresh=not results)
         write_shards(plan, job, pool, results, on_event)
+        _check_sources(plan, job, pool, results, on_event)
         if reread and not job.elsewhere:
-            _read_back(job, list(results.values())[resumed:], pool, plan.settings.jobs, on_event)
+            _read_back(job, results, list(results)[resumed:], pool, plan.settings.jobs, on_event)
         _sweep(job, results)  # of workers that died
         finish(plan, job, results)
         report = _report(plan, job, results, resumed)
         job.publish(force=force)
     _clean(job, on_event)
     return report
+
+
+def note_sources(plan: Plan, job: Job, *, fresh: bool) -> None:
+    """Note the state that the inputs had when they were indexed, unless there are finished shards (`fresh`) of an earlier state."""
+    if fresh or not job.sources.exists():
+        known = {} if not fresh else {file.path: file.state for file in _local_sources(plan)}
+        job.note_sources(known)
+
+
+def _local_sources(plan: Plan) -> set[SourceFile]:
+    files = {leaf.file for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves()}
+    return {file for file in files if not file.remote}
+
+
+def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], on_event: Listener) -> None:
+    """Raise InputError where an input holds other bytes than when the first shards were made of it, though of one size and time.
+
+    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or that lies
+    on some network file systems. So the shards that read it are made once more, without being written, and only other bytes count.
+    Those of them that come out otherwise are no longer kept.
+    """
+    noted, now = job.noted_sources(), {file: SourceFile.at(Path(file.path)).state for file in _local_sources(plan)}
+    moved = {file for file, state in now.items() if noted.get(file.path) != state}
+    if not moved:
+        return
+    on_event(Note(f"{listed(sorted(file.name for file in moved))}: touched since this work began, so what was read is read again"))
+    shards = [shard for shard in plan.shards if any(leaf.file in moved for _, tensor in shard.tensors for leaf in tensor.leaves())]
+    calls = [partial(digest_shard, shard, job.folder, plan.settings) for shard in shards]
+    with Shield():
+        found = dict(completed(pool, calls) if pool is not None else map(_call, calls))
+    wrong = [shard.name for shard in shards if found[shard.name] != results[shard.name].sha256]
+    for name in wrong:
+        del results[name]
+    job.record({name: asdict(result) for name, result in results.items()})
+    same = all(_same_header(file) and SourceFile.at(Path(file.path)).state == now[file] for file in moved)
+    if same:  # what is kept now was made of this state
+        job.note_sources({file.path: state for file, state in now.items()})
+    if wrong or not same:
+        names = sorted(file.name for file in moved)
+        facts = {"file": ", ".join(sorted(file.path for file in moved)), "shards that other bytes went into": ", ".join(wrong) or "unknown"}
+        hint = "wait until nothing writes to the inputs, then run the same command again" + ("" if same else " with `--restart`")
+        raise InputError(f"{listed(names)} changed while it was being read, in size and time the same", facts=facts, hint=hint)
+
+
+def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _same_header(file: SourceFile) -> bool:
+    """Whether the tensors of a file still lie where they did when it was indexed."""
+    return not file.header_sha256 or any(
+        (found.path, found.header_sha256) == (file.path, file.header_sha256) for found in index_file(Path(file.path)).files
+    )
 
 
 def _sweep(job: Job, results: Mapping[str, ShardResult]) -> None:
@@ -128,11 +191,13 @@ def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str,
     indices = {shard.name: index for index, shard in enumerate(plan.shards, 1)}
     for result in list(results.values()):
         job.shard_done(asdict(result))
-    for result in _write(plan, job, pool, dict(results), done, on_event):
-        results[result.name] = result
-        job.append(asdict(result))
-        job.shard_done(asdict(result))
-        on_event(ShardDone(result.name, indices[result.name], len(plan.shards), result.nbytes, result.sha256))
+    with Shield() as shield, closing(_write(plan, job, pool, dict(results), done, on_event)) as written:
+        for result in written:
+            job.append(asdict(result))
+            results[result.name] = result  # from here on it is kept
+            job.shard_done(asdict(result))
+            on_event(ShardDone(result.name, indices[result.name], len(plan.shards), result.nbytes, result.sha256))
+            shield.check()
 
 
 @contextmanager
@@ -140,12 +205,15 @@ def keeping(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Iterato
     """Make every way in which work can end an error that says what lies on disk."""
     try:
         yield
-    except (LlavaWeightsError, OSError) as error:
-        known = error if isinstance(error, LlavaWeightsError) else output_error(error, job.folder)
+    except Exception as error:
+        known = error if isinstance(error, LlavaWeightsError) else shortage(error)
+        known = known or (output_error(error, job.folder) if isinstance(error, OSError) else None)
+        if known is None:
+            raise
         known.kept = kept(job, len(results), len(plan.shards))
         raise known from error
     except KeyboardInterrupt as error:
-        raise _interrupted(error, kept(job, len(results), len(plan.shards)) + ". Run the same command to continue") from error
+        raise Interrupted.of(error, kept(job, len(results), len(plan.shards))) from error
 
 
 def _clean(job: Job, on_event: Listener) -> None:
@@ -155,28 +223,34 @@ def _clean(job: Job, on_event: Listener) -> None:
     except OSError as error:
         on_event(Note(f"`{job.partial.name}` can't be deleted: {error.strerror}", warning=True))
     except KeyboardInterrupt as error:
-        raise _interrupted(error, f"`{job.out.name}` is complete; what is left of `{job.partial.name}` can be deleted") from error
+        raise Interrupted.of(error, f"`{job.out.name}` is complete; what is left of `{job.partial.name}` can be deleted") from error
 
 
-def _interrupted(error: KeyboardInterrupt, kept: str) -> Interrupted:
-    stopped = Interrupted("stopped", exit_code=143 if isinstance(error, Terminated) else 130)
-    stopped.kept = kept
-    return stopped
-
-
-def _read_back(job: Job, written: Sequence[ShardResult], pool: Executor | None, jobs: int, on_event: Listener) -> None:
+def _read_back(
+    job: Job, results: dict[str, ShardResult], written: Sequence[str], pool: Executor | None, jobs: int, on_event: Listener
+) -> None:
     """Hash the shards of this run again, from the disk: their pages were dropped when they were written. Those of an earlier
-    run were read when they were taken up. Raises OutputError for one that differs, which is then made again by the next run."""
-    on_event(ReadingBack(sum(result.nbytes for result in written)))
-    with ThreadPoolExecutor(jobs) as threads:
-        digests = (pool or threads).map(_digest, [job.folder / result.name for result in written])
-        for result, digest in zip(written, digests, strict=True):
-            if digest != result.sha256:
-                raise OutputError(
-                    f"`{result.name}` does not come back from the disk as it was written",
-                    facts={"written": result.sha256, "read": digest},
-                    hint="check the disk, or choose another `-o`; the same command writes this shard again",
-                )
+    run were read when they were taken up. Raises OutputError for one that differs, which is then made again by the next run, and taken
+    out of `results`."""
+    if not written:
+        return
+    on_event(ReadingBack(sum(results[name].nbytes for name in written)))
+    paths = [job.folder / name for name in written]
+    with Shield():
+        found = dict(in_threads(_read, paths, jobs) if pool is None else completed(pool, [partial(_read, path) for path in paths]))
+    wrong = [(name, results.pop(name).sha256) for name in written if found[name] != results[name].sha256]
+    for name, digest in wrong:
+        facts = {"written": digest, "read": found[name]}
+        hint = "check the disk, or choose another `-o`; the same command writes this shard again"
+        raise OutputError(f"`{name}` does not come back from the disk as it was written", facts=facts, hint=hint)
+
+
+def _read(path: Path) -> tuple[str, str]:
+    """The name of a file of ours and its sha256, or why it has none."""
+    try:
+        return path.name, digest_file(path)
+    except OSError as error:
+        return path.name, str(error.strerror)
 
 
 def _digest(path: Path) -> str:
@@ -206,14 +280,40 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
     out = job.out
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.elsewhere:
         raise OutputError(f"`{out.name}` exists and is not a folder", facts={"output": out}, hint="choose another `-o`")
+    with suppress(FileNotFoundError):  # another run ended meanwhile
+        check_ours(job.partial)
     _check_free(job, force)
-    for source in () if job.elsewhere else (origin.path for step in plan.history for _, origin in step.inputs):
-        inner, outer = source.resolve(), out.resolve()
-        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-            raise OutputError(
-                f"the output `{out.name}` is, holds or lies inside an input", facts={"input": source}, hint="choose another `-o`"
-            )
+    _check_inputs(plan, job)
+    _check_place(job)
     _check_space(plan, job)
+
+
+def _check_inputs(plan: Plan, job: Job) -> None:
+    """Refuse an output, or a work folder, that is, holds or lies inside an input: what lies there is written over and deleted."""
+    origins = [origin for step in plan.history for _, origin in step.inputs]
+    read = {leaf.file.path for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves() if not leaf.file.remote}
+    read |= {file.path for origin in origins for file in origin.files if not file.remote}
+    given = [origin.path for origin in origins if not origin.remote]
+    sources = [*given, *map(Path, sorted(read)), *(data for data in plan.files.values() if isinstance(data, Path))]
+    for place in job.places:
+        source = meets(place, sources) or next((path for path in given if path.is_dir() and lies_in(place, path)), None)
+        if source is not None:
+            what = "output" if place == job.out else "work folder"
+            facts = {"input": source, what: place}
+            raise OutputError(f"the {what} `{place.name}` is, holds or lies inside an input", facts=facts, hint="choose another `-o`")
+
+
+def _check_place(job: Job) -> None:
+    """Refuse now what would fail when all is written: names can't be moved from one mount to another, nor a mount point be replaced."""
+    above = next(folder for folder in job.out.parents if folder.exists())
+    inside = (job.partial, job.folder, *(() if job.elsewhere else (job.out, job.aside)))
+    for place in (place for place in inside if place.is_dir()):
+        if mount_of(place) != mount_of(above):
+            facts = {place.name: place, "mounted apart from": above}
+            raise OutputError(f"`{place.name}` is a mount point, so no output can get its name there", facts=facts, hint=ANOTHER_PLACE)
+    for place in (above, *(place for place in inside if place.is_dir() and (place != job.out or job.occupied))):
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OutputError(f"can't write to `{place}`", hint="choose another `-o`, or change the folder's permissions")
 
 
 def _check_free(job: Job, force: bool) -> None:
@@ -240,8 +340,6 @@ def _check_space(plan: Plan, job: Job) -> None:
             facts={"needed": size(needed), "free": f"{size(free)} on {place}"},
             hint=f"free {size(needed - free)} or choose another `-o`",
         )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"can't write to `{place}`", hint="choose another `-o`, or change the folder's permissions")
 
 
 def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:
@@ -259,7 +357,7 @@ def _result(entry: Mapping[str, Any]) -> ShardResult:
     return ShardResult(**entry)
 
 
-def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], nbytes: int, on_event: Listener) -> Iterator[ShardResult]:
+def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], nbytes: int, on_event: Listener) -> Generator[ShardResult]:
     """Results of the shards that are left, as they finish."""
     left = [shard for shard in plan.shards if shard.name not in done]
     counter = _Counter(nbytes, on_event)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..console import Console
-from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, OutputError, Terminated, UsageError
+from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, Terminated, UsageError, shortage
 from ..events import Note
 from .options import Layout, Run, Show
 
@@ -24,29 +24,31 @@ if TYPE_CHECKING:
 @contextmanager
 def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     """A console for one command; every way of ending becomes its text and its exit code."""
+    from ..buffers import one_thread
+
     console = Console(json=show.json, quiet=show.quiet, verbose=show.verbose)
     console.writes = writes
     console.install_status_signal()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield console
+        with one_thread():
+            yield console
     except LlavaWeightsError as error:
         raise typer.Exit(console.error(error)) from None
     except KeyboardInterrupt as error:
-        raise typer.Exit(console.error(Interrupted("stopped", exit_code=143 if isinstance(error, Terminated) else 130))) from None
+        raise typer.Exit(console.error(Interrupted.of(error))) from None
     except (typer.Exit, typer.Abort):
         raise
     except OSError as error:  # of an input: what is written has its own errors
         if error.filename is None:
-            raise typer.Exit(console.unexpected(error)) from None
+            known = shortage(error)
+            raise typer.Exit(console.error(known) if known else console.unexpected(error)) from None
         from ..formats import unreadable
 
         raise typer.Exit(console.error(unreadable(Path(str(error.filename)), error))) from None
-    except MemoryError:
-        hint = "pass `--max-memory` less than what this process may have, or fewer `--jobs`"
-        raise typer.Exit(console.error(OutputError("there is not enough memory", hint=hint))) from None
     except Exception as error:
-        raise typer.Exit(console.unexpected(error)) from None
+        known = shortage(error)
+        raise typer.Exit(console.error(known) if known else console.unexpected(error)) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
         console.close()

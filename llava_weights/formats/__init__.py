@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, LlavaWeightsError, shortage
 
 DOWNLOAD_AGAIN = "download the file again, for example with `hf download`"
 
@@ -49,8 +49,10 @@ def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
         os.close(fd)
 
 
-def unreadable(path: Path, error: OSError) -> InputError:
+def unreadable(path: Path, error: OSError) -> LlavaWeightsError:
     """The refusal for a file that the operating system does not let us read."""
+    if known := shortage(error):
+        return known
     why = "does not exist" if error.errno == errno.ENOENT else f"can't be read: {error.strerror}"
     return InputError(f"{shown(path.name)} {why}", facts={"path": path})
 

@@ -1,0 +1,138 @@
+"""Threads that nobody leaves alone: whoever starts some returns, or raises, when none of them is at work any more.
+
+A thread that is left behind goes on to use descriptors and buffers that its caller has closed, and that by then may be a stranger's.
+One Ctrl-C breaks off any wait, and a second one the wait for the end, so inside a `Shield` no signal does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, ClassVar, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+GLANCE = 0.1  # seconds between two looks for an interruption, where what is waited for can't be woken
+
+
+class Shield:
+    """While one is open, what the handler of a signal raises (KeyboardInterrupt) breaks nothing off: it is kept in `caught`, `stop` is
+    called with it, and it is raised when the shield is closed. Outside of the main thread, where no handler runs, it does nothing.
+
+    `stop` runs in the main thread at any moment, so it must take no lock that this thread may hold.
+    """
+
+    _open: ClassVar[list[Shield]] = []
+    _handlers: ClassVar[dict[int, Any]] = {}
+
+    def __init__(self, stop: Callable[[BaseException], None] = lambda error: None) -> None:
+        self.caught: BaseException | None = None
+        self._stop = stop
+
+    def __enter__(self) -> Shield:
+        if threading.current_thread() is threading.main_thread():
+            try:
+                if not Shield._open:
+                    _take_over(Shield._handlers)
+            except BaseException:
+                _give_back(Shield._handlers)
+                raise
+            Shield._open.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self in Shield._open:
+            Shield._open.remove(self)
+            if not Shield._open:
+                _give_back(Shield._handlers)
+        if self.caught is not None and self.caught is not error:
+            raise self.caught
+
+    def check(self) -> None:
+        """Raise what was caught."""
+        if self.caught is not None:
+            raise self.caught
+
+    def _catch(self, error: BaseException) -> None:
+        if self.caught is None:
+            self.caught = error
+            self._stop(error)
+
+
+def interruption() -> BaseException | None:
+    """What the open shields caught in this thread, for a loop that would otherwise go on."""
+    main = threading.current_thread() is threading.main_thread()
+    return next((shield.caught for shield in Shield._open if shield.caught), None) if main else None
+
+
+def _take_over(handlers: dict[int, Any]) -> None:
+    for number in signal.valid_signals():
+        if callable(handler := signal.getsignal(number)) and handler is not _handle:
+            handlers[number] = handler
+            signal.signal(number, _handle)
+
+
+def _give_back(handlers: dict[int, Any]) -> None:
+    try:
+        for number, handler in list(handlers.items()):
+            if signal.getsignal(number) is _handle:  # else somebody set another one meanwhile
+                signal.signal(number, handler)
+    except BaseException:  # a signal whose handler is its own again
+        _give_back(handlers)
+        raise
+
+
+def _forked() -> None:
+    """A process that was forked inside a shield has none."""
+    Shield._open.clear()
+    with suppress(ValueError):  # forked by another thread: it is not asked for signals
+        _give_back(Shield._handlers)
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    try:
+        Shield._handlers[number](number, frame)
+    except BaseException as error:
+        if not Shield._open:
+            raise
+        for shield in Shield._open:
+            shield._catch(error)
+
+
+def in_threads(
+    function: Callable[[A], B],
+    items: Iterable[A],
+    jobs: int,
+    *,
+    then: Callable[[B], None] = lambda result: None,
+    stop: Callable[[], None] = lambda: None,
+) -> list[B]:
+    """What `function` returns for each of `items`, `jobs` at a time, in their order; `then` gets each in this thread, in order too.
+
+    After a failure or an interruption nothing new begins, and `stop` is called, for what is at work to end soon. Raises the first
+    failure in the order of `items`, or the interruption.
+    """
+    results: list[B] = []
+    with Shield() as shield, ThreadPoolExecutor(jobs) as pool:
+        futures: list[Future[B]] = []
+        try:
+            futures += [pool.submit(function, item) for item in items]
+            for future in futures:
+                while not wait([future], GLANCE).done:
+                    shield.check()
+                shield.check()
+                results.append(future.result())
+                then(results[-1])
+        except BaseException:
+            stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
