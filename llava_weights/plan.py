@@ -16,6 +16,7 @@ from typing import Any
 from . import __version__
 from .checkpoint import Checkpoint, Step, small_bytes
 from .errors import UsageError
+from .formats import legible
 from .formats.strict_json import json_bytes
 from .tensors import LazyTensor
 from .windows import cut
@@ -189,7 +190,7 @@ def describe(step: Step) -> dict[str, Any]:
             "name": origin.name,
             "revision": origin.revision,
             "container": origin.container,
-            "files": [{"name": f.name, "size": f.size, "header_sha256": f.header_sha256} for f in origin.files],
+            "files": [{"name": legible(f.name), "size": f.size, "header_sha256": f.header_sha256} for f in origin.files],
         }
         for position, (role, origin) in enumerate(step.inputs)
     }

@@ -19,6 +19,7 @@ from .checkpoint import small_bytes
 from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, Terminated
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
+from .formats import is_text, shown
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
 from .job import Job, open_job, put_file, remove
@@ -207,6 +208,8 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.elsewhere:
         raise OutputError(f"`{out.name}` exists and is not a folder", facts={"output": out}, hint="choose another `-o`")
     _check_free(job, force)
+    if odd := [name for name in plan.files if not is_text(name)]:
+        raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
     for source in () if job.elsewhere else (origin.path for step in plan.history for _, origin in step.inputs):
         inner, outer = source.resolve(), out.resolve()
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
