@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -296,7 +297,8 @@ def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     names = {name: name.removeprefix("base_model.") for name in tensors}
     if any(name.startswith("model.model.") for name in names.values()):
         names = {name: short.removeprefix("model.") for name, short in names.items()}
-    twice = [name for name, short in names.items() if list(names.values()).count(short) > 1] if len({*names.values()}) < len(names) else []
+    counts = Counter(names.values())
+    twice = [name for name, short in names.items() if counts[short] > 1]
     _refuse_unplaced(twice, NON_LORA)
     return {names[name]: tensor for name, tensor in tensors.items()}
 

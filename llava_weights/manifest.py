@@ -66,7 +66,7 @@ def make_sums(files: Sequence[FileEntry]) -> bytes:
 
 
 def _line(file: FileEntry) -> str:
-    name = file.path.translate(str.maketrans(ESCAPES))
+    name = "".join(ESCAPES.get(character, character) for character in file.path)
     mark = "\\" if name != file.path else ""
     return f"{mark}{file.sha256}  {name}\n"
 

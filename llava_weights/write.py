@@ -208,8 +208,7 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.elsewhere:
         raise OutputError(f"`{out.name}` exists and is not a folder", facts={"output": out}, hint="choose another `-o`")
     _check_free(job, force)
-    if odd := [name for name in plan.files if not is_text(name)]:
-        raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
+    _check_small_files(plan)
     for source in () if job.elsewhere else (origin.path for step in plan.history for _, origin in step.inputs):
         inner, outer = source.resolve(), out.resolve()
         if inner.is_relative_to(outer) or outer.is_relative_to(inner):
@@ -217,6 +216,18 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
                 f"the output `{out.name}` is, holds or lies inside an input", facts={"input": source}, hint="choose another `-o`"
             )
     _check_space(plan, job)
+
+
+def _check_small_files(plan: Plan) -> None:
+    """Raise InputError where they could not be recorded, or would take more memory than the plan has for them."""
+    if odd := [name for name in plan.files if not is_text(name)]:
+        raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
+    sizes = {name: data.stat().st_size if isinstance(data, Path) else len(data) for name, data in plan.files.items()}
+    if (total := sum(sizes.values())) > LARGEST_SMALL_FILE:
+        largest = max(sizes, key=lambda name: sizes[name])
+        what = f"the small files have {size(total)} together, at most {size(LARGEST_SMALL_FILE)} are copied"
+        facts = {"largest": f"{shown(largest)}, {size(sizes[largest])}"}
+        raise InputError(what, facts=facts, hint="take out of the input's folder what is no part of the model")
 
 
 def _check_free(job: Job, force: bool) -> None:

@@ -21,7 +21,8 @@ LAYERS = (
     "workspace wording retention naming",
     "buffers exact",
     "tensors",
-    "formats hub published",  # the files of formats/ count as one module
+    "formats published",  # the files of formats/ count as one module
+    "hub",
     "remote",
     "checkpoint",
     "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows

@@ -1,4 +1,4 @@
-"""Links in an input or a checked folder lead nowhere else: nothing that lies outside is read, and neither its content nor its digest is shown."""
+"""Links in an input or a checked folder lead nowhere else: of what lies outside neither content nor digest is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of files that few expect: not UTF-8, or with the end of a line in them. They are refused before work begins, or written as coreutils do."""
+"""Names of files that few expect, not UTF-8 or with the end of a line in them: refused before work begins, or written as coreutils do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,22 @@ from test_links import CLIP, LLAVA, copied, run
 from llava_weights.manifest import FileEntry, make_sums
 from llava_weights.records import read_manifest, read_sums
 
-ODD = ["a\nb.txt", "a\\b.txt", "\\", "a\\nb", "a\rb", "tail ", " head", "a\u2028b", "a\x0bb", "a\x85b", "*star", "\n", "ü", "SHA256 (x) = y"]
+ODD = [
+    "a\nb.txt",
+    "a\\b.txt",
+    "\\",
+    "a\\nb",
+    "a\rb",
+    "tail ",
+    " head",
+    "a\u2028b",
+    "a\x0bb",
+    "a\x85b",
+    "*star",
+    "\n",
+    "ü",
+    "SHA256 (x) = y",
+]
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -63,7 +78,8 @@ def test_checksum_refuses_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     before = set(os.listdir(it))
     ended = run("checksum {it}", it, tmp_path / "out")
     assert ended.code == 3
-    assert "is not UTF-8" in ended.told and "hint: " in ended.told
+    assert "is not UTF-8" in ended.told
+    assert "hint: " in ended.told
     assert set(os.listdir(it)) == before
     assert run("verify {it}", it, tmp_path / "out").code == 3
     assert run("verify {it} --json", it, tmp_path / "out").code == 3
@@ -75,7 +91,8 @@ def test_a_small_file_whose_name_is_not_utf8_stops_before_the_first_byte(tmp_pat
     for more in ("", " --dry-run"):
         ended = run("convert {it} --vision-tower {clip} -o {out}" + more, it, tmp_path / "out")
         assert ended.code == 3, ended
-        assert "`LICENSE\N{REPLACEMENT CHARACTER}` is not UTF-8" in ended.told and "hint: " in ended.told
+        assert "`LICENSE\N{REPLACEMENT CHARACTER}` is not UTF-8" in ended.told
+        assert "hint: " in ended.told
         assert sorted(os.listdir(tmp_path)) == ["it"]
 
 
