@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +20,8 @@ from .checkpoint import Origin
 from .config import few
 from .errors import InputError
 from .families import TOKENIZER_FILES, VOCABULARY
-from .formats import listed, present, shown, unreadable
-from .formats.folder import index_file, member
+from .formats import legible, listed, present, shown, unreadable
+from .formats.folder import index_file, member, optional
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import load_object
 from .formats.torch_zip import index_torch_zip
@@ -105,8 +106,8 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
     file = _weights_in(path) if path.is_dir() else path
     found = index_file(file)
     _check_sound(found.tensors, file.name)
-    files = {entry: member(folder, entry) for entry in TOKENIZER_FILES if present(folder / entry)}
-    origin = Origin(name, path.absolute(), found.container, found.files, revision)
+    files = {entry: there for entry in TOKENIZER_FILES if (there := optional(folder, entry))}
+    origin = Origin(legible(name), path.absolute(), found.container, found.files, revision)
     adapter = Adapter(origin, config=_config_in(folder), files=files)
     if any("mm_projector." in key for key in found.tensors) and not any("lora_" in key for key in found.tensors):
         return _projector(adapter, file, found.tensors, non_lora)
@@ -296,7 +297,8 @@ def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     names = {name: name.removeprefix("base_model.") for name in tensors}
     if any(name.startswith("model.model.") for name in names.values()):
         names = {name: short.removeprefix("model.") for name, short in names.items()}
-    twice = [name for name, short in names.items() if list(names.values()).count(short) > 1] if len({*names.values()}) < len(names) else []
+    counts = Counter(names.values())
+    twice = [name for name, short in names.items() if counts[short] > 1]
     _refuse_unplaced(twice, NON_LORA)
     return {names[name]: tensor for name, tensor in tensors.items()}
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ MAX_REPEATS = 2  # `*`, `+` and `{}` of one pattern
 MAX_WAYS = 4096
 MAX_WORK = 200_000_000  # steps of all matching together, some ten seconds; honest patterns need about a million
 MAX_TOKENS = 1 << 20
+MAX_LISTED = 5000  # names in a list, or patterns; each is compared with every module
 
 # Settings of training, saving or naming: the merged weights are the same whatever they say.
 HARMLESS = frozenset({
@@ -105,7 +107,8 @@ class LoraRules:
     def check_effort(self, modules: Iterable[str]) -> None:
         """Raise InputError where matching the patterns against these modules could take minutes."""
         patterns = self.rank_patterns + self.alpha_patterns
-        if sum(pattern.work(name) for name in modules for pattern in patterns) > MAX_WORK:
+        work = accumulate(pattern.work(name) for name in modules for pattern in patterns)
+        if any(done > MAX_WORK for done in work):  # counting ends there too
             raise InputError("the patterns in `adapter_config.json` are too costly to match against its modules", hint=DAMAGED)
 
 
@@ -211,6 +214,7 @@ def _texts(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = config.get(key)
     if not (value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))):
         _refuse(key, value, "a list of names")
+    _check_count(key, value)
     return tuple(value or ())
 
 
@@ -218,7 +222,13 @@ def _map(config: Mapping[str, Any], key: str) -> Iterable[tuple[str, Any]]:
     value = config.get(key)
     if not (value is None or isinstance(value, dict)):
         _refuse(key, value, "an object")
+    _check_count(key, value)
     return (value or {}).items()
+
+
+def _check_count(key: str, value: Collection[Any] | None) -> None:
+    if value is not None and len(value) > MAX_LISTED:
+        raise InputError(f"`{key}` has {len(value):,} entries in adapter_config.json, at most {MAX_LISTED:,} are read", hint=DAMAGED)
 
 
 def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from .errors import InputError
 from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, VOCABULARY, size_name
-from .formats import DOWNLOAD_AGAIN, open_regular, unreadable
-from .formats.folder import index_file, index_folder, member
+from .formats import DOWNLOAD_AGAIN, legible, listed, open_regular, unreadable
+from .formats.folder import index_file, index_folder, member, optional
 from .formats.strict_json import load_object, parse_json, read_exactly
 from .hub import HubSource, fetch, parse_source
 from .remote import is_remote, shadowed
@@ -152,16 +152,16 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     config = found.config or _read_config(folder if path.is_dir() else None)
     remote = found.files[0].remote
-    files = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else {}
+    files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
     if remote:  # the shadow goes before the plan does
         files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
     return Checkpoint(
         tensors=found.tensors,
         config=config,
-        origin=Origin(redact(name), path.absolute(), found.container, found.files, revision),
+        origin=Origin(redact(legible(name)), path.absolute(), found.container, found.files, revision),
         files=files,
         metadata=found.metadata,
-        notes=found.notes,
+        notes=(*found.notes, *notes),
     )
 
 
@@ -171,16 +171,18 @@ def _read_config(folder: Path | None) -> Mapping[str, Any]:
     return load_object(member(folder, "config.json"))
 
 
-def _small_files(folder: Path) -> dict[str, Path | bytes]:
-    """Tokenizer, processor, generation config and licence files by name. Meta keeps `tokenizer.model` beside the size folders."""
-    files: dict[str, Path | bytes] = {}
-    for name in sorted(os.listdir(folder)):
-        if name in (*TOKENIZER_FILES, *PROCESSOR_FILES, *CONFIG_FILES[1:]) or name.startswith(LICENSE_PREFIXES):
-            files[name] = member(folder, name)
-    above = folder.parent / "tokenizer.model"
-    if "tokenizer.model" not in files and (folder / "params.json").exists() and above.exists():
+def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """Tokenizer, processor, generation config and licence files by name, and a note where something else has such a name.
+
+    Meta keeps `tokenizer.model` beside the size folders.
+    """
+    small = (*TOKENIZER_FILES, *PROCESSOR_FILES, *CONFIG_FILES[1:])
+    names = [name for name in sorted(os.listdir(folder)) if name in small or name.startswith(LICENSE_PREFIXES)]
+    files: dict[str, Path | bytes] = {name: path for name in names if (path := optional(folder, name))}
+    others = [name for name in names if name not in files]
+    if "tokenizer.model" not in names and (folder / "params.json").exists() and (above := optional(folder.parent, "tokenizer.model")):
         files["tokenizer.model"] = above
-    return files
+    return files, (f"not read, since no regular files: {listed(others)}",) if others else ()
 
 
 def small_object(files: Mapping[str, Path | bytes], name: str) -> dict[str, Any] | None:

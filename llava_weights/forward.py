@@ -113,8 +113,13 @@ class Runner:
             raise InputError(f"the ids of probe {shown(probe.name)} do not fit the model", facts=facts)
         try:
             return self._model(**self._enter(probe), **options)
-        except (ValueError, IndexError, TypeError) as error:  # transformers' own: image tokens and features do not match
-            raise InputError(f"the probe {shown(probe.name)} does not fit the model: {error}") from error
+        except (ValueError, IndexError, TypeError, RuntimeError) as error:  # transformers' own: image tokens and features do not match
+            if "memory" in str(error):
+                raise
+            what = f"the probe {shown(probe.name)} does not fit the model: {error}"
+            raise InputError(
+                what, hint="compare config.json, above all `image_grid_pinpoints` and the token ids, with its authors'"
+            ) from error
 
 
 def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", resident: bool = False) -> Runner:

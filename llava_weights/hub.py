@@ -9,7 +9,6 @@ import difflib
 import errno
 import fnmatch
 import glob
-import json
 import os
 import re
 import shutil
@@ -23,6 +22,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
+from .formats.folder import MAX_INDEX
+from .formats.strict_json import load_object
 from .web import endpoint as endpoint
 from .wording import redact as redact
 
@@ -208,9 +209,10 @@ def _from_cache(api: HfApi, source: HubSource) -> FetchedRepo:
 def _shards(index: Path) -> set[str]:
     """The files that an index names; what is wrong with the index itself is for its reader to say."""
     try:
-        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        named = load_object(index, limit=MAX_INDEX).get("weight_map")
+    except InputError:
         return set()
+    return {str(name) for name in named.values()} if isinstance(named, dict) else set()
 
 
 def _chosen_of(paths: Iterable[str], source: HubSource) -> tuple[str, ...]:

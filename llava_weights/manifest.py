@@ -57,9 +57,18 @@ def _content(tensor: TensorEntry) -> str:
     return f"{tensor.dtype}\t{','.join(map(str, tensor.shape))}\t{tensor.sha256}\n"
 
 
+ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # as coreutils writes a name, in a line that then begins with a backslash
+
+
 def make_sums(files: Sequence[FileEntry]) -> bytes:
     """Lines that `sha256sum -c` reads, sorted by path."""
-    return "".join(f"{file.sha256}  {file.path}\n" for file in sorted(files, key=lambda file: file.path)).encode()
+    return "".join(map(_line, sorted(files, key=lambda file: file.path))).encode()
+
+
+def _line(file: FileEntry) -> str:
+    name = "".join(ESCAPES.get(character, character) for character in file.path)
+    mark = "\\" if name != file.path else ""
+    return f"{mark}{file.sha256}  {name}\n"
 
 
 def make_manifest(plan: Plan, files: Sequence[FileEntry], tensors: Sequence[TensorEntry], tallies: Mapping[str, int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 from . import __version__
 from .checkpoint import Checkpoint, Step, small_bytes
 from .errors import UsageError
+from .formats import legible
 from .formats.strict_json import json_bytes
 from .tensors import LazyTensor
 from .windows import cut
@@ -25,7 +26,7 @@ FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an A
 MiB = 1 << 20
 WINDOW = 8 * MiB  # 4-8 MiB is the fastest; 16 and more leave the processor's cache (facts: perf 1)
 SMALLEST_WINDOW = MiB
-LARGEST_SMALL_FILE = 1 << 30  # bytes; the largest honest one, a tokenizer.json, has 10 MB
+LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
 BUFFERS_BEYOND_JOBS = 4  # what the digest threads may lag behind the workers
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
@@ -189,7 +190,7 @@ def describe(step: Step) -> dict[str, Any]:
             "name": origin.name,
             "revision": origin.revision,
             "container": origin.container,
-            "files": [{"name": f.name, "size": f.size, "header_sha256": f.header_sha256} for f in origin.files],
+            "files": [{"name": legible(f.name), "size": f.size, "header_sha256": f.header_sha256} for f in origin.files],
         }
         for position, (role, origin) in enumerate(step.inputs)
     }

@@ -12,17 +12,22 @@ from typing import Any, TypeVar
 
 from .buffers import ITEMSIZE
 from .errors import HubError, InputError, LlavaWeightsError
-from .formats import listed, open_regular, refuse_disguise, shown
+from .formats import listed, open_regular, present, refuse_disguise, shown
+from .formats.folder import member
 from .formats.strict_json import load_object, read_exactly
 from .hub import HubSource, endpoint, explain
-from .manifest import MANIFEST, SCHEMA, SUMS, FileEntry, TensorEntry, make_sums, root_of_tensors
+from .manifest import ESCAPES, MANIFEST, SCHEMA, SUMS, FileEntry, TensorEntry, make_sums, root_of_tensors
 from .rehash import GIT
 
 MAX_MANIFEST = 16 << 20  # that of a 13B model has 250 kB
-MAX_SUMS = 16 << 20
+MAX_SUMS = 4 << 20  # some 50,000 files
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}  # by the digest's length in hexadecimal digits
 # `digest  name` and `digest *name` of GNU's programs and Meta's checklist.chk; `SHA256 (name) = digest` of BSD's.
-LINE = re.compile(r"\\?(?P<digest>[0-9A-Fa-f]{32,128})[ \t][ \t*]?(?P<path>\S.*)|[A-Z0-9-]+ \((?P<name>.+)\) = (?P<hex>[0-9A-Fa-f]{32,})")
+LINE = re.compile(
+    r"(?P<escaped>\\?)(?:(?P<digest>[0-9A-Fa-f]{32,128})[ \t][ \t*]?(?P<path>.+)|[A-Z0-9-]+ \((?P<name>.+)\) = (?P<hex>[0-9A-Fa-f]{32,}))"
+)
+UNESCAPED = {text: char for char, text in ESCAPES.items()}
+A_LIST = "give a file as `sha256sum` or `md5sum` write it, a manifest or a checkpoint"
 AGAIN = "write it again with `llava-weights checksum`, or get it again from where it came from"
 
 Entry = TypeVar("Entry", FileEntry, TensorEntry)
@@ -57,12 +62,13 @@ def sums_path(place: Path) -> Path:
 
 def find_manifest(place: Path) -> Manifest | None:
     """The manifest of a folder or file; for a file also that of its folder, cut to what it says of this file."""
-    if manifest_path(place).is_file():
-        return read_manifest(manifest_path(place))
+    own = manifest_path(place)
+    if present(own):
+        return read_manifest(member(own.parent, own.name))
     above = place.parent / MANIFEST
-    if place.is_dir() or not above.is_file():
+    if place.is_dir() or not present(above):
         return None
-    whole = read_manifest(above)
+    whole = read_manifest(member(above.parent, above.name))
     if place.name not in whole.files:
         return None
     tensors = {name: entry for name, entry in whole.tensors.items() if entry.shard == place.name}
@@ -107,8 +113,8 @@ def _file_is_sound(row: Mapping[str, Any]) -> bool:
 
 
 def _tensor_is_sound(row: Mapping[str, Any]) -> bool:
-    texts = all(isinstance(row[key], str) and row[key].isprintable() for key in ("name", "dtype", "shard"))
-    if not texts or not row["name"] or row["dtype"] not in ITEMSIZE or not _is_digest(row["sha256"]):
+    texts = all(isinstance(row[key], str) for key in ("name", "dtype", "shard"))
+    if not texts or not row["name"] or not row["name"].isprintable() or row["dtype"] not in ITEMSIZE or not _is_digest(row["sha256"]):
         return False
     shape = row["shape"]
     return isinstance(shape, list) and _counts(row["nbytes"], *shape) and row["nbytes"] == prod(shape) * ITEMSIZE[row["dtype"]]
@@ -123,9 +129,9 @@ def _counts(*values: Any) -> bool:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path from a list stays in the folder that it is relative to."""
+    """Whether a path from a list stays in the folder that it is relative to; `formats.folder.inside` then says where its links lead."""
     parts = PurePosixPath(path).parts
-    return bool(parts) and path.isprintable() and "\\" not in path and not path.startswith("/") and ".." not in parts
+    return bool(parts) and not path.startswith("/") and ".." not in parts and "\0" not in path
 
 
 def _refusal(path: Path, reason: str) -> InputError:
@@ -136,25 +142,28 @@ def read_sums(path: Path) -> tuple[Sum, ...]:
     """The lines of a list as sha256sum, md5sum or their BSD cousins write it. Raises InputError for anything else."""
     with open_regular(path) as (fd, status):
         if status.st_size > MAX_SUMS:
-            raise InputError(f"{shown(path.name)} has {status.st_size:,} bytes, too many for a list of checksums", facts={"path": path})
+            what = f"{shown(path.name)} has {status.st_size:,} bytes, too many for a list of checksums"
+            raise InputError(what, facts={"path": path, "at most": f"{MAX_SUMS:,} bytes"}, hint=A_LIST)
         data = read_exactly(path, fd, status.st_size)
     refuse_disguise(path, data[:64])
     sums = []
-    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(data.decode("utf-8", "surrogateescape").split("\n"), 1):  # a name may hold other ends of a line
         if not line.strip() or line.startswith("#"):
             continue
-        found = LINE.fullmatch(line.strip())
+        found = LINE.fullmatch(line.lstrip().removesuffix("\r"))
         digest = (found["digest"] or found["hex"]).lower() if found else ""
         name = (found["path"] or found["name"]).removeprefix("./") if found else ""
+        if found and found["escaped"]:
+            name = re.sub(r"\\[\\nr]", lambda escape: UNESCAPED[escape[0]], name)
         if len(digest) not in ALGORITHMS or not is_inside(name):
             what = f"{shown(path.name)} is not a list of checksums: line {number} is {shown(line[:100])}"
-            raise InputError(what, facts={"path": path}, hint="give a file as `sha256sum` or `md5sum` write it, a manifest or a checkpoint")
+            raise InputError(what, facts={"path": path}, hint=A_LIST)
         sums.append(Sum(name, ALGORITHMS[len(digest)], digest))
     by_name = {(entry.path, entry.algorithm): entry for entry in sums}
     if contradicted := [entry.path for entry in sums if by_name[entry.path, entry.algorithm] != entry]:
-        raise InputError(f"{shown(path.name)} lists two digests for {listed(contradicted)}", facts={"path": path})
+        raise InputError(f"{shown(path.name)} lists two digests for {listed(contradicted)}", facts={"path": path}, hint=AGAIN)
     if not sums:
-        raise InputError(f"{shown(path.name)} lists no checksums", facts={"path": path})
+        raise InputError(f"{shown(path.name)} lists no checksums", facts={"path": path}, hint=A_LIST)
     return tuple(by_name.values())
 
 

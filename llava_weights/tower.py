@@ -26,6 +26,7 @@ from .tensors import FLOATS, LazyTensor
 CLIP = "clip_vision_model"
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
 MAX_LAYERS = 1024
+RIGHT_CONFIG = "give the config.json that belongs to these tensors"
 WHOLE = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
 NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 
@@ -153,6 +154,8 @@ def complete_config(config: Mapping[str, Any], *, source: str = "the vision conf
 
     Raises InputError, naming `source`, for a kind of tower that is unknown or a value that is no size, fraction or activation.
     """
+    if not isinstance(config, Mapping):
+        raise InputError(f"{source} is {shown(str(config))}, not an object", hint=RIGHT_CONFIG)
     model_type = CLIP if config.get("model_type") is None else config["model_type"]  # LlavaConfig's own assumption
     if not isinstance(model_type, str) or model_type not in TOWER_DEFAULTS:
         raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(TOWER_DEFAULTS)}")
@@ -226,7 +229,7 @@ def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
 
 def _check_sizes(config: Mapping[str, Any], found: Sizes, *, source: str, error: type[InputError] = InputError) -> None:
     """Raise `error`, naming key and tensor, where a complete config does not describe these tensors."""
-    hint = "give the config.json that belongs to these tensors"
+    hint = RIGHT_CONFIG
     if config["model_type"] != found.model_type:
         has = "has" if found.model_type == CLIP else "lacks"
         raise error(f"`model_type` is `{config['model_type']}` in {source}, but the vision tower {has} `{CLASS}`", hint=hint)

@@ -18,9 +18,11 @@ from typing import Any
 from .destination import Destination, Repository, is_address, open_destination
 from .errors import HubError, LlavaWeightsError, OutputError, UsageError
 from .events import Event, Note
+from .formats.folder import member
 from .hub import REPO, HubSource
 from .job import Job, remove, write_file
 from .manifest import MANIFEST, SUMS, digest_file
+from .records import read_sums
 from .threads import GLANCE, interruption
 from .wording import redact
 
@@ -202,10 +204,10 @@ def push(folder: Path, hub: Repository, *, force: bool = False) -> str:
     What is there already stays where it is the same. Raises OutputError where it is something else and `force` is not set, or where
     `folder` is no complete output; HubError where the Hub does not let it be done.
     """
-    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    files = {path.name: member(folder, path.name) for path in folder.iterdir() if path.is_file()}
     if MANIFEST not in files or SUMS not in files:
         raise OutputError(f"`{folder.name}` is not a complete output: it has no manifest", hint="`llava-weights checksum` makes one")
-    digests = {name: digest for digest, name in (line.split("  ", 1) for line in files[SUMS].read_text().splitlines())}
+    digests = {entry.path: entry.digest for entry in read_sums(files[SUMS])}
     hub.check()
     try:
         there = {name: tag for name, (_, tag) in hub.names().items()}

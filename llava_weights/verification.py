@@ -20,8 +20,8 @@ from .config import check_structure
 from .errors import InputError, OutputError
 from .events import Event
 from .findings import Finding, exit_code
-from .formats import listed, shown
-from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member
+from .formats import is_text, listed, present, shown
+from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member, optional
 from .formats.strict_json import json_bytes
 from .health import health
 from .hub import HubSource, parse_source
@@ -122,6 +122,9 @@ def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: 
     files = _regular_files(place, checkpoint, problems)
     if problems:
         raise InputError(problems[0].text, hint=problems[0].remedy)
+    if odd := [name for name in files if not is_text(name)]:
+        hint = "rename it, or move it elsewhere; a manifest holds text only"
+        raise InputError(f"the name {shown(odd[0])} is not UTF-8", facts={"folder": place}, hint=hint)
     reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
     for name, why in (*reading.damaged.items(), *((name, "its zip records do not match their CRC-32") for name in reading.broken)):
         raise InputError(f"{shown(name)} is damaged, so nothing was written: {why}", hint=DAMAGED)
@@ -143,10 +146,10 @@ def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: 
 
 def _says_the_same(target: Path, files: list[FileEntry], tensors: Iterable[TensorEntry], data: bytes) -> bool:
     """Whether a manifest or list is there and right. Another recipe or environment is no difference: it may tell more than we know."""
-    if not target.is_file():
+    if target.is_symlink() or not target.is_file():
         return False
     if not target.name.endswith(".json"):
-        return target.read_bytes() == data
+        return size_of(target) == len(data) and target.read_bytes() == data
     try:
         found = read_manifest(target)
     except InputError:
@@ -173,8 +176,9 @@ def open_subject(path: str | Path) -> Subject:
         problems.append(_refused(error, place.name))
     try:
         manifest = find_manifest(place)
-        if not manifest and sums_path(place).is_file():
-            sums = {entry.path: entry.digest for entry in read_sums(sums_path(place)) if entry.algorithm == "sha256"}
+        if not manifest and present(listing := sums_path(place)):
+            listing = member(listing.parent, listing.name)
+            sums = {entry.path: entry.digest for entry in read_sums(listing) if entry.algorithm == "sha256"}
     except InputError as error:
         problems.append(_refused(error, MANIFEST))
     if manifest:
@@ -206,7 +210,7 @@ def _regular_files(place: Path, checkpoint: Checkpoint | None, problems: list[Fi
     files = {}
     for name in sorted({*(path.relative_to(folder).as_posix() for path in (*paths, *weights)), *recorded}):
         try:
-            if (path := member(folder / Path(name).parent, Path(name).name)).is_file():
+            if path := optional(folder, name):
                 files[name] = path
         except InputError as error:
             problems.append(_refused(error, name))

@@ -20,7 +20,7 @@ from .checkpoint import small_bytes
 from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, shortage
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
-from .formats import listed
+from .formats import is_text, listed, shown
 from .formats.folder import index_file
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
@@ -283,6 +283,7 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
     with suppress(FileNotFoundError):  # another run ended meanwhile
         check_ours(job.partial)
     _check_free(job, force)
+    _check_small_files(plan)
     _check_inputs(plan, job)
     _check_place(job)
     _check_space(plan, job)
@@ -301,6 +302,18 @@ def _check_inputs(plan: Plan, job: Job) -> None:
             what = "output" if place == job.out else "work folder"
             facts = {"input": source, what: place}
             raise OutputError(f"the {what} `{place.name}` is, holds or lies inside an input", facts=facts, hint="choose another `-o`")
+
+
+def _check_small_files(plan: Plan) -> None:
+    """Raise InputError where they could not be recorded, or would take more memory than the plan has for them."""
+    if odd := [name for name in plan.files if not is_text(name)]:
+        raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
+    sizes = {name: data.stat().st_size if isinstance(data, Path) else len(data) for name, data in plan.files.items()}
+    if (total := sum(sizes.values())) > LARGEST_SMALL_FILE:
+        largest = max(sizes, key=lambda name: sizes[name])
+        what = f"the small files have {size(total)} together, at most {size(LARGEST_SMALL_FILE)} are copied"
+        facts = {"largest": f"{shown(largest)}, {size(sizes[largest])}"}
+        raise InputError(what, facts=facts, hint="take out of the input's folder what is no part of the model")
 
 
 def _check_place(job: Job) -> None:

@@ -344,7 +344,7 @@ def test_blobs_beside_an_ordinary_folder_are_outside(tmp_path: Path) -> None:
     write(tmp_path / "stuff/blobs", {"x.safetensors": ["a"]})
     (folder / "model.safetensors").symlink_to("../../blobs/x.safetensors")
     refused(index_folder, folder, "leads out")
-    refused(index_file, folder / "model.safetensors", "leads out")
+    assert list(index_file(folder / "model.safetensors").tensors) == ["a"]  # a file that the user named may be a link of theirs
     with pytest.raises(InputError):
         member(folder, "model.safetensors")
 

@@ -21,7 +21,8 @@ LAYERS = (
     "workspace wording retention naming",
     "buffers exact",
     "tensors",
-    "formats hub published",  # the files of formats/ count as one module
+    "formats published",  # the files of formats/ count as one module
+    "hub",
     "remote",
     "checkpoint",
     "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
@@ -34,7 +35,8 @@ LAYERS = (
     "plan job",
     "manifest stream",
     "card predict rehash destination",
-    "records upload",
+    "records",
+    "upload",
     "against",
     "write verification comparison derive forward",  # side effects begin
     "probes portions",

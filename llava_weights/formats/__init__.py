@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,8 +41,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-            raise InputError(f"{shown(path.name)} is {kind}, not a file", facts={"path": path}, hint=DOWNLOAD_AGAIN)
+            raise irregular(path, status)
         yield fd, status
     except OSError as error:
         raise unreadable(path, error) from error
@@ -53,8 +53,16 @@ def unreadable(path: Path, error: OSError) -> LlavaWeightsError:
     """The refusal for a file that the operating system does not let us read."""
     if known := shortage(error):
         return known
-    why = "does not exist" if error.errno == errno.ENOENT else f"can't be read: {error.strerror}"
-    return InputError(f"{shown(path.name)} {why}", facts={"path": path})
+    if error.errno == errno.ENOENT:
+        return InputError(f"{shown(path.name)} does not exist", facts={"path": path}, hint="check the path, or download what is missing")
+    hint = "check its permissions, its folders' and the disk, then run the same command again"
+    return InputError(f"{shown(path.name)} can't be read: {error.strerror}", facts={"path": path}, hint=hint)
+
+
+def irregular(path: Path, status: os.stat_result) -> InputError:
+    """The refusal for what is there under the name of a file, and is none."""
+    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+    return InputError(f"{shown(path.name)} is {kind}, not a file", facts={"path": path}, hint=DOWNLOAD_AGAIN)
 
 
 def present(path: Path) -> bool:
@@ -83,6 +91,16 @@ def shown(name: str) -> str:
     """A name or path out of an input, safe to print: in backticks, no control characters or lone surrogates, not without end."""
     clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name[:LONGEST_SHOWN])
     return f"`{clean}`" if len(name) <= LONGEST_SHOWN else f"`{clean}...`"
+
+
+def legible(name: str) -> str:
+    """The name of a file as text that UTF-8 can hold: bytes of it that are no text are replaced."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", name)  # Python's stand-ins for such bytes
+
+
+def is_text(name: str) -> bool:
+    """Whether UTF-8 can hold the name of a file; Linux takes any bytes."""
+    return legible(name) == name
 
 
 def listed(names: Iterable[str]) -> str:

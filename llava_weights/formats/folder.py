@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from ..errors import InputError
 from ..tensors import LazyTensor
 from ..workspace import SourceFile
-from . import listed, present, shown, unreadable
+from . import irregular, listed, present, shown, unreadable
 from .meta import index_meta
 from .safetensors import index_safetensors
 from .strict_json import load_object
@@ -84,28 +85,52 @@ def index_file(path: Path) -> WeightFiles:
         raise InputError(f"{shown(path.name)} is not a weight file by its name", facts=facts, hint="give the folder that it is in")
     shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", path.stem)
     note = f"{shown(path.name)} is one of {int(shard[1])} shards, the others were not read" if shard else ""
-    return _read(path.parent, container, [path.name], notes=(note,) if note else ())
+    return _read(path.parent, container, [path.name], path=path, notes=(note,) if note else ())
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of `name`, which lies in an input folder or somewhere below it; `folder` itself may be a link of the user's.
+
+    Raises InputError where any part of it leads out of the folder, or is a link to nothing. Inside the Hub cache, files of
+    `models--.../snapshots/REVISION` are links to `blobs` of the same repository.
+    """
+    path = folder / name
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    repositories = [above.parent for above in home.parents if above.name == "snapshots" and above.parent.name.startswith("models--")]
+    if not (target.is_relative_to(home) or target.parent in [repository / "blobs" for repository in repositories]):
+        parts = Path(name).parts
+        links = (os.path.join(*parts[: count + 1]) for count in range(len(parts)))
+        link = next((part for part in links if (folder / part).is_symlink()), name)
+        what = "is a link that leads" if (folder / link).is_symlink() else "leads"
+        facts = {"link": folder / link, "leads to": target}
+        raise InputError(f"{shown(link)} {what} out of its folder", facts=facts, hint="put the file itself there, or give its folder")
+    if path.is_symlink() and not target.exists():
+        raise InputError(f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD)
+    return path
 
 
 def member(folder: Path, name: str) -> Path:
-    """The path of a file in an input folder.
-
-    Raises InputError for a link, unless it leads to a file in the same folder or, inside the Hub cache, from
-    `models--.../snapshots/REVISION` to `blobs` of the same repository.
-    """
-    path = folder / name
-    if not path.is_symlink():
-        return path
-    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    repositories = [above.parent for above in home.parents if above.name == "snapshots" and above.parent.name.startswith("models--")]
-    if target.parent not in (home, *(repository / "blobs" for repository in repositories)):
-        facts = {"link": path, "leads to": target}
-        raise InputError(
-            f"{shown(name)} is a link that leads out of its folder", facts=facts, hint="put the file itself there, or give its folder"
-        )
-    if not target.exists():
-        raise InputError(f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD)
+    """The path of a file in an input folder, by `inside`. Raises InputError too where the name is that of a folder, pipe or device."""
+    path = inside(folder, name)
+    if (status := _status(path)) and not stat.S_ISREG(status.st_mode):
+        raise irregular(path, status)
     return path
+
+
+def optional(folder: Path, name: str) -> Path | None:
+    """As `member`, for a file that need not be there: None where there is none, or something else has its name."""
+    path = inside(folder, name)
+    return path if (status := _status(path)) and stat.S_ISREG(status.st_mode) else None
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """What lies there, None for nothing. Raises InputError where the system does not say."""
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _safetensors(folder: Path, names: list[str]) -> WeightFiles | None:
@@ -177,25 +202,32 @@ def _all_there(folder: Path, names: list[str], expected: list[str], authority: s
 
 
 def _read(
-    folder: Path, container: Container, shards: Iterable[str], *, weight_map: Mapping[str, str] | None = None, notes: tuple[str, ...] = ()
+    folder: Path,
+    container: Container,
+    shards: Iterable[str],
+    *,
+    path: Path | None = None,
+    weight_map: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> WeightFiles:
-    """Index the shards in this order. Raises InputError where one is no safe file, lacks a tensor of the map or repeats one."""
+    """Index the shards in this order; `path` is the one that the user named, who may give a link. Raises InputError where one is no
+    safe file, lacks a tensor of the map or repeats one."""
     tensors: dict[str, LazyTensor] = {}
     files, metadata = [], {}
     listed_in: dict[str, list[str]] = {}
     for name, shard in (weight_map or {}).items():
         listed_in.setdefault(shard, []).append(name)
     for shard in shards:
-        path = member(folder, shard)
-        found, file, texts = _read_one(path, container)
+        place = path or member(folder, shard)
+        found, file, texts = _read_one(place, container)
         if texts:
             metadata[shard] = texts
         if absent := [name for name in listed_in.get(shard, ()) if name not in found]:
             what = f"{shown(shard)} lacks {len(absent):,} of the tensors that its index lists there"
-            raise InputError(what, facts={"path": path, "tensors": listed(absent)}, hint=DISAGREE)
+            raise InputError(what, facts={"path": place, "tensors": listed(absent)}, hint=DISAGREE)
         if twice := [name for name in found if name in tensors]:
             what = f"{shown(shard)} repeats {len(twice):,} tensors of another shard"
-            raise InputError(what, facts={"path": path, "tensors": listed(twice)}, hint=DISAGREE)
+            raise InputError(what, facts={"path": place, "tensors": listed(twice)}, hint=DISAGREE)
         tensors |= found
         files.append(file)
     if not tensors:
@@ -221,7 +253,7 @@ def _meta(folder: Path, names: list[str]) -> WeightFiles | None:
         tensors, config = index_meta(folder)
         files = dict.fromkeys(leaf.file for tensor in tensors.values() for leaf in tensor.leaves())
         return WeightFiles(tensors, "meta", tuple(files), config=config)
-    sizes = [name for name in names if re.fullmatch(META_SIZE, name) and _holds(folder / name, META_FILE)]
+    sizes = [name for name in names if re.fullmatch(META_SIZE, name) and _holds(inside(folder, name), META_FILE)]
     if len(sizes) > 1:
         facts = {"folder": folder, "models": listed(sizes)}
         raise InputError(

@@ -15,8 +15,10 @@ from ..errors import InputError
 from . import shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+MAX_PIECES = 300_000  # Gemma's has 262,144, the largest of all published; a piece takes about 400 bytes of memory
 UNIGRAM, BPE = 1, 2  # trainer_spec.model_type
 DEFAULT_PIECES = {45: "<unk>", 46: "<s>", 47: "</s>", 48: "<pad>"}
+TRAINING, NORMALIZING = (3, *DEFAULT_PIECES), (2, 3, 4)  # the fields that are read
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,16 @@ def read_sentencepiece(data: bytes) -> Vocabulary:
     special, training, normalizing = dict(DEFAULT_PIECES), dict[int, int | bytes](), dict[int, int | bytes]()
     for number, value in _fields(data):
         if number == 1:
+            if len(ids) == MAX_PIECES:
+                raise _refusal(f"it has more than {MAX_PIECES:,} pieces")
             piece, score, kind = _piece(_message(value))
             if piece in ids:
                 raise _refusal(f"two pieces are {shown(piece)}")
             ids[piece], kinds[piece], scores[piece] = len(ids), kind, score
         elif number == 2:
-            training |= dict(_fields(_message(value)))
+            training |= {field: found for field, found in _fields(_message(value)) if field in TRAINING}
         elif number == 3:
-            normalizing |= dict(_fields(_message(value)))
+            normalizing |= {field: found for field, found in _fields(_message(value)) if field in NORMALIZING}
     special |= {number: _text(training[number]) for number in DEFAULT_PIECES if number in training}
     unknown = [piece for piece, kind in kinds.items() if kind == UNKNOWN]
     if len(unknown) != 1:

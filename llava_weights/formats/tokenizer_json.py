@@ -6,6 +6,7 @@ Written as tokenizers 0.15 to 0.23 reads it: a merge is one text, since lists ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from ..errors import InputError
@@ -15,7 +16,9 @@ Json = dict[str, Any]
 
 PUT_MODEL = "put the `tokenizer.model` of the model's base beside it"
 BLANK = "\u2581"
-LONGEST_PIECE = 1024  # characters; SentencePiece's default is 16, and every way to cut a piece is looked up
+# Every way to cut a piece is looked up, and each that is found is kept: characters of a piece (SentencePiece's default is 16), squares of
+# them in all, and merges (two for each piece of LLaMA's).
+LONGEST_PIECE, MAX_CUTTING, MAX_MERGES = 1024, 1 << 26, 1_000_000
 # transformers' Qwen2Tokenizer, the same in 4.37 and 5.23
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -41,13 +44,19 @@ def bpe_merges(vocabulary: Vocabulary) -> list[str]:
     ordinary = {name: vocabulary.scores[name] for name, kind in vocabulary.kinds.items() if kind == NORMAL}
     longest = max(map(len, ordinary), default=0)
     if longest > LONGEST_PIECE:
-        raise InputError(f"a piece of `tokenizer.model` has {longest:,} characters, at most {LONGEST_PIECE:,} are read")
-    found = [
+        what = f"a piece of `tokenizer.model` has {longest:,} characters, at most {LONGEST_PIECE:,} are read"
+        raise InputError(what, hint=PUT_MODEL)
+    if sum(len(name) ** 2 for name in ordinary) > MAX_CUTTING:
+        raise InputError("the pieces of `tokenizer.model` are far longer than those of a tokenizer", hint=PUT_MODEL)
+    cuts = (
         (score, cut, len(name) - cut, f"{name[:cut]} {name[cut:]}")
         for name, score in ordinary.items()
         for cut in range(1, len(name))
         if name[:cut] in ordinary and name[cut:] in ordinary
-    ]
+    )
+    found = list(islice(cuts, MAX_MERGES + 1))
+    if len(found) > MAX_MERGES:
+        raise InputError(f"the pieces of `tokenizer.model` can be merged in more than {MAX_MERGES:,} ways", hint=PUT_MODEL)
     return [merge for *_, merge in sorted(found, key=lambda item: item[:3], reverse=True)]
 
 

@@ -31,6 +31,7 @@ from .pickle_opcodes import Refused, View, interpret
 MAX_PICKLE = 16 << 20  # that of a 13B model has 40 kB
 MAX_DIRECTORY = 16 << 20
 MAX_MEMBERS = 100_000
+MAX_SHARE = 4  # how often the tensors may stand for the file's bytes; a tied head and embedding do so twice
 MAX_NAME = 512  # bytes of UTF-8, for members and tensors
 
 LOCAL = struct.Struct("<4s5H3I2H")
@@ -99,6 +100,7 @@ def index_torch_zip(path: Path) -> dict[str, Stored]:
         source = SourceFile.of(path, status, digest)
         tensors = {name: _stored(name, view, parts, source) for name, view in views.items()}
         used = {tensor.record for tensor in tensors.values()}
+        _check_share(tensors, sum(member.size for name, member in parts.items() if name.startswith("data/")))
         if unused := [name for name, member in parts.items() if name.startswith("data/") and member.record not in used]:
             raise Refused(f"holds data of no tensor: {listed(unused)}")
         return tensors
@@ -289,6 +291,12 @@ def _views(content: object) -> dict[str, View]:
     if others:
         raise Refused(f"holds {len(others):,} things that are not tensors: {listed(others)}")
     return views
+
+
+def _check_share(tensors: dict[str, Stored], stored: int) -> None:
+    """Raise Refused where many tensors share the same bytes, so that reading or writing them all would cost far more than the file."""
+    if (total := sum(tensor.nbytes for tensor in tensors.values())) > MAX_SHARE * stored:
+        raise Refused(f"holds {stored:,} bytes of values, of which its tensors make {total:,} by sharing them")
 
 
 def _kind(value: object) -> str:
