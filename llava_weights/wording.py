@@ -167,7 +167,7 @@ def command_free(line: str) -> str:
     return CI_COMMAND.sub(lambda found: "#\\x23" if found[1] is None else f"{found[1]}\\x3a", line)
 
 
-def markdown(text: str) -> str:
+def markdown_text(text: str) -> str:
     """`text` as a piece of one line of Markdown, a table's cell too: no secrets, and nothing in it is markup, a link or HTML, except that
     what stands between two backticks is code. CommonMark and GitHub's Markdown read it alike."""
     pieces = CODE.split(visible(redact(text)))

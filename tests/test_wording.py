@@ -13,7 +13,7 @@ from llava_weights.errors import HubError, InputError, LlavaWeightsError, UsageE
 from llava_weights.hub import HubSource, parse_source
 from llava_weights.remote import is_remote
 from llava_weights.upload import repository_of
-from llava_weights.wording import markdown, redact
+from llava_weights.wording import markdown_text, redact
 
 SECRET = "planted0secret"
 TOKEN = "hf_" + "PlAnTeDqWeRtYuIoPaSdFgHjKlZxCvBnMx"
@@ -26,7 +26,7 @@ ATOMS = (
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("way", [redact, markdown])
+@pytest.mark.parametrize("way", [redact, markdown_text])
 def test_any_repetition_is_cleaned_in_linear_time(way: Any) -> None:
     """Each takes some hundredths of a second. A quadratic rule takes half a minute for one of them."""
     for atom in ATOMS:
