@@ -183,17 +183,8 @@ def smoke(
             from ..sample import sample
 
             text = sample(model, prompt or PROMPT, image=image, **how)
-            facts = asdict(text)
-            _prove(
-                console,
-                model.origin.name,
-                [text.finding],
-                exit_code([text.finding]),
-                facts,
-                junit,
-                summary,
-                (text.prompt + text.text).split("\n"),
-            )
+            facts, said = asdict(text), (text.prompt + text.text).split("\n")
+            _prove(console, model.origin.name, [text.finding], exit_code([text.finding]), facts, junit, summary, said)
 
 
 def _code(code: int, findings: Sequence[Finding]) -> int:
