@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import __version__
 from .checkpoint import Origin, Step
+from .hub import REPO
 from .manifest import FileEntry, TensorEntry, root_of_tensors
 from .plan import Plan
 from .projector import CONSUMERS
-from .wording import redact
+from .wording import markdown_text, redact, visible
 
 PROMPTS = {  # llava/conversation.py at 8959d5c: `v0` turns end in ###, `v1` assistant turns in </s>
     "v0": "`###Human: <question>###Assistant:`, stop at `###`",
@@ -19,16 +21,17 @@ PROMPTS = {  # llava/conversation.py at 8959d5c: `v0` turns end in ###, `v1` ass
 
 
 def make_card(plan: Plan, files: Sequence[FileEntry], tensors: Sequence[TensorEntry], tallies: Mapping[str, int]) -> str:
-    """Markdown with front matter. Only Hub ids that were really used become `base_model`; nothing is invented for folders."""
+    """Markdown with front matter. Only Hub ids that were really used become `base_model`; nothing is invented for folders. What comes from
+    files or from the user is text in it, never markup."""
     title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
-    parts = [_front_matter(plan), f"# {title}\n", f"Made by llava-weights {__version__}.\n"]
+    parts = [_front_matter(plan), f"# {markdown_text(title)}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
     parts += [_use(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(files, tensors)]
-    return redact("\n".join(part for part in parts if part))
+    return "\n".join(part for part in parts if part)
 
 
 def _front_matter(plan: Plan) -> str:
-    ids = [origin.name for step in plan.history for _, origin in step.inputs if origin.revision]
+    ids = [origin.name for step in plan.history for _, origin in step.inputs if origin.revision and REPO.fullmatch(origin.name)]
     lines = ["---", "tags: [llava, llava-weights]"]
     if any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
         lines.append("pipeline_tag: image-text-to-text")
@@ -38,13 +41,14 @@ def _front_matter(plan: Plan) -> str:
 
 
 def _step(step: Step) -> str:
-    lines = [f"## {step.operation}\n", "| role | input | revision | files |", "|---|---|---|---|"]
-    lines += [f"| {role} | {origin.name} | {origin.revision or '-'} | {_files(origin)} |" for role, origin in step.inputs]
-    lines += ["", *(f"- {label}: {text}" for label, text in step.summary.items())]
-    lines += [f"- {label}: {value}" for label, value in step.options.items()]
-    lines += [f"- repaired: {repair}" for repair in step.repairs]
-    lines += [f"- note: {note}" for note in step.notes]
-    lines += [f"- warning: {warning}" for warning in step.warnings]
+    cells = [(role, origin.name, origin.revision or "-", _files(origin)) for role, origin in step.inputs]
+    told = [*step.summary.items(), *step.options.items()]
+    told += [("repaired", text) for text in step.repairs]
+    told += [("note", text) for text in step.notes]
+    told += [("warning", text) for text in step.warnings]
+    lines = [f"## {markdown_text(step.operation)}\n", "| role | input | revision | files |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(map(markdown_text, row))} |" for row in cells]
+    lines += ["", *(f"- {markdown_text(label)}: {markdown_text(str(value))}" for label, value in told)]
     return "\n".join([*lines, ""])
 
 
@@ -70,18 +74,26 @@ inputs = processor(images=[image], text=[prompt], padding=True, return_tensors="
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_special_tokens=True)[0])
 ```
 
-The template writes this prompt; whoever writes one by hand has to write it so, no program adds a part of it. Generation stops at `{stop}`.
+The template writes this prompt; whoever writes one by hand has to write it so, no program adds a part of it. Generation stops at {stop}.
 
-```
 {prompt}
-```
 """
 
 
 def _use(plan: Plan) -> str:
     """How to run a llava-hf output, with the prompt that it was trained on."""
     checks = _last(plan, "prompt_text")
-    return USE.format(model=plan.config["architectures"][0], stop=checks["stop"], prompt=checks["prompt_text"]) if checks else ""
+    if not checks:
+        return ""
+    model, stop = str(plan.config["architectures"][0]), f"`{checks['stop']}`"
+    model = model if model.isidentifier() else "AutoModelForImageTextToText"
+    return USE.format(model=model, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]))
+
+
+def _block(text: str) -> str:
+    """A block of code: its fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return "\n".join([fence, *(visible(redact(line)) for line in text.split("\n")), fence])
 
 
 def _projector(plan: Plan) -> str:

@@ -22,7 +22,7 @@ from .formats.strict_json import load_object, parse_json, read_exactly
 from .hub import HubSource, fetch, parse_source
 from .remote import is_remote, shadowed
 from .tensors import LazyTensor
-from .wording import redact
+from .wording import redact, scheme_of
 from .workspace import SourceFile
 
 
@@ -122,7 +122,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
     more than once.
     Raises InputError for anything missing, damaged or unknown, HubError where the Hub can't serve it.
     """
-    if is_remote(str(source)) and not (whole and str(source).startswith("hf://")):
+    if is_remote(str(source)) and not (whole and scheme_of(str(source)) == "hf"):
         with shadowed(str(source), revision) as shadow:
             return _open(shadow.path, name=shadow.name, revision=shadow.revision)
     parsed = parse_source(str(source))

@@ -1,7 +1,8 @@
 """The only module that prints: sentences for people, JSON lines for programs (`--json`), or next to nothing (`--quiet`).
 
 Narration, progress and errors go to stderr, data to stdout. What comes from files may hold anything, so every line is cleaned of control
-characters and of access tokens on its way out. Printing never fails a job: a reader that has gone away is no reason to stop writing 26 GB.
+characters, of access tokens and of what a CI would take for a command on its way out. Printing never fails a job: a reader that has gone
+away is no reason to stop writing 26 GB.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, TextIO
 from . import __version__
 from .errors import Interrupted, LlavaWeightsError, OutputError
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
-from .wording import Meter, clock_face, duration, redact, sentences, shards, size, two_columns, visible
+from .wording import Meter, clock_face, command_free, duration, redact, sentences, shards, size, two_columns, visible
 
 __all__ = ["Console", "clean", "duration", "size", "two_columns", "versions", "visible"]
 
@@ -81,8 +82,9 @@ class Console:
                 case Note():
                     self._note(event)
 
-    def document(self, rows_or_text: str, document: Mapping[str, Any]) -> None:
-        """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for.
+    def document(self, text: str | Sequence[str], document: Mapping[str, Any]) -> None:
+        """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for. `text` is one with lines of its
+        own, or a list of lines, each of which stays one whatever it holds.
 
         In JSON it is one line of type `summary` unless `document` has its own `type`: the last line of stdout is what a program wants.
         Raises OutputError where stdout can't take it; a reader that closed the pipe has had enough, which is no error.
@@ -92,7 +94,7 @@ class Console:
             if self.json:
                 failure = self._emit(self._out, str(document.get("type", "summary")), document)
             else:
-                failure = _write(self._out, _clean_lines(rows_or_text))
+                failure = _write(self._out, _clean_lines(text))
         if isinstance(failure, OSError) and not isinstance(failure, BrokenPipeError):
             raise OutputError(f"standard output can't be written: {failure.strerror}") from failure
 
@@ -253,16 +255,18 @@ class Console:
 
     def _emit(self, stream: TextIO | None, kind: str, document: Mapping[str, Any]) -> Exception | None:
         head = {"type": kind, "schema": SCHEMA}
-        return _write(stream, jsonlib.dumps(_plain(head | dict(document) | head), allow_nan=False) + "\n")
+        line = jsonlib.dumps(_plain(head | dict(document) | head), allow_nan=False)
+        return _write(stream, line.replace("##", "#\\u0023") + "\n")  # the same text, and no command to a CI
 
 
 def clean(text: str) -> str:
-    """`text` as it may be shown: no access tokens, nothing that moves the cursor or reorders the line."""
-    return visible(redact(text))
+    """`text` as it may be shown: no access tokens, nothing that moves the cursor, reorders the line or commands a CI."""
+    return command_free(visible(redact(text)))
 
 
-def _clean_lines(text: str) -> str:
-    return "".join(clean(line) + "\n" for line in text.removesuffix("\n").split("\n"))
+def _clean_lines(text: str | Sequence[str]) -> str:
+    lines = text.removesuffix("\n").split("\n") if isinstance(text, str) else text
+    return "".join(clean(line) + "\n" for line in lines)
 
 
 def _plain(value: object) -> object:

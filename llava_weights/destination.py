@@ -18,10 +18,10 @@ from .hub import HubSource, explain, narration, parse_source
 from .manifest import MANIFEST
 from .patience import CHECK, Absent, Passing, Patience
 from .web import endpoint
-from .wording import redact
+from .wording import scheme_of
 
 T = TypeVar("T")
-SCHEMES = ("s3://", "gs://", "hf://")
+SCHEMES = ("s3", "gs", "hf")
 PART_TRIES = 5  # of each part of a large object; a whole object is then begun again
 PART, PARTS_AT_ONCE, MOST_PARTS = 16 << 20, 4, 10_000  # S3 takes at most 10,000 parts; those at once lie in memory
 CONFLICTS = (409, 412, 429)  # another commit was faster, or too many requests
@@ -57,20 +57,24 @@ class Destination(Protocol):
 
 
 def is_address(text: str) -> bool:
-    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
+    """Whether an output `text` is meant for elsewhere: anything with a scheme, one that is written with a single slash too."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) is not None
 
 
 def open_destination(text: str) -> Destination:
     """Nothing is asked yet. Raises UsageError for what can't be written to."""
-    address = text.rstrip("/")
-    if address.startswith("hf://"):
+    scheme = scheme_of(text)
+    address = (scheme + text[len(scheme) :]).rstrip("/")
+    if scheme == "hf":
         source = parse_source(address)
         if isinstance(source, HubSource):
             return Repository(source)
     if re.fullmatch(r"(s3|gs)://[a-z0-9][a-z0-9._-]+/[^?#@\s]+", address) and not {"", ".", ".."} & set(address.split("/")[3:]):
         return Bucket(address)
     hint = "write `s3://bucket/folder`, `gs://bucket/folder` or `hf://owner/name[@branch][/folder]`"
-    raise UsageError(f"`{redact(text)}` is no place to write to", hint=hint)
+    if scheme and scheme not in SCHEMES:
+        raise UsageError(f"nothing is written to `{scheme}://`", facts={"given": text}, hint=f"{hint}, or a path")
+    raise UsageError(f"`{text}` is no place to write to", hint=hint)
 
 
 class Bucket:
@@ -269,7 +273,7 @@ class Repository:
         if status in CONFLICTS or (status or 0) >= 500:
             return Passing(f"status {status}")
         if isinstance(error, ValueError | RuntimeError) and status is None:
-            return HubError(f"`{self.repo}` can't be written", facts={"reason": redact(str(error).partition("\n")[0])}, hint=CHECK)
+            return HubError(f"`{self.repo}` can't be written", facts={"reason": str(error).partition("\n")[0]}, hint=CHECK)
         explained = explain(error, self.source) if status is not None else None
         if explained is not None and status in (401, 403, 404):
             explained.hint = self._login

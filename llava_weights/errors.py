@@ -9,6 +9,8 @@ import errno
 import os
 from collections.abc import Mapping
 
+from .wording import redact
+
 NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "failed to map segment")  # glibc's and torch's words
 
 
@@ -16,16 +18,16 @@ class LlavaWeightsError(Exception):
     """A problem that the user can act on: `what` happened, the `facts`, one `hint`.
 
     `kept` is set by the writer once work has begun and says what lies on disk; until then nothing was written. Pickles as it is: each
-    class takes `what` alone too, and the rest travels as attributes.
+    class takes `what` alone too, and the rest travels as attributes. No text in it holds a token, a password or a signature.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, *, facts: Mapping[str, object] | None = None, hint: str | None = None) -> None:
-        super().__init__(what)
-        self.what = what
-        self.facts = {label: str(value) for label, value in (facts or {}).items()}
-        self.hint = hint
+        self.what = redact(what)
+        super().__init__(self.what)
+        self.facts = {label: redact(str(value)) for label, value in (facts or {}).items()}
+        self.hint = hint and redact(hint)
         self.kept: str | None = None
 
 

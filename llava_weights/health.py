@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import agreement, agreement_hf
+from .chat_template import asks_for
 from .checkpoint import Checkpoint, small_text
 from .config import few, fold_names
 from .diagnose import LARGEST_ROW, LONGEST_NORM, bf16_damaged, is_llama1, state
@@ -36,6 +37,8 @@ from .workspace import Workspace
 
 MODELS = ("llama", "llava", "llava-hf")
 RULES: Mapping[str, tuple[Rule, ...]] = {"llama": agreement.LLAMA, "llava": agreement.LLAVA, "llava-hf": agreement_hf.RULES}
+MORE_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
+TEMPLATES_FROM = "take the template from the authors of the model"
 CODE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")  # the last: CVE-2026-4372 (facts: verify 3.5)
 PICKLES, PROGRAMS = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt"), (".py", ".so", ".sh")
 SAFETENSORS = "convert it: every command that writes a model writes safetensors"
@@ -131,10 +134,15 @@ def _code(checkpoint: Checkpoint, sidecars: Sidecars, folder: Path | None) -> It
                 yield _warning(
                     "L0", name, f"`{key}` makes other programs run code; llava-weights never runs it", "remove the key; convert does so"
                 )
-    for name, template in _templates(checkpoint, objects):
-        if inner := re.search(r"__\w+__", template):
-            text = f"its chat template asks for `{inner[0]}`, which is a way to run code; llava-weights never renders it"
-            yield _warning("L0", name, text, "take the template from the authors of the model")
+    templates = [(name, template) for name, value in objects.items() for template in _texts(value.get("chat_template"))]
+    for name, template in chain(templates, _jinja(checkpoint, folder)):
+        if isinstance(template, InputError):
+            if name != agreement_hf.JINJA:  # whose rules say it
+                yield refused(template, name)
+        elif asked := asks_for(template):
+            more = f" and {len(asked) - 5:,} more" if len(asked) > 5 else ""
+            what = f"its chat template asks for {', '.join(asked[:5])}{more}, which no chat template needs"
+            yield _warning("L0", name, f"{what}: it may be a way to run code; llava-weights never renders it", TEMPLATES_FROM)
     own = {file.name for file in checkpoint.origin.files}
     if programs := [name for name in names if name.endswith(PROGRAMS)]:
         yield _warning("L0", programs[0], f"{listed(programs)}: programs, which llava-weights never runs", "remove what you do not know")
@@ -143,13 +151,27 @@ def _code(checkpoint: Checkpoint, sidecars: Sidecars, folder: Path | None) -> It
         yield _warning("L0", others[0], text, "remove what no program needs; never load it with `torch.load` from a stranger")
 
 
-def _templates(checkpoint: Checkpoint, objects: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every chat template with its file's name; transformers writes one or a list of named ones."""
-    for name, value in objects.items():
-        if "chat_template" in value:
-            yield name, str(value["chat_template"])
-    with suppress(InputError):  # which the rules on this file say
-        yield agreement_hf.JINJA, small_text(checkpoint.files, agreement_hf.JINJA) or ""
+def _jinja(checkpoint: Checkpoint, folder: Path | None) -> Iterator[tuple[str, str | InputError]]:
+    """The text of every template that is a file of its own, by its name; or why it can't be read."""
+    files = {name: source for name, source in checkpoint.files.items() if name.endswith(".jinja")}
+    names = list(files)
+    for prefix in ("", f"{MORE_TEMPLATES}/"):
+        with suppress(OSError):
+            names += sorted(prefix + name for name in os.listdir(folder / prefix) if name.endswith(".jinja")) if folder else ()
+    for name in dict.fromkeys(names):
+        try:
+            source = files[name] if name in files or folder is None else member((folder / name).parent, Path(name).name)
+            yield name, small_text({name: source}, name) or ""
+        except InputError as error:
+            yield name, error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The templates in a `chat_template`; the names of named ones are none."""
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+        template = each.get("template") if isinstance(each, dict) else each
+        if isinstance(template, str):
+            yield template
 
 
 def _keys(value: Any) -> Iterator[str]:

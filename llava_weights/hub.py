@@ -25,7 +25,7 @@ from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageE
 from .formats.folder import MAX_INDEX
 from .formats.strict_json import load_object
 from .web import endpoint as endpoint
-from .wording import redact as redact
+from .wording import scheme_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -69,6 +69,7 @@ HF_URI = re.compile(
     rf"hf://(?:models/)?(?!datasets/|spaces/|kernels/|buckets/)(?P<repo>{NAME}/{NAME})"
     r"(?:@(?P<revision>refs/\w+/[^/\s]+|[^/\s@]+))?(?:/(?P<folder>.*))?"
 )
+READABLE = "write a path, `owner/name`, or an address that begins with `hf://`, `https://`, `s3://` or `gs://`"
 FILE_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".model", ".zip")
 
 
@@ -101,13 +102,14 @@ class FetchedRepo:
 def parse_source(text: str) -> LocalSource | HubSource:
     """Read a local path, `owner/name[@revision]` or `hf://owner/name[@revision][/folder]`. What exists locally always wins.
 
-    Raises InputError where it is none of them, with the nearest name that does exist.
+    Raises InputError where it is none of them, with the nearest name that does exist; UsageError for an address of another kind.
     """
     path = Path(os.path.expanduser(text))
     if text and os.path.exists(path):
         return LocalSource(path)
-    if text.startswith("hf://"):
-        match = HF_URI.fullmatch(text)
+    scheme = scheme_of(text)
+    if scheme == "hf":
+        match = HF_URI.fullmatch(scheme + text[len(scheme) :])
         folder = PurePosixPath(match["folder"] or "") if match else PurePosixPath()
         if match is None or folder.is_absolute() or ".." in folder.parts:
             raise _error(InputError, f"`{text}` is not a model on the Hub", None, "write `hf://owner/name[@revision][/folder]`")
@@ -115,7 +117,11 @@ def parse_source(text: str) -> LocalSource | HubSource:
     match = REPO.fullmatch(text)
     if match and not match["repo"].endswith(FILE_SUFFIXES):
         return HubSource(match["repo"], match["revision"])
-    page = re.fullmatch(rf"https?://(?:[^/@]*@)?[^/]+/({NAME}/{NAME})(?:/.*)?", text)
+    if scheme in ("s3", "gs"):
+        raise InputError(f"`{text}` is neither a local path nor a repository of the Hub", hint="download it first")
+    if scheme not in ("", "http", "https"):
+        raise UsageError(f"nothing is read from `{scheme}://`", facts={"given": text}, hint=READABLE)
+    page = re.fullmatch(rf"(?i:https?)://(?:[^/@]*@)?[^/]+/({NAME}/{NAME})(?:/.*)?", text)
     hint = _did_you_mean(path, "check the path; a repository on the Hub is written `owner/name`")
     hint = f"write `{page[1]}` for this repository of the Hub" if page else hint
     raise _error(InputError, f"the path `{text}` does not exist", {"looked in": _deepest_folder(path).resolve()}, hint)
@@ -328,4 +334,4 @@ def narration(progress: bool) -> Iterator[None]:
 
 
 def _error(kind: type[LlavaWeightsError], what: str, facts: Mapping[str, object] | None, hint: str) -> LlavaWeightsError:
-    return kind(redact(what), facts={label: redact(str(value)) for label, value in (facts or {}).items()}, hint=redact(hint))
+    return kind(what, facts=facts, hint=hint)

@@ -21,7 +21,7 @@ from .errors import OutputError, UsageError
 from .formats import shown
 from .job import write_file
 from .stream import output_error
-from .wording import visible
+from .wording import redact, visible
 
 SUFFIXES = (".svg", ".png")
 LAYERS = r"(?P<block>(?:.*\.)?(?:layers|blocks|h))\.(?P<layer>[0-9]{1,6})\.(?P<kind>.+)"  # LLaMA and CLIP, MPT, GPT-2
@@ -207,7 +207,7 @@ def _title(difference: Difference) -> str:
 
 def _label(text: str) -> str:
     """On one line, not without end, and nothing that turns the writing round."""
-    clean = visible(text)
+    clean = visible(redact(text))
     return clean if len(clean) <= LONGEST else f"{clean[: LONGEST - 3]}..."
 
 

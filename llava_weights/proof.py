@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .findings import Finding, Verdict
-from .wording import redact
+from .wording import markdown_text, redact, visible
 
 VERDICTS = {0: "verified", 3: "not verified: there is nothing to verify against", 4: "FAILED"}
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "unchecked": "unchecked"}
@@ -57,8 +57,10 @@ def junit(name: str, findings: Sequence[Finding]) -> bytes:
 
 def markdown(name: str, findings: Sequence[Finding], code: int) -> str:
     """A section for a CI's summary page, such as `$GITHUB_STEP_SUMMARY`."""
-    rows = [f"| {MARKS[f.verdict]} | {f.level} | {_cell(_text(f))} | {_cell(f.remedy)} |" for f in sorted(findings, key=_rank)]
-    head = [f"## {_cell(name)}: {verdict(findings, code)}", "", "| | level | finding | remedy |", "|---|---|---|---|"]
+    rows = [
+        f"| {MARKS[f.verdict]} | {f.level} | {markdown_text(_text(f))} | {markdown_text(f.remedy)} |" for f in sorted(findings, key=_rank)
+    ]
+    head = [f"## {markdown_text(name)}: {verdict(findings, code)}", "", "| | level | finding | remedy |", "|---|---|---|---|"]
     return "\n".join([*head, *rows, ""]) + "\n"
 
 
@@ -70,10 +72,6 @@ def _text(finding: Finding) -> str:
     return finding.text if finding.subject in finding.text else f"{finding.subject}: {finding.text}"
 
 
-def _cell(text: str) -> str:
-    return _clean(text).replace("|", "\\|").replace("\n", " ")
-
-
 def _clean(text: str) -> str:
     """Without secrets, and without characters that XML has no form for."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in redact(text))
+    return visible(redact(text))

@@ -28,9 +28,10 @@ from .hub import SIDECARS, HubSource, choose_files, explain, parse_source
 from .patience import Absent, Patience, name_of, patiently
 from .threads import in_threads
 from .web import LOOPBACK, endpoint
+from .wording import scheme_of
 from .workspace import SHADOWS, SourceFile
 
-SCHEMES = ("hf://", "https://", "http://", "s3://", "gs://")
+SCHEMES = ("hf", "https", "http", "s3", "gs")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 MAX_FILES, MAX_SIZE = 1000, 1 << 42
@@ -94,7 +95,7 @@ class Shadow:
 
 def is_remote(text: str) -> bool:
     """Whether `text` is an address to read from over the network; an existing local path wins."""
-    return text.startswith(SCHEMES) and not os.path.exists(text)
+    return scheme_of(text) in SCHEMES and not os.path.exists(text)
 
 
 @contextmanager
@@ -104,7 +105,8 @@ def shadowed(text: str, revision: str | None = None) -> Iterator[Shadow]:
     It stays until `forget` or the end of the process. Raises HubError where the network fails, InputError where there is no such
     checkpoint or something that it says of itself can't be, UsageError where a package is missing or `revision` makes no sense.
     """
-    listing = _listing(text, revision)
+    scheme = scheme_of(text)
+    listing = _listing(scheme + text[len(scheme) :], revision)
     chosen = listing.chosen()
     folder = Path(tempfile.mkdtemp(prefix="llava-weights-")) / (re.sub(r"[^\w.\-]", "_", name_of(listing.address)) or "remote")
     _folders.append(folder.parent)

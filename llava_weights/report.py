@@ -14,6 +14,7 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import small_bytes
+from .destination import is_address
 from .manifest import MANIFEST, SUMS
 from .plan import LARGEST_SMALL_FILE, Plan, describe
 from .portions import PortionReport
@@ -97,7 +98,7 @@ def outcome(report: Report, output: str, seconds: float) -> tuple[list[str], dic
         f"  checksums in {output.rstrip('/')}/{SUMS}, recipe in {MANIFEST}, model card in README.md",
         *_loss(report.tallies),
         *_retained(report.tallies),
-        f"Check: {'download it, then ' if '://' in output else f'cd {output} && '}sha256sum -c {SUMS}",
+        f"Check: {'download it, then ' if is_address(output) else f'cd {output} && '}sha256sum -c {SUMS}",
     ]
     document = {
         "output": output,

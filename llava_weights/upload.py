@@ -24,7 +24,7 @@ from .job import Job, remove, write_file
 from .manifest import MANIFEST, SUMS, digest_file
 from .records import read_sums
 from .threads import GLANCE, interruption
-from .wording import redact
+from .wording import scheme_of
 
 AT_ONCE = 2  # shards on this machine: one goes up while the next is made
 
@@ -192,9 +192,9 @@ def _keep_header(path: Path, temporary: Path) -> None:
 
 def repository_of(text: str) -> Repository:
     """`owner/name[@branch]`. Raises UsageError for anything else."""
-    found = REPO.fullmatch(text.removeprefix("hf://"))
+    found = REPO.fullmatch(text[len("hf://") :] if scheme_of(text) == "hf" else text)
     if found is None:
-        raise UsageError(f"`--push {redact(text)}` is not a repository", hint="write `owner/name` or `owner/name@branch`")
+        raise UsageError(f"`--push {text}` is not a repository", hint="write `owner/name` or `owner/name@branch`")
     return Repository(HubSource(found["repo"], found["revision"]))
 
 

@@ -7,26 +7,46 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
+from urllib.parse import quote
 
 from .events import Progress, ShardDone, Started
 
 UNITS = ((10**15, "PB"), (10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))  # decimal, as the Hub counts
-# What no word of ours may hold: values of these variables, tokens, passwords in addresses, and the queries of signed addresses (Amazon's,
-# Google's, Azure's; the Hub redirects to such). A token of the Hub has 34 letters and digits; a word in a folder's name has fewer than 16.
+# What no word of ours may hold: values of these variables, tokens, passwords in addresses, and what follows an address's path: queries and
+# fragments are where signed addresses (Amazon's, Google's, Azure's; the Hub redirects to such) and logins keep their secrets.
 SECRET_VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN",
-    "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "GH_TOKEN",
+    "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "GH_TOKEN", "ACTIONS_RUNTIME_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "FSSPEC_S3_SECRET",
+    "FSSPEC_S3_TOKEN",
 )  # fmt: skip
-SECRETS = (
-    (re.compile(r"(hf|api_org)_[A-Za-z0-9]{16,}"), r"\1_***"),
-    (re.compile(r"(gh[pousr]|github_pat)_\w{20,}"), r"\1_***"),
-    (re.compile(r"://[^/\s]*@(?=[^/\s])"), "://***@"),
-    (re.compile(r"(?i)\b(authorization\W{1,5}\w+)\s+[^\s'\"`]+"), r"\1 ***"),
-    (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{16,}"), r"\1 ***"),
-    (re.compile(r"((?:https?|s3|gs)://[^\s?#`]+)\?[^\s`'\"]+"), r"\1?***"),
-    (re.compile(r"(?i)\b(x-(?:amz|goog)-(?:signature|credential|security-token)|signature|key-pair-id|sig)=[^\s&`'\"]+"), r"\1=***"),
+# Names of parameters that hold one, at the end of a longer name too: `X-Amz-Signature`, `access_token`.
+SECRET_NAME = (
+    r"(?:[\w.-]{0,64}[-_.])?(?:token|secret|signature|sig|key|credentials?|password|passwd|pwd|auth|authorization|jwt|assertion|code)"
+    r"|(?:x-amz|x-goog)-[\w-]{1,64}|key-pair-id|accountkey|awsaccesskeyid|apikey|accesstoken|sharedaccess(?:key|signature)"
 )
+# Each is linear in the text's length: what may repeat is bounded, or can't hold the place where another try would begin.
+SECRETS = (
+    (re.compile(r"hf_(?:oauth|jwt)_[\w.-]{16,}"), "hf_***"),
+    (re.compile(r"(gh[pousr]|github_pat)_\w{20,}"), r"\1_***"),
+    (re.compile(r"(?i)\b(authorization['\"]?\s?[:=]\s{0,5}['\"]?)[^'\"`\n]+"), r"\1***"),
+    (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{16,}"), r"\1 ***"),
+    (re.compile(rf"(?i)([?&#;](?:{SECRET_NAME})=)[^\s&;`'\"<>]+"), r"\1***"),
+    (re.compile(r"(?i)\b(x-(?:amz|goog)-(?:signature|credential|security-token)|signature|key-pair-id|sig)=[^\s&`'\"]+"), r"\1=***"),
+    (re.compile(rf"\b((?:{'|'.join(SECRET_VARIABLES)})\s{{0,5}}[=:]\s{{0,5}})[^\s`'\",]+"), r"\1***"),
+)
+HUB_TOKEN = re.compile(r"(hf|api_org)_([A-Za-z0-9]{16,})")
+HUB_TOKEN_LENGTH = 34
+WORD = re.compile(r"[^\s\"`<>]+")  # an address ends where one of these comes
+HOST_AND_PORT = re.compile(r"(?:localhost|[^:@.]*\.[^:@]*|\[[^\]@]*\]):\d{1,5}")
+CLOSING = "'),.;]}"  # what follows an address in a sentence
+# Where a CI reads commands out of what a program prints: GitHub at the start of a line, it and others between `##` and `[` anywhere.
+CI_COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\w{0,16}\[)")
+CODE = re.compile(r"(?<!`)`([^`|]+)`(?!`)")
+MARKUP = re.compile(r"[\\`*\[\]<>|~&$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?i:(?<=www)\.)")
+EMAIL = re.compile(r"(?<=[A-Za-z0-9._+-])@(?=[A-Za-z0-9_-])")  # which GitHub links even where it is escaped
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
 WINDOW = 30.0  # seconds that the rate looks back: an average since the start would hide a slow disk until too late
 
 
@@ -142,15 +162,77 @@ def visible(text: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def command_free(line: str) -> str:
+    """`line` so that no CI takes it for a command: GitHub's `::error ...` and `##[...]`, and those that others know."""
+    return CI_COMMAND.sub(lambda found: "#\\x23" if found[1] is None else f"{found[1]}\\x3a", line)
+
+
+def markdown_text(text: str) -> str:
+    """`text` as a piece of one line of Markdown, a table's cell too: no secrets, and nothing in it is markup, a link or HTML, except that
+    what stands between two backticks is code. CommonMark and GitHub's Markdown read it alike."""
+    pieces = CODE.split(visible(redact(text)))
+    return "".join(f"`{piece}`" if number % 2 else _escaped(piece) for number, piece in enumerate(pieces))
+
+
+def _escaped(text: str) -> str:
+    return "`@`".join(MARKUP.sub(r"\\\g<0>", piece) for piece in EMAIL.split(text))
+
+
 def redact(text: str) -> str:
-    """`text` without tokens, passwords in addresses and signed queries. For all that may be shown or saved."""
+    """`text` without tokens, passwords in addresses, queries and signatures. For all that may be shown or saved.
+
+    Takes time in proportion to the length. A token of the Hub has 34 letters and digits, or is a piece of one, which mixes cases as no
+    name does; other words that begin with `hf_` are names.
+    """
     for variable in SECRET_VARIABLES:
         secret = os.environ.get(variable, "").strip()
         if len(secret) >= 8:
-            text = text.replace(secret, "***")
+            text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
+    text = HUB_TOKEN.sub(lambda found: f"{found[1]}_***" if _may_be_token(found[2]) else found[0], text)
+    if "://" in text:
+        text = WORD.sub(lambda found: _address(found[0]) if "://" in found[0] else found[0], text)
     for pattern, replacement in SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _may_be_token(letters: str) -> bool:
+    """Whether what follows `hf_` can be a token, or one whose end is cut off."""
+    if len(letters) >= HUB_TOKEN_LENGTH:
+        return len(letters) == HUB_TOKEN_LENGTH or not (letters.islower() or letters.isupper())
+    cases = [letter.isupper() for letter in letters if letter.isalpha()]
+    return sum(one != other for one, other in pairwise(cases)) > 0.35 * len(cases)  # a half in tokens, a quarter in MixedCaseNames
+
+
+def _address(word: str) -> str:
+    """A word that holds an address, with *** for its user and password, its query, and a fragment that has values."""
+    last, place, kept, pieces = word.rfind("@"), word.find("://"), 0, list[str]()
+    while place >= 0:
+        start = place + 3
+        slash = word.find("/", start)
+        authority = word[start : slash if slash >= 0 else len(word)]
+        user = authority.rpartition("@")[0]
+        end = start + len(user) if user else -1
+        if ":" in (user or authority) and start < last and not HOST_AND_PORT.fullmatch(authority):
+            end = last  # a password may hold any of `/`, `@`, `?` and `#`
+        if end >= 0:
+            pieces += word[kept:start], "***"
+            kept = end
+        place = word.find("://", max(start, kept))
+    shown = "".join([*pieces, word[kept:]])
+    first = shown.find("://") + 3
+    query, fragment = shown.find("?", first), shown.find("#", first)
+    if fragment >= 0 and (query < 0 or fragment < query) and "=" in shown[fragment:]:
+        query = fragment
+    tail = shown[query + 1 :]
+    bare = tail.rstrip(CLOSING)
+    return f"{shown[: query + 1]}***{tail[len(bare) :]}" if query >= 0 and bare else shown
+
+
+def scheme_of(text: str) -> str:
+    """The scheme of an address in lower case, as `hf` of `HF://owner/name`; nothing where `text` is no address."""
+    found = SCHEME.match(text)
+    return found[1].lower() if found else ""
 
 
 def redacted(value: Any) -> Any:

@@ -433,7 +433,7 @@ def test_a_bug_is_saved_for_the_report(make: Any, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["llava-weights", "inspect", "https://user:secret@host/x"])
     console, _, err = make()
-    assert console.unexpected(raised(ValueError("hf_abcdefghijklmnop was \x1b[2J\nsecond line"))) == 1
+    assert console.unexpected(raised(ValueError("hf_aBcDefGHijKlmnOPqrSTuvWXyzAbCdeFGhI was \x1b[2J\nsecond line"))) == 1
     (saved,) = tmp_path.iterdir()
     text = saved.read_text()
     assert "command: llava-weights inspect" in text

@@ -13,12 +13,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up: a module imports only from lines above its own. Some of these are still to be written.
 LAYERS = (
-    "errors events families findings threads",  # import nothing
+    "events families findings threads",  # import nothing
+    "wording",
+    "errors",
     "executors",
     "patience",
     "web",
     "ranges",
-    "workspace wording retention naming",
+    "workspace retention naming",
     "buffers exact",
     "tensors",
     "formats published",  # the files of formats/ count as one module
@@ -26,6 +28,7 @@ LAYERS = (
     "remote",
     "checkpoint",
     "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
+    "chat_template",
     "config processor examine tower fast_tokenizer splice streamed projector",
     "adapter hf_config",
     "parts sidecars",
@@ -54,7 +57,7 @@ LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in mod
 
 # What costs more than 50 ms to import is imported inside the function that needs it, so that `--help` stays fast.
 HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tqdm", "typer",
-         "fsspec", "s3fs", "ray"}  # fmt: skip
+         "jinja2", "fsspec", "s3fs", "ray"}  # fmt: skip
 HEAVY_ALLOWED = {"cli": {"typer"}, "commands": {"typer"}}
 
 

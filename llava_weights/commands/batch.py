@@ -169,6 +169,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 def _job(table: Mapping[str, Any], defaults: Mapping[str, Any], commands: Mapping[str, Command], label: str) -> Job:
     from ..batch import Job
+    from ..destination import is_address
 
     for key in ("name", "command"):
         if not isinstance(table.get(key, ""), str) or table.get(key) == "":
@@ -182,7 +183,7 @@ def _job(table: Mapping[str, Any], defaults: Mapping[str, Any], commands: Mappin
     values = command.values(given, "`[defaults]`") | command.values(own, label)
     arguments = command.arguments(values, label)
     named = {name: value for name, (_, value) in values.items()}
-    if "://" in named.get("output", ""):
+    if is_address(named.get("output", "")):
         raise UsageError(f"{label}: a job's `output` is a folder", hint='add `push = "owner/name"` to publish it')
     output = Path(named["output"]) if "output" in named else None
     read = [named[name] for name in READS if name in named]

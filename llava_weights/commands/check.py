@@ -89,7 +89,7 @@ def checksum(
         from ..verification import checksum as write
 
         written = [str(file) for file in write(path, force=force, jobs=jobs, on_event=console.on_event)]
-        console.document("\n".join(f"Wrote {file}" for file in written) or "Everything is recorded already", {"written": written})
+        console.document([f"Wrote {file}" for file in written] or ["Everything is recorded already"], {"written": written})
 
 
 @grouped
@@ -115,7 +115,7 @@ def diff(
         found = compare(open_checkpoint(a), open_checkpoint(b), tolerance=tolerance, jobs=jobs, on_event=console.on_event)
         if plot:
             write_plot(found, plot)
-        console.document("\n".join(table(found, limit=limit)), document(found))
+        console.document(table(found, limit=limit), document(found))
         raise typer.Exit(0 if found.equal else 4)
 
 
@@ -164,7 +164,7 @@ def smoke(
             from ..reference_file import record as keep
 
             kept = keep(model, record, force=force, on_event=console.on_event, **how)
-            console.document(f"Wrote {record}: {len(kept.probes)} probes", {"written": str(record)})
+            console.document([f"Wrote {record}: {len(kept.probes)} probes"], {"written": str(record)})
         elif reference or original:
             from ..smoke import compare, compare_original, table
 
@@ -183,8 +183,8 @@ def smoke(
             from ..sample import sample
 
             text = sample(model, prompt or PROMPT, image=image, **how)
-            facts = asdict(text)
-            _prove(console, model.origin.name, [text.finding], exit_code([text.finding]), facts, junit, summary, [text.prompt + text.text])
+            facts, said = asdict(text), (text.prompt + text.text).split("\n")
+            _prove(console, model.origin.name, [text.finding], exit_code([text.finding]), facts, junit, summary, said)
 
 
 def _code(code: int, findings: Sequence[Finding]) -> int:
@@ -207,7 +207,7 @@ def _prove(
     """Show the findings, write the reports that were asked for, and end with the exit code."""
     from .. import proof
 
-    console.document("\n".join([*before, *proof.lines(name, findings, code)]), proof.document(name, findings, code, facts))
+    console.document([*before, *proof.lines(name, findings, code)], proof.document(name, findings, code, facts))
     if junit:
         junit.write_bytes(proof.junit(name, findings))
     if summary:

@@ -65,6 +65,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     """Plan, show the plan, then do it. A dry run ends with the exit code that the real one would start with."""
     from time import monotonic
 
+    from ..destination import is_address
     from ..executors import open_executor
     from ..plan import make_plan
     from ..portions import execute_portion, to_portion
@@ -76,7 +77,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     portion = to_portion(run.shards) if run.shards else None
     target, make_job = job_at(output, reread=run.reread, on_event=console.on_event)
     sizes: Any = {"max_shard_size": run.max_shard_size, "max_memory": run.max_memory}
-    plan = make_plan(checkpoint, jobs=run.jobs, upload="://" in output, **sizes)
+    plan = make_plan(checkpoint, jobs=run.jobs, upload=is_address(output), **sizes)
     rows, document = explain(plan, output)
     console.plan(rows, document)
     made = run.push is not None and _may_push(run.push, target, document, force=run.force)
@@ -127,13 +128,15 @@ def _push(repository: str, target: Path, lines: list[str], document: dict[str, A
 
 def _one_way(run: Run, output: str) -> None:
     """Raise UsageError where the options name two ways of working."""
+    from ..destination import is_address
+
     given = {"--executor": run.executor, "--shards": run.shards, "--finish": run.finish}
     named = [f"`{name}`" for name, value in given.items() if value]
     if len(named) > 1 or (named and run.restart and not run.executor):
         raise UsageError(f"{' and '.join(named + ['`--restart`'] * run.restart)} are different ways of working", hint="pass one of them")
     if run.ray_address and not run.executor:
         raise UsageError("`--ray-address` belongs to `--executor ray`", hint="pass both")
-    if (run.push and run.shards) or ("://" in output and (run.push or run.shards or run.finish)):
+    if (run.push and run.shards) or (is_address(output) and (run.push or run.shards or run.finish)):
         raise UsageError("portions and an output elsewhere can't be pushed, nor portions be written elsewhere", hint="give `-o` a folder")
 
 

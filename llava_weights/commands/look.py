@@ -28,7 +28,7 @@ def inspect(
         from ..inspection import inspect as look
 
         rows, document = look(open_checkpoint(source, revision=revision), given=source, tensors=tensors)
-        console.document("\n".join([str(document["name"]), *two_columns(rows)]), document)
+        console.document([str(document["name"]), *two_columns(rows)], document)
 
 
 def demo(
@@ -48,4 +48,4 @@ def env(json: Json = False) -> None:
     with session(Show(json=json)) as console:
         found = versions()
         settings = {name: value for name in ("HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE") if (value := os.environ.get(name))}
-        console.document("\n".join(two_columns([*found.items(), *settings.items()])), {**found, **settings})
+        console.document(two_columns([*found.items(), *settings.items()]), {**found, **settings})
