@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from .card import make_card
-from .checkpoint import small_bytes
-from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, Terminated
+from .checkpoint import small_bytes, to_place
+from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, Terminated, UsageError
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
 from .formats.safetensors import index_safetensors
@@ -62,7 +62,11 @@ def execute(
     can't be written, is in use or does not come back as it was written, InputError where an input turns out damaged; finished shards
     are kept.
     """
-    target = Path(os.path.abspath(out))
+    if not isinstance(plan, Plan):
+        raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
+    if pool is not None and not isinstance(pool, Executor):
+        raise UsageError(f"the pool is of the type `{type(pool).__name__}`, no `concurrent.futures.Executor`")
+    target = Path(os.path.abspath(to_place(out, "output")))
     preflight(plan, target, force=force, make_job=make_job)
     try:
         with open_job(target, make_job) as job:
