@@ -61,8 +61,7 @@ def merge_lora(
     matched across layouts. Raises UsageError for a value that an option can't have, InputError or MismatchError, naming the tensors,
     where an adapter tensor has no place in the base or does not fit it.
     """
-    arithmetic, dtype = to_arithmetic(arithmetic), to_dtype(dtype)
-    finite("scale", scale)
+    dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
     base, weighted = opened(base, "base"), _weighted(adapters)
     tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
     untied = _untie(base, tensors, weighted)
@@ -76,6 +75,13 @@ def merge_lora(
         assert place.replacement is not None
         merged[name] = cast(place.replacement, dtype or main_dtype(tensors))
     return _finish(base, weighted, merged, untied, arithmetic, scale)
+
+
+def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | None:
+    """`dtype` as safetensors spells it. Raises UsageError where `merge_lora` could not take these options."""
+    to_arithmetic(arithmetic)
+    finite("scale", scale)
+    return to_dtype(dtype)
 
 
 def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:

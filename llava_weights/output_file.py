@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import OutputError, UsageError
@@ -12,8 +13,11 @@ from .job import naming, write_file
 from .stream import output_error
 
 
-def check_file(path: str | os.PathLike[str], *, force: bool = False, append: bool = False) -> Path:
-    """Whether a file can be written at `path`: to be asked before hours of work. A file that is there is kept unless `force` or `append`.
+def check_file(
+    path: str | os.PathLike[str], *, force: bool = False, append: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> Path:
+    """Whether a file can be written at `path`: to be asked before hours of work. A file that is there is kept unless `force` or `append`,
+    and always where it is one of `inputs` or lies inside one.
 
     Raises UsageError for what is no path, OutputError for a folder that is missing or can't be written, for a file that exists, and
     for what is no regular file.
@@ -29,15 +33,18 @@ def check_file(path: str | os.PathLike[str], *, force: bool = False, append: boo
     except OSError as error:
         raise output_error(error, path) from error
     if there is None and not path.parent.is_dir():
-        raise OutputError(f"{name} can't be written: its folder does not exist", facts=facts, hint="make the folder first")
+        raise OutputError(f"can't write {name}: its folder does not exist", facts=facts, hint="make the folder first")
     if there is not None and not stat.S_ISREG(there.st_mode):
         what = "a folder" if stat.S_ISDIR(there.st_mode) else "no regular file"
         raise OutputError(f"{name} exists and is {what}", facts=facts, hint="give another name")
     if there is not None and not (force or append):
         raise OutputError(f"{name} exists already", facts=facts, hint="give another name, or pass `--force` to replace it")
+    for source in map(Path, inputs):
+        if there is not None and source.exists() and path.resolve().is_relative_to(source.resolve()):
+            raise OutputError(f"{name} is a file of an input", facts={**facts, "input": source}, hint="give another name")
     place, needed = (path, os.W_OK) if there is not None and append else (path.parent, os.W_OK | os.X_OK)
     if not os.access(place, needed):
-        raise OutputError(f"{name} can't be written: permission denied", facts=facts, hint="give another name, or change the permissions")
+        raise OutputError(f"can't write {name}: permission denied", facts=facts, hint="give another name, or change the permissions")
     return path
 
 

@@ -101,7 +101,7 @@ def record(
 
     Raises as `load_forward`, `check_given` and `write_recording`.
     """
-    check_file(path, force=force)
+    check_file(path, force=force, inputs=[checkpoint.origin.path])
     for text in check_given(checkpoint, tower, accept=accept_tower).warnings:
         on_event(Note(text, warning=True))
     probes = built_in_probes(checkpoint, tower=tower) if probes is None else probes

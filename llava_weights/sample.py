@@ -75,6 +75,11 @@ class Sample:
     def finding(self) -> Finding:
         return Finding("L5", "ok" if self.reads else "failed", "sample", self.sentence, "" if self.reads else WRONG)
 
+    @property
+    def doubts(self) -> tuple[Finding, ...]:
+        """About the vision tower that was given."""
+        return tuple(Finding("L5", "warning", "vision tower", text) for text in self.warnings)
+
 
 def sample(
     checkpoint: Checkpoint,

@@ -134,7 +134,6 @@ def compare(
     `atol` is the largest difference of a logit that may be; it then decides alone. Raises as `load_forward`, `read_recording` and
     `check_given`; a probe that the checkpoint can't run is a failure of the checkpoint, since the reference could.
     """
-    tower = tower if checkpoint.layout == "llava" else None
     doubts = check_given(checkpoint, tower, accept=accept_tower)
     recording = reference if isinstance(reference, Recording) else read_recording(reference)
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
@@ -311,8 +310,8 @@ def compare_original(
     warnings = _doubtful(original, check_given(original, tower, accept=accept_tower), on_event)
     probes = built_in_probes(original, tower=tower)
     reference = make_recording(original, probes, tower=tower, device=device, resident=resident, on_event=on_event)
-    how: Any = {"tower": tower, "device": device, "dtype": dtype, "resident": resident, "atol": atol, "accept_tower": accept_tower}
-    smoke = compare(checkpoint, reference, **how, on_event=on_event)
+    how: Any = {"device": device, "dtype": dtype, "resident": resident, "atol": atol, "accept_tower": accept_tower}
+    smoke = compare(checkpoint, reference, tower=tower if checkpoint.layout == "llava" else None, **how, on_event=on_event)
     if not any(probe.pixel_values is not None for probe in probes):
         text = "no image was compared: the original holds no vision tower"
         warnings.append(Finding("L5", "unchecked", original.origin.name, text, tower_hint(original.config)))
@@ -346,7 +345,6 @@ def smoke_test(
     if original is not None:
         smoke = compare_original(checkpoint, opened(original, "original", whole=True), **how)
     else:
-        check_given(checkpoint, how["tower"], accept=accept_tower)
         smoke = compare(checkpoint, reference if isinstance(reference, Recording) else Path(to_place(reference, "reference")), **how)
     if smoke.exit_code == 4:
         bad = [finding for finding in smoke.findings if finding.verdict == "failed"]
