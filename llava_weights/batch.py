@@ -144,7 +144,7 @@ def _compare(turn: Turn, output: Path) -> None:
     try:
         differing = differences(turn.plan, output)
     except (InputError, OSError) as error:
-        differing = [f"{MANIFEST} can't be read: {error}"]
+        differing = [f"{MANIFEST} can't be read: {error.what if isinstance(error, InputError) else error}"]
     if not differing:
         turn.state, turn.error = "finished", None
         made = read_manifest(output / MANIFEST)

@@ -32,9 +32,11 @@ def to_dtype(text: str | None) -> str | None:
     names = {
         spelled: dtype for dtype in ("F16", "BF16", "F32") for spelled in (dtype, dtype.replace("F", "FLOAT"), dtype.replace("F", "FP"))
     }
-    if text is not None and text.upper() not in names:
+    if text is None:
+        return None
+    if not isinstance(text, str) or text.upper() not in names:
         raise UsageError(f"there is no output dtype `{text}`", hint="choose F16, BF16 or F32")
-    return names[text.upper()] if text else None
+    return names[text.upper()]
 
 
 def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:

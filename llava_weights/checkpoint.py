@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, UsageError
 from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, VOCABULARY, size_name
 from .formats import DOWNLOAD_AGAIN, legible, listed, open_regular, unreadable
 from .formats.folder import index_file, index_folder, member, optional
@@ -114,14 +114,50 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
     return max(numbers, default=-1) + 1
 
 
+Source = Checkpoint | str | Path  # what a public function takes as a checkpoint: one that is open, or where it is
+
+
+def opened(source: Source, role: str, *, whole: bool = False) -> Checkpoint:
+    """`source` as a checkpoint, opened where it is a path, a name on the Hub or an address. Raises UsageError for anything else, and as
+    `open_checkpoint` does."""
+    if isinstance(source, Checkpoint):
+        return source
+    return open_checkpoint(to_place(source, role), whole=whole)
+
+
+def to_place(source: object, role: str) -> str | Path:
+    """`source` where it is a path or a text. Raises UsageError for anything else."""
+    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str) or not os.fspath(source):
+        hint = "give a path, `owner/name` of the Hub, or what `open_checkpoint` returned"
+        raise UsageError(f"the {role} is {_kind_of(source)}, no checkpoint", hint=hint)
+    return source if isinstance(source, str) else Path(source)
+
+
+def place_of(source: Source, role: str) -> str | Path:
+    """Where `source` lies, for what needs its files. Raises UsageError for a checkpoint that was only computed, and as `to_place`."""
+    if not isinstance(source, Checkpoint):
+        return to_place(source, role)
+    if source.history:
+        raise UsageError(f"the {role} was not written yet", hint="`execute(make_plan(checkpoint), folder)` writes it")
+    return need_files(source, f"the {role}").origin.path
+
+
+def _kind_of(value: object) -> str:
+    return "an empty text" if value in ("", b"") else f"of the type `{type(value).__name__}`"
+
+
 def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: bool | None = None, whole: bool = False) -> Checkpoint:
     """Open a folder, a file, `owner/name[@revision]` (downloaded first), or an address: `hf://owner/name[@revision][/folder]`,
     `s3://`, `gs://`, `https://` (read over the network where and when values are needed). An existing local path wins.
 
     Reads headers only; `progress=False` hides the bars of a download. With `whole`, `hf://` is downloaded too, for who reads everything
     more than once.
-    Raises InputError for anything missing, damaged or unknown, HubError where the Hub can't serve it.
+    Raises UsageError for what is no path or name, InputError for anything missing, damaged or unknown, HubError where the Hub can't
+    serve it.
     """
+    to_place(source, "source")
+    if revision is not None and not isinstance(revision, str):
+        raise UsageError(f"the revision is {_kind_of(revision)}, no text")
     if is_remote(str(source)) and not (whole and scheme_of(str(source)) == "hf"):
         with shadowed(str(source), revision) as shadow:
             return _open(shadow.path, name=shadow.name, revision=shadow.revision)

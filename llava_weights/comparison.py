@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 
 from .buffers import ITEMSIZE, one_thread, to_float32
-from .checkpoint import Checkpoint
+from .checkpoint import Source, opened
 from .config import fold_names
-from .errors import UsageError
+from .errors import MOST_JOBS, UsageError, finite, whole_number
 from .events import Event, Progress, Started
 from .naming import TABLES, Names, canonical
 from .tensors import FLOATS, LazyTensor
@@ -91,22 +91,26 @@ class Difference:
 
 @one_thread()
 def diff(
-    a: Checkpoint,
-    b: Checkpoint,
+    a: Source,
+    b: Source,
     *,
     tolerance: float = 0.0,
     rows: bool = True,
     jobs: int = 2,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Difference:
-    """Compare every tensor of `a` with its partner in `b`; `rows`: vocabulary tables of unequal length on the rows that both have.
+    """Compare every tensor of `a` with its partner in `b`, each open or a path.
+
+    `rows`: vocabulary tables of unequal length are compared on the rows that both have.
 
     Same dtype: equal means equal bits. Other dtypes: equal values, or both NaN. |a - b| <= `tolerance` counts as equal too.
     `on_event` is told in this thread, as each tensor is done; `nbytes` are those read of A and B.
     Raises UsageError for a tolerance that is no distance, InputError where an input is damaged or changes meanwhile.
     """
-    if not 0 <= tolerance < math.inf:
+    if not 0 <= finite("tolerance", tolerance) < math.inf:
         raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on")
+    whole_number("jobs", jobs, most=MOST_JOBS)
+    a, b = opened(a, "first checkpoint"), opened(b, "second checkpoint")
     ours, theirs = a.parameters(), b.parameters()
     pairs = list(_pairs(ours, theirs, rows))
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .buffers import TORCH_DTYPE, one_thread
-from .checkpoint import Checkpoint, Origin, Step, main_dtype, small_object, small_text
+from .buffers import TORCH_DTYPE, one_thread, to_dtype
+from .checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened, small_object, small_text
 from .config import expected_shapes, repair_generation_config
-from .conversation import chat_template, choose, example
-from .errors import InputError, UsageError
+from .conversation import CONVERSATIONS, chat_template, choose, example
+from .errors import InputError, UsageError, one_of, whole_number
 from .families import PROCESSOR_FILES
 from .fast_tokenizer import original_tokenizer
 from .formats.strict_json import json_bytes
@@ -25,45 +25,95 @@ from .processor import processor_files, read_image_settings
 from .projector import FORMS, NAMES, paired, single
 from .resize import resized
 from .tokenizer import SpecialIds
-from .tower import tower_shapes
+from .tower import check_tower, holds_tower, tower_shapes
 
 TARGETS = ("llava-hf", "llava")
+# The options of llava-hf, with the values of those that have a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "projector_form": tuple(FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
+    "image_token": (), "vocab_size": (),
+}  # fmt: skip
+NO_TOWER = "leave the vision tower out"
+NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 MULTIPLE = 64  # transformers' converters pad the vocabulary to it, for speed
 
 
 @one_thread()
-def convert(checkpoint: Checkpoint, to: str, *, tower: Checkpoint | None = None, dtype: str | None = None, **options: Any) -> Checkpoint:
-    """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`.
+def convert(
+    checkpoint: Source,
+    to: str,
+    *,
+    tower: Source | None = None,
+    dtype: str | None = None,
+    projector_form: str | None = None,
+    image_token: str | None = None,
+    vocab_size: int | None = None,
+    conv_mode: str | None = None,
+    image_aspect: str | None = None,
+    tower_name: str | None = None,
+    accept_tower: bool = False,
+) -> Checkpoint:
+    """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`; checkpoints may be paths.
 
-    Raises UsageError for another layout or an option that it does not take.
+    Raises UsageError for another layout, a value that an option can't have and an option that the layout does not take, and as
+    `to_llava_hf` and `to_llava` do.
     """
-    if to not in TARGETS:
-        raise UsageError(f"there is no layout `{to}` to convert to", hint=f"choose one of {', '.join(TARGETS)}")
-    given = {key: value for key, value in options.items() if value is not None}
+    hub = {
+        "projector_form": projector_form,
+        "image_token": image_token,
+        "vocab_size": vocab_size,
+        "conv_mode": conv_mode,
+        "image_aspect": image_aspect,
+    }
+    given = {key: value for key, value in hub.items() if value is not None}
+    dtype = check_conversion(to, dtype=dtype, **given, tower_name=tower_name)
+    model, clip = opened(checkpoint, "checkpoint"), opened(tower, "tower") if tower is not None else None
     if to == "llava-hf":
-        return to_llava_hf(checkpoint, tower=tower, dtype=dtype, **given)
-    if foreign := sorted(set(given) - {"tower_name"}):
-        raise UsageError(f"`--to llava` takes no {', '.join('--' + key.replace('_', '-') for key in foreign)}", hint="leave it out")
-    return to_llava(checkpoint, tower=tower, dtype=dtype, **given)
+        return to_llava_hf(model, tower=clip, dtype=dtype, accept_tower=accept_tower, **given)  # type: ignore[arg-type]
+    return to_llava(model, tower=clip, tower_name=tower_name, dtype=dtype, accept_tower=accept_tower)
+
+
+def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str | None:
+    """`dtype` as safetensors spells it. Raises UsageError where `convert` could not take these options, without a look at a checkpoint."""
+    one_of("layout", to, TARGETS)
+    own = {"llava-hf": set(CHOICES), "llava": {"tower_name"}}[to]
+    given = {key: value for key, value in given.items() if value is not None}
+    if foreign := sorted(given.keys() - own):
+        names = ", ".join(f"`--{key.replace('_', '-')}`" for key in foreign)
+        raise UsageError(f"a conversion to `{to}` takes no {names}", hint="leave it out")
+    for key, value in given.items():
+        if choices := CHOICES.get(key):
+            one_of(key.replace("_", " "), value, choices)
+        elif key == "vocab_size":
+            whole_number("vocab_size", value)
+        elif not isinstance(value, str) or not value:
+            raise UsageError(f"`{key}` must be a text that is not empty", facts={"given": repr(value)})
+    return to_dtype(dtype)
 
 
 def to_llava_hf(
     checkpoint: Checkpoint,
     *,
     tower: Checkpoint | None = None,
-    projector_form: str = "identity",
+    projector_form: str | None = None,
     image_token: str | None = None,
     vocab_size: int | None = None,
     conv_mode: str | None = None,
     image_aspect: str | None = None,
     dtype: str | None = None,
+    accept_tower: bool = False,
 ) -> Checkpoint:
     """`checkpoint`, in the original layout or any key style of llava-hf, as the Hub's llava-hf checkpoints are.
 
-    `tower` serves where the checkpoint has no vision tower of its own. New vocabulary rows hold the mean of the old ones.
-    Raises InputError for unknown or missing tensors, shapes that contradict the config, an image token without a row.
+    `tower` serves where the checkpoint has no vision tower of its own. New vocabulary rows hold the mean of the old ones. A projector
+    that is a single Linear becomes two by `projector_form`, "identity" by default.
+    Raises InputError for unknown or missing tensors, shapes that contradict the config, an image token without a row, MismatchError for
+    a published tower that is not the published one that the config names, unless `accept_tower`, UsageError for an option that can
+    change nothing of this checkpoint.
     """
-    model = take_apart(checkpoint, tower, image_token, dtype)
+    if tower and checkpoint.layout == "llava-hf" and holds_tower(checkpoint):
+        raise UsageError(f"`{checkpoint.origin.name}` holds its own vision tower, another can't take its place", hint=NO_TOWER)
+    model = take_apart(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
     tiles = pinpoints(model.config, model.tower.image_size) if _is_tiled(model) else None
     parts, activation, form = _two_layers(model, projector_form)
     notes = list(model.tower.notes)
@@ -87,21 +137,30 @@ def to_llava_hf(
         _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name),
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *model.tokenizer.notes),
-        notes=(*_first_notes(checkpoint), *notes),
-        warnings=_another_tower(model),
+        notes=(*_first_notes(checkpoint), *notes, *model.doubts.notes),
+        warnings=model.doubts.warnings,
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
     )
     return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
 
 
 def to_llava(
-    checkpoint: Checkpoint, *, tower: Checkpoint | None = None, tower_name: str | None = None, dtype: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    tower: Checkpoint | None = None,
+    tower_name: str | None = None,
+    dtype: str | None = None,
+    accept_tower: bool = False,
 ) -> Checkpoint:
     """`checkpoint` (llava-hf in any key style, or already original) in the original layout, as haotian-liu's code and SGLang read it.
 
-    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped.
+    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. `tower_name` is what
+    the config names then, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
     """
-    model = take_apart(checkpoint, tower, None, dtype)
+    if tower and checkpoint.layout == "llava-hf" and holds_tower(checkpoint):
+        raise UsageError(f"`{checkpoint.origin.name}` holds its own vision tower, another can't take its place", hint=NO_TOWER)
+    model = take_apart(checkpoint, tower, None, dtype, accept_tower=accept_tower)
+    doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
     parts, projector = dict(model.parts), "linear"
     if NAMES[0] in parts:
         if (one := single(parts, model.activation)) is None:
@@ -122,8 +181,8 @@ def to_llava(
         _given(to="llava", dtype=dtype),
         _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
-        notes=(*_first_notes(checkpoint), *model.tower.notes, *notes),
-        warnings=() if named else ("nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`",),
+        notes=(*_first_notes(checkpoint), *model.tower.notes, *notes, *doubts.notes),
+        warnings=(*doubts.warnings, *(() if named else (NAMELESS,))),
     )
     return _assembled(checkpoint, model, parts, "llava", config, files, step)
 
@@ -132,18 +191,20 @@ def _is_tiled(model: Model) -> bool:
     return model.tower.kind == "clip" and is_next(model.config, "newline" in model.parts)
 
 
-def _two_layers(model: Model, form: str) -> tuple[Parts, str, str]:
-    """The parts with a projector of two layers, its activation, and the form that was chosen for a single Linear."""
-    if form not in FORMS:
-        raise UsageError(f"there is no projector form `{form}`", hint=f"choose one of {', '.join(FORMS)}")
+def _two_layers(model: Model, form: str | None) -> tuple[Parts, str, str]:
+    """The parts with a projector of two layers, its activation, and the form that was chosen for a single Linear.
+
+    Raises UsageError for a form where the projector has two layers of its own."""
     parts = dict(model.parts)
-    if LINEAR[0] not in parts:
-        if model.activation != "gelu" and form != "identity":
-            weight, bias = single(parts, model.activation) or (None, None)
-            if weight and bias:
-                return {**parts, **paired(weight, bias, form)}, FORMS[form], form
+    if LINEAR[0] not in parts and form is None:
         return parts, model.activation, ""
-    weight, bias = (parts.pop(name) for name in LINEAR)
+    if LINEAR[0] in parts:
+        weight, bias = (parts.pop(name) for name in LINEAR)
+    elif (one := single(parts, model.activation)) is not None:
+        weight, bias = one
+    else:
+        raise UsageError("the projector has two layers of its own, so `--projector-form` can change nothing", hint="leave it out")
+    form = form or "identity"
     return {**parts, **paired(weight, bias, form)}, FORMS[form], form
 
 
@@ -192,8 +253,8 @@ def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prom
 
 
 def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
-    if aspect not in (None, "square", "pad"):
-        raise UsageError(f"there is no image aspect `{aspect}`", hint="choose square or pad")
+    if aspect is not None and "image_grid_pinpoints" in config:
+        raise UsageError("images of this model are cut into tiles, so `--image-aspect` can change nothing", hint="leave it out")
     tower, pads = model.tower, model.config.get("image_aspect_ratio") == "pad"
     own = small_object(checkpoint.files, "preprocessor_config.json") or {}
     if aspect is None and str(own.get("image_processor_type")).startswith("LlavaImageProcessor"):
@@ -218,13 +279,6 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
         "tower": f"{model.tower.kind}, {len(model.tower.tensors)} tensors from {source}",
         "vocabulary": f"{rows} rows as before" if rows == model.rows else grown,
     }
-
-
-def _another_tower(model: Model) -> tuple[str, ...]:
-    """A tower of another name than the config's; at 224 and at 336 pixels they have the same widths."""
-    named, given = str(model.config.get("mm_vision_tower") or ""), model.tower.origin.name if model.tower.origin else ""
-    same = {text.rstrip("/").rpartition("/")[2].lower() for text in (named, given)}
-    return (f"the config names the vision tower `{named}`, the one given is `{given}`",) if named and given and len(same) > 1 else ()
 
 
 def _ordered(parts: Parts, model: Model) -> Iterator[str]:

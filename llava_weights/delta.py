@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping
 
 from .buffers import one_thread
-from .checkpoint import Checkpoint, Step, main_dtype, small_object
+from .checkpoint import Checkpoint, Source, Step, main_dtype, opened, small_object
 from .config import few, repair_config, repair_generation_config
-from .errors import InputError, MismatchError
+from .errors import InputError, MismatchError, one_of
 from .examine import Examination, examine_apply, examine_integer, examine_make
 from .families import MULTIMODAL, PROJECTOR, VOCABULARY
 from .formats.strict_json import json_bytes
@@ -20,15 +20,18 @@ from .integer_delta import AddInteger, ToInteger, index_integer_delta, is_intege
 from .tensors import FLOATS, Add, LazyTensor, Subtract, cast
 from .tokenizer import repair_tokenizer
 
+CODECS = ("arithmetic", "integer")
+
 
 @one_thread()
-def apply_delta(base: Checkpoint, delta: Checkpoint, *, accept_base: bool = False) -> Checkpoint:
-    """`base` + `delta` as a checkpoint in the original layout, F16, with repaired config and tokenizer.
+def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Checkpoint:
+    """`base` + `delta` as a checkpoint in the original layout, F16, with repaired config and tokenizer. Both may be paths.
 
     Names and shapes are settled here, and a few MB of both inputs are read to see that they belong together. Raises
     InputError where one is not what its role needs, MismatchError where they do not fit; `accept_base` turns doubts about the
     base's values (not its shapes) into warnings.
     """
+    base, delta = opened(base, "base"), opened(delta, "delta")
     if is_integer_delta(delta.metadata):
         tensors, examination = _apply_integer(base, delta)
     else:
@@ -69,12 +72,15 @@ def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyT
 
 
 @one_thread()
-def make_delta(base: Checkpoint, tuned: Checkpoint, *, codec: str = "arithmetic") -> Checkpoint:
-    """`tuned` - `base`, the inverse for publishers, with `tuned`'s config and tokenizer as they are.
+def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Checkpoint:
+    """`tuned` - `base`, the inverse for publishers, with `tuned`'s config and tokenizer as they are. Both may be paths.
 
     `codec="arithmetic"` is the published fp16 form (the way back may be one ulp off; the loss is counted while writing),
-    `codec="integer"` the lossless one of `integer_delta`. Raises MismatchError where names or shapes do not fit.
+    `codec="integer"` the lossless one of `integer_delta`. Raises UsageError for another codec, MismatchError where names or shapes
+    do not fit.
     """
+    one_of("codec", codec, CODECS)
+    base, tuned = opened(base, "base"), opened(tuned, "tuned model")
     examination = examine_make(base, tuned)
     ours, theirs = _untied(base), tuned.parameters()
     _check_names(ours, theirs, role="tuned model")

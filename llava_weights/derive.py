@@ -12,7 +12,7 @@ from .against import failed, folded
 from .checkpoint import Checkpoint
 from .conversion import convert
 from .delta import apply_delta
-from .errors import InputError
+from .errors import InputError, UsageError
 from .events import Event, Progress, Started
 from .findings import Finding
 from .formats.strict_json import load_object
@@ -32,7 +32,13 @@ OTHER = "give the sources and options that it was made with: README.md and the m
 
 
 def derive(
-    made: Checkpoint, base: Checkpoint, *, delta: Checkpoint | None = None, lora: Sequence[str] = (), tower: Checkpoint | None = None
+    made: Checkpoint,
+    base: Checkpoint,
+    *,
+    delta: Checkpoint | None = None,
+    lora: Sequence[str] = (),
+    tower: Checkpoint | None = None,
+    accept_tower: bool = False,
 ) -> Checkpoint:
     """What `made` should be, as lazy tensors: `base` with the delta and the adapters, in the layout of `made`.
 
@@ -49,8 +55,10 @@ def derive(
         result = merge_lora(result, adapters, arithmetic=arithmetic, scale=float(scale), dtype=merged_dtype)
     if made.layout == "llava-hf" or options.get("to") == "llava":
         rows = next((made.tensors[name].rows for name in TABLES if name in made.tensors), None)
-        hub = {"projector_form": options.get("projector_form"), "vocab_size": rows} if made.layout == "llava-hf" else {}
-        result = convert(result, made.layout, tower=tower, dtype=dtype, **hub)
+        hub: dict[str, Any] = {"projector_form": options.get("projector_form"), "vocab_size": rows} if made.layout == "llava-hf" else {}
+        result = convert(result, made.layout, tower=tower, dtype=dtype, accept_tower=accept_tower, **hub)
+    elif tower:
+        raise UsageError(f"`{made.origin.name}` was not converted, so no vision tower went into it", hint="leave `--vision-tower` out")
     return result
 
 

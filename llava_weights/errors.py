@@ -6,11 +6,13 @@ An error says what happened with the names in it, the facts that led there, and 
 from __future__ import annotations
 
 import errno
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from .wording import redact
 
+MOST_JOBS = 64  # threads: more only wait for each other
 NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "failed to map segment")  # glibc's and torch's words
 
 
@@ -30,11 +32,40 @@ class LlavaWeightsError(Exception):
         self.hint = hint and redact(hint)
         self.kept: str | None = None
 
+    def __str__(self) -> str:
+        """All of it, as an uncaught error shows it in its traceback."""
+        facts = [f"  {label}: {text}" for label, text in self.facts.items()]
+        after = [self.kept] if self.kept else []
+        return "\n".join([self.what, *facts, *after, *([f"hint: {self.hint}"] if self.hint else [])])
+
 
 class UsageError(LlavaWeightsError):
     """The command line asks for something that does not exist."""
 
     exit_code = 2
+
+
+def one_of(what: str, value: object, choices: Iterable[str]) -> str:
+    """`value`, which must be one of `choices`. Raises UsageError naming them."""
+    found = next((choice for choice in choices if isinstance(value, str) and choice == value), None)
+    if found is None:
+        raise UsageError(f"there is no {what} `{value}`", hint=f"choose one of {', '.join(choices)}")
+    return found
+
+
+def whole_number(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
+    """`value`, which must be a whole number within bounds. Raises UsageError where it is not."""
+    if type(value) is not int or value < least or (most is not None and value > most):
+        upper = f" to {most:,}" if most is not None else " on"
+        raise UsageError(f"`{name}` is {value!r}, it must be a whole number from {least:,}{upper}")
+    return value
+
+
+def finite(name: str, value: object) -> float:
+    """`value`, which must be a finite number. Raises UsageError where it is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"`{name}` is {value!r}, it must be a number")
+    return value
 
 
 class InputError(LlavaWeightsError):

@@ -138,7 +138,7 @@ BESIDE_TOWER = r"text_model\..*|(visual|text)_projection\..*|logit_(scale|bias)|
 
 @dataclass(frozen=True)
 class KnownTower:
-    """A published vision tower: the widths that tell it, and what no tensor tells. `image` is 0 where it is patches x patch size."""
+    """A published vision tower: what its shapes tell, and what no tensor tells. `image` and `patch` are sides in pixels."""
 
     repo: str
     model_type: str
@@ -147,19 +147,26 @@ class KnownTower:
     heads: int
     projection: int
     activation: str
-    image: int = 0
+    patch: int
+    image: int
+    layers: int
 
 
-# The first with the right widths wins, unless the checkpoint's config names another publisher. OpenAI trained with quick_gelu, LAION
-# with gelu (transformers PR #25787), in the same shapes. SigLIP so400m reads 27 x 27 patches of 14 out of 384 pixels.
+# The config.json of each repository on the Hub. The first with the right widths wins, unless the checkpoint's config names another
+# publisher. OpenAI trained with quick_gelu, LAION with gelu (transformers PR #25787), in the same shapes. SigLIP so400m reads
+# 27 x 27 patches of 14 out of 384 pixels.
 KNOWN_TOWERS = (
-    KnownTower("openai/clip-vit-base-patch32", "clip_vision_model", 768, 3072, 12, 512, "quick_gelu"),
-    KnownTower("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "clip_vision_model", 768, 3072, 12, 512, "gelu"),
-    KnownTower("openai/clip-vit-large-patch14", "clip_vision_model", 1024, 4096, 16, 768, "quick_gelu"),
-    KnownTower("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "clip_vision_model", 1024, 4096, 16, 768, "gelu"),
-    KnownTower("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "clip_vision_model", 1280, 5120, 16, 1024, "gelu"),
-    KnownTower("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "clip_vision_model", 1664, 8192, 16, 1280, "gelu"),
-    KnownTower("google/siglip-base-patch16-224", "siglip_vision_model", 768, 3072, 12, 0, "gelu_pytorch_tanh"),
-    KnownTower("google/siglip-large-patch16-256", "siglip_vision_model", 1024, 4096, 16, 0, "gelu_pytorch_tanh"),
-    KnownTower("google/siglip-so400m-patch14-384", "siglip_vision_model", 1152, 4304, 16, 0, "gelu_pytorch_tanh", 384),
+    KnownTower("openai/clip-vit-base-patch32", "clip_vision_model", 768, 3072, 12, 512, "quick_gelu", 32, 224, 12),
+    KnownTower("openai/clip-vit-base-patch16", "clip_vision_model", 768, 3072, 12, 512, "quick_gelu", 16, 224, 12),
+    KnownTower("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "clip_vision_model", 768, 3072, 12, 512, "gelu", 32, 224, 12),
+    KnownTower("openai/clip-vit-large-patch14", "clip_vision_model", 1024, 4096, 16, 768, "quick_gelu", 14, 224, 24),
+    KnownTower("openai/clip-vit-large-patch14-336", "clip_vision_model", 1024, 4096, 16, 768, "quick_gelu", 14, 336, 24),
+    KnownTower("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "clip_vision_model", 1024, 4096, 16, 768, "gelu", 14, 224, 24),
+    KnownTower("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "clip_vision_model", 1280, 5120, 16, 1024, "gelu", 14, 224, 32),
+    KnownTower("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "clip_vision_model", 1664, 8192, 16, 1280, "gelu", 14, 224, 48),
+    KnownTower("google/siglip-base-patch16-224", "siglip_vision_model", 768, 3072, 12, 0, "gelu_pytorch_tanh", 16, 224, 12),
+    KnownTower("google/siglip-large-patch16-256", "siglip_vision_model", 1024, 4096, 16, 0, "gelu_pytorch_tanh", 16, 256, 24),
+    KnownTower("google/siglip-large-patch16-384", "siglip_vision_model", 1024, 4096, 16, 0, "gelu_pytorch_tanh", 16, 384, 24),
+    KnownTower("google/siglip-so400m-patch14-384", "siglip_vision_model", 1152, 4304, 16, 0, "gelu_pytorch_tanh", 14, 384, 27),
+    KnownTower("google/siglip-so400m-patch14-224", "siglip_vision_model", 1152, 4304, 16, 0, "gelu_pytorch_tanh", 14, 224, 27),
 )

@@ -45,6 +45,9 @@ JOURNAL = re.compile(r"journal(-\d{5}-of-(?P<count>\d{5}))?")
 
 
 def partial_folder(out: Path) -> Path:
+    """Where the work for `out` is done. Raises OutputError for a folder that nothing can lie beside, as `/`."""
+    if not out.name:
+        raise OutputError(f"`{out}` can't be an output: it is no folder that could get its name at the end", hint="choose another `-o`")
     return out.with_name(out.name + ".partial")
 
 

@@ -8,6 +8,7 @@ instead, and its cross terms make another update.)
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +20,10 @@ from typing import cast as cast_type
 
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
-from .buffers import TORCH_DTYPE, one_thread
-from .checkpoint import Checkpoint, Step, layout_of, main_dtype, small_object
+from .buffers import TORCH_DTYPE, one_thread, to_dtype
+from .checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, small_object, to_place
 from .config import few, repair_config, repair_generation_config
-from .errors import InputError, MismatchError, UsageError
+from .errors import InputError, MismatchError, UsageError, finite, one_of
 from .families import MULTIMODAL, VOCABULARY
 from .formats.strict_json import json_bytes
 from .low_rank import Arithmetic, LowRank, add_low_rank, fits
@@ -32,6 +33,9 @@ from .tokenizer import read_special_ids, repair_tokenizer
 
 # The tokens that LLaVA adds, in its order, with the config key that asks for them (llava/model/builder.py at c121f04).
 IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
+
+
+AdapterSource = Adapter | str | Path
 
 
 @dataclass
@@ -45,8 +49,8 @@ class Placed:
 
 @one_thread()
 def merge_lora(
-    base: Checkpoint,
-    adapters: Sequence[Adapter | tuple[Adapter, float]],
+    base: Source,
+    adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]],
     *,
     arithmetic: Arithmetic = "peft",
     scale: float = 1.0,
@@ -54,10 +58,12 @@ def merge_lora(
 ) -> Checkpoint:
     """`base` with the adapters merged in, in its own layout and dtype (or in `dtype`).
 
-    An adapter may come with a weight; `scale` multiplies all of them. Names are matched across layouts. Raises InputError or
-    MismatchError, naming the tensors, where an adapter tensor has no place in the base or does not fit it.
+    Base and adapters may be paths, and "PATH@0.5" weighs an adapter as (adapter, 0.5) does; `scale` multiplies all of them. Names are
+    matched across layouts. Raises UsageError for a value that an option can't have, InputError or MismatchError, naming the tensors,
+    where an adapter tensor has no place in the base or does not fit it.
     """
-    weighted = [pair if isinstance(pair, tuple) else (pair, 1.0) for pair in adapters]
+    dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
+    base, weighted = opened(base, "base"), _weighted(adapters)
     tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
     untied = _untie(base, tensors, weighted)
     places: defaultdict[str, Placed] = defaultdict(Placed)
@@ -72,6 +78,29 @@ def merge_lora(
     return _finish(base, weighted, merged, untied, arithmetic, scale)
 
 
+def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | None:
+    """`dtype` as safetensors spells it. Raises UsageError where `merge_lora` could not take these options."""
+    to_arithmetic(arithmetic)
+    finite("scale", scale)
+    return to_dtype(dtype)
+
+
+def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:
+    """Each adapter, opened, with its weight. Raises UsageError for what is none."""
+    given: Sequence[Any] = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else list(adapters)
+    if not given:
+        raise UsageError("no adapter was given to merge")
+    found = []
+    for one in given:
+        source, weight = one if isinstance(one, tuple) and len(one) == 2 else (one, None)
+        if not isinstance(source, Adapter):
+            place = to_place(source, "adapter")
+            source, written = open_weighted(place) if isinstance(place, str) else (open_adapter(place), 1.0)
+            weight = written if weight is None else finite("weight", weight) * written
+        found.append((source, 1.0 if weight is None else finite("weight", weight)))
+    return found
+
+
 def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | None = None) -> tuple[Adapter, float]:
     """An adapter and its weight: `PATH@0.5` weighs it 0.5, unless a path of that very name exists."""
     source, _, number = text.rpartition("@")
@@ -82,10 +111,7 @@ def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | N
 
 def to_arithmetic(text: str) -> Arithmetic:
     """The rule called `text`. Raises UsageError for others."""
-    found = next((rule for rule in get_args(Arithmetic) if rule == text), None)
-    if found is None:
-        raise UsageError(f"there is no arithmetic `{text}`", hint=f"choose one of {', '.join(get_args(Arithmetic))}")
-    return cast_type(Arithmetic, found)
+    return cast_type(Arithmetic, one_of("arithmetic", text, get_args(Arithmetic)))
 
 
 def _untie(base: Checkpoint, tensors: dict[str, LazyTensor], adapters: Iterable[tuple[Adapter, float]]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .checkpoint import Checkpoint, main_dtype, small_object
@@ -23,7 +23,7 @@ from .processor import original_vision_settings
 from .projector import NAMES
 from .tensors import LazyTensor, cast
 from .tokenizer import SpecialIds
-from .tower import Tower, open_tower, own_tower
+from .tower import Doubts, Tower, check_tower, named_tower, open_tower, own_tower, tower_hint
 
 LINEAR = ("projector.weight", "projector.bias")
 
@@ -41,6 +41,7 @@ class Model:
     activation: str  # between the two layers of the projector
     rows: int
     repairs: tuple[str, ...] = ()
+    doubts: Doubts = field(default_factory=Doubts)  # about the tower
 
     @property
     def tied(self) -> bool:
@@ -48,10 +49,13 @@ class Model:
         return TABLES[1] not in self.parts
 
 
-def take_apart(checkpoint: Checkpoint, tower: Checkpoint | None, image_token: str | None, dtype: str | None) -> Model:
+def take_apart(
+    checkpoint: Checkpoint, tower: Checkpoint | None, image_token: str | None, dtype: str | None, *, accept_tower: bool = False
+) -> Model:
     """The parts of `checkpoint`, cast to `dtype`, with `tower` where it holds no tower of its own.
 
-    Raises InputError where it is no LLaVA that llava-hf can hold, or its parts, its config and its tokens do not agree.
+    Raises InputError where it is no LLaVA that llava-hf can hold, or its parts, its config and its tokens do not agree,
+    MismatchError where `tower` is not the one that its config names, unless `accept_tower`.
     """
     _check_kind(checkpoint)
     parts = _parts(checkpoint, dtype)
@@ -60,14 +64,14 @@ def take_apart(checkpoint: Checkpoint, tower: Checkpoint | None, image_token: st
     vision = checkpoint.config.get("vision_config") if hub else None
     own = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given)
     if own is None and given is None:
-        named = checkpoint.config.get("mm_vision_tower")
         raise InputError(
             "the checkpoint holds no vision tower",
-            facts={"checkpoint": checkpoint.origin.name, "config names": named or "none"},
-            hint="give the CLIP that it was trained with, as `--vision-tower openai/clip-vit-large-patch14-336` or its folder",
+            facts={"checkpoint": checkpoint.origin.name, "config names": named_tower(checkpoint.config) or "none"},
+            hint=tower_hint(checkpoint.config),
         )
     chosen = own or given
     assert chosen is not None
+    doubts = check_tower(checkpoint, chosen, accept=accept_tower) if own is None else Doubts()
     main = dtype or main_dtype(checkpoint.parameters())
     parts = {name: tensor for name, tensor in parts.items() if not name.startswith("tower.")}
     parts |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
@@ -82,7 +86,7 @@ def take_apart(checkpoint: Checkpoint, tower: Checkpoint | None, image_token: st
     config, repairs = _repaired(config, parts, tokenizer, main)
     _check_parts(config, parts, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", "gelu")) if hub else "gelu"
-    return Model(parts, chosen, config, tokenizer, activation, rows, repairs)
+    return Model(parts, chosen, config, tokenizer, activation, rows, repairs, doubts)
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:

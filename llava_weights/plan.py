@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import Checkpoint, Step, small_bytes
-from .errors import UsageError
+from .checkpoint import Source, Step, opened, small_bytes
+from .errors import MOST_JOBS, UsageError, whole_number
 from .formats import legible
 from .formats.strict_json import json_bytes
 from .tensors import LazyTensor
@@ -26,6 +26,7 @@ FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an A
 MiB = 1 << 20
 WINDOW = 8 * MiB  # 4-8 MiB is the fastest; 16 and more leave the processor's cache (facts: perf 1)
 SMALLEST_WINDOW = MiB
+LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
 LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
 BUFFERS_BEYOND_JOBS = 4  # what the digest threads may lag behind the workers
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
@@ -100,7 +101,7 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     *,
     max_shard_size: int | str = "5GB",
     max_memory: int | str | None = None,
@@ -110,16 +111,19 @@ def make_plan(
 ) -> Plan:
     """Cut `checkpoint` into shards at the boundaries, and with the names, that the Hub's libraries use.
 
-    `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB"; `upload` says that the output goes elsewhere. Raises
-    UsageError where they can't be read or where the work does not fit into `max_memory`.
+    `checkpoint` may be a path. `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB"; `upload` says that the
+    output goes elsewhere. Raises UsageError where they can't be read or where the work does not fit into `max_memory`.
     """
-    shards = _shards(checkpoint.tensors, parse_size(max_shard_size, "max-shard-size"))
+    limit, memory = parse_size(max_shard_size, "max-shard-size"), None if max_memory is None else parse_size(max_memory, "max-memory")
+    whole_number("jobs", jobs, most=MOST_JOBS)
+    checkpoint = opened(checkpoint, "checkpoint")
+    shards = _shards(checkpoint.tensors, limit)
     config = json_bytes(dict(checkpoint.config))
     files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
     settings = Settings(jobs=jobs * REMOTE_JOBS if _uses_network(shards) else jobs, upload=upload)
-    if max_memory is not None:
-        settings = _fit(shards, settings, parse_size(max_memory, "max-memory"))
-    chosen = {"max_shard_size": parse_size(max_shard_size, "max-shard-size"), **(options or {})}
+    if memory is not None:
+        settings = _fit(shards, settings, memory)
+    chosen = {"max_shard_size": limit, **(options or {})}
     return Plan(shards, checkpoint.config, files, checkpoint.history, settings, chosen)
 
 
@@ -170,12 +174,21 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 
 
 
 def parse_size(size: int | str, option: str) -> int:
-    """Bytes of "5GB" (decimal, as on the Hub), "512MiB" or a plain number. Raises UsageError for anything else or below 1."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
+    """Bytes of "5GB" (decimal, as on the Hub), "512MiB" or a whole number of bytes. Raises UsageError for anything else, and for what
+    nobody can mean: more than a PiB, a text of less than 1 kB, or one without a unit of less than 1 MB."""
+    if type(size) is int:
+        return whole_number(option.replace("-", "_"), size, most=LARGEST_SIZE)
+    found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", str(size).strip())
     unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or float(found[1]) * unit < 1:
+    if found is None or unit is None:
         raise UsageError(f"`--{option} {size}` is not a size", hint="write it as 5GB, 500MB or 512MiB")
-    return int(float(found[1]) * unit)
+    nbytes = float(found[1]) * unit
+    if nbytes < (1_000 if found[2] else 1_000_000):
+        hint = f"write the unit: {found[1]}GB" if not found[2] and nbytes else "write it as 5GB, 500MB or 512MiB"
+        raise UsageError(f"`--{option} {size}` is {nbytes:g} bytes, too little", hint=hint)
+    if nbytes > LARGEST_SIZE:
+        raise UsageError(f"`--{option} {size}` is more than any file system holds", hint="write it as 5GB, 500MB or 512MiB")
+    return int(nbytes)
 
 
 def _digest(data: bytes) -> str:

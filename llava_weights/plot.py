@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,10 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .comparison import STATUSES, Difference, Status, TensorDifference
-from .errors import OutputError, UsageError
+from .errors import UsageError
 from .formats import shown
-from .job import write_file
-from .stream import output_error
+from .output_file import check_file, write_report
 from .wording import redact, visible
 
 SUFFIXES = (".svg", ".png")
@@ -92,33 +90,30 @@ def heat_map(difference: Difference) -> tuple[Panel, ...]:
     return (*panels.values(), *([outside] if outside.cells else []))
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, *, force: bool = False, inputs: Iterable[str | Path] = ()) -> None:
     """Whether `write_plot` could write `path`: to be asked before hours of comparing.
 
-    Raises UsageError for another suffix than .svg or .png and for .png without matplotlib, OutputError where the file exists.
+    Raises UsageError for another suffix than .svg or .png and for .png without matplotlib, OutputError where the file exists, unless
+    `force`, is one of `inputs`, or can't be written.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"a plot is written as .svg or .png, not as {shown(path.name)}", hint="name it `diff.svg`")
     if path.suffix.lower() == ".png" and find_spec("matplotlib") is None:
         raise UsageError("a .png needs matplotlib, which is not installed", hint="pip install 'llava-weights[plot]', or name it `.svg`")
-    if os.path.lexists(path):
-        raise OutputError(f"{shown(path.name)} exists already", facts={"file": path}, hint="choose another name, or remove it")
+    check_file(path, force=force, inputs=inputs)
 
 
-def write_plot(difference: Difference, path: Path) -> None:
-    """Draw `heat_map(difference)` into `path`, a new file, .svg or .png by its suffix. The same difference gives the same bytes.
+def write_plot(difference: Difference, path: Path, *, force: bool = False) -> None:
+    """Draw `heat_map(difference)` into `path`, .svg or .png by its suffix. The same difference gives the same bytes.
 
     Raises as `check_plot` does, and OutputError where the file can't be written.
     """
-    check_plot(path)
+    check_plot(path, force=force)
     items = list(_picture(difference))
     width = max(_right(item) for item in items) + GAP / 2
     height = max(item.y + (item.height if isinstance(item, Box) else 0) for item in items) + GAP / 2
     data = _svg(items, width, height, difference) if path.suffix.lower() == ".svg" else _png(items, width, height)
-    try:
-        write_file(path, data)
-    except OSError as error:
-        raise output_error(error, path) from error
+    write_report(path, data, force=force)
 
 
 def _picture(difference: Difference) -> Iterator[Box | Words]:

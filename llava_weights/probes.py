@@ -13,16 +13,17 @@ from typing import Any, cast
 import numpy as np
 
 from .checkpoint import Checkpoint
+from .errors import UsageError
+from .formats import shown
 from .forward import Probe
 from .naming import canonical
 from .processor import CLIP_MEAN, CLIP_STD
 from .splice import IMAGE, best_grid, unpad
 from .tokenizer import read_special_ids
-from .tower import Tower, open_tower, own_tower
+from .tower import Doubts, Tower, check_tower, holds_tower, open_tower, own_tower
 
 TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
 LAST_ROWS, MOST_ADDED = 8, 64
-TOWER = "give the CLIP that it was trained with: `--vision-tower openai/clip-vit-large-patch14-336`, or its folder"
 HUB_IMAGE = 32000  # LlavaConfig's own `image_token_index`
 
 
@@ -127,6 +128,17 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
     tiled = config.get("image_aspect_ratio") == "anyres" and config.get("mm_patch_merge_type") == "spatial_unpad"
     extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
     return Sight(found, int(extra), config.get("image_grid_pinpoints") if tiled else None)
+
+
+def check_given(checkpoint: Checkpoint, tower: Checkpoint | None, *, accept: bool = False) -> Doubts:
+    """What there is to say of a tower that is given beside a checkpoint. Raises UsageError where the checkpoint has no use for one,
+    MismatchError where its config names another published one, unless `accept`."""
+    if tower is None:
+        return Doubts()
+    if checkpoint.layout != "llava":
+        why = "holds its own vision tower" if holds_tower(checkpoint) else "is no LLaVA in the original layout"
+        raise UsageError(f"{shown(checkpoint.origin.name)} {why}, so none can be given", hint="leave `--vision-tower` out")
+    return Doubts() if holds_tower(checkpoint) else check_tower(checkpoint, open_tower(tower), accept=accept)
 
 
 def image_id(checkpoint: Checkpoint) -> int:

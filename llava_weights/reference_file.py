@@ -19,7 +19,6 @@ applied beside the weights, so that weights that were rounded after its merge ar
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,16 +32,15 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoint import Checkpoint, main_dtype
-from .errors import InputError, OutputError
+from .errors import InputError
 from .events import Event, Note
 from .formats import shown
 from .formats.safetensors import index_safetensors, make_header
 from .forward import Outcome, Probe, Runner, load_forward, load_original
-from .job import write_file
 from .manifest import environment, root_of_tensors
-from .probes import built_in_probes, image_places
+from .output_file import check_file, write_report
+from .probes import built_in_probes, check_given, image_places
 from .records import find_manifest
-from .stream import output_error
 from .tensors import LazyTensor, Stored
 from .workspace import Workspace
 
@@ -95,13 +93,17 @@ def record(
     device: str = "cpu",
     dtype: str = "F32",
     resident: bool = False,
+    accept_tower: bool = False,
     force: bool = False,
     on_event: Listener = lambda event: None,
 ) -> Recording:
     """Run `probes` (else the built-in ones) and keep what comes of them in `path`, in the form that reference_file.py describes.
 
-    Raises as `load_forward` and `write_recording`.
+    Raises as `load_forward`, `check_given` and `write_recording`.
     """
+    check_file(path, force=force, inputs=[checkpoint.origin.path])
+    for text in check_given(checkpoint, tower, accept=accept_tower).warnings:
+        on_event(Note(text, warning=True))
     probes = built_in_probes(checkpoint, tower=tower) if probes is None else probes
     made = make_recording(checkpoint, probes, tower=tower, device=device, dtype=dtype, resident=resident, on_event=on_event)
     write_recording(made, path, force=force)
@@ -185,16 +187,12 @@ def signs(width: int) -> np.ndarray:
 
 def write_recording(recording: Recording, path: Path, *, force: bool = False) -> None:
     """Write the file at once or not at all. Raises OutputError where `path` exists, unless `force`, or can't be written."""
-    if os.path.lexists(path) and not force:
-        raise OutputError(f"{shown(path.name)} exists", facts={"file": path}, hint="give another name, or pass `--force` to replace it")
+    check_file(path, force=force)
     arrays = {name: array for one in recording.probes for name, array in _arrays(one).items()}
     codes = {np.dtype(kind): code for code, kind in DTYPES.items()}
     described = [(name, LazyTensor(dtype=codes[array.dtype], shape=array.shape)) for name, array in arrays.items()]
     head, places = make_header(described, {**recording.metadata, "schema": SCHEMA})
-    try:
-        write_file(path, head + b"".join(arrays[name].tobytes() for name, _, _ in places))
-    except OSError as error:
-        raise output_error(error, path) from error
+    write_report(path, head + b"".join(arrays[name].tobytes() for name, _, _ in places), force=force)
 
 
 def _arrays(one: Recorded) -> dict[str, np.ndarray]:

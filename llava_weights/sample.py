@@ -21,11 +21,12 @@ from .findings import Finding
 from .formats import open_regular, shown
 from .formats.strict_json import parse_json
 from .forward import Probe
-from .probes import TOWER, Sight, find_sight, image_id, table_rows
+from .probes import Sight, check_given, find_sight, image_id, table_rows
 from .processor import processor_files, read_image_settings
 from .reference_file import load_runner
 from .splice import IMAGE
 from .tokenizer import FAST, FAST_LIMIT
+from .tower import tower_hint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,6 +57,7 @@ class Sample:
     tokens: tuple[int, ...]
     perplexity: float
     limit: float
+    warnings: tuple[str, ...] = ()  # about the vision tower that was given
 
     @property
     def reads(self) -> bool:
@@ -73,6 +75,11 @@ class Sample:
     def finding(self) -> Finding:
         return Finding("L5", "ok" if self.reads else "failed", "sample", self.sentence, "" if self.reads else WRONG)
 
+    @property
+    def doubts(self) -> tuple[Finding, ...]:
+        """About the vision tower that was given."""
+        return tuple(Finding("L5", "warning", "vision tower", text) for text in self.warnings)
+
 
 def sample(
     checkpoint: Checkpoint,
@@ -84,12 +91,14 @@ def sample(
     device: str = "cpu",
     dtype: str = "F32",
     resident: bool = False,
+    accept_tower: bool = False,
 ) -> Sample:
     """What the model writes after `prompt`, at most `new_tokens` tokens. An image stands where `<image>` is in it, else before it.
 
     The prompt is taken as it is: no chat template is put around it. Raises InputError where there is no tokenizer, for an image
-    that can't be read or that the model has no eyes for, and as `load_forward`.
+    that can't be read or that the model has no eyes for, and as `load_forward` and `check_given`.
     """
+    doubts = check_given(checkpoint, tower, accept=accept_tower)
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
     rows = table_rows(checkpoint)
     made = hf_tokenizer(checkpoint.files, rows=rows, processor_class="LlavaProcessor")
@@ -101,7 +110,7 @@ def sample(
         if sight is None:
             raise InputError(
                 f"{shown(checkpoint.origin.name)} can't see an image: no vision tower is at hand",
-                hint=TOWER if checkpoint.layout == "llava" else None,
+                hint=tower_hint(checkpoint.config) if checkpoint.layout == "llava" else None,
             )
         mark = image_id(checkpoint) if checkpoint.layout == "llava-hf" else made.image_id
         probe = _with_image(checkpoint, sight, tokenizer, prompt, image, mark)
@@ -109,7 +118,7 @@ def sample(
     perplexity = _perplexity(runner(paragraph).logits, paragraph.ids)
     images = {"pixel_values": probe.pixel_values, "image_sizes": probe.image_sizes}
     tokens = runner.generate(probe.ids, **images, new_tokens=new_tokens, eos=made.eos)
-    return Sample(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, min(LIMIT, math.sqrt(rows)))
+    return Sample(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, min(LIMIT, math.sqrt(rows)), doubts.warnings)
 
 
 def _tokenizer(text: str) -> Tokenizer:

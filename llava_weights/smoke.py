@@ -6,23 +6,26 @@ reference proves something where another program made it, as LLaVA's own code; a
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from . import findings
-from .buffers import one_thread
-from .checkpoint import Checkpoint, main_dtype, open_checkpoint
+from .buffers import one_thread, to_dtype
+from .checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from .errors import InputError, UsageError, VerificationError
 from .events import Note
 from .findings import Finding
 from .formats import shown
 from .forward import Outcome, Runner
-from .probes import TOWER, built_in_probes, find_sight, in_layout
+from .probes import built_in_probes, check_given, find_sight, in_layout
 from .reference_file import Listener, Recorded, Recording, load_runner, make_recording, read_recording, sketch
+from .tower import Doubts, tower_hint
 
 Where = Literal["text", "image"]
 Verdict = Literal["same", "plausible", "suspicious", "different"]
@@ -123,13 +126,15 @@ def compare(
     dtype: str = "F32",
     resident: bool = False,
     atol: float | None = None,
+    accept_tower: bool = False,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
     """Run the reference's own ids and pixels and compare, on the rows of the vocabulary that both have.
 
-    `atol` is the largest difference of a logit that may be; it then decides alone. Raises as `load_forward` and `read_recording`;
-    a probe that the checkpoint can't run is a failure of the checkpoint, since the reference could.
+    `atol` is the largest difference of a logit that may be; it then decides alone. Raises as `load_forward`, `read_recording` and
+    `check_given`; a probe that the checkpoint can't run is a failure of the checkpoint, since the reference could.
     """
+    doubts = check_given(checkpoint, tower, accept=accept_tower)
     recording = reference if isinstance(reference, Recording) else read_recording(reference)
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
     half = max(dtype, recording.dtype, key=PRECISION.index) != "F32"
@@ -137,11 +142,11 @@ def compare(
     if not half and recording.metadata.get("adapter") == "unmerged":
         limits = MERGED.get(main_dtype(checkpoint.parameters()), LIMITS["F32"])
     blind = checkpoint.layout == "llava" and find_sight(checkpoint, tower) is None
-    found, rows, wrong, verdicts = list[Finding](), list[Row](), list[str](), list[Verdict]()
+    found, rows, wrong, verdicts = _doubtful(checkpoint, doubts, on_event), list[Row](), list[str](), list[Verdict]()
     for one in recording.probes:
         if blind and one.probe.pixel_values is not None:
             text = f"{shown(one.probe.name)} was not run: the checkpoint has no vision tower"
-            found.append(Finding("L5", "unchecked", one.probe.name, text, TOWER))
+            found.append(Finding("L5", "unchecked", one.probe.name, text, tower_hint(checkpoint.config)))
             continue
         finding, new, layer, verdict = _compare_one(checkpoint, runner, recording, one, limits, half, atol)
         found.append(finding)
@@ -153,6 +158,13 @@ def compare(
     first = min(wrong, key=_depth, default="")
     against = recording.metadata.get("model", recording.metadata.get("producer", "the reference"))
     return Smoke(checkpoint.origin.name, against, tuple(found), tuple(rows), limits, worst, first)
+
+
+def _doubtful(checkpoint: Checkpoint, doubts: Doubts, on_event: Listener) -> list[Finding]:
+    """A warning for each that there is about the tower that was given."""
+    for text in doubts.notes:
+        on_event(Note(text))
+    return [Finding("L5", "warning", checkpoint.origin.name, text, tower_hint(checkpoint.config)) for text in doubts.warnings]
 
 
 def _compare_one(
@@ -284,57 +296,79 @@ def compare_original(
     dtype: str = "F32",
     resident: bool = False,
     atol: float | None = None,
+    accept_tower: bool = False,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
     """Compare with the unconverted checkpoint, which runs in float32 on a path of its own (`load_original`), on built-in probes.
 
-    `tower` is the CLIP of an original that holds none; without it only text is compared, and a finding says so.
+    `tower` is the CLIP of an original that holds none; without it only text is compared, and a finding says so. Raises as `compare`.
     """
     if original.layout != "llava":
         raise InputError(
             f"{shown(original.origin.name)} is no LLaVA in the original layout", hint="record it, and compare with the recording"
         )
+    warnings = _doubtful(original, check_given(original, tower, accept=accept_tower), on_event)
     probes = built_in_probes(original, tower=tower)
     reference = make_recording(original, probes, tower=tower, device=device, resident=resident, on_event=on_event)
-    smoke = compare(checkpoint, reference, tower=tower, device=device, dtype=dtype, resident=resident, atol=atol, on_event=on_event)
-    if any(probe.pixel_values is not None for probe in probes):
-        return smoke
-    blind = Finding("L5", "unchecked", original.origin.name, "no image was compared: the original holds no vision tower", TOWER)
-    return Smoke(smoke.name, smoke.against, (*smoke.findings, blind), smoke.rows, smoke.limits, smoke.verdict, smoke.first_wrong)
+    how: Any = {"device": device, "dtype": dtype, "resident": resident, "atol": atol, "accept_tower": accept_tower}
+    smoke = compare(checkpoint, reference, tower=tower if checkpoint.layout == "llava" else None, **how, on_event=on_event)
+    if not any(probe.pixel_values is not None for probe in probes):
+        text = "no image was compared: the original holds no vision tower"
+        warnings.append(Finding("L5", "unchecked", original.origin.name, text, tower_hint(original.config)))
+    return replace(smoke, findings=tuple(dict.fromkeys((*warnings, *smoke.findings))))
 
 
 @one_thread()
 def smoke_test(
-    path: str | Path,
+    path: Source,
     *,
-    reference: str | Path | None = None,
-    original: str | Path | None = None,
-    tower: str | Path | None = None,
+    reference: str | Path | Recording | None = None,
+    original: Source | None = None,
+    tower: Source | None = None,
     device: str = "cpu",
     dtype: str = "F32",
     resident: bool = False,
     atol: float | None = None,
+    accept_tower: bool = False,
+    on_event: Listener = lambda event: None,
 ) -> Smoke:
     """The checkpoint at `path` against a recorded `reference` or an unconverted `original`: one line in a user's own tests.
 
-    Raises VerificationError where they differ, InputError where nothing could be compared.
+    Raises UsageError for a value that an option can't have, and for a `tower` that neither of the two has a use for, VerificationError
+    where they differ, MismatchError where `tower` is not the one that the original's config names, unless `accept_tower`, InputError
+    where nothing could be compared.
     """
     if (reference is None) == (original is None):
-        raise UsageError("a smoke test compares with either a reference or an original")
-    checkpoint = open_checkpoint(path)
-    clip = open_checkpoint(tower) if tower is not None else None
-    options = {"tower": clip, "device": device, "dtype": dtype, "resident": resident, "atol": atol}
+        raise UsageError("a smoke test compares with either a reference or an original", hint="give one of the two")
+    how: Any = {**check_numbers(device, dtype, atol), "resident": resident, "accept_tower": accept_tower, "on_event": on_event}
+    checkpoint = opened(path, "checkpoint", whole=True)
+    how["tower"] = opened(tower, "tower") if tower is not None else None
     if original is not None:
-        smoke = compare_original(checkpoint, open_checkpoint(original), **options)  # type: ignore[arg-type]
+        smoke = compare_original(checkpoint, opened(original, "original", whole=True), **how)
     else:
-        smoke = compare(checkpoint, Path(str(reference)), **options)  # type: ignore[arg-type]
+        smoke = compare(checkpoint, reference if isinstance(reference, Recording) else Path(to_place(reference, "reference")), **how)
     if smoke.exit_code == 4:
         bad = [finding for finding in smoke.findings if finding.verdict == "failed"]
         facts = {f"probe {number}": finding.text for number, finding in enumerate(bad, 1)}
         raise VerificationError(f"{shown(smoke.name)} is {smoke.verdict} from {shown(smoke.against)}", facts=facts, hint=bad[0].remedy)
     if smoke.exit_code:
-        raise InputError("nothing could be compared", facts={f.subject: f.text for f in smoke.findings}, hint=TOWER)
+        raise InputError(
+            "nothing could be compared",
+            facts={f.subject: f.text for f in smoke.findings},
+            hint=next((f.remedy for f in smoke.findings if f.remedy), None),
+        )
     return smoke
+
+
+def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[str, Any]:
+    """Options of a forward pass as its functions take them. Raises UsageError for a value that one of them can't have."""
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"there is no device `{device}`", hint="choose cpu, cuda or cuda:N")
+    if atol is not None and not (isinstance(atol, int | float) and 0 <= atol < math.inf):
+        raise UsageError(f"`atol` is {atol!r}, it must be a number from 0 on")
+    if (chosen := to_dtype(dtype)) is None:
+        raise UsageError("a forward pass needs a dtype", hint="choose F32, BF16 or F16")
+    return {"device": device, "dtype": chosen, "atol": atol}
 
 
 def table(smoke: Smoke) -> list[str]:

@@ -10,7 +10,8 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ MEASURES = {
     "hidden_size": (PATCH, 0), "num_channels": (PATCH, 1), "patch_size": (PATCH, 2),
     "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
 }  # fmt: skip
+# What tells one tower from another.
+COMPARED = ("model_type", "hidden_size", "intermediate_size", "patch_size", "image_size", "num_hidden_layers", "hidden_act")
+INTO_PROJECTOR = ("projector.weight", "projector.0.weight")
 RANKS = {PATCH: 4, POSITION: 2, "encoder.layers.0.mlp.fc1.weight": 2}
 
 
@@ -110,7 +114,7 @@ def open_tower(checkpoint: Checkpoint) -> Tower:
     named = _unique((full.removeprefix("vision_model."), x) for full, x in checkpoint.tensors.items() if not beside.fullmatch(full))
     if PATCH not in named:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type"))), "lacks": f"`{PATCH}`"}
-        hint = "give a CLIP or SigLIP repository, for example `openai/clip-vit-large-patch14-336`"
+        hint = "give the repository or folder of the CLIP or SigLIP that the model was trained with"
         raise InputError(f"{shown(name)} is no vision tower", facts=facts, hint=hint)
     config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
@@ -147,6 +151,106 @@ def own_tower(
     notes = (f"vision tower: the checkpoint's own, {len(own):,} tensors", note, NO_HEAD if len(own) < len(inside) else "")
     preprocessor = reference.preprocessor if reference else _preprocessor(model) if model else None
     return Tower(_fitted(own, config, name), config, preprocessor, None, tuple(filter(None, notes)))
+
+
+def holds_tower(checkpoint: Checkpoint) -> bool:
+    """Whether a LLaVA has a vision tower of its own, in any key style."""
+    return any(canonical(name).startswith("tower.") for name in checkpoint.tensors)
+
+
+def named_tower(config: Mapping[str, Any]) -> str:
+    """The tower that an original LLaVA's config.json names, empty where it names none."""
+    return next((str(config[key]) for key in ("mm_vision_tower", "vision_tower") if isinstance(config.get(key), str)), "")
+
+
+def tower_hint(config: Mapping[str, Any]) -> str:
+    """What to do where an original LLaVA holds no tower: give the one that its config names."""
+    named = named_tower(config)
+    if not named:
+        return "give the CLIP or SigLIP that it was trained with as `--vision-tower`: its repository or folder"
+    return f"give the tower that it was trained with, by its config {shown(named)}: `--vision-tower` with that repository, or its folder"
+
+
+def published(name: str) -> KnownTower | None:
+    """The published tower of this repository, None for a folder and for a repository that `families` does not list."""
+    repo = name.strip().removeprefix("hf://").partition("@")[0].rstrip("/").lower()
+    return next((known for known in KNOWN_TOWERS if known.repo.lower() == repo), None)
+
+
+def recognised(config: Mapping[str, Any]) -> KnownTower | None:
+    """The published tower that a complete config describes, by kind, widths, patches, layers and activation; None for others."""
+    found = tuple(config[key] for key in COMPARED)
+    return next((known for known in KNOWN_TOWERS if _facts(known) == found), None)
+
+
+def _facts(known: KnownTower) -> tuple[str | int, ...]:
+    return (known.model_type, known.hidden, known.intermediate, known.patch, known.image, known.layers, known.activation)
+
+
+@dataclass(frozen=True)
+class Doubts:
+    """What there is to say about a tower beside the name that a config gives: a warning is a fact, a note a mere difference of names."""
+
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def check_tower(model: Checkpoint, given: Tower, *, name: str = "", accept: bool = False) -> Doubts:
+    """Whether `given` can be the tower that `name`, else the config of the original LLaVA `model`, names.
+
+    Both are known by their shapes and configs, never by a folder's name. Raises MismatchError where both are published ones and
+    differ, unless `accept`; then, and where one of them is unknown and a fact differs, it is a warning.
+    """
+    named = name or named_tower(model.config)
+    label = given.origin.name if given.origin else model.origin.name
+    doubts = Doubts(warnings=_lost_training(model, given))
+    near = model.origin.path if not model.origin.remote else None
+    wanted, is_known = _wanted(named, near)
+    if not named or wanted is None or not _may_be_named(model, wanted):
+        same = {text.rstrip("/").rpartition("/")[2].lower() for text in (named, label)}
+        text = f"the config names the vision tower {shown(named)}, the one given is {shown(label)}"
+        return replace(doubts, notes=(text,)) if named and given.origin and len(same) > 1 else doubts
+    differing = [key for key in COMPARED if wanted[key] != given.config[key]]
+    if not differing:
+        return doubts
+    known = recognised(given.config)
+    facts = {f"{shown(named)}, as named": _described(wanted), f"{shown(label)}, as given": _described(given.config)}
+    if known and is_known and not accept:
+        what = f"{shown(label)} is not the vision tower that the model was trained with: it is {known.repo}, named is {shown(named)}"
+        right = known.repo if name and given.origin is None else named
+        hint = f"give `--vision-tower {right}`, its repository or folder; `--accept-tower` goes on with this one"
+        raise MismatchError(what, facts=facts, hint=hint)
+    text = f"the vision tower is not the one that the config names: {'; '.join(f'{label} {text}' for label, text in facts.items())}"
+    return replace(doubts, warnings=(*doubts.warnings, text))
+
+
+def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bool]:
+    """The config of the tower that is named, None where nobody knows it; and whether it is a published one."""
+    if known := published(named):
+        return dict(zip(COMPARED, _facts(known), strict=True)), True
+    with suppress(InputError):  # a folder of that name which holds no tower says nothing
+        if local := _local_config(named, near):
+            config = complete_config(_vision_config(local, named), source=shown(named))
+            return config, recognised(config) is not None
+    return None, False
+
+
+def _may_be_named(model: Checkpoint, wanted: Mapping[str, Any]) -> bool:
+    """Whether the projector takes features of the named tower's width: where not, the name is not that of the tower it was trained with."""
+    widths = {tensor.shape[1] for full, tensor in model.tensors.items() if canonical(full) in INTO_PROJECTOR and len(tensor.shape) == 2}
+    return not widths or wanted["hidden_size"] in widths
+
+
+def _lost_training(model: Checkpoint, given: Tower) -> tuple[str, ...]:
+    """A tower that was trained with its model lies inside of it, unless somebody left it out."""
+    if given.origin is None or model.config.get("unfreeze_mm_vision_tower") is not True:
+        return ()
+    return ("`unfreeze_mm_vision_tower` is true in config.json, so the vision tower was trained too, and the given one was not",)
+
+
+def _described(config: Mapping[str, Any]) -> str:
+    kind, hidden, _, patch, image, layers, activation = (config[key] for key in COMPARED)
+    return f"{str(kind).partition('_')[0]}, {image} pixels in patches of {patch}, {layers} layers of {hidden}, {activation}"
 
 
 def complete_config(config: Mapping[str, Any], *, source: str = "the vision config") -> dict[str, Any]:
@@ -265,7 +369,7 @@ def _look_up(found: Sizes, model: Checkpoint | None, reference: Tower | None) ->
     """A complete config for measured sizes, and a sentence on where heads and activation are from."""
     model_config = model.config if model else {}
     near = model.origin.path if model and not model.origin.remote else None
-    named = next((str(model_config[key]) for key in ("mm_vision_tower", "vision_tower") if isinstance(model_config.get(key), str)), "")
+    named = named_tower(model_config)
     if reference is not None:
         source = shown(reference.origin.name) if reference.origin else "the given tower"
         return _borrowed(reference.config, found, source)
@@ -275,7 +379,7 @@ def _look_up(found: Sizes, model: Checkpoint | None, reference: Tower | None) ->
     measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
     if known := _known(found, named):
         measured |= {"num_attention_heads": known.heads, "projection_dim": known.projection, "hidden_act": known.activation}
-        if known.image // found.sizes["patch_size"] == found.side:
+        if known.image // found.sizes["patch_size"] == found.side:  # 27 patches of 14 are so400m's 384 pixels
             measured["image_size"] = known.image
         note = f"{known.heads} heads and {known.activation} as in {known.repo}, which has the same widths"
     elif hidden >= 512 and hidden % 64 == 0:  # so in every published tower but ViT-H, bigG and so400m, which are known

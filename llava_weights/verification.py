@@ -15,9 +15,9 @@ from typing import Any
 
 from .against import DAMAGED, PUBLISHED, compare, counted, differing, failed, find_reference, folded, kind
 from .buffers import one_thread
-from .checkpoint import Checkpoint, need_files, open_checkpoint
+from .checkpoint import Checkpoint, Source, need_files, open_checkpoint, place_of
 from .config import check_structure
-from .errors import InputError, OutputError
+from .errors import MOST_JOBS, InputError, OutputError, whole_number
 from .events import Event
 from .findings import Finding, exit_code
 from .formats import is_text, listed, present, shown
@@ -27,6 +27,7 @@ from .health import health
 from .hub import HubSource, parse_source
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
+from .output_file import check_file
 from .plan import Plan
 from .records import Manifest, find_manifest, manifest_path, read_manifest, read_sums, sums_path
 from .rehash import Reading, rehash, size_of
@@ -80,9 +81,9 @@ class Subject:
 
 @one_thread()
 def verify(
-    path: str | Path,
+    path: Source,
     *,
-    against: str | Path | None = None,
+    against: Source | None = None,
     deep: bool = False,
     jobs: int = 2,
     on_event: Listener = lambda event: None,
@@ -91,8 +92,11 @@ def verify(
 
     `against` is a manifest or a checkpoint (compared by tensors), a list as `sha256sum` or `md5sum` write it, `owner/name[@revision]`
     (the Hub's digests, nothing is downloaded) or "published" (the table in published.py); then the values are read where needed.
-    Raises InputError where there is nothing that could be verified, HubError where the Hub can't be asked.
+    Raises UsageError for what is no path and a wrong number of jobs, InputError where there is nothing that could be verified, HubError
+    where the Hub can't be asked.
     """
+    path, against = place_of(path, "checkpoint"), place_of(against, "reference") if against is not None else None
+    whole_number("jobs", jobs, most=MOST_JOBS)
     subject = open_subject(path)
     reference = find_reference(against, jobs=jobs, on_event=on_event) if against is not None else None
     recorded = subject.manifest.tensors if subject.manifest else {}
@@ -108,12 +112,14 @@ def verify(
     return Verification(subject.place.resolve().name, tuple(findings), _facts(subject, reading), reference.label if reference else "")
 
 
-def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Path]:
+def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Path]:
     """Write `SHA256SUMS` and the manifest into a checkpoint's folder, or `FILE.sha256` and `FILE.manifest.json` beside a file.
 
     Returns what was written; what is there and says the same is left as it is. Raises OutputError where it says something else,
     unless `force`, and InputError where the checkpoint is damaged or is on the Hub.
     """
+    path = place_of(path, "checkpoint")
+    whole_number("jobs", jobs, most=MOST_JOBS)
     if isinstance(parse_source(str(path)), HubSource):
         raise InputError(f"`{path}` is on the Hub, which keeps checksums itself", hint=f"run `llava-weights verify PATH --against {path}`")
     checkpoint = need_files(open_checkpoint(path), "`checksum`")
@@ -125,6 +131,9 @@ def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: 
     if odd := [name for name in files if not is_text(name)]:
         hint = "rename it, or move it elsewhere; a manifest holds text only"
         raise InputError(f"the name {shown(odd[0])} is not UTF-8", facts={"folder": place}, hint=hint)
+    for target in (sums_path(place), manifest_path(place)):
+        if not target.is_file():  # what is there already is compared first
+            check_file(target)
     reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
     for name, why in (*reading.damaged.items(), *((name, "its zip records do not match their CRC-32") for name in reading.broken)):
         raise InputError(f"{shown(name)} is damaged, so nothing was written: {why}", hint=DAMAGED)

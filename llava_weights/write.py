@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 
 from .buffers import one_thread
 from .card import make_card
-from .checkpoint import small_bytes
-from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, shortage
+from .checkpoint import small_bytes, to_place
+from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
 from .formats import is_text, listed, shown
@@ -70,7 +70,11 @@ def execute(
     can't be written, is in use or does not come back as it was written, InputError where an input turns out damaged; finished shards
     are kept.
     """
-    target = Path(os.path.abspath(out))
+    if not isinstance(plan, Plan):
+        raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
+    if pool is not None and not isinstance(pool, Executor):
+        raise UsageError(f"the pool is of the type `{type(pool).__name__}`, no `concurrent.futures.Executor`")
+    target = Path(os.path.abspath(to_place(out, "output")))
     preflight(plan, target, force=force, make_job=make_job)
     try:
         with open_job(target, make_job) as job:

@@ -37,7 +37,7 @@ LAYERS = (
     "delta lora conversion inspection health",  # the transforms: pure
     "plan job",
     "manifest stream",
-    "card predict rehash destination",
+    "card predict rehash destination output_file",
     "records",
     "upload",
     "against",

@@ -153,7 +153,8 @@ class World:
         return foreign(self.at / "E-logits" / folders[letter], prefix=prefix, only=only)
 
     def test(self, letter: str, model: Checkpoint, only: tuple[str, ...] = (), **options: Any) -> Smoke:
-        return compare(model, self.reference(letter, only), tower=self.tower(28) if letter in "AB" else None, **options)
+        tower = self.tower(28) if letter in "AB" and model.layout == "llava" else None
+        return compare(model, self.reference(letter, only), tower=tower, **options)
 
 
 @pytest.fixture(scope="module")

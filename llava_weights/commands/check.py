@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +11,14 @@ import typer
 
 from ..errors import UsageError
 from .common import session
-from .options import Jobs, Show, VisionTower, grouped
+from .options import AcceptTower, Jobs, Show, VisionTower, grouped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..console import Console
     from ..findings import Finding
+    from ..smoke import Smoke
 
 PROMPT = "the meaning of life is"  # of LLaVA-13b-delta-v0's model card, which shows the babble of an unapplied delta as its answer
 
@@ -24,8 +26,9 @@ Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owne
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
 Summary = Annotated[
     Path | None,
-    typer.Option("--summary", metavar="FILE", envvar="GITHUB_STEP_SUMMARY", help="Append the findings to this file as Markdown."),
+    typer.Option("--summary", metavar="FILE", help="Append the findings to this file as Markdown, by default to $GITHUB_STEP_SUMMARY."),
 ]
+Replace = Annotated[bool, typer.Option("--force", help="Replace the file of --junit.")]
 
 
 @grouped
@@ -44,9 +47,11 @@ def verify(
     ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
     vision_tower: VisionTower = None,
+    accept_tower: AcceptTower = False,
     jobs: Jobs = 2,
     junit: Junit = None,
     summary: Summary = None,
+    force: Replace = False,
     show: Show,
 ) -> None:
     """Prove that a checkpoint is whole and right: structure, health, digests, and what it is compared with. Exit 4 if it is not."""
@@ -58,6 +63,10 @@ def verify(
             raise UsageError("what was made again needs its base", hint="pass `--base` too, or `--published --delta DELTA`")
         if published and against:
             raise UsageError("`--against` and `--published` name two things to compare with", hint="run `verify` once for each")
+        if published and delta and (lora or vision_tower):
+            raise UsageError("an author's files are predicted from the delta alone", hint="leave `--lora` and `--vision-tower` out")
+        _check_accept(accept_tower, vision_tower)
+        _check_reports(junit, summary, force, [path, against, base, delta, vision_tower, *(lora or [])])
         other = "published" if published and not delta else against
         result = check(path, against=other, deep=deep, jobs=jobs, on_event=console.on_event)
         findings = result.findings
@@ -71,9 +80,9 @@ def verify(
 
             subject, tower = open_checkpoint(path), open_checkpoint(vision_tower) if vision_tower else None
             added = open_checkpoint(delta) if delta else None
-            again = derive(subject, open_checkpoint(base), delta=added, lora=lora or [], tower=tower)
+            again = derive(subject, open_checkpoint(base), delta=added, lora=lora or [], tower=tower, accept_tower=accept_tower)
             findings += tuple(compare_derived(subject, again, jobs=jobs, on_event=console.on_event))
-        _prove(console, result.name, findings, _code(result.exit_code, findings), result.facts, junit, summary)
+        _prove(console, result.name, findings, _code(result.exit_code, findings), result.facts, junit, summary, force=force)
 
 
 @grouped
@@ -99,7 +108,10 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="Another, in any layout and container.")],
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest difference of two values that count as equal.")] = 0.0,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Heat map of the relative change, as .svg or .png.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Lines of differing tensors to show.")] = 20,
+    force: Annotated[bool, typer.Option("--force", help="With --plot: replace FILE.")] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, show_default="20", help="Lines of differing tensors to show; --json has all.")
+    ] = None,
     jobs: Jobs = 2,
     show: Show,
 ) -> None:
@@ -110,12 +122,16 @@ def diff(
         from ..comparison import document, table
         from ..plot import check_plot, write_plot
 
+        if limit is not None and show.json:
+            raise UsageError("`--limit` cuts the lines for people, `--json` has every tensor", hint="pass one of them")
         if plot:
-            check_plot(plot)
+            check_plot(plot, force=force, inputs=[a, b])
+        elif force:
+            raise UsageError("`--force` belongs to `--plot`", hint="pass both")
         found = compare(open_checkpoint(a), open_checkpoint(b), tolerance=tolerance, jobs=jobs, on_event=console.on_event)
         if plot:
-            write_plot(found, plot)
-        console.document(table(found, limit=limit), document(found))
+            write_plot(found, plot, force=force)
+        console.document(table(found, limit=limit or 20), document(found))
         raise typer.Exit(0 if found.equal else 4)
 
 
@@ -143,23 +159,26 @@ def smoke(
     atol: Annotated[
         float | None, typer.Option("--atol", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="With --record: replace FILE.")] = False,
+    accept_tower: AcceptTower = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --record or --junit.")] = False,
     junit: Junit = None,
     summary: Summary = None,
     show: Show,
 ) -> None:
     """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt. Exit 4 if it computes something else."""
     with session(show) as console:
-        from ..buffers import to_dtype
         from ..checkpoint import open_checkpoint
+        from ..smoke import check_numbers
 
-        if sum(choice is not None for choice in (reference, original, record)) > 1:
-            raise UsageError("`--reference`, `--original` and `--record` are three different runs", hint="pass one of them")
-        if image and prompt is None:
-            raise UsageError("`--image` belongs to a prompt", hint='pass `--prompt "<image> What is this?"` too')
+        runs = {"--reference": reference, "--original": original, "--record": record, "--prompt": prompt}
+        more = {"--image": image, "--atol": atol, "--vision-tower": vision_tower, "--junit": junit, "--summary": summary}
+        _check_run(runs, more)
+        _check_accept(accept_tower, vision_tower)
+        how: Any = check_numbers(device, dtype, atol)
+        _check_reports(junit, summary, force, [path, original, vision_tower, reference], record)
         model = open_checkpoint(path, whole=True)
-        how: Any = {"tower": open_checkpoint(vision_tower) if vision_tower else None, "device": device, "dtype": to_dtype(dtype)}
-        how["resident"] = resident
+        how |= {"tower": open_checkpoint(vision_tower) if vision_tower else None, "resident": resident, "accept_tower": accept_tower}
+        limit = how.pop("atol")
         if record:
             from ..reference_file import record as keep
 
@@ -168,23 +187,19 @@ def smoke(
         elif reference or original:
             from ..smoke import compare, compare_original, table
 
-            more: Any = {"atol": atol, "on_event": console.on_event, **how}
-            theirs = open_checkpoint(original, whole=True) if original else None
-            done = compare_original(model, theirs, **more) if theirs else compare(model, reference or Path(), **more)
-            facts = {
-                "against": done.against,
-                "result": done.verdict,
-                "first_wrong": done.first_wrong,
-                "rows": [asdict(r) for r in done.rows],
-            }
-            _prove(console, done.name, done.findings, done.exit_code, facts, junit, summary, table(done))
+            how |= {"atol": limit, "on_event": console.on_event}
+            if original:
+                done = compare_original(model, open_checkpoint(original, whole=True), **how)
+            else:
+                done = compare(model, reference or Path(), **how)
+            _prove(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)
         else:
             from ..findings import exit_code
             from ..sample import sample
 
-            text = sample(model, prompt or PROMPT, image=image, **how)
-            facts, said = asdict(text), (text.prompt + text.text).split("\n")
-            _prove(console, model.origin.name, [text.finding], exit_code([text.finding]), facts, junit, summary, said)
+            text = sample(model, PROMPT if prompt is None else prompt, image=image, **how)
+            found, said = [text.finding, *text.doubts], (text.prompt + text.text).split("\n")
+            _prove(console, model.origin.name, found, exit_code(found), asdict(text), junit, summary, said, force=force)
 
 
 def _code(code: int, findings: Sequence[Finding]) -> int:
@@ -192,6 +207,53 @@ def _code(code: int, findings: Sequence[Finding]) -> int:
     if any(finding.verdict == "failed" for finding in findings):
         return 4
     return 0 if any(finding.verdict == "ok" and finding.level in ("L4", "published") for finding in findings) else code
+
+
+def _check_accept(accept_tower: bool, vision_tower: str | None) -> None:
+    if accept_tower and not vision_tower:
+        raise UsageError("`--accept-tower` belongs to `--vision-tower`", hint="pass both")
+
+
+def _measured(done: Smoke) -> dict[str, Any]:
+    rows = [asdict(row) for row in done.rows]
+    return {"against": done.against, "result": done.verdict, "first_wrong": done.first_wrong, "rows": rows}
+
+
+def _check_run(runs: Mapping[str, object], more: Mapping[str, object]) -> None:
+    """Raise UsageError where flags of `runs` name two runs of the model, or one of `more` changes nothing of the one that is named."""
+    given = [flag for flag, value in runs.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'`{flag}`' for flag in given)} are different runs", hint="pass one of them")
+    mode = given[0] if given else "the usual prompt"
+    compares = mode in ("--reference", "--original")
+    idle = {"--image": mode != "--prompt", "--atol": not compares, "--junit": mode == "--record", "--summary": mode == "--record"}
+    idle["--vision-tower"] = more["--image"] is None and not compares and mode != "--record"
+    if names := [f"`{flag}`" for flag, value in more.items() if value is not None and idle[flag]]:
+        raise UsageError(f"{', '.join(names)} changes nothing of a run with {mode}", hint="leave it out")
+
+
+def _check_reports(
+    junit: Path | None, summary: Path | None, force: bool, inputs: Sequence[str | Path | None], record: Path | None = None
+) -> None:
+    """Before the work: whether the reports can be written. Raises UsageError for two in one file, and as `check_file` does."""
+    from ..output_file import check_file
+
+    appended = None if record else _appended(summary)
+    if junit and appended and junit.absolute() == appended.absolute():
+        raise UsageError("`--junit` and `--summary` are the same file", hint="give each its own")
+    if force and not (junit or record):
+        raise UsageError("`--force` replaces a file that is written, and none is", hint="leave it out")
+    given = [source for source in inputs if source]
+    for file in filter(None, (junit, record)):
+        check_file(file, force=force, inputs=given)
+    if appended:
+        check_file(appended, append=True, inputs=given)
+
+
+def _appended(summary: Path | None) -> Path | None:
+    """The file of `--summary`, else the page of a job of GitHub Actions."""
+    page = os.environ.get("GITHUB_STEP_SUMMARY")
+    return summary or (Path(page) if page else None)
 
 
 def _prove(
@@ -203,14 +265,16 @@ def _prove(
     junit: Path | None,
     summary: Path | None,
     before: Sequence[str] = (),
+    *,
+    force: bool = False,
 ) -> None:
     """Show the findings, write the reports that were asked for, and end with the exit code."""
     from .. import proof
+    from ..output_file import write_report
 
     console.document([*before, *proof.lines(name, findings, code)], proof.document(name, findings, code, facts))
     if junit:
-        junit.write_bytes(proof.junit(name, findings))
-    if summary:
-        with summary.open("a", encoding="utf-8") as file:
-            file.write(proof.markdown(name, findings, code))
+        write_report(junit, proof.junit(name, findings), force=force)
+    if appended := _appended(summary):
+        write_report(appended, proof.markdown(name, findings, code).encode(), append=True)
     raise typer.Exit(code)

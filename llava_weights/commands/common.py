@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,6 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     from ..upload import job_at
     from ..write import execute, preflight
 
-    _one_way(run, output)
     portion = to_portion(run.shards) if run.shards else None
     target, make_job = job_at(output, reread=run.reread, on_event=console.on_event)
     sizes: Any = {"max_shard_size": run.max_shard_size, "max_memory": run.max_memory}
@@ -127,25 +125,69 @@ def _push(repository: str, target: Path, lines: list[str], document: dict[str, A
 
 
 def _one_way(run: Run, output: str) -> None:
-    """Raise UsageError where the options name two ways of working."""
+    """Raise UsageError where the options name two ways of working, or one that does not exist."""
     from ..destination import is_address
+    from ..portions import to_portion
 
     given = {"--executor": run.executor, "--shards": run.shards, "--finish": run.finish}
     named = [f"`{name}`" for name, value in given.items() if value]
     if len(named) > 1 or (named and run.restart and not run.executor):
         raise UsageError(f"{' and '.join(named + ['`--restart`'] * run.restart)} are different ways of working", hint="pass one of them")
+    if run.executor not in (None, "ray"):
+        raise UsageError(f"there is no executor `{run.executor}`", hint="choose `ray`, or leave it out")
+    if not run.reread and (run.shards or run.finish):
+        raise UsageError("`--no-reread` changes nothing of portions: the finish always reads them", hint="leave it out")
+    if run.shards:
+        to_portion(run.shards)
     if run.ray_address and not run.executor:
         raise UsageError("`--ray-address` belongs to `--executor ray`", hint="pass both")
     if (run.push and run.shards) or (is_address(output) and (run.push or run.shards or run.finish)):
         raise UsageError("portions and an output elsewhere can't be pushed, nor portions be written elsewhere", hint="give `-o` a folder")
 
 
+def check_options(
+    run: Run,
+    output: str,
+    *,
+    to: str | None = None,
+    layout: Layout | None = None,
+    dtype: str | None = None,
+    lora: Sequence[str] | None = None,
+    arithmetic: str | None = None,
+    scale: float | None = None,
+    non_lora: Path | None = None,
+) -> None:
+    """Before anything is opened: raise UsageError for a value that an option can't have, and for an option without an effect."""
+    from ..buffers import to_dtype
+    from ..conversion import check_conversion
+    from ..lora import check_merge
+    from ..plan import parse_size
+
+    given = layout.given if layout else {}
+    merging = {"--arithmetic": arithmetic, "--scale": scale, "--non-lora": non_lora}
+    if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
+        raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
+    check_merge(arithmetic=arithmetic or "peft", scale=1.0 if scale is None else scale, dtype=to_dtype(dtype))
+    if to is None and (given or (dtype and not lora)):
+        names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given or ("dtype",))
+        raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
+    if given.pop("accept_tower", False) and "vision_tower" not in given:
+        raise UsageError("`--accept-tower` belongs to `--vision-tower`", hint="pass both")
+    given.pop("vision_tower", None)
+    if to is not None:
+        check_conversion(to, dtype=dtype, **given)
+    parse_size(run.max_shard_size, "max-shard-size")
+    if run.max_memory is not None:
+        parse_size(run.max_memory, "max-memory")
+    _one_way(run, output)
+
+
 def merge(
     model: Checkpoint,
     loras: Sequence[str],
-    arithmetic: str,
+    arithmetic: str | None,
     *,
-    scale: float = 1.0,
+    scale: float | None = None,
     dtype: str | None = None,
     non_lora: Path | None = None,
     progress: bool | None = None,
@@ -153,32 +195,29 @@ def merge(
     """`model` with the adapters of the command line merged in; itself where there are none."""
     if not loras:
         return model
-    from ..buffers import to_dtype
     from ..lora import merge_lora, open_weighted, to_arithmetic
 
     adapters = [open_weighted(text, non_lora=non_lora, progress=progress) for text in loras]
-    return merge_lora(model, adapters, arithmetic=to_arithmetic(arithmetic), scale=scale, dtype=to_dtype(dtype))
+    rule = to_arithmetic(arithmetic or "peft")
+    return merge_lora(model, adapters, arithmetic=rule, scale=1.0 if scale is None else scale, dtype=dtype)
 
 
 def converted(
     checkpoint: Checkpoint, to: str | None, layout: Layout, *, dtype: str | None = None, progress: bool | None = None
 ) -> Checkpoint:
-    """`checkpoint` in the layout that `--to` names; itself where it names none, and then no option of conversion may be given."""
-    given = {key: value for key, value in asdict(layout).items() if value is not None}
+    """`checkpoint` in the layout that `--to` names; itself where it names none."""
     if to is None:
-        if given:
-            names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given)
-            raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
         return checkpoint
-    from ..buffers import to_dtype
     from ..checkpoint import open_checkpoint
     from ..conversion import convert
+    from ..tower import holds_tower
 
+    given = layout.given
     named = given.pop("vision_tower", None)
-    if to == "llava" and named and not Path(named).exists():  # the original's config names its tower; no weights are asked for
+    if to == "llava" and named and holds_tower(checkpoint):  # the original's config names its tower; no weights are asked for
         given["tower_name"], named = named, None
     tower = open_checkpoint(named, progress=progress) if named else None
-    return convert(checkpoint, to, tower=tower, dtype=to_dtype(dtype), **given)
+    return convert(checkpoint, to, tower=tower, dtype=dtype, **given)
 
 
 def note(console: Console, text: str, *, warning: bool = False) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
-from .common import carry_out, check_given, converted, merge, note, session
+from ..errors import UsageError, one_of
+from .common import carry_out, check_given, check_options, converted, merge, note, session
 from .options import AcceptBase, Base, Dtype, Layout, Lora, NonLora, Output, Rule, Run, Scale, Show, To, grouped
 
 
@@ -20,7 +20,7 @@ def apply_delta(
     accept_base: AcceptBase = False,
     check_inputs: Annotated[bool, typer.Option("--check-inputs", help="Hash the inputs first and look them up.")] = False,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge an adapter into the result, in the same pass. Repeats.")] = None,
-    arithmetic: Rule = "peft",
+    arithmetic: Rule = None,
     to: To = None,
     layout: Layout,
     dtype: Dtype = None,
@@ -34,13 +34,14 @@ def apply_delta(
         from ..checkpoint import open_checkpoint
         from ..delta import apply_delta as transform
 
+        check_options(run, output, to=to, layout=layout, dtype=dtype, lora=lora, arithmetic=arithmetic)
         if low_cpu_mem:
             note(console, "`--low-cpu-mem` changes nothing: memory is always bounded")
         ours, theirs = open_checkpoint(base, progress=show.bars), open_checkpoint(delta, revision=revision, progress=show.bars)
         if check_inputs:
             check_given(console, (("base", ours), ("delta", theirs)))
         merged = transform(ours, theirs, accept_base=accept_base)
-        merged = merge(merged, lora or [], arithmetic, progress=show.bars)
+        merged = merge(merged, lora or [], arithmetic, dtype=None if to else dtype, progress=show.bars)
         made = converted(merged, to, layout, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -60,10 +61,11 @@ def make_delta(
     """Subtract the base from a fine-tuned model: the inverse of apply-delta, for publishers."""
     with session(show, writes=True) as console:
         from ..checkpoint import open_checkpoint
+        from ..delta import CODECS
         from ..delta import make_delta as transform
 
-        if codec not in ("arithmetic", "integer"):
-            raise UsageError(f"there is no codec `{codec}`", hint="choose `arithmetic` or `integer`")
+        one_of("codec", codec, CODECS)
+        check_options(run, output)
         difference = transform(open_checkpoint(base, progress=show.bars), open_checkpoint(tuned, progress=show.bars), codec=codec)
         carry_out(console, difference, output, run)
 
@@ -74,8 +76,8 @@ def merge_lora(
     base: Annotated[str, typer.Option("--base", "--model-base", help="The model to merge into: folder, file, or owner/name[@rev].")],
     lora: Lora,
     output: Annotated[str, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
-    scale: Scale = 1.0,
-    arithmetic: Rule = "peft",
+    scale: Scale = None,
+    arithmetic: Rule = None,
     dtype: Dtype = None,
     to: To = None,
     layout: Layout,
@@ -88,8 +90,10 @@ def merge_lora(
     with session(show, writes=True) as console:
         from ..checkpoint import open_checkpoint
 
+        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
+        check_options(run, output, to=to, layout=layout, dtype=dtype, lora=lora, **merging)
         model = open_checkpoint(base, revision=revision, progress=show.bars)
-        merged = merge(model, lora, arithmetic, scale=scale, dtype=dtype, non_lora=non_lora, progress=show.bars)
+        merged = merge(model, lora, dtype=dtype, progress=show.bars, **merging)
         made = converted(merged, to, layout, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -105,8 +109,8 @@ def convert(
     delta: Annotated[str | None, typer.Option("--delta", help="Apply this delta onto SRC first, in the same pass.")] = None,
     accept_base: AcceptBase = False,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge this adapter first, in the same pass. Repeats.")] = None,
-    arithmetic: Rule = "peft",
-    scale: Scale = 1.0,
+    arithmetic: Rule = None,
+    scale: Scale = None,
     non_lora: NonLora = None,
     layout: Layout,
     dtype: Dtype = None,
@@ -118,11 +122,15 @@ def convert(
     with session(show, writes=True) as console:
         from ..checkpoint import open_checkpoint
 
+        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
+        check_options(run, output, to=to, layout=layout, dtype=dtype, lora=lora, **merging)
+        if accept_base and not delta:
+            raise UsageError("`--accept-base` belongs to a delta", hint="add `--delta DELTA`, or leave it out")
         model = open_checkpoint(source, revision=revision, progress=show.bars)
         if delta:
             from ..delta import apply_delta as add
 
             model = add(model, open_checkpoint(delta, progress=show.bars), accept_base=accept_base)
-        model = merge(model, lora or [], arithmetic, scale=scale, non_lora=non_lora, progress=show.bars)
+        model = merge(model, lora or [], progress=show.bars, **merging)
         made = converted(model, to, layout, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)

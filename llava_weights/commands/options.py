@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -42,14 +42,22 @@ Lora = Annotated[
     typer.Option("--lora", "--lora-path", "--model-path", help="Adapter: folder, file or Hub id; A@0.5 weighs it. Repeats."),
 ]
 NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
-Scale = Annotated[float, typer.Option("--scale", help="Multiplies every adapter.")]
+Scale = Annotated[float | None, typer.Option("--scale", show_default="1.0", help="Multiplies every adapter.")]
 Rule = Annotated[
-    str,
-    typer.Option("--arithmetic", metavar="peft|peft-safe|peft-half|exact", help="Whose bits to make; exact is the same everywhere."),
+    str | None,
+    typer.Option(
+        "--arithmetic",
+        metavar="peft|peft-safe|peft-half|exact",
+        show_default="peft",
+        help="Whose bits a merge makes; exact is the same everywhere.",
+    ),
 ]
 To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]
 VisionTower = Annotated[
     str | None, typer.Option("--vision-tower", help="CLIP for a checkpoint that holds none: folder, file or owner/name[@rev].")
+]
+AcceptTower = Annotated[
+    bool, typer.Option("--accept-tower", help="Go on although the vision tower given is another published one than the config names.")
 ]
 ProjectorForm = Annotated[
     str | None,
@@ -102,6 +110,12 @@ class Layout:
     vocab_size: VocabSize = None
     conv_mode: ConvMode = None
     image_aspect: ImageAspect = None
+    accept_tower: AcceptTower = False
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was given of them, by name."""
+        return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True, kw_only=True)
