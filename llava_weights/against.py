@@ -30,6 +30,7 @@ from .tower import open_tower
 
 PUBLISHED = "published"  # as the name of a reference: the table in published.py
 SHOWN = 20  # failures of one level that are listed one by one
+PROVED = "equal to"  # how the reason of an explained tensor begins that another comparison proved
 DAMAGED = "get the file again, or repeat the command that wrote it"
 
 
@@ -156,7 +157,7 @@ def compare_tower(
     part = f"the vision tower (by {label})"
     text = f"{counted(len(found), 'tensor')} of the vision tower equal to {label}"
     findings = [replace(each, rule="vision-tower") for each in folded("against", label, wrong, text, part=part)]
-    return findings, {} if wrong else dict.fromkeys(found, f"those of the vision tower, equal to {label}")
+    return findings, {} if wrong else dict.fromkeys(found, f"{PROVED} the vision tower {label}")
 
 
 def _by_tensors(subject: Side, theirs: Mapping[str, TensorEntry], label: str, jobs: int) -> Iterator[Finding]:
@@ -226,7 +227,9 @@ def _without_counterpart(alone: Sequence[str], explained: Mapping[str, str], lab
         reasons[explained.get(name, "")].append(name)
     for reason, names in reasons.items():
         count = counted(len(names), "tensor")
-        if reason:
+        if reason.startswith(PROVED):
+            yield Finding("against", "note", names[0], f"{count} not in {label}, but {reason}")
+        elif reason:
             yield Finding("against", "unchecked", names[0], f"{count} not in {label}, {reason}: {few(names)}", part=f"unchecked: {count}")
         else:
             text = f"{count} not in {label}, and nothing explains them: {few(names)}"
@@ -309,10 +312,7 @@ def _unlisted_weights(weights: Mapping[str, Sequence[str]], explained: Mapping[s
         yield Finding(
             "against", "unproved", open_files[0], text, "compare with a checkpoint or its manifest, whatever its files", part=part
         )
-    if others := [name for name in weights if name not in open_files]:
-        explained_count = counted(sum(len(weights[name]) for name in others), "tensor")
-        text = f"{listed(others)} not in {label}: {explained_count}, {explained[weights[others[0]][0]]}"
-        yield Finding("against", "unchecked", others[0], text, part=f"unchecked: {explained_count}")
+    yield from _without_counterpart([name for file in weights if file not in open_files for name in weights[file]], explained, label)
 
 
 def differing(

@@ -333,7 +333,11 @@ def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
         return
     _added(ours, theirs, found)
     found.values("special tokens", _roles(ours), _roles(theirs))
-    if found.there(TOKENIZER, ours.has(TOKENIZER), theirs.has(TOKENIZER)):
+    mine, other = _named_roles(ours), _named_roles(theirs)  # programs differ in which file they ask first
+    for file in mine.keys() & other.keys():
+        found.values(file, {key: mine[file][key] for key in mine[file] if key in other[file]},
+                     {key: other[file][key] for key in other[file] if key in mine[file]})  # fmt: skip
+    if ours.has(TOKENIZER) or theirs.has(TOKENIZER):
         found.values(TOKENIZER, _settings(ours), _settings(theirs))
 
 
@@ -403,9 +407,17 @@ def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
     return small_bytes(name, checkpoint.files[name], MODEL_LIMIT)
 
 
+def _ids(side: Sidecars) -> Mapping[str, int]:
+    """The pieces of tokenizer.model."""
+    try:
+        return read_sentencepiece(_bytes(side.checkpoint, MODEL)).ids if side.has(MODEL) else {}
+    except InputError:  # which the rules on one checkpoint say
+        return {}
+
+
 def _added(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     """Tokens behind the vocabulary, from whatever file lists them. A new one is no fault where it has a row that theirs lacks."""
-    every = [{**side.tokens, **added_ids(side.objects)} for side in (ours, theirs)]
+    every = [{**_ids(side), **side.tokens} for side in (ours, theirs)]
     mine, other = (added_ids(side.objects) for side in (ours, theirs))
     for name, i in mine.items():
         known = every[1].get(name)
@@ -426,11 +438,17 @@ def _unknown(side: Sidecars, text: str, found: _Compared) -> None:
         found.open.append(text)
 
 
-def _roles(side: Sidecars) -> dict[str, Any]:
-    given = {role: [content(side.of(file).get(f"{role}_token")) for file in (TOKENIZER, SPECIAL)] for role in ROLES}
-    return {
-        role: next((text for text in texts if text is not None), ROLES[role] if side.is_llama else None) for role, texts in given.items()
-    }
+def _named_roles(side: Sidecars) -> dict[str, dict[str, str]]:
+    """The special tokens that each file names."""
+    texts = {file: {f"{role}_token": content(side.of(file).get(f"{role}_token")) for role in ROLES} for file in (TOKENIZER, SPECIAL)}
+    return {file: {key: text for key, text in named.items() if text is not None} for file, named in texts.items()}
+
+
+def _roles(side: Sidecars) -> dict[str, str | None]:
+    """The special tokens, from whatever file names them."""
+    named = _named_roles(side)
+    defaults = {f"{role}_token": text if side.is_llama else None for role, text in ROLES.items()}
+    return {**defaults, **named[SPECIAL], **named[TOKENIZER]}
 
 
 def _settings(side: Sidecars) -> dict[str, Any]:

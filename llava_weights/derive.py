@@ -90,7 +90,7 @@ def compare_derived(
     wrong = [failed("L4", name, f"`{name}` is not what the sources give", OTHER) for name in wanted if wanted[name] != found.get(name)]
     wrong += [failed("L4", name, f"`{name}` comes from the sources, and is missing", OTHER) for name in found if name not in wanted]
     text = f"{len(found):,} tensors made again from the sources, every bit equal"
-    return folded("L4", made.origin.name, wrong, text, part=f"values of {len(found):,} tensors (made again from the sources)")
+    return folded("L4", made.origin.name, wrong, text, part=f"values of {len(found):,} tensors (by the sources)")
 
 
 def _options(made: Checkpoint) -> Options:

@@ -240,7 +240,7 @@ def _settled(findings: list[Finding], asked: list[Finding], more: bool) -> list[
 
     def settled(each: Finding) -> Finding:
         if each.verdict == "unproved" and each.level in ("L2", "L3"):
-            return replace(each, verdict="unchecked")
+            return replace(each, verdict="unchecked", part="")
         if proved and each.rule in KIND and each.verdict in ("failed", "warning"):
             return replace(each, verdict="note", text=f"{each.text}; so is what it was compared with")
         return each
@@ -455,7 +455,7 @@ def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding
 
     matched = sum(digests["sha256"] == subject.sums.get(name) for name, digests in reading.files.items())
     text = f"{counted(matched, 'file')} as recorded in {_record(subject)}" if matched else ""
-    part = f"{'files' if everything else 'small files'} (by {_record(subject)})"
+    part = f"{'files' if everything else 'small files'} (by {_recorder(subject)})"
     findings = folded("L2", subject.place.name, wrong(), text, part=part)
     tensors = subject.manifest.tensors if subject.manifest else {}
     by_file = subject.by_file
@@ -505,7 +505,7 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
     as_recorded = ", every digest as in the manifest" if recorded else ""
     count = counted(len(reading.tensors), "tensor")
     text = f"{count} read, none with inf or NaN{as_recorded}" if reading.tensors else ""
-    part = f"values of {count} ({f'by {_record(subject)}' if recorded else 'read, no inf or NaN'})"
+    part = f"values of {count} (by {_recorder(subject)})" if recorded else ""
     return folded("L3", subject.place.name, wrong(), text, part=part) + unread
 
 
@@ -518,6 +518,10 @@ def _refused(error: InputError, otherwise: str) -> Finding:
 
 def _record(subject: Subject) -> str:
     return shown(subject.manifest.path.name if subject.manifest else sums_path(subject.place).name)
+
+
+def _recorder(subject: Subject) -> str:
+    return "its manifest" if subject.manifest else _record(subject)
 
 
 def _facts(subject: Subject, reading: Reading) -> dict[str, Any]:
