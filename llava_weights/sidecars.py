@@ -99,6 +99,11 @@ class Rule:
     verdict: Verdict = "failed"
     remedy: str = CORRECT
 
+    @property
+    def name(self) -> str:
+        """What `--allow` takes: the file's name and the function's, so neither is renamed lightly."""
+        return f"{self.file.removesuffix('.json')}/{self.find.__name__.strip('_').replace('_', '-')}"
+
 
 def read_sidecars(checkpoint: Checkpoint) -> tuple[Sidecars, list[Finding]]:
     """The small files, and a failed finding for each that can't be read: rules on it are left out."""
@@ -144,7 +149,7 @@ def check(rules: Iterable[Rule], sidecars: Sidecars) -> list[Finding]:
 
 def _found(rule: Rule, sidecars: Sidecars) -> list[Finding]:
     try:
-        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy) for text in rule.find(sidecars)]
+        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy, rule.name) for text in rule.find(sidecars)]
     except InputError as error:
         return [refused(error, rule.file)]
 
@@ -157,7 +162,7 @@ def refused(error: InputError, subject: str) -> Finding:
 
 def _findings(rule: Rule, sidecars: Sidecars) -> list[Finding]:
     try:
-        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy) for text in rule.find(sidecars)]
+        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy, rule.name) for text in rule.find(sidecars)]
     except InputError as error:
         return [refused(error, rule.file)]
 

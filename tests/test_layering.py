@@ -40,8 +40,10 @@ LAYERS = (
     "card predict rehash destination output_file",
     "records",
     "upload",
+    "compare_files",
     "against",
-    "write verification comparison derive forward",  # side effects begin
+    "derive",
+    "write verification comparison forward",  # side effects begin
     "probes portions",
     "reference_file",
     "smoke sample",
