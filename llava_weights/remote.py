@@ -142,7 +142,11 @@ def _listing(text: str, revision: str | None) -> Listing:
         return _of_hub(text, revision)
     if revision is not None:
         raise UsageError(f"`{text}` is no repository, so it has no revision `{revision}`", hint="leave out `--revision`")
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 - raises too
+    except ValueError as error:
+        raise UsageError(f"`{text}` is no address", facts={"reason": error}, hint="check how it is written") from None
     if parts.query or parts.fragment or "@" in parts.netloc or not parts.netloc:
         hint = "for private files use `hf://` or `s3://`, which take their credentials from the environment"
         raise UsageError("an address has no user, password, query or fragment", hint=hint)

@@ -14,6 +14,7 @@ import typer
 from ..console import Console
 from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, OutputError, Terminated, UsageError
 from ..events import Note
+from ..patience import telling
 from .options import Layout, Run, Show
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     console.install_status_signal()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        yield console
+        with telling(console.on_event):
+            yield console
     except LlavaWeightsError as error:
         raise typer.Exit(console.error(error)) from None
     except KeyboardInterrupt as error:
