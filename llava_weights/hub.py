@@ -20,11 +20,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from . import patience
 from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
-from .patience import tell
+from .patience import Passing, tell, within
 from .web import endpoint as endpoint
 from .wording import redact as redact
 from .wording import scheme_of
@@ -183,7 +184,8 @@ def _fetch(source: HubSource) -> FetchedRepo:
     if constants.HF_HUB_OFFLINE:
         return _from_cache(api, source)
     try:
-        info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        info = within(patience.ANSWER, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
         if not _unreachable(error):
             raise
@@ -307,7 +309,7 @@ def _unreachable(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status >= 500
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in HTTP_LIBRARIES
+    return isinstance(error, (ConnectionError, TimeoutError, Passing)) or type(error).__module__.split(".")[0] in HTTP_LIBRARIES
 
 
 def _status(error: BaseException) -> int | None:

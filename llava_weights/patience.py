@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -16,6 +17,7 @@ T = TypeVar("T")
 TRIES = 6  # without progress; with these pauses some 20 seconds, and minutes where a server asks for them
 PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; each pause is twice the one before; the Hub counts requests in windows of 5 minutes
 NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3", "aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
+ANSWER = 90.0  # seconds that a server has for an answer's headers, or for an answer of some kB
 TOLD_AGAIN = 30.0  # seconds between two notes about one server
 CHECK = "check the connection, then run the same command again"
 
@@ -71,6 +73,29 @@ def patiently(address: str, action: Callable[[], T]) -> T:
             return action()
         except Exception as error:
             patience.after(error)
+
+
+def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] = lambda result: None) -> T:
+    """What `action` returns, if it does so in time, else Passing: a server that sends a byte now and then can hold a request for ever.
+
+    The request is then left to a thread of its own; should it end after all, `late` gets what it returns.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(action())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError:
+        if result.done():
+            return result.result()
+        result.add_done_callback(lambda ended: None if ended.exception() else late(ended.result()))
+        raise Passing(f"no whole answer in {seconds:.0f} seconds", tries=TRIES // 2) from None
 
 
 _listeners: list[Callable[[Event], None]] = []

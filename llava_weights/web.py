@@ -15,8 +15,9 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+from . import patience
 from .errors import HubError
-from .patience import Absent, Passing, Pinned, changed, name_of
+from .patience import Absent, Passing, Pinned, changed, name_of, within
 
 TIMEOUT = 30.0  # seconds without a byte
 HOPS = 5
@@ -67,7 +68,8 @@ def _answer(address: str, start: int, stop: int) -> Iterator[tuple[Any, str]]:
         with ExitStack() as stack:
             try:
                 request = get_session().stream("GET", place, headers=headers, follow_redirects=False, timeout=TIMEOUT)
-                answer = stack.enter_context(request)
+                answer = within(patience.ANSWER, request.__enter__, lambda answer: answer.close())
+                stack.push(request)
             except OfflineModeIsEnabled:
                 raise HubError(f"`{name_of(address)}` can't be read: `HF_HUB_OFFLINE` is set", hint="unset it") from None
             except Exception as error:

@@ -31,6 +31,7 @@ class Server(ThreadingHTTPServer):
     """Answers every request with `status` and `headers`; `drip` bytes of a body that never ends otherwise."""
 
     daemon_threads = True
+    ended: threading.Event
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -167,6 +168,36 @@ def test_a_slow_server_is_read_to_its_end(server: Server) -> None:
     file, out = served(server, 1 << 15), bytearray(SIZE)
     ranges.read(file, 0, memoryview(out), clock=Clock(web.WINDOW / 100))
     assert (bytes(out), server.asked) == (b"x" * SIZE, 1)
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Headers, or an answer of the Hub's API, of which a byte comes now and then."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.asked += 1  # type: ignore[attr-defined]
+        api = self.path.startswith("/api/")
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"Content-Length: 100000\r\n\r\n" if api else b"X: "))
+        with suppress(OSError):
+            while not self.server.ended.wait(0.02):  # type: ignore[attr-defined]
+                self.wfile.write(b" ")
+
+
+@pytest.mark.parametrize("address", ["{url}/model.safetensors", "hf://owner/name", "owner/name"])
+def test_an_answer_that_never_ends(server: Server, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.RequestHandlerClass = Endless
+    server.ended = threading.Event()
+    monkeypatch.setattr(patience, "ANSWER", 0.1)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    done = CliRunner().invoke(app, ["inspect", address.format(url=server.url)])
+    server.ended.set()
+    assert done.exit_code == 6, done.stderr
+    assert "network" in done.stderr or "can't be reached" in done.stderr
+    assert server.asked
 
 
 # --- a Hub that does not answer ---------------------------------------------------------------------------------------
