@@ -14,9 +14,9 @@ from typing import Any, Protocol, TypeVar
 
 from . import ranges
 from .errors import HubError, LlavaWeightsError, OutputError, UsageError
-from .hub import HubSource, explain, narration, parse_source
+from .hub import HubSource, Retries, explain, narration, parse_source
 from .manifest import MANIFEST
-from .patience import CHECK, Absent, Passing, Patience
+from .patience import CHECK, TRIES, Absent, Passing, Patience
 from .web import endpoint
 from .wording import scheme_of
 
@@ -73,7 +73,7 @@ def open_destination(text: str) -> Destination:
         return Bucket(address)
     hint = "write `s3://bucket/folder`, `gs://bucket/folder` or `hf://owner/name[@branch][/folder]`"
     if scheme and scheme not in SCHEMES:
-        raise UsageError(f"nothing is written to `{scheme}://`", facts={"given": text}, hint=f"{hint}, or a path")
+        raise UsageError(f"`{scheme}://` is no place to write to", facts={"given": text}, hint=f"{hint}, or a path")
     raise UsageError(f"`{text}` is no place to write to", hint=hint)
 
 
@@ -260,8 +260,13 @@ class Repository:
         api = HfApi(endpoint=endpoint(), library_name="llava-weights")
 
         def quietly() -> T:
-            with narration(progress=False):
-                return action(api)
+            with narration(progress=False), Retries(self.address) as retries:
+                try:
+                    return action(api)
+                except Exception:
+                    if not retries.spent:
+                        raise
+            raise Passing(retries.reason, tries=TRIES)
 
         return _patiently(self.address, quietly, self._explained)
 

@@ -9,22 +9,26 @@ import difflib
 import errno
 import fnmatch
 import glob
+import logging
 import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from logging import ERROR
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from . import patience
 from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
 from .formats.folder import MAX_INDEX
 from .formats.strict_json import load_object
+from .patience import Passing, tell, within
 from .web import endpoint as endpoint
+from .wording import redact as redact
 from .wording import scheme_of
 
 if TYPE_CHECKING:
@@ -181,7 +185,8 @@ def _fetch(source: HubSource) -> FetchedRepo:
     if constants.HF_HUB_OFFLINE:
         return _from_cache(api, source)
     try:
-        info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        info = within(patience.ANSWER, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
         if not _unreachable(error):
             raise
@@ -306,7 +311,7 @@ def _unreachable(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status >= 500
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in HTTP_LIBRARIES
+    return isinstance(error, (ConnectionError, TimeoutError, Passing)) or type(error).__module__.split(".")[0] in HTTP_LIBRARIES
 
 
 def _status(error: BaseException) -> int | None:
@@ -322,7 +327,7 @@ def narration(progress: bool) -> Iterator[None]:
 
     level = get_verbosity()
     silence = not progress and constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
-    set_verbosity(ERROR)
+    set_verbosity(logging.ERROR)
     if silence:
         disable_progress_bars()
     try:
@@ -331,6 +336,45 @@ def narration(progress: bool) -> Iterator[None]:
         set_verbosity(level)
         if silence:
             enable_progress_bars()
+
+
+class Retries(logging.Handler):
+    """Listens to huggingface_hub's own loop, which tries most requests again for half a minute and says so only in its log. Inside,
+    `patience` tells that it goes on, and `spent` says whether the loop has given up, so that no second one is put around it."""
+
+    _turn, _active, _before = threading.Lock(), list["Retries"](), (0, True)
+
+    def __init__(self, address: str) -> None:
+        super().__init__(logging.WARNING)
+        self.address, self.tries, self.last, self.spent, self.reason = address, 0, False, False, ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if found := re.search(r"\[Retry (\d+)/(\d+)\]", text):
+            self.tries, self.last, self.spent = int(found[1]), found[1] == found[2], False
+            tell(self.address, self.reason)
+        else:
+            self.reason, self.spent = text.partition(" thrown while")[0].strip("'"), self.last
+
+    def __enter__(self) -> Retries:
+        log = logging.getLogger("huggingface_hub.utils._http")
+        with self._turn:
+            if not self._active:
+                Retries._before = log.level, log.propagate
+                log.setLevel(logging.WARNING)
+                log.propagate = False
+            self._active.append(self)
+            log.addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        log = logging.getLogger("huggingface_hub.utils._http")
+        with self._turn:
+            log.removeHandler(self)
+            self._active.remove(self)
+            if not self._active:
+                log.setLevel(self._before[0])
+                log.propagate = self._before[1]
 
 
 def _error(kind: type[LlavaWeightsError], what: str, facts: Mapping[str, object] | None, hint: str) -> LlavaWeightsError:

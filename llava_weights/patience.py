@@ -1,18 +1,24 @@
-"""Trying again: what of a network's failures may pass, how long to wait, and when to give up."""
+"""Trying again: what of a network's failures may pass, how long to wait, when to give up, and who is told that it goes on."""
 
 from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from .errors import HubError, InputError
+from .events import Event, Note
 
 T = TypeVar("T")
 TRIES = 6  # without progress; with these pauses some 20 seconds, and minutes where a server asks for them
 PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; each pause is twice the one before; the Hub counts requests in windows of 5 minutes
 NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3", "aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
+ANSWER = 90.0  # seconds that a server has for an answer's headers, or for an answer of some kB
+TOLD_AGAIN = 30.0  # seconds between two notes about one server
 CHECK = "check the connection, then run the same command again"
 
 
@@ -28,11 +34,11 @@ class Pinned(Protocol):
 
 
 class Passing(Exception):
-    """A failure that may pass; `wait` is how many seconds the server asked for."""
+    """A failure that may pass; `wait` is how many seconds the server asked for, `tries` how many there were already."""
 
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, wait: float = 0.0, tries: int = 1) -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.tries = wait, tries
 
 
 class Absent(Exception):
@@ -50,8 +56,10 @@ class Patience:
         passing = _passing(error)
         if passing is None:
             raise error
-        self.failures += 1
+        self.failures += passing.tries
         pause = min(LONGEST_PAUSE, max(passing.wait, PAUSE * 2 ** (self.failures - 1) * random.uniform(0.5, 1)))
+        if self.failures < TRIES:
+            tell(self.address, str(passing))
         if self.failures >= TRIES or self.stopping.wait(pause):
             facts = {"address": self.address, "tries": self.failures, "reason": passing}
             raise HubError(f"`{name_of(self.address)}` can't be read over the network", facts=facts, hint=CHECK) from None
@@ -65,6 +73,54 @@ def patiently(address: str, action: Callable[[], T]) -> T:
             return action()
         except Exception as error:
             patience.after(error)
+
+
+def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] = lambda result: None) -> T:
+    """What `action` returns, if it does so in time, else Passing: a server that sends a byte now and then can hold a request for ever.
+
+    The request is then left to a thread of its own; should it end after all, `late` gets what it returns.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(action())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError:
+        if result.done():
+            return result.result()
+        result.add_done_callback(lambda ended: None if ended.exception() else late(ended.result()))
+        raise Passing(f"no whole answer in {seconds:.0f} seconds", tries=TRIES // 2) from None
+
+
+_listeners: list[Callable[[Event], None]] = []
+_told: dict[str, float] = {}  # when, by server
+
+
+@contextmanager
+def telling(on_event: Callable[[Event], None]) -> Iterator[None]:
+    """Inside, `on_event` hears of everything that is tried again, from its first failure on, in whatever thread."""
+    _told.clear()
+    _listeners.append(on_event)
+    try:
+        yield
+    finally:
+        _listeners.remove(on_event)
+
+
+def tell(address: str, reason: str) -> None:
+    """Let the listeners know that `address` is tried again because of `reason`; not at once again for the same server."""
+    server, now = "/".join(address.split("/")[:4]), time.monotonic()
+    if now - _told.get(server, -TOLD_AGAIN) < TOLD_AGAIN:
+        return
+    _told[server] = now
+    for listener in list(_listeners):
+        listener(Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times"))
 
 
 def name_of(address: str) -> str:

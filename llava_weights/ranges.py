@@ -7,6 +7,7 @@ Ranges are plain requests: the block caches of fsspec's file objects read megaby
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
@@ -24,8 +25,14 @@ _filesystems: dict[tuple[str, int], Any] = {}
 _turn = threading.Lock()
 
 
-def read(file: Pinned, offset: int, out: memoryview, stopping: threading.Event | None = None) -> None:
-    """Fill `out` with the bytes of `file` from `offset`; after a failure, from where it stopped.
+def read(
+    file: Pinned,
+    offset: int,
+    out: memoryview,
+    stopping: threading.Event | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Fill `out` with the bytes of `file` from `offset`; after a failure, from where it stopped. `clock` measures how fast they come.
 
     Raises InputError where the file is no longer what it was, HubError where it can't be had, or `stopping` was set.
     """
@@ -33,7 +40,7 @@ def read(file: Pinned, offset: int, out: memoryview, stopping: threading.Event |
     while done < len(out):
         begun = done
         try:
-            with closing(_chunks(file, offset + done, offset + len(out))) as chunks:
+            with closing(_chunks(file, offset + done, offset + len(out), clock)) as chunks:
                 for chunk in chunks:
                     if len(chunk) > len(out) - done:
                         raise Passing("more bytes came than were asked for")
@@ -85,13 +92,13 @@ def _is_http(address: str) -> bool:
     return address.startswith(("hf://", "https://", "http://"))
 
 
-def _chunks(file: Pinned, start: int, stop: int) -> Generator[bytes]:
+def _chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float]) -> Generator[bytes]:
     """Bytes [start, stop) as they come."""
     if not _is_http(file.path):
         for first in range(start, stop, PIECE):
             yield stored(file.path, partial(_cat, start=first, stop=min(first + PIECE, stop)))
     else:
-        yield from web.chunks(file, start, stop)
+        yield from web.chunks(file, start, stop, clock)
 
 
 def _cat(store: Any, path: str, start: int, stop: int) -> bytes:

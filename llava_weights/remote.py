@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from . import ranges
+from . import patience, ranges
 from .errors import HubError, InputError, LlavaWeightsError, UsageError
 from .hub import SIDECARS, HubSource, choose_files, explain, parse_source
-from .patience import Absent, Patience, name_of, patiently
+from .patience import Absent, Patience, name_of, patiently, within
 from .threads import in_threads
 from .web import LOOPBACK, endpoint
 from .wording import scheme_of
@@ -141,7 +141,11 @@ def _listing(text: str, revision: str | None) -> Listing:
         return _of_hub(text, revision)
     if revision is not None:
         raise UsageError(f"`{text}` is no repository, so it has no revision `{revision}`", hint="leave out `--revision`")
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018 - raises too
+    except ValueError as error:
+        raise UsageError(f"`{text}` is no address", facts={"reason": error}, hint="check how it is written") from None
     if parts.query or parts.fragment or "@" in parts.netloc or not parts.netloc:
         hint = "for private files use `hf://` or `s3://`, which take their credentials from the environment"
         raise UsageError("an address has no user, password, query or fragment", hint=hint)
@@ -174,10 +178,11 @@ def _of_hub(text: str, revision: str | None) -> Listing:
 def _ask_hub(source: HubSource) -> Any:
     from huggingface_hub import HfApi
 
-    api, patience = HfApi(endpoint=endpoint(), library_name="llava-weights"), Patience(f"hf://{source.repo_id}")
+    api, tries = HfApi(endpoint=endpoint(), library_name="llava-weights"), Patience(f"hf://{source.repo_id}")
+    how: Any = {"revision": source.revision, "files_metadata": True, "timeout": 30}
     while True:
         try:
-            info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=30)
+            info = within(patience.ANSWER, lambda: api.model_info(source.repo_id, **how))
             if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
                 raise HubError(f"the Hub names no commit of `{source.repo_id}`")
             return info
@@ -187,7 +192,7 @@ def _ask_hub(source: HubSource) -> Any:
                 raise HubError(f"`{source.repo_id}` can't be read: `HF_HUB_OFFLINE` is set", hint="unset it") from None
             explained = explain(error, source)
             try:
-                patience.after(error if explained is None or status == 429 or status >= 500 else explained)
+                tries.after(error if explained is None or status == 429 or status >= 500 else explained)
                 continue
             except HubError as given_up:
                 explained = explained or given_up

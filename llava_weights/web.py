@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+from . import patience
 from .errors import HubError
-from .patience import Absent, Passing, Pinned, changed, name_of
+from .patience import Absent, Passing, Pinned, changed, name_of, within
 
 TIMEOUT = 30.0  # seconds without a byte
 HOPS = 5
 MAX_SIZE = 1 << 42
+WINDOW, SLOWEST = 30.0, 64 << 10  # seconds, and bytes that come in them at least: 2 kB/s, or a shard of 5 GB takes a month
+NO_ADDRESS = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")  # httpx's errors for what no address or header can be
 PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 
@@ -35,11 +39,19 @@ class Place:
 _places: dict[str, Place] = {}
 
 
-def chunks(file: Pinned, start: int, stop: int) -> Iterator[bytes]:
-    """Bytes [start, stop) of `file` as they come. Raises InputError where it changed, Passing where another try may help."""
+def chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
+    """Bytes [start, stop) of `file` as they come. Raises InputError where it changed, Passing where another try may help: also where
+    less than SLOWEST bytes come in WINDOW seconds of `clock`."""
     with _answer(file.path, start, stop) as (answer, place):
         _check_range(file, answer, place, start, stop)
-        yield from answer.iter_raw()
+        begun, came = clock(), 0
+        for chunk in answer.iter_raw():
+            came += len(chunk)
+            if (passed := clock() - begun) >= WINDOW:
+                if came < SLOWEST:
+                    raise Passing(f"only {came:,} bytes came in {passed:.0f} seconds")
+                begun, came = clock(), 0
+            yield chunk
 
 
 @contextmanager
@@ -53,23 +65,39 @@ def _answer(address: str, start: int, stop: int) -> Iterator[tuple[Any, str]]:
     place, headers = (known.address, {}) if known else (first, headers)
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     for _ in range(HOPS):
+        with ExitStack() as stack:
+            try:
+                request = get_session().stream("GET", place, headers=headers, follow_redirects=False, timeout=TIMEOUT)
+                answer = within(patience.ANSWER, request.__enter__, lambda answer: answer.close())
+                stack.push(request)
+            except OfflineModeIsEnabled:
+                raise HubError(f"`{name_of(address)}` can't be read: `HF_HUB_OFFLINE` is set", hint="unset it") from None
+            except Exception as error:
+                if isinstance(error, ValueError) or type(error).__name__ in NO_ADDRESS:
+                    raise _no_address(address, place, error) from None
+                raise
+            _check_pin(address, answer)
+            if not answer.has_redirect_location:
+                _check_status(address, answer, place != first)
+                yield answer, place
+                return
+            location = answer.headers["location"]
         try:
-            stream = get_session().stream("GET", place, headers=headers, follow_redirects=False, timeout=TIMEOUT)
-            with stream as answer:
-                _check_pin(address, answer)
-                if not answer.has_redirect_location:
-                    _check_status(address, answer, place != first)
-                    yield answer, place
-                    return
-                target = urljoin(place, answer.headers["location"])
-        except OfflineModeIsEnabled:
-            raise HubError(f"`{name_of(address)}` can't be read: `HF_HUB_OFFLINE` is set", hint="unset it") from None
-        if not _may_follow(place, target):
+            target = urljoin(place, location)
+            follow = _may_follow(place, target)
+        except ValueError as error:
+            raise _no_address(address, location, error) from None
+        if not follow:
             raise HubError(f"`{name_of(address)}` is redirected to where no file is read from", facts={"to": _bare(target)})
         if _origin(place) != _origin(target):
             headers = {name: value for name, value in headers.items() if name in ("Range", "Accept-Encoding")}
         place = target
     raise HubError(f"`{name_of(address)}` is redirected without end", facts={"address": address})
+
+
+def _no_address(address: str, place: str, error: Exception) -> HubError:
+    facts = {"leads to": repr(place[:200]), "reason": error}
+    return HubError(f"`{name_of(address)}` can't be read: where it should lie is no address", facts=facts, hint="check the address")
 
 
 def _first(address: str) -> tuple[str, dict[str, str]]:
@@ -156,6 +184,8 @@ def _etag(answer: Any) -> str:
 def _may_follow(source: str, target: str) -> bool:
     """Redirects lead to https, or stay where they are: on the same server, or on this machine."""
     here, there = urlsplit(source), urlsplit(target)
+    if there.port == 0:  # also raises ValueError for what is no port
+        return False
     local = all(LOOPBACK.fullmatch(place.hostname or "") for place in (here, there))
     return there.scheme == "https" or (there.scheme == "http" and (local or _origin(source) == _origin(target)))
 

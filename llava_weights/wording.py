@@ -30,7 +30,7 @@ SECRET_NAME = (
 SECRETS = (
     (re.compile(r"hf_(?:oauth|jwt)_[\w.-]{16,}"), "hf_***"),
     (re.compile(r"(gh[pousr]|github_pat)_\w{20,}"), r"\1_***"),
-    (re.compile(r"(?i)\b(authorization['\"]?\s?[:=]\s{0,5}['\"]?)[^'\"`\n]+"), r"\1***"),
+    (re.compile(r"(?i)\b(authorization['\"]?\s?[:=]\s{0,5}['\"]?(?:(?:basic|bearer|digest|token) )?)[^'\"`\n]+"), r"\1***"),
     (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{16,}"), r"\1 ***"),
     (re.compile(rf"(?i)([?&#;](?:{SECRET_NAME})=)[^\s&;`'\"<>]+"), r"\1***"),
     (re.compile(r"(?i)\b(x-(?:amz|goog)-(?:signature|credential|security-token)|signature|key-pair-id|sig)=[^\s&`'\"]+"), r"\1=***"),

@@ -119,7 +119,7 @@ def test_schemes_are_read_in_any_case() -> None:
 @pytest.mark.parametrize("scheme", ["az", "AZ", "file", "ftp", "abfss", "x-y.z+1"])
 def test_an_unknown_scheme_is_refused_by_name(scheme: str) -> None:
     for ask in (parse_source, open_destination):
-        with pytest.raises(UsageError, match="nothing is") as caught:
+        with pytest.raises(UsageError, match=r"nothing is read from|no place to write to") as caught:
             ask(f"{scheme}://place/folder")
         assert f"`{scheme.lower()}://`" in caught.value.what
         assert "hf://" in str(caught.value.hint)

@@ -13,6 +13,7 @@ import typer
 from ..console import Console
 from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, Terminated, UsageError, shortage
 from ..events import Note
+from ..patience import telling
 from .options import Layout, Run, Show
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     console.install_status_signal()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with one_thread():
+        with one_thread(), telling(console.on_event):
             yield console
     except LlavaWeightsError as error:
         raise typer.Exit(console.error(error)) from None
