@@ -17,7 +17,7 @@ from .families import DROPPED
 from .findings import Finding, Verdict
 from .formats import listed, shown
 from .formats.folder import SUFFIXES
-from .hub import HubSource, parse_source
+from .hub import HubSource, parse_source, source_text
 from .manifest import TensorEntry
 from .naming import Names
 from .published import recognise
@@ -54,7 +54,7 @@ def find_reference(against: str | Path, *, jobs: int = 2, on_event: Callable[[Ev
     """
     if str(against) == PUBLISHED and not os.path.exists(against):
         return Reference(PUBLISHED)
-    source = parse_source(str(against))
+    source = parse_source(source_text(against))
     if isinstance(source, HubSource):
         commit, sums = hub_sums(source)
         return Reference(f"{source.repo_id}@{commit[:12]}", sums=sums, complete=False)

@@ -105,7 +105,9 @@ def diff(
     Raises UsageError for a tolerance that is no distance, InputError where an input is damaged or changes meanwhile.
     """
     if not 0 <= tolerance < math.inf:
-        raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on")
+        raise UsageError(
+            f"the tolerance is {tolerance}, it must be a number from 0 on", hint="pass 0 for equal bits, or a small number such as 1e-3"
+        )
     ours, theirs = a.parameters(), b.parameters()
     pairs = list(_pairs(ours, theirs, rows))
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]

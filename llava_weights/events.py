@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 
@@ -51,3 +53,6 @@ class Note:
 
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
+
+# Who hears what is found before any work begins, such as where an input comes from.
+listener: ContextVar[Callable[[Event], None]] = ContextVar("listener", default=lambda event: None)

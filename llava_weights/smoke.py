@@ -318,7 +318,7 @@ def smoke_test(
     Raises VerificationError where they differ, InputError where nothing could be compared.
     """
     if (reference is None) == (original is None):
-        raise UsageError("a smoke test compares with either a reference or an original")
+        raise UsageError("a smoke test compares with either a reference or an original", hint="pass one of `--reference` and `--original`")
     checkpoint = open_checkpoint(path)
     clip = open_checkpoint(tower) if tower is not None else None
     options = {"tower": clip, "device": device, "dtype": dtype, "resident": resident, "atol": atol}

@@ -23,7 +23,7 @@ from .formats import is_text, listed, present, shown
 from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member, optional
 from .formats.strict_json import json_bytes
 from .health import health
-from .hub import HubSource, parse_source
+from .hub import HubSource, parse_source, source_text
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
 from .plan import Plan
@@ -112,7 +112,7 @@ def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: 
     Returns what was written; what is there and says the same is left as it is. Raises OutputError where it says something else,
     unless `force`, and InputError where the checkpoint is damaged or is on the Hub.
     """
-    if isinstance(parse_source(str(path)), HubSource):
+    if isinstance(parse_source(source_text(path)), HubSource):
         raise InputError(f"`{path}` is on the Hub, which keeps checksums itself", hint=f"run `llava-weights verify PATH --against {path}`")
     checkpoint = need_files(open_checkpoint(path), "`checksum`")
     place = checkpoint.origin.path

@@ -114,7 +114,7 @@ def test_a_tokenizer_of_many_unknown_fields() -> None:
 )
 def test_pieces_that_can_be_merged_without_end(names: Callable[[], list[str]]) -> None:
     vocabulary = dict.fromkeys(names(), 0.0)
-    with pytest.raises(InputError, match="pieces of `tokenizer.model`"):
+    with pytest.raises(InputError, match=r"pieces of `tokenizer\.model`"):
         bpe_merges(Vocabulary({}, "", "", "", scores=vocabulary, kinds=dict.fromkeys(vocabulary, 1)))
 
 

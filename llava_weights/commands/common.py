@@ -13,7 +13,7 @@ import typer
 
 from ..console import Console
 from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, OutputError, Terminated, UsageError
-from ..events import Note
+from ..events import Note, listener
 from .options import Layout, Run, Show
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     console.writes = writes
     console.install_status_signal()
     previous = signal.signal(signal.SIGTERM, _terminate)
+    heard = listener.set(console.on_event)
     try:
         yield console
     except LlavaWeightsError as error:
@@ -48,6 +49,7 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     except Exception as error:
         raise typer.Exit(console.unexpected(error)) from None
     finally:
+        listener.reset(heard)
         signal.signal(signal.SIGTERM, previous)
         console.close()
         from ..remote import forget
@@ -189,5 +191,9 @@ def check_given(console: Console, roles: Sequence[tuple[Role, Checkpoint]]) -> N
         need_files(checkpoint, "`--check-inputs`")
         for finding in check_inputs([Path(file.path) for file in checkpoint.origin.files], role):
             if finding.verdict == "wrong":
-                raise MismatchError(finding.text, facts={"file": finding.file, "sha256": finding.sha256})
+                raise MismatchError(
+                    finding.text,
+                    facts={"file": finding.file, "sha256": finding.sha256},
+                    hint="give the file that belongs in this role",
+                )
             note(console, finding.text)
