@@ -25,7 +25,7 @@ from .formats.folder import index_file, member, optional
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import load_object
 from .formats.torch_zip import index_torch_zip
-from .hub import HubSource, fetch, parse_source
+from .hub import HubSource, fetch, parse_source, source_text
 from .remote import is_remote, shadowed
 from .tensors import FLOATS, LazyTensor
 from .workspace import SourceFile
@@ -88,10 +88,11 @@ def open_adapter(source: str | Path, *, revision: str | None = None, non_lora: P
     `non_lora` stands in for the `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. Reads headers and small JSON
     files only. Raises InputError for anything missing, damaged, not LoRA, or without a place; HubError where the Hub can't serve it.
     """
-    if is_remote(str(source)):
-        with shadowed(str(source), revision) as shadow:
+    text = source_text(source)
+    if is_remote(text):
+        with shadowed(text, revision) as shadow:
             return _open(shadow.path, shadow.name, shadow.revision, non_lora)
-    parsed = parse_source(str(source))
+    parsed = parse_source(text)
     if isinstance(parsed, HubSource):
         repo = fetch(parsed, revision=revision, progress=progress)
         opened = _open(repo.folder, repo.repo_id, repo.revision, non_lora)

@@ -130,7 +130,11 @@ def parameter_names(keys: Iterable[str], targets: Sequence[str]) -> dict[str, st
         known = len(found) < 2 or found <= {*REGISTERED}
         if len(nested) != max(len(found), 1) or not known:
             facts = {"modules": listed(nested), "target_parameters": listed(targets) or "none"}
-            raise InputError(f"it is not clear which parameters of {shown(module)} were adapted", facts=facts)
+            raise InputError(
+                f"it is not clear which parameters of {shown(module)} were adapted",
+                facts=facts,
+                hint="save the adapter again with a PEFT that names its `target_parameters`, or merge it with that PEFT",
+            )
         names |= zip(nested, sorted(found, key=lambda name: REGISTERED.index(name) if name in REGISTERED else 0), strict=False)
     return names
 

@@ -19,7 +19,7 @@ from .findings import Finding, Verdict
 from .formats import listed, shown
 from .formats.folder import SUFFIXES, member
 from .formats.strict_json import load_object
-from .hub import HubSource, parse_source
+from .hub import HubSource, parse_source, source_text
 from .manifest import TensorEntry, digest_file
 from .naming import TABLES, Names, canonical
 from .published import recognise
@@ -83,7 +83,7 @@ def find_reference(against: str | Path) -> Reference:
     """
     if str(against) == PUBLISHED and not os.path.exists(against):
         return Reference(PUBLISHED)
-    source = parse_source(str(against))
+    source = parse_source(source_text(against))
     if isinstance(source, HubSource):
         commit, sums = hub_sums(source)
         return Reference(f"{source.repo_id}@{commit[:12]}", sums=sums, complete=False)

@@ -19,7 +19,7 @@ from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, PROCESSO
 from .formats import DOWNLOAD_AGAIN, legible, listed, open_regular, unreadable
 from .formats.folder import index_file, index_folder, member, optional
 from .formats.strict_json import load_object, parse_json, read_exactly
-from .hub import HubSource, fetch, parse_source
+from .hub import HubSource, fetch, parse_source, source_text
 from .remote import is_remote, shadowed
 from .tensors import LazyTensor
 from .wording import redact, scheme_of
@@ -155,13 +155,13 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
     Raises UsageError for what is no path or name, InputError for anything missing, damaged or unknown, HubError where the Hub can't
     serve it.
     """
-    to_place(source, "source")
+    text = source_text(to_place(source, "source"))
     if revision is not None and not isinstance(revision, str):
-        raise UsageError(f"the revision is {_kind_of(revision)}, no text")
-    if is_remote(str(source)) and not (whole and scheme_of(str(source)) == "hf"):
-        with shadowed(str(source), revision) as shadow:
+        raise UsageError(f"the revision is {_kind_of(revision)}, no text", hint="give a branch, a tag or a commit")
+    if is_remote(text) and not (whole and scheme_of(text) == "hf"):
+        with shadowed(text, revision) as shadow:
             return _open(shadow.path, name=shadow.name, revision=shadow.revision)
-    parsed = parse_source(str(source))
+    parsed = parse_source(text)
     if isinstance(parsed, HubSource):
         repo = fetch(parsed, revision=revision, progress=progress)
         opened = _open(repo.folder, name=repo.repo_id, revision=repo.revision)
@@ -229,7 +229,7 @@ def small_object(files: Mapping[str, Path | bytes], name: str) -> dict[str, Any]
         return load_object(source)
     value = parse_json(source, name=name)
     if not isinstance(value, dict):
-        raise InputError(f"`{name}` is not a JSON object")
+        raise InputError(f"`{name}` is not a JSON object", hint="take the file from the authors of the model")
     return value
 
 
@@ -240,7 +240,9 @@ def small_text(files: Mapping[str, Path | bytes], name: str, *, limit: int = 1 <
     try:
         return small_bytes(name, source, limit).decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"`{name}` is not UTF-8", facts={"byte": error.start}) from error
+        raise InputError(
+            f"`{name}` is not UTF-8", facts={"byte": error.start}, hint="save it as UTF-8, or take it from the authors of the model"
+        ) from error
 
 
 def small_bytes(name: str, source: Path | bytes, limit: int) -> bytes:

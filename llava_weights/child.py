@@ -102,13 +102,14 @@ def _error(returncode: int, documents: Documents, words: Sequence[str], stopped:
         error.kept = told["written"]
     elif "verdict" in summary:
         facts = {finding["subject"]: finding["text"] for finding in summary["findings"] if finding["verdict"] != "ok"}
-        error = LlavaWeightsError(f"{summary['name']}: {summary['verdict']}", facts=facts)
+        hint = "the same command by itself says what to do about each"
+        error = LlavaWeightsError(f"{summary['name']}: {summary['verdict']}", facts=facts, hint=hint)
     elif stopped:
         error = Interrupted("stopped")
         error.kept = CONTINUE
     else:
         how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with exit code {code}"
-        error = LlavaWeightsError(how, facts={"last words": " / ".join(words) or "none"})
+        error = LlavaWeightsError(how, facts={"last words": " / ".join(words) or "none"}, hint="run the same command by itself")
     if told and code in (130, 143):
         kept, error = error.kept, Interrupted(error.what)
         error.kept = kept

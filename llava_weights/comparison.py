@@ -108,7 +108,8 @@ def diff(
     Raises UsageError for a tolerance that is no distance, InputError where an input is damaged or changes meanwhile.
     """
     if not 0 <= finite("tolerance", tolerance) < math.inf:
-        raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on")
+        hint = "pass 0 for equal bits, or a small number such as 1e-3"
+        raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on", hint=hint)
     whole_number("jobs", jobs, most=MOST_JOBS)
     a, b = opened(a, "first checkpoint"), opened(b, "second checkpoint")
     ours, theirs = a.parameters(), b.parameters()

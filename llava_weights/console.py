@@ -96,7 +96,9 @@ class Console:
             else:
                 failure = _write(self._out, _clean_lines(text))
         if isinstance(failure, OSError) and not isinstance(failure, BrokenPipeError):
-            raise OutputError(f"standard output can't be written: {failure.strerror}") from failure
+            raise OutputError(
+                f"standard output can't be written: {failure.strerror}", hint="check the disk or the program that it goes to"
+            ) from failure
 
     def summary(self, lines: Sequence[str], document: Mapping[str, Any], path: str | None = None) -> None:
         """The end of a command that wrote: human lines, or the path alone (`--quiet`), or the last JSON line."""

@@ -213,7 +213,9 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
     used, rows = model.tokenizer.used, model.rows
     if wanted is not None:
         if wanted < used:
-            raise InputError(f"`--vocab-size {wanted}` is too small: the tokenizer's highest id is {used - 1}")
+            raise InputError(
+                f"`--vocab-size {wanted}` is too small: the tokenizer's highest id is {used - 1}", hint="pass a larger one, or leave it out"
+            )
         return wanted
     if not model.tokenizer.grew or (tiles and used <= rows):
         return max(rows, used)

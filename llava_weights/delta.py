@@ -110,7 +110,7 @@ def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Che
 
 def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: str) -> LazyTensor:
     if tuned.dtype not in FLOATS:
-        raise InputError(f"`{name}` does not hold floats", facts={"dtype": tuned.dtype})
+        raise InputError(f"`{name}` does not hold floats", facts={"dtype": tuned.dtype}, hint="give float weights, not quantised ones")
     if codec == "integer":
         if base is not None and base.dtype != tuned.dtype:
             raise MismatchError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -51,3 +53,20 @@ class Note:
 
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
+
+_listeners: list[Callable[[Event], None]] = []
+
+
+@contextmanager
+def listening(on_event: Callable[[Event], None]) -> Iterator[None]:
+    """Inside, `on_event` hears what `tell` says, in whatever thread: what is found or tried again where no listener is handed down."""
+    _listeners.append(on_event)
+    try:
+        yield
+    finally:
+        _listeners.remove(on_event)
+
+
+def tell(event: Event) -> None:
+    for on_event in list(_listeners):
+        on_event(event)

@@ -103,7 +103,7 @@ def hf_tokenizer(
     parts = _read(files, rows, model_max_length)
     name = image_token if image_token is not None else IM_PATCH if IM_PATCH in parts.ids else IMAGE
     if not name.strip():
-        raise UsageError("the image token is empty")
+        raise UsageError("the image token is empty", hint="leave `--image-token` out for `<image>`")
     parts, before = _with_image(parts, name, rows), len(parts.ids)
     settings = {**parts.settings, "padding_side": "left", "processor_class": processor_class, **(ROW_1 if parts.llama else {})}
     written, notes = _written(replace(parts, settings=settings), files, fast=True)
@@ -258,13 +258,15 @@ def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: 
         name = token_text(stored)
         free = is_token_id(i) and (i >= len(vocabulary) or name in vocabulary) and (i not in entries or entries[i]["content"] == name)
         if name is None or not free or ids.setdefault(name, i) != i:
-            raise InputError(f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))})
+            raise InputError(
+                f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))}, hint=RIGHT_ONE
+            )
         entries.setdefault(i, tokenizer_json.added_token(name, stored))
     gone = sorted(i for i in entries if i >= rows)
     notes = tuple(f"tokenizer: {shown(entries.pop(i)['content'])} (id {i}) dropped, the table has {rows:,} rows" for i in gone)
     behind = sorted(i for i in entries if i >= len(vocabulary))
     if behind != list(range(len(vocabulary), len(vocabulary) + len(behind))):
-        raise InputError(f"the added tokens do not follow the {len(vocabulary):,} of the vocabulary without a gap")
+        raise InputError(f"the added tokens do not follow the {len(vocabulary):,} of the vocabulary without a gap", hint=RIGHT_ONE)
     return entries, notes
 
 
@@ -276,7 +278,7 @@ def _roles(files: Files, ids: Mapping[str, int], usual: Mapping[str, str]) -> di
         if (name := next((name for name in names if name in ids), None)) is not None:
             roles[role] = name
     if missing := sorted({*usual, "eos"} - {"pad"} - set(roles)):
-        raise InputError(f"the tokenizer has no token as its {missing[0]}", facts={"usual": shown(usual[missing[0]])})
+        raise InputError(f"the tokenizer has no token as its {missing[0]}", facts={"usual": shown(usual[missing[0]])}, hint=RIGHT_ONE)
     return roles
 
 

@@ -41,6 +41,7 @@ KINDS = {"llama": ("llama", "mistral", "qwen2"), "llava-hf": ("llava", "llava_ne
 PARTS = {"text_config": KINDS["llama"], "vision_config": ("clip_vision_model",)}
 # model_type of an original LLaVA -> its decoder.
 DECODERS = {"llama": "llama", "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+RIGHT = "give the config.json that belongs to these weights"
 # Keys of a config that change no product, only what code runs, how it is stored or what comes back.
 IGNORED = re.compile(
     r"_.*|mm_.*|auto_map|architectures|model_type|transformers_version|quantization_config|(torch_)?dtype|attn_implementation"
@@ -110,7 +111,11 @@ class Runner:
         wrong = ids[((ids < 0) | (ids >= self._vocabulary)) & (ids != self._mark)]
         if ids.ndim != 1 or not ids.size or wrong.size:
             facts = {"ids": f"shape {list(ids.shape)}", "without a row": wrong[:5].tolist(), "rows": f"{self._vocabulary:,}"}
-            raise InputError(f"the ids of probe {shown(probe.name)} do not fit the model", facts=facts)
+            raise InputError(
+                f"the ids of probe {shown(probe.name)} do not fit the model",
+                facts=facts,
+                hint="give a recording of the same model, with the same tokens",
+            )
         try:
             return self._model(**self._enter(probe), **options)
         except (ValueError, IndexError, TypeError, RuntimeError) as error:  # transformers' own: image tokens and features do not match
@@ -133,7 +138,9 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     kind = checkpoint.config.get("model_type")
     if kind not in KINDS.get(checkpoint.layout, ()):
         facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(KINDS.values(), ()))}
-        raise InputError(f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts)
+        raise InputError(
+            f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint="`verify` and `diff` check what can't be run"
+        )
     stream = Streamed(dtype=dtype, device=device, resident=resident)
     tensors = _by_place(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
@@ -164,7 +171,11 @@ def load_original(
     kind = DECODERS.get(str(checkpoint.config.get("model_type", "llama")))
     if checkpoint.layout != "llava" or kind is None:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
-        raise InputError(f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout", facts=facts)
+        raise InputError(
+            f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout",
+            facts=facts,
+            hint="give a LLaVA as haotian-liu's code writes it, or convert it first",
+        )
     stream = Streamed(dtype=dtype, device=device, resident=resident)
     parts: dict[str, dict[str, LazyTensor]] = {"tower": {}, "projector": {}, "newline": {}}
     for place, tensor in _by_place(checkpoint).items():
@@ -199,7 +210,10 @@ def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) 
     if tower is None:
         return None, 0
     if not tower.class_token:
-        raise InputError(f"the vision tower of {shown(checkpoint.origin.name)} is no CLIP, which LLaVA's own code needs")
+        raise InputError(
+            f"the vision tower of {shown(checkpoint.origin.name)} is no CLIP, which LLaVA's own code needs",
+            hint="convert it to llava-hf, and run that",
+        )
     model = _build(tower.config, tower.config["model_type"], len(tower.tensors))
     stream.attach(model, tower.tensors, lambda name: name.removeprefix("vision_model."))
     return model, tower.image_size
@@ -228,10 +242,10 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
     for part, kinds in PARTS.items():
         inner = settings.get(part, {})
         if not isinstance(inner, dict) or inner.setdefault("model_type", kinds[0]) not in kinds:
-            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)})
+            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT)
     layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in PARTS))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):
-        raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors")
+        raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT)
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[kind])
     try:
         built = config_class(**settings)
@@ -239,7 +253,7 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
         with torch.device("meta"):
             return model_class(built).eval()
     except Exception as error:  # transformers and its validators raise a dozen kinds
-        raise InputError(f"transformers can't build a `{kind}` from this config: {error}") from error
+        raise InputError(f"transformers can't build a `{kind}` from this config: {error}", hint=RIGHT) from error
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +270,9 @@ def _by_place(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     placed: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.parameters().items():
         if canonical(name) in placed:
-            raise InputError(f"{shown(name)} is there twice, under names of two layouts")
+            raise InputError(
+                f"{shown(name)} is there twice, under names of two layouts", hint="remove one of the two, or make the checkpoint again"
+            )
         if tensor.dtype not in FLOATS:
             raise InputError(f"{shown(name)} is stored as {tensor.dtype}", hint="give a checkpoint that is not quantised")
         placed[canonical(name)] = tensor

@@ -104,7 +104,9 @@ def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
     pairs = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
     if not found or not pairs or not all(type(side) is int and 0 < side <= 1 << 16 and side % size == 0 for pair in found for side in pair):
         facts = {"image_grid_pinpoints": str(found)[:200], "image size": size}
-        raise InputError("`image_grid_pinpoints` is not a list of (width, height) in multiples of the tower's image size", facts=facts)
+        raise InputError(
+            "`image_grid_pinpoints` is not a list of (width, height) in multiples of the tower's image size", facts=facts, hint=RIGHT_CONFIG
+        )
     return [[height, width] for width, height in found]
 
 

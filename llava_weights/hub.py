@@ -24,9 +24,10 @@ from urllib.parse import unquote
 
 from . import patience
 from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
+from .events import Note, tell
 from .formats.folder import MAX_INDEX
 from .formats.strict_json import load_object
-from .patience import Passing, tell, within
+from .patience import Passing, tell_retry, within
 from .web import endpoint as endpoint
 from .wording import redact as redact
 from .wording import scheme_of
@@ -57,7 +58,7 @@ SIDECARS = (
 ANSWERS: tuple[tuple[str | int, str, str, tuple[str, ...]], ...] = (
     ("GatedRepoError", "access to `{repo}` is gated", "accept the licence on {page}, then `hf auth login`", ("logged in as",)),
     ("RevisionNotFoundError", "`{repo}` has no revision `{revision}`", "see its branches and commits on {page}/commits/main", ()),
-    ("RepositoryNotFoundError", "`{repo}` is not on the Hub, or it is private", "{local}", ("local path", "logged in as", "endpoint")),
+    ("RepositoryNotFoundError", "`{repo}` is no local path, and not on the Hub, or private there", "{local}", ("logged in as", "endpoint")),
     ("DisabledRepoError", "`{repo}` was disabled on the Hub", "look for another copy and check its digests", ()),
     (401, "the Hub does not accept the token", "make a new one with `hf auth login`, or unset `HF_TOKEN`", ("logged in as", "endpoint")),
     (403, "the Hub refuses access to `{repo}`", "use a token that may read {page}", ("logged in as",)),
@@ -103,8 +104,14 @@ class FetchedRepo:
     from_cache: bool = False
 
 
+def source_text(source: str | Path) -> str:
+    """A source as text. A `Path` has made one slash of the two in an address."""
+    return re.sub(r"^([a-z][a-z0-9]+):/(?=[^/])", r"\1://", str(source)) if isinstance(source, Path) else source
+
+
 def parse_source(text: str) -> LocalSource | HubSource:
-    """Read a local path, `owner/name[@revision]` or `hf://owner/name[@revision][/folder]`. What exists locally always wins.
+    """Read a local path, `owner/name[@revision]` or `hf://owner/name[@revision][/folder]`. What exists locally always wins; where nothing
+    does, whoever listens is told that the Hub is meant.
 
     Raises InputError where it is none of them, with the nearest name that does exist; UsageError for an address of another kind.
     """
@@ -120,6 +127,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
         return HubSource(match["repo"], unquote(match["revision"]) if match["revision"] else None, "/".join(folder.parts))
     match = REPO.fullmatch(text)
     if match and not match["repo"].endswith(FILE_SUFFIXES):
+        tell(Note(redact(f"there is no local path `{text}`, so it is looked for on the Hub")))
         return HubSource(match["repo"], match["revision"])
     if scheme in ("s3", "gs"):
         raise InputError(f"`{text}` is neither a local path nor a repository of the Hub", hint="download it first")
@@ -129,6 +137,12 @@ def parse_source(text: str) -> LocalSource | HubSource:
     hint = _did_you_mean(path, "check the path; a repository on the Hub is written `owner/name`")
     hint = f"write `{page[1]}` for this repository of the Hub" if page else hint
     raise _error(InputError, f"the path `{text}` does not exist", {"looked in": _deepest_folder(path).resolve()}, hint)
+
+
+def may_be_revised(text: str) -> bool:
+    """Whether `text` is the name or the `hf://` address of a repository without a revision, so that an `@` behind it would begin one."""
+    found = HF_URI.fullmatch(text) if text.startswith("hf://") else REPO.fullmatch(text)
+    return bool(found and not found["revision"] and not found.groupdict().get("folder"))
 
 
 def nearest_path(path: Path) -> Path | None:
@@ -164,7 +178,9 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
     space, InputError where the repository has no weights, UsageError where the revisions differ.
     """
     if revision and source.revision and revision != source.revision:
-        raise UsageError(f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions")
+        raise UsageError(
+            f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions", hint="give the revision once"
+        )
     source = HubSource(source.repo_id, source.revision or revision, source.folder)
     with narration(sys.stderr.isatty() if progress is None else progress):
         try:
@@ -277,9 +293,11 @@ def explain(error: Exception, source: HubSource) -> LlavaWeightsError | None:
     if isinstance(cause, errors.LocalEntryNotFoundError):
         hint = _did_you_mean(source.repo_id, f"unset it, or run `hf download {source.repo_id}` where the Hub can be reached")
         absent = {"revision": source.revision or "main", "cache": cache}
-        return _error(HubError, f"{repo} is not in the cache, and `HF_HUB_OFFLINE` is set", absent, hint)
+        return _error(HubError, f"{repo} is no local path, nor in the cache, and `HF_HUB_OFFLINE` is set", absent, hint)
     if _unreachable(cause):
-        return _error(HubError, f"the Hub can't be reached for {repo}", facts, _did_you_mean(source.repo_id, CONNECTION_HINT))
+        return _error(
+            HubError, f"{repo} is no local path, and the Hub can't be reached for it", facts, _did_you_mean(source.repo_id, CONNECTION_HINT)
+        )
     if isinstance(cause, (OSError, ValueError, RuntimeError)):
         return _error(HubError, f"{repo} can't be downloaded", facts, CONNECTION_HINT)
     return None
@@ -290,7 +308,7 @@ def _refusal(source: HubSource, what: str, hint: str, keys: tuple[str, ...]) -> 
 
     stored = "the account of `hf auth login`" if os.path.isfile(constants.HF_TOKEN_PATH) else "nobody (no HF_TOKEN, no `hf auth login`)"
     login = "the owner of `HF_TOKEN`" if os.environ.get("HF_TOKEN") else stored
-    facts = {"local path": f"{source.repo_id} does not exist either", "logged in as": login, "endpoint": endpoint()}
+    facts = {"logged in as": login, "endpoint": endpoint()}
     words = {
         "repo": source.repo_id,
         "revision": source.revision or "main",
@@ -352,7 +370,7 @@ class Retries(logging.Handler):
         text = record.getMessage()
         if found := re.search(r"\[Retry (\d+)/(\d+)\]", text):
             self.tries, self.last, self.spent = int(found[1]), found[1] == found[2], False
-            tell(self.address, self.reason)
+            tell_retry(self.address, self.reason)
         else:
             self.reason, self.spent = text.partition(" thrown while")[0].strip("'"), self.last
 

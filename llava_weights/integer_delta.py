@@ -272,7 +272,10 @@ def _pack(block: _Block, idle: list[Workspace]) -> Packed:
             packed = pack(memoryview(raw), theirs, ITEMSIZE[tuned.dtype], spare)
             unpack(memoryview(packed), len(raw), theirs, ITEMSIZE[tuned.dtype], spare, name=block.name)
             if not np.array_equal(np.frombuffer(spare, np.uint8), np.frombuffer(raw, np.uint8)):
-                raise VerificationError(f"rows {block.start:,} to {block.stop:,} of {shown(block.name)} do not come back")
+                raise VerificationError(
+                    f"rows {block.start:,} to {block.stop:,} of {shown(block.name)} do not come back",
+                    hint="check memory and disk, then run the same command again",
+                )
     finally:
         idle.append(work)
     return block, raw, packed
@@ -284,7 +287,10 @@ def _entry(name: str, tuned: LazyTensor, base: LazyTensor | None) -> dict[str, A
         raise InputError(f"{shown(name)} is {tuned.dtype}, an integer delta holds {', '.join(DTYPES)}", hint="give float weights")
     rows = 1 << max(0, (BLOCK // max(tuned.row_nbytes, 1)).bit_length() - 1)
     if rows * tuned.row_nbytes > LARGEST_BLOCK:
-        raise InputError(f"one row of {shown(name)} has {tuned.row_nbytes:,} bytes, at most {LARGEST_BLOCK:,} can be stored")
+        raise InputError(
+            f"one row of {shown(name)} has {tuned.row_nbytes:,} bytes, at most {LARGEST_BLOCK:,} can be stored",
+            hint="leave `--codec integer` out for this model",
+        )
     sizes = {"base_rows": _common_rows(name, tuned, base) if base else 0, "block_rows": rows}
     longest = [2 * rows * tuned.row_nbytes + 1000] * _block_count(tuned, rows)  # zstandard adds 1/256 and a few bytes at most
     return {"dtype": tuned.dtype, "shape": list(tuned.shape), **sizes, "blocks": longest, "sha256": "0" * 64}

@@ -23,9 +23,10 @@ from .adapter_config import short_base
 from .buffers import TORCH_DTYPE, one_thread, to_dtype
 from .checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, small_object, to_place
 from .config import few, repair_config, repair_generation_config
-from .errors import InputError, MismatchError, UsageError, finite, one_of
+from .errors import HubError, InputError, MismatchError, UsageError, finite, one_of
 from .families import MULTIMODAL, VOCABULARY
 from .formats.strict_json import json_bytes
+from .hub import may_be_revised
 from .low_rank import Arithmetic, LowRank, add_low_rank, fits
 from .naming import TABLES, Names, canonical
 from .tensors import LazyTensor, ReplaceRows, cast
@@ -103,11 +104,20 @@ def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSo
 
 
 def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | None = None) -> tuple[Adapter, float]:
-    """An adapter and its weight: `PATH@0.5` weighs it 0.5, unless a path of that very name exists."""
+    """An adapter and its weight: `PATH@0.5` weighs it 0.5, unless a path of that very name exists.
+
+    The first `@` behind a repository's name is always its revision: `owner/name@main@0.5`.
+    """
     source, _, number = text.rpartition("@")
-    if source and re.fullmatch(r"-?\d+(\.\d+)?", number) and not Path(text).exists():
+    weighed = source and re.fullmatch(r"-?\d+(\.\d+)?", number) and not os.path.lexists(os.path.expanduser(text))
+    if weighed and (os.path.exists(os.path.expanduser(source)) or not may_be_revised(source)):
         return open_adapter(source, non_lora=non_lora, progress=progress), float(number)
-    return open_adapter(text, non_lora=non_lora, progress=progress), 1.0
+    try:
+        return open_adapter(text, non_lora=non_lora, progress=progress), 1.0
+    except HubError as error:
+        if weighed:
+            error.hint = f"write `{source}@main@{number}` to weigh it: the first `@` behind a repository's name is its revision"
+        raise
 
 
 def to_arithmetic(text: str) -> Arithmetic:
@@ -206,7 +216,11 @@ def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic
         indices, values = place.rows
         if values.rows != len(indices) or not all(-tensor.rows <= index < tensor.rows for index in indices):
             facts = {"rows": list(indices), "table": list(tensor.shape)}
-            raise MismatchError(f"the adapter replaces rows that `{name}` does not have", facts=facts)
+            raise MismatchError(
+                f"the adapter replaces rows that `{name}` does not have",
+                facts=facts,
+                hint="give the base that the adapter was trained on, with its tokens",
+            )
         tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
     return add_low_rank(tensor, [_oriented(update, tensor) for update in place.updates], arithmetic, name=name)
 

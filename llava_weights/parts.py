@@ -114,10 +114,18 @@ def _parts(checkpoint: Checkpoint, dtype: str | None) -> Parts:
     tensors = checkpoint.parameters()
     unknown = [name for name in tensors if not re.match(r"(text|head|tower|projector)\.|newline$", canonical(name))]
     if unknown:
-        raise InputError(f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}", facts={"checkpoint": checkpoint.origin.name})
+        raise InputError(
+            f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}",
+            facts={"checkpoint": checkpoint.origin.name},
+            hint="give a LLaVA without other weights beside it",
+        )
     for name, tensor in tensors.items():
         if canonical(name) in parts:
-            raise InputError(f"`{name}` is there twice, under the names of two layouts", facts={"checkpoint": checkpoint.origin.name})
+            raise InputError(
+                f"`{name}` is there twice, under the names of two layouts",
+                facts={"checkpoint": checkpoint.origin.name},
+                hint="remove one of the two, or make the checkpoint again",
+            )
         parts[canonical(name)] = cast(tensor, dtype) if dtype else tensor
     return parts
 
@@ -192,4 +200,7 @@ def _check_parts(config: Mapping[str, Any], parts: Parts, tower: Tower) -> None:
         )
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
     if "newline" in parts and parts["newline"].shape != (hidden,):
-        raise MismatchError(f"`image_newline` has shape {list(parts['newline'].shape)}, the decoder is {hidden} wide")
+        raise MismatchError(
+            f"`image_newline` has shape {list(parts['newline'].shape)}, the decoder is {hidden} wide",
+            hint="give the projector and decoder of one training",
+        )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 from .errors import HubError, InputError
-from .events import Event, Note
+from .events import Note, tell
 
 T = TypeVar("T")
 TRIES = 6  # without progress; with these pauses some 20 seconds, and minutes where a server asks for them
@@ -59,7 +58,7 @@ class Patience:
         self.failures += passing.tries
         pause = min(LONGEST_PAUSE, max(passing.wait, PAUSE * 2 ** (self.failures - 1) * random.uniform(0.5, 1)))
         if self.failures < TRIES:
-            tell(self.address, str(passing))
+            tell_retry(self.address, str(passing))
         if self.failures >= TRIES or self.stopping.wait(pause):
             facts = {"address": self.address, "tries": self.failures, "reason": passing}
             raise HubError(f"`{name_of(self.address)}` can't be read over the network", facts=facts, hint=CHECK) from None
@@ -98,29 +97,16 @@ def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] 
         raise Passing(f"no whole answer in {seconds:.0f} seconds", tries=TRIES // 2) from None
 
 
-_listeners: list[Callable[[Event], None]] = []
 _told: dict[str, float] = {}  # when, by server
 
 
-@contextmanager
-def telling(on_event: Callable[[Event], None]) -> Iterator[None]:
-    """Inside, `on_event` hears of everything that is tried again, from its first failure on, in whatever thread."""
-    _told.clear()
-    _listeners.append(on_event)
-    try:
-        yield
-    finally:
-        _listeners.remove(on_event)
-
-
-def tell(address: str, reason: str) -> None:
+def tell_retry(address: str, reason: str) -> None:
     """Let the listeners know that `address` is tried again because of `reason`; not at once again for the same server."""
     server, now = "/".join(address.split("/")[:4]), time.monotonic()
     if now - _told.get(server, -TOLD_AGAIN) < TOLD_AGAIN:
         return
     _told[server] = now
-    for listener in list(_listeners):
-        listener(Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times"))
+    tell(Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times"))
 
 
 def name_of(address: str) -> str:

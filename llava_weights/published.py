@@ -224,7 +224,7 @@ def hash_files(
 
 def _hash_file(path: Path, algorithms: Sequence[str], stop: threading.Event, advance: Callable[[int], None]) -> dict[str, str]:
     if not os.path.isfile(path):
-        raise InputError(f"`{path}` {'is not a file' if os.path.exists(path) else 'does not exist'}")
+        raise InputError(f"`{path}` {'is not a file' if os.path.exists(path) else 'does not exist'}", hint="check the path")
     file = SourceFile.at(path)
     hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
     with closing(Workspace()) as work, work.scratch(min(WINDOW, file.size)) as buffer:

@@ -47,7 +47,9 @@ def read(
                     out[done : done + len(chunk)] = chunk
                     done += len(chunk)
                     if patience.stopping.is_set():
-                        raise HubError(f"`{name_of(file.path)}` was not read to its end")
+                        raise HubError(
+                            f"`{name_of(file.path)}` was not read to its end", hint="run the same command again, or download it first"
+                        )
             if done < len(out):
                 raise Passing("the answer ended early")
         except Absent:

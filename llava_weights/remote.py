@@ -80,7 +80,11 @@ class Listing:
         for name, file in found.items():
             limit = MAX_SIZE if name.endswith(WEIGHT_SUFFIXES) else MAX_SMALL
             if len(found) > MAX_FILES or not 0 <= file.size <= limit:
-                raise InputError(f"`{name}` has {file.size:,} bytes, at most {limit:,} are read", facts={"address": file.path})
+                raise InputError(
+                    f"`{name}` has {file.size:,} bytes, at most {limit:,} are read",
+                    facts={"address": file.path},
+                    hint="download the repository, and take out what is no part of the model",
+                )
         return found
 
 
@@ -159,7 +163,9 @@ def _of_hub(text: str, revision: str | None) -> Listing:
     source = parse_source(text)
     assert isinstance(source, HubSource)
     if revision and source.revision and revision != source.revision:
-        raise UsageError(f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions")
+        raise UsageError(
+            f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions", hint="give the revision once"
+        )
     source = HubSource(source.repo_id, source.revision or revision, source.folder)
     info = _ask_hub(source)
     sizes = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -184,7 +190,7 @@ def _ask_hub(source: HubSource) -> Any:
         try:
             info = within(patience.ANSWER, lambda: api.model_info(source.repo_id, **how))
             if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-                raise HubError(f"the Hub names no commit of `{source.repo_id}`")
+                raise HubError(f"the Hub names no commit of `{source.repo_id}`", hint="run the same command again, or give the revision")
             return info
         except Exception as error:
             status = getattr(getattr(error, "response", None), "status_code", 500)

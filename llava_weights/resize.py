@@ -80,4 +80,5 @@ def encoded(values: np.ndarray, dtype: str) -> bytes:
     if dtype != "BF16":
         return bytes(values.astype(f"<f{ITEMSIZE[dtype]}").tobytes())
     bits = values.astype("<f4").view("<u4")
-    return bytes(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes())
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return bytes(np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes())  # rounding carries out of a full NaN

@@ -128,7 +128,7 @@ def _tokenizer(text: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises Exception itself
-        raise InputError(f"`{FAST}` can't be used: {shown(str(error))}") from error
+        raise InputError(f"`{FAST}` can't be used: {shown(str(error))}", hint="take the tokenizer from the authors of the model") from error
 
 
 def _perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
@@ -148,7 +148,9 @@ def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prom
     """The prompt with one place for each feature of the image in llava-hf, and -200 in LLaVA's own form."""
     word = tokenizer.id_to_token(mark)
     if word is None:
-        raise InputError(f"the tokenizer has no token for the image, id {mark}")
+        raise InputError(
+            f"the tokenizer has no token for the image, id {mark}", hint="convert the model again: llava-weights adds the token"
+        )
     text = prompt.replace(IMAGE_WORD, word) if IMAGE_WORD in prompt else prompt if word in prompt else f"{word}\n{prompt}"
     ids = tokenizer.encode(text).ids
     if ids.count(mark) != 1:
@@ -195,7 +197,7 @@ def _pixels(settings: dict[str, Any], path: Path) -> tuple[np.ndarray, np.ndarra
         with Image.open(path) as picture:
             rgb = picture.convert("RGB")
     except Exception as error:  # PIL raises a dozen kinds, for a picture of too many pixels too
-        raise InputError(f"{shown(path.name)} is no image that can be read: {shown(str(error))}") from error
+        raise InputError(f"{shown(path.name)} is no image that can be read: {shown(str(error))}", hint="give a PNG or JPEG file") from error
     made = kind(**{key: value for key, value in settings.items() if SETTINGS.fullmatch(key)})(images=rgb, return_tensors="np")
     sizes = made.get("image_sizes")
     return np.asarray(made["pixel_values"], np.float32), None if sizes is None else np.asarray(sizes, np.int64)

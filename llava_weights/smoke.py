@@ -339,7 +339,7 @@ def smoke_test(
     where nothing could be compared.
     """
     if (reference is None) == (original is None):
-        raise UsageError("a smoke test compares with either a reference or an original", hint="give one of the two")
+        raise UsageError("a smoke test compares with either a reference or an original", hint="pass one of `--reference` and `--original`")
     how: Any = {**check_numbers(device, dtype, atol), "resident": resident, "accept_tower": accept_tower, "on_event": on_event}
     checkpoint = opened(path, "checkpoint", whole=True)
     how["tower"] = opened(tower, "tower") if tower is not None else None

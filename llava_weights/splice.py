@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 IMAGE = -200  # LLaVA's IMAGE_TOKEN_INDEX: one for each image, replaced by its features
 
+CONFIG_HINT = "give the config.json that its authors published"
+
 
 @dataclass(frozen=True)
 class Splice:
@@ -50,7 +52,11 @@ class Splice:
             places, lengths = ids == self.patch, counts.new_ones(sum(map(len, images)))
         if int(places.sum()) != len(lengths):
             facts = {"places in the ids": int(places.sum()), "to be placed": len(lengths)}
-            raise InputError("the ids do not have one place for each image, or for each of its features", facts=facts)
+            raise InputError(
+                "the ids do not have one place for each image, or for each of its features",
+                facts=facts,
+                hint="give a recording that was made of the same model",
+            )
         counts[places] = lengths
         seen, text = places.repeat_interleave(counts), self.embed(ids[~places])
         joined: torch.Tensor = text.new_empty(len(seen), text.shape[1])
@@ -70,7 +76,9 @@ class Splice:
             return list(self._project(pixels))
         if sizes is None or config.get("image_aspect_ratio") != "anyres":
             ratio = shown(str(config.get("image_aspect_ratio")))
-            raise InputError("tiles need the image sizes and `image_aspect_ratio` `anyres`", facts={"image_aspect_ratio": ratio})
+            raise InputError(
+                "tiles need the image sizes and `image_aspect_ratio` `anyres`", facts={"image_aspect_ratio": ratio}, hint=CONFIG_HINT
+            )
         grids = [best_grid((height, width), config.get("image_grid_pinpoints"), self.side) for height, width in sizes.tolist()]
         counts = [1 + rows * columns for rows, columns in grids]
         features = torch.split(self._project(torch.cat([tiles[:count] for tiles, count in zip(pixels, counts, strict=True)])), counts)
@@ -91,7 +99,7 @@ class Splice:
             return tiles.flatten(0, 1)
         if kind != "spatial_unpad" or self.newline is None:
             facts = {"mm_patch_merge_type": shown(str(kind)), "image_newline": "missing" if self.newline is None else "there"}
-            raise InputError("it is not known how this model merges tiles", facts=facts)
+            raise InputError("it is not known how this model merges tiles", facts=facts, hint=CONFIG_HINT)
         side = math.isqrt(tiles.shape[1])  # patches along each side of a tile
         picture = tiles[1:].view(*grid, side, side, -1).transpose(1, 2).reshape(grid[0] * side, grid[1] * side, -1)
         picture = unpad(picture, size)
@@ -108,7 +116,7 @@ def best_grid(size: tuple[int, int], pinpoints: object, side: int) -> tuple[int,
     height, width = size
     pairs = [tuple(pair) for pair in pinpoints if isinstance(pair, list | tuple)] if isinstance(pinpoints, list | tuple) else []
     if not pairs or any(len(pair) != 2 or not all(isinstance(length, int) and length >= side for length in pair) for pair in pairs):
-        raise InputError(f"`image_grid_pinpoints` {shown(str(pinpoints))} is not a list of sizes of at least one tile")
+        raise InputError(f"`image_grid_pinpoints` {shown(str(pinpoints))} is not a list of sizes of at least one tile", hint=CONFIG_HINT)
 
     def merit(pair: tuple[int, ...]) -> tuple[int, int]:
         scale = min(pair[0] / width, pair[1] / height)

@@ -262,18 +262,18 @@ def complete_config(config: Mapping[str, Any], *, source: str = "the vision conf
         raise InputError(f"{source} is {shown(str(config))}, not an object", hint=RIGHT_CONFIG)
     model_type = CLIP if config.get("model_type") is None else config["model_type"]  # LlavaConfig's own assumption
     if not isinstance(model_type, str) or model_type not in TOWER_DEFAULTS:
-        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(TOWER_DEFAULTS)}")
+        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(TOWER_DEFAULTS)}", hint=RIGHT_CONFIG)
     complete: dict[str, Any] = {"model_type": model_type}
     for key, default in TOWER_DEFAULTS[model_type].items():
         value: Any = default if config.get(key) is None or isinstance(default, bool) else config[key]
         if not _valid(value, default) or (key == "num_hidden_layers" and value > MAX_LAYERS):
-            raise InputError(f"`{key}` is {shown(str(value))} in {source}, which can't be")
+            raise InputError(f"`{key}` is {shown(str(value))} in {source}, which can't be", hint=RIGHT_CONFIG)
         complete[key] = float(value) if isinstance(default, float) else value
     hidden, heads, image, patch = (complete[key] for key in ("hidden_size", "num_attention_heads", "image_size", "patch_size"))
     if hidden % heads:
-        raise InputError(f"`hidden_size` {hidden:,} is no multiple of `num_attention_heads` {heads:,} in {source}")
+        raise InputError(f"`hidden_size` {hidden:,} is no multiple of `num_attention_heads` {heads:,} in {source}", hint=RIGHT_CONFIG)
     if image < patch:
-        raise InputError(f"`image_size` {image:,} is less than `patch_size` {patch:,} in {source}")
+        raise InputError(f"`image_size` {image:,} is less than `patch_size` {patch:,} in {source}", hint=RIGHT_CONFIG)
     return complete
 
 
@@ -302,7 +302,7 @@ def _unique(pairs: Iterable[tuple[str, LazyTensor]]) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, tensor in pairs:
         if name in found:
-            raise InputError(f"the vision tower holds {shown(name)} twice, under names of two layouts")
+            raise InputError(f"the vision tower holds {shown(name)} twice, under names of two layouts", hint=WHOLE)
         found[name] = tensor
     return found
 
@@ -318,15 +318,15 @@ def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
             raise InputError(f"the vision tower of {shown(name)} lacks `{needed}`", hint=WHOLE)
         shape = list(tensors[needed].shape)
         if len(shape) != rank or 0 in shape:
-            raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty")
+            raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty", hint=WHOLE)
     clip = CLASS in tensors or any(behind.startswith("pre_layrnorm.") for behind in tensors)
     rows = tensors[POSITION].shape[0] - clip
     if rows < 1 or math.isqrt(rows) ** 2 != rows:
-        raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square")
+        raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square", hint=WHOLE)
     numbers = (re.match(r"encoder\.layers\.(\d{1,6})\.", behind) for behind in tensors)
     layers = max(int(found[1]) for found in numbers if found) + 1
     if layers > MAX_LAYERS:
-        raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read")
+        raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read", hint=WHOLE)
     sizes = {key: tensors[tensor].shape[axis] for key, (tensor, axis) in MEASURES.items()}
     return Sizes(CLIP if clip else "siglip_vision_model", {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
 
@@ -355,11 +355,15 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
         raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE)
     if unknown := [behind for behind in tensors if behind not in expected]:
         facts = {"known kinds": ", ".join(TOWER_DEFAULTS)}
-        raise InputError(f"the vision tower of {shown(name)} has tensors that no rule knows: {listed(unknown)}", facts=facts)
+        raise InputError(
+            f"the vision tower of {shown(name)} has tensors that no rule knows: {listed(unknown)}",
+            facts=facts,
+            hint="give a CLIP or SigLIP as its authors published it",
+        )
     for behind, shape in expected.items():
         tensor = tensors[behind]
         if tensor.shape != shape:
-            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}")
+            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}", hint=WHOLE)
         if tensor.dtype not in FLOATS:
             raise InputError(f"`{behind}` of {shown(name)} is stored as {tensor.dtype}", hint="give a tower that is not quantised")
     return {behind: tensors[behind] for behind in expected}
@@ -427,7 +431,7 @@ def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         return config
     nested = config.get("vision_config") or config.get("vision_config_dict") or {}  # the second was its name in 2022
     if not isinstance(nested, Mapping):
-        raise InputError(f"`vision_config` is not an object in the config.json of {shown(name)}")
+        raise InputError(f"`vision_config` is not an object in the config.json of {shown(name)}", hint=RIGHT_CONFIG)
     return {**nested, "model_type": nested.get("model_type") or TOWER_TYPES[model_type]}
 
 

@@ -28,7 +28,7 @@ from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member, opt
 from .formats.strict_json import json_bytes
 from .health import RULES as TABLES
 from .health import health
-from .hub import HubSource, parse_source
+from .hub import HubSource, parse_source, source_text
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
 from .naming import canonical
@@ -273,7 +273,7 @@ def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: List
     """
     path = place_of(path, "checkpoint")
     whole_number("jobs", jobs, most=MOST_JOBS)
-    if isinstance(parse_source(str(path)), HubSource):
+    if isinstance(parse_source(source_text(path)), HubSource):
         raise InputError(f"`{path}` is on the Hub, which keeps checksums itself", hint=f"run `llava-weights verify PATH --against {path}`")
     checkpoint = need_files(open_checkpoint(path), "`checksum`")
     place = checkpoint.origin.path

@@ -88,11 +88,14 @@ def _answer(address: str, start: int, stop: int) -> Iterator[tuple[Any, str]]:
         except ValueError as error:
             raise _no_address(address, location, error) from None
         if not follow:
-            raise HubError(f"`{name_of(address)}` is redirected to where no file is read from", facts={"to": _bare(target)})
+            what = f"`{name_of(address)}` is redirected to where no file is read from"
+            raise HubError(what, facts={"to": _bare(target)}, hint="check the address, or download the file first")
         if _origin(place) != _origin(target):
             headers = {name: value for name, value in headers.items() if name in ("Range", "Accept-Encoding")}
         place = target
-    raise HubError(f"`{name_of(address)}` is redirected without end", facts={"address": address})
+    raise HubError(
+        f"`{name_of(address)}` is redirected without end", facts={"address": address}, hint="check the address, or download the file first"
+    )
 
 
 def _no_address(address: str, place: str, error: Exception) -> HubError:
@@ -132,7 +135,11 @@ def _check_pin(address: str, answer: Any) -> None:
     """Raise HubError where the Hub sends another commit than the one that was asked for."""
     commit = answer.headers.get("x-repo-commit")
     if address.startswith("hf://") and commit and f"@{commit}/" not in address:
-        raise HubError(f"the Hub answers with another commit of `{name_of(address)}`", facts={"address": address, "commit": commit})
+        raise HubError(
+            f"the Hub answers with another commit of `{name_of(address)}`",
+            facts={"address": address, "commit": commit},
+            hint="run the same command again",
+        )
 
 
 def _check_range(file: Pinned, answer: Any, place: str, start: int, stop: int) -> None:
@@ -164,7 +171,9 @@ def head(address: str) -> tuple[int, str]:
     with _answer(address, 0, 1) as (answer, _):
         size = _size(answer)
         if size is None or not 0 <= size < MAX_SIZE:
-            raise HubError(f"`{name_of(address)}` has no size that can be believed", facts={"address": address})
+            raise HubError(
+                f"`{name_of(address)}` has no size that can be believed", facts={"address": address}, hint="download the file first"
+            )
         return size, _etag(answer)
 
 

@@ -21,6 +21,7 @@ from .errors import InputError, shortage
 
 T = TypeVar("T")
 DROP_BEHIND = 64 << 10  # reads below this stay in the page cache, where read-ahead serves the neighbours (facts: perf 6)
+READABLE = "check its permissions and the disk, then run the same command again"
 # The page cache is given back in stretches: each call drains lists of every processor, and one for each 8 MiB read doubled the
 # kernel's share of a run (6 GB: 3.0 s, with stretches 1.8 s; without dropping, 13 s).
 STRETCH = 32 << 20
@@ -47,7 +48,9 @@ class SourceFile:
         try:
             return cls.of(path, os.stat(path), header_sha256)
         except OSError as error:
-            raise shortage(error) or InputError(f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}) from error
+            raise shortage(error) or InputError(
+                f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}, hint=READABLE
+            ) from error
 
     @classmethod
     def of(cls, path: Path, status: os.stat_result, header_sha256: str = "") -> SourceFile:
@@ -211,7 +214,9 @@ def reading(file: SourceFile) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise shortage(error) or InputError(f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}) from error
+        raise shortage(error) or InputError(
+            f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}, hint=READABLE
+        ) from error
 
 
 def open_source(file: SourceFile) -> int:

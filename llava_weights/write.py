@@ -361,17 +361,23 @@ def _check_space(plan: Plan, job: Job) -> None:
 
 def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:
     """Shards of an earlier run whose bytes still are what the journal says; the disk may have failed meanwhile."""
-    names = {shard.name for shard in plan.shards}
+    tensors = {shard.name: {name for name, _ in shard.tensors} for shard in plan.shards}
     for name, entry in job.finished().items():
         result, path = _result(entry), folder / name
+        if result is None or result.tensors.keys() != tensors.get(name):
+            continue
         with suppress(OSError):  # one that can't be read is made again
-            same = name in names and not path.is_symlink() and path.stat().st_size == result.nbytes
+            same = not path.is_symlink() and path.stat().st_size == result.nbytes
             if same and (job.uploaded(entry) or digest_file(path) == result.sha256):
                 yield name, result
 
 
-def _result(entry: Mapping[str, Any]) -> ShardResult:
-    return ShardResult(**entry)
+def _result(entry: Mapping[str, Any]) -> ShardResult | None:
+    """A line of the journal; None for one that no run of this version wrote."""
+    kinds = {"name": str, "nbytes": int, "sha256": str, "tensors": dict, "tallies": dict}
+    sound = entry.keys() == kinds.keys() and all(type(entry[key]) is kind for key, kind in kinds.items())
+    sound = sound and {type(digest) for digest in entry["tensors"].values()} <= {str}
+    return ShardResult(**entry) if sound and {type(count) for count in entry["tallies"].values()} <= {int} else None
 
 
 def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], nbytes: int, on_event: Listener) -> Generator[ShardResult]:

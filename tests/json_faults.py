@@ -67,6 +67,7 @@ class Fault:
     file: str
     place: tuple[str | int, ...]
     value: str
+    new: bool = False  # a key that the file lacks
 
     def __str__(self) -> str:
         where = "".join(f"[{step!r}]" for step in self.place)
@@ -116,7 +117,7 @@ def every() -> list[Fault]:
             if path.name in ASKED:
                 inner = [(), *((key,) for key in ("text_config", "vision_config") if key in content)]
                 absent = [(*where, key) for where in inner for key in keys if key not in (content[where[0]] if where else content)]
-                found += [Fault(kind, path.name, place, value) for place in absent for value in VALUES if value]
+                found += [Fault(kind, path.name, place, value, new=True) for place in absent for value in VALUES if value]
     return found
 
 

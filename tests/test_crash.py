@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import random
 import shutil
@@ -395,6 +397,20 @@ def add_garbage(partial: Path) -> None:
     journal.write_bytes(journal.read_bytes() + b'0123456789abcdef {"name": 1}\n\xff')
 
 
+def forged(**values: object) -> Callable[[Path], None]:
+    """Lines with the right check, of another version of this program or of a stranger; None takes a key out."""
+
+    def change(partial: Path) -> None:
+        lines = []
+        for line in (partial / "journal").read_bytes().splitlines():
+            entry = json.loads(line.partition(b" ")[2]) | values
+            text = json.dumps({key: value for key, value in entry.items() if value is not None}).encode()
+            lines.append(hashlib.sha256(text).hexdigest()[:16].encode() + b" " + text)
+        (partial / "journal").write_bytes(b"\n".join(lines) + b"\n")
+
+    return change
+
+
 def plant_links(partial: Path) -> None:
     """Where the run writes under a name known before: nothing is written through a link."""
     for name in (".journal.part", ".plan.json.part", f"out/.model-00003-of-0000{SHARDS}.safetensors.part", "out/config.json", "out/stray"):
@@ -413,6 +429,12 @@ STRANGE: dict[str, tuple[Callable[[Path], object], int]] = {  # what somebody di
     "a journal of garbage": (lambda partial: (partial / "journal").write_bytes(random.Random(0).randbytes(5000)), 0),
     "a journal with garbage behind": (add_garbage, 2),
     "a journal cut in its last line": (lambda partial: os.truncate(partial / "journal", (partial / "journal").stat().st_size - 9), 1),
+    "a journal without digests": (forged(sha256=None), 0),
+    "a journal of more than is known": (forged(more=1), 0),
+    "a journal of other tensors": (forged(tensors={"x": "0" * 64}), 0),
+    "a journal of tensors without names": (forged(tensors=[]), 0),
+    "a journal of words where numbers belong": (forged(nbytes="many"), 0),
+    "a journal of tallies that are none": (forged(tallies={"overflow": []}), 0),
     "no journal": (lambda partial: (partial / "journal").unlink(), 0),
     "a torn plan": (lambda partial: os.truncate(partial / "plan.json", 50), 0),
     "a plan of another kind": (lambda partial: (partial / "plan.json").write_text("[1, 2]"), 0),

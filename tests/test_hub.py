@@ -9,19 +9,24 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_letters, digits
 
 import pytest
+from conftest import Finished
 from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llava_weights.adapter import open_adapter
+from llava_weights.checkpoint import open_checkpoint
 from llava_weights.errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
-from llava_weights.hub import FetchedRepo, HubSource, LocalSource, choose_files, fetch, parse_source, redact
+from llava_weights.events import Note, listening
+from llava_weights.hub import FetchedRepo, HubSource, LocalSource, choose_files, fetch, parse_source, redact, source_text
+from llava_weights.lora import open_weighted
 
 TOKEN = "hf_" + "FaKeToKeN0123456789"
 REPO = HubSource("owner/model")
@@ -233,8 +238,10 @@ def test_without_a_network_and_a_copy(why: str, hub: HubServer, tmp_path: Path, 
     with pytest.raises(HubError) as caught:
         fetch(REPO)
     assert caught.value.exit_code == 6
-    offline = "`owner/model` is not in the cache, and `HF_HUB_OFFLINE` is set"
-    assert caught.value.what == (offline if why == "HF_HUB_OFFLINE" else "the Hub can't be reached for `owner/model`")
+    offline = "`owner/model` is no local path, nor in the cache, and `HF_HUB_OFFLINE` is set"
+    assert caught.value.what == (
+        offline if why == "HF_HUB_OFFLINE" else "`owner/model` is no local path, and the Hub can't be reached for it"
+    )
     monkeypatch.chdir(tmp_path)
     Path("owner/models").mkdir(parents=True)
     with pytest.raises(HubError) as caught:
@@ -274,7 +281,7 @@ NOBODY = "nobody (no HF_TOKEN, no `hf auth login`)"
 BAD_TOKEN, DISABLED = "Invalid credentials in Authorization header", "Access to this resource is disabled."  # as the Hub words them
 REFUSALS = {
     "gated": (HubSource("owner/gated"), None, "access to `owner/gated` is gated", "accept the licence on {url}/owner/gated, then `hf auth"),
-    "missing": (HubSource("owner/none"), None, "`owner/none` is not on the Hub, or it is private", "check the name"),
+    "missing": (HubSource("owner/none"), None, "`owner/none` is no local path, and not on the Hub, or private there", "check the name"),
     "revision": (HubSource("owner/model", "v9"), None, "`owner/model` has no revision `v9`", "{url}/owner/model/commits/main"),
     "token": (REPO, (401, {"X-Error-Message": BAD_TOKEN}), "the Hub does not accept the token", "`HF_TOKEN`"),
     "forbidden": (REPO, (403, {"X-Error-Message": "not yours"}), "the Hub refuses access to `owner/model`", "may read {url}/owner/model"),
@@ -310,12 +317,55 @@ def test_every_refusal_says_what_to_do(
 def test_a_mistyped_path_that_looks_like_a_repository(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("models/llava-13b").mkdir(parents=True)
-    source = parse_source("models/llava13b")
+    heard: list[object] = []
+    with listening(heard.append):
+        source = parse_source("models/llava13b")
+    assert heard == [Note("there is no local path `models/llava13b`, so it is looked for on the Hub")]  # before anything is asked
+    assert hub.requests == []
     assert isinstance(source, HubSource)
-    with pytest.raises(HubError) as caught:
+    with pytest.raises(HubError, match="`models/llava13b` is no local path") as caught:
         fetch(source)
-    assert caught.value.facts["local path"] == "models/llava13b does not exist either"
     assert caught.value.hint == "did you mean the local path `models/llava-13b`?"
+
+
+def test_the_command_line_says_first_that_there_is_no_such_path(hub: HubServer, tmp_path: Path, cli: Callable[..., Finished]) -> None:
+    (tmp_path / "models/llama-13b").mkdir(parents=True)
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    code, _, told = cli("inspect", "models/llama-13", cwd=tmp_path, env=environment)
+    assert code == 6
+    first, *_, last = filter(None, told.splitlines())
+    assert first.endswith("there is no local path `models/llama-13`, so it is looked for on the Hub")
+    assert "did you mean the local path `models/llama-13b`?" in last
+
+
+def test_revisions_that_look_like_weights(hub: HubServer, fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first `@` behind a repository's name is its revision, whatever it looks like; behind a path it is a weight."""
+    adapter = fixtures / "F-peft/plain/adapter"
+    revisions = {ref: hub.add("owner/lora", adapter, ref=ref) for ref in ("main", "2", "1.0")}
+    opened = {name: open_weighted(f"owner/lora{name}", progress=False) for name in ("", "@2", "@1.0", "@main@0.5", "@2@-3", "@1.0@2")}
+    assert {name: weight for name, (_, weight) in opened.items()} == {"": 1, "@2": 1, "@1.0": 1, "@main@0.5": 0.5, "@2@-3": -3, "@1.0@2": 2}
+    commits = {name: adapter.origin.revision for name, (adapter, _) in opened.items()}
+    assert commits == {name: revisions[name.split("@")[1] if name else "main"] for name in opened}
+    found, weight = open_weighted("hf://owner/lora@1.0", progress=False)
+    assert (found.origin.revision, weight) == (revisions["1.0"], 1)
+    with pytest.raises(HubError) as caught:
+        open_weighted("owner/lora@0.5")
+    assert "write `owner/lora@main@0.5` to weigh it" in str(caught.value.hint)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(adapter, "owner/lora")
+    assert open_weighted("owner/lora@2")[1] == 2  # an existing local path wins
+    shutil.copytree(adapter, "owner/lora@2")
+    assert open_weighted("owner/lora@2")[1] == 1
+
+
+def test_addresses_as_paths(hub: HubServer, fixtures: Path) -> None:
+    """pathlib makes one slash of the two behind a scheme."""
+    hub.add("owner/clip", fixtures / "common/clip-tiny-42px")
+    hub.add("owner/lora", fixtures / "F-peft/plain/adapter")
+    assert open_checkpoint(Path("hf://owner/clip")).origin.name == "owner/clip"
+    assert open_adapter(Path("hf://owner/lora")).origin.name == "owner/lora"
+    assert source_text(Path("s3://bucket/a/b")) == "s3://bucket/a/b"
+    assert [source_text(text) for text in ("hf:/a", Path("/a/b"), Path("a:/b"), Path("hf"))] == ["hf:/a", "/a/b", "a:/b", "hf"]
 
 
 def test_a_repository_without_weights(hub: HubServer, tmp_path: Path) -> None:
@@ -353,7 +403,7 @@ class Usage:
         (OSError(errno.ENOSPC, "No space left on device"), OutputError, "not enough space for the cache of the Hub"),
         (RuntimeError("Data processing error: No space left on device (os error 28)"), OutputError, "not enough space for the cache"),
         (PermissionError(errno.EACCES, "Permission denied"), OutputError, "can't be written"),
-        (LocalEntryNotFoundError("no"), HubError, "`owner/model` is not in the cache"),
+        (LocalEntryNotFoundError("no"), HubError, "`owner/model` is no local path, nor in the cache"),
         (RuntimeError(f"broken {TOKEN}"), HubError, "`owner/model` can't be downloaded"),
     ],
 )  # fmt: skip

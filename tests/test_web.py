@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from llava_weights import patience, ranges, web
 from llava_weights.cli import app
 from llava_weights.errors import HubError, UsageError
-from llava_weights.events import Event, Note
+from llava_weights.events import Event, Note, listening
 from llava_weights.remote import shadowed
 from llava_weights.upload import push, repository_of
 from llava_weights.workspace import SourceFile
@@ -235,7 +235,7 @@ def test_refused_connections_are_tried_in_one_loop_and_told(complete: Path, wait
         events.append(event)
         before.append(len(waits))
 
-    with patience.telling(listen), pytest.raises(HubError, match="can't be written over the network") as caught:
+    with listening(listen), pytest.raises(HubError, match="can't be written over the network") as caught:
         push(complete, repository_of("owner/name"))
     assert (caught.value.exit_code, caught.value.facts["tries"]) == (6, "6")
     assert len(waits) <= patience.TRIES

@@ -65,7 +65,11 @@ class Parameter:
         types, meant = KINDS.get(self.kind, KINDS[str])
         for item in value if isinstance(value, list) and self.kind == list[str] else [value]:
             if not isinstance(item, types) or (isinstance(item, bool) and self.kind is not bool) or "\0" in str(item):
-                raise UsageError(f"{label}: `{key}` must be {meant}", facts={"given": repr(value)})
+                raise UsageError(
+                    f"{label}: `{key}` must be {meant}",
+                    facts={"given": repr(value)},
+                    hint="see `llava-weights run --help` for the form of the table",
+                )
             if item is True:
                 yield str(self.flag)
             elif item is False:
@@ -125,7 +129,7 @@ class Command:
         try:
             self.parser.make_context(self.name, list(words))
         except typer.BadParameter as error:  # of which a missing option is one
-            raise UsageError(f"{label}: {error.format_message().removesuffix('.')}") from None
+            raise UsageError(f"{label}: {error.format_message().removesuffix('.')}", hint="see `llava-weights COMMAND --help`") from None
         return tuple(words)
 
 
@@ -148,12 +152,18 @@ def read_jobs(path: Path, only: list[str]) -> list[Job]:
         raise UsageError(what, facts={"table": path}, hint="write `[defaults]` once and `[[job]]` in front of each job")
     for key in defaults:
         if not any(key in command.parameters for command in commands.values()):
-            raise UsageError(f"`[defaults]`: no command has an option `{key}`", facts={"table": path})
+            raise UsageError(
+                f"`[defaults]`: no command has an option `{key}`",
+                facts={"table": path},
+                hint="see `llava-weights COMMAND --help` for their names",
+            )
     jobs = [_job(table, defaults, commands, f"job {number}") for number, table in enumerate(tables, 1)]
     if twice := [name for name, count in Counter(job.name for job in jobs).items() if count > 1]:
         raise UsageError(f"two jobs have the name `{twice[0]}`", hint="give each its own `name`")
     if absent := [name for name in only if name not in {job.name for job in jobs}]:
-        raise UsageError(f"there is no job `{absent[0]}`", facts={"jobs": ", ".join(job.name for job in jobs)})
+        raise UsageError(
+            f"there is no job `{absent[0]}`", facts={"jobs": ", ".join(job.name for job in jobs)}, hint="name jobs as the table does"
+        )
     return linked([job for job in jobs if job.name in only or not only])
 
 
@@ -164,7 +174,7 @@ def _document(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(small_bytes(path.name, path, LARGEST_TABLE).decode())
     except (ValueError, RecursionError) as error:  # of which both a wrong encoding and a wrong syntax are one
-        raise UsageError(f"`{path.name}` is not TOML: {error}", facts={"table": path}) from None
+        raise UsageError(f"`{path.name}` is not TOML: {error}", facts={"table": path}, hint="correct the table at that place") from None
 
 
 def _job(table: Mapping[str, Any], defaults: Mapping[str, Any], commands: Mapping[str, Command], label: str) -> Job:
@@ -173,7 +183,7 @@ def _job(table: Mapping[str, Any], defaults: Mapping[str, Any], commands: Mappin
 
     for key in ("name", "command"):
         if not isinstance(table.get(key, ""), str) or table.get(key) == "":
-            raise UsageError(f"{label}: `{key}` must be a text", facts={"given": repr(table[key])})
+            raise UsageError(f"{label}: `{key}` must be a text", facts={"given": repr(table[key])}, hint="put it in quotes")
     label = f"job `{table['name']}`" if "name" in table else label
     if (command := commands.get(table.get("command", ""))) is None:
         what = f"there is no command `{table['command']}`" if "command" in table else "`command` is missing"

@@ -12,8 +12,7 @@ import typer
 
 from ..console import Console
 from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, Terminated, UsageError, shortage
-from ..events import Note
-from ..patience import telling
+from ..events import Note, listening
 from .options import Layout, Run, Show
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     console.install_status_signal()
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with one_thread(), telling(console.on_event):
+        with one_thread(), listening(console.on_event):
             yield console
     except LlavaWeightsError as error:
         raise typer.Exit(console.error(error)) from None
@@ -234,5 +233,9 @@ def check_given(console: Console, roles: Sequence[tuple[Role, Checkpoint]]) -> N
         need_files(checkpoint, "`--check-inputs`")
         for finding in check_inputs([Path(file.path) for file in checkpoint.origin.files], role):
             if finding.verdict == "wrong":
-                raise MismatchError(finding.text, facts={"file": finding.file, "sha256": finding.sha256})
+                raise MismatchError(
+                    finding.text,
+                    facts={"file": finding.file, "sha256": finding.sha256},
+                    hint="give the file that belongs in this role",
+                )
             note(console, finding.text)

@@ -39,7 +39,9 @@ Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, max=64, envvar="LLAVA_
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="F16|BF16|F32", help="Dtype of the output; the base's own by default.")]
 Lora = Annotated[
     list[str],
-    typer.Option("--lora", "--lora-path", "--model-path", help="Adapter: folder, file or Hub id; A@0.5 weighs it. Repeats."),
+    typer.Option(
+        "--lora", "--lora-path", "--model-path", help="Adapter: folder, file or Hub id; A@0.5 or owner/name@REV@0.5 weighs it. Repeats."
+    ),
 ]
 NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
 Scale = Annotated[float | None, typer.Option("--scale", show_default="1.0", help="Multiplies every adapter.")]

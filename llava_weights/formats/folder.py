@@ -178,7 +178,7 @@ def _read_indexed(folder: Path, names: list[str], index: str, container: Contain
     suffix = STANDARD[container][1]
     weight_map = load_object(member(folder, index), limit=MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{shown(index)} has no `weight_map` from tensor names to files", facts={"folder": folder})
+        raise InputError(f"{shown(index)} has no `weight_map` from tensor names to files", facts={"folder": folder}, hint=DISAGREE)
     targets = set(map(str, weight_map.values()))
     bad = sorted({str(value) for value in weight_map.values() if not isinstance(value, str)})
     bad += sorted(target for target in targets if not re.fullmatch(SHARD_NAME + re.escape(suffix), target))
@@ -231,7 +231,11 @@ def _read(
         tensors |= found
         files.append(file)
     if not tensors:
-        raise InputError(f"there are no tensors in {listed(file.name for file in files)}", facts={"folder": folder})
+        raise InputError(
+            f"there are no tensors in {listed(file.name for file in files)}",
+            facts={"folder": folder},
+            hint="download the checkpoint again from its authors",
+        )
     return WeightFiles(tensors, container, tuple(files), metadata, notes)
 
 

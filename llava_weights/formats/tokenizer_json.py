@@ -114,10 +114,10 @@ def bpe_model(core: Json) -> tuple[dict[str, int], list[Any]]:
     if not isinstance(vocabulary, dict) or not isinstance(merges, list) or model.get("type", "BPE") != "BPE":
         raise InputError("`tokenizer.json` does not hold a BPE model", hint=PUT_MODEL)
     if not all(type(i) is int for i in vocabulary.values()) or sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise InputError(f"the ids of `tokenizer.json` are not 0 to {len(vocabulary) - 1:,}")
+        raise InputError(f"the ids of `tokenizer.json` are not 0 to {len(vocabulary) - 1:,}", hint=PUT_MODEL)
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     if not all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs):
-        raise InputError("a merge of `tokenizer.json` is not a pair of texts")
+        raise InputError("a merge of `tokenizer.json` is not a pair of texts", hint=PUT_MODEL)
     return vocabulary, [pair if any(" " in part for part in pair) else " ".join(pair) for pair in pairs]
 
 
