@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,19 +55,24 @@ class Note:
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
 
-_listeners: list[Callable[[Event], None]] = []
+_listeners: list[tuple[Callable[[Event], None], dict[str, float]]] = []
 
 
 @contextmanager
 def listening(on_event: Callable[[Event], None]) -> Iterator[None]:
     """Inside, `on_event` hears what `tell` says, in whatever thread: what is found or tried again where no listener is handed down."""
-    _listeners.append(on_event)
+    listener: tuple[Callable[[Event], None], dict[str, float]] = (on_event, {})
+    _listeners.append(listener)
     try:
         yield
     finally:
-        _listeners.remove(on_event)
+        _listeners.remove(listener)
 
 
-def tell(event: Event) -> None:
-    for on_event in list(_listeners):
-        on_event(event)
+def tell(event: Event, *, key: str = "", seconds: float = 0.0) -> None:
+    """Hand `event` to the listeners, but of what has the same `key` only one in so many seconds."""
+    now = time.monotonic()
+    for on_event, told in list(_listeners):
+        if now - told.get(key, -seconds) >= seconds:
+            told[key] = now
+            on_event(event)

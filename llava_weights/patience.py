@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
@@ -97,16 +96,10 @@ def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] 
         raise Passing(f"no whole answer in {seconds:.0f} seconds", tries=TRIES // 2) from None
 
 
-_told: dict[str, float] = {}  # when, by server
-
-
 def tell_retry(address: str, reason: str) -> None:
     """Let the listeners know that `address` is tried again because of `reason`; not at once again for the same server."""
-    server, now = "/".join(address.split("/")[:4]), time.monotonic()
-    if now - _told.get(server, -TOLD_AGAIN) < TOLD_AGAIN:
-        return
-    _told[server] = now
-    tell(Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times"))
+    note = Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times")
+    tell(note, key="/".join(address.split("/")[:4]), seconds=TOLD_AGAIN)
 
 
 def name_of(address: str) -> str:
