@@ -111,11 +111,10 @@ class Job:
             self.begin(identity, restart=True)
 
     def _belongs_to_another(self, then: Mapping[str, str], now: Mapping[str, str]) -> OutputError:
-        if (then.get("format"), then.get("version")) != (now.get("format"), now.get("version")):
-            facts = {"version, then": then.get("version", "unknown"), "version, now": now.get("version", "unknown")}
-            what = (
-                f"the partial work in `{self.partial.name}` was begun by another version of llava-weights, and is not continued by this one"
-            )
+        version, current = then.get("version", "unknown"), now.get("version", "unknown")
+        if (then.get("format"), version) != (now.get("format"), current):
+            what = f"the partial work in `{self.partial.name}` was begun by another version of llava-weights"
+            facts = {"version, then": version, "version, now": current}
             return OutputError(what, facts=facts, hint="pass `--restart` to begin again, or finish it with the version that began it")
         facts = {}
         for part in sorted(set(then) | set(now)):
