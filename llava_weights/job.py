@@ -115,6 +115,8 @@ class Job:
         if (then.get("format"), version) != (now.get("format"), current):
             what = f"the partial work in `{self.partial.name}` was begun by another version of llava-weights"
             facts = {"version, then": version, "version, now": current}
+            if then.get("format") != now.get("format"):
+                facts |= {"form of the work folder, then": then.get("format", "1"), "form of the work folder, now": now.get("format", "1")}
             return OutputError(what, facts=facts, hint="pass `--restart` to begin again, or finish it with the version that began it")
         facts = {}
         for part in sorted(set(then) | set(now)):

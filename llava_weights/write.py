@@ -24,7 +24,7 @@ from .formats import listed
 from .formats.folder import index_file
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
-from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove
+from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove, sync_folder
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard
 from .stream import ShardResult, digest_shard, output_error, write_shard
@@ -143,9 +143,10 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
     with Shield():
         found = dict(completed(pool, calls) if pool is not None else map(_call, calls))
     wrong = [shard.name for shard in shards if found[shard.name] != results[shard.name].sha256]
-    for name in wrong:
+    for name in wrong:  # whichever journal names it
         del results[name]
-    job.record({name: asdict(result) for name, result in results.items()})
+        remove(job.folder / name)
+    sync_folder(job.folder)
     same = all(_same_header(file) and SourceFile.at(Path(file.path)).state == now[file] for file in moved)
     if same:  # what is kept now was made of this state
         job.note_sources({file.path: state for file, state in now.items()})
