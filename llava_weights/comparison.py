@@ -89,7 +89,6 @@ class Difference:
         return {status: found[status] for status in STATUSES}
 
 
-@one_thread()
 def diff(
     a: Checkpoint,
     b: Checkpoint,
@@ -118,7 +117,8 @@ def diff(
         on_event(Progress(next(done), tensor.name or tensor.other))
 
     try:
-        found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=tell)
+        with one_thread():
+            found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=tell)
         for workspace in workspaces:
             workspace.recheck_sources()
         check_crcs(workspaces)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .buffers import TORCH_DTYPE, one_thread
+from .buffers import TORCH_DTYPE
 from .checkpoint import Checkpoint, Origin, Step, main_dtype, small_object, small_text
 from .config import expected_shapes, repair_generation_config
 from .conversation import chat_template, choose, example
@@ -31,7 +31,6 @@ TARGETS = ("llava-hf", "llava")
 MULTIPLE = 64  # transformers' converters pad the vocabulary to it, for speed
 
 
-@one_thread()
 def convert(checkpoint: Checkpoint, to: str, *, tower: Checkpoint | None = None, dtype: str | None = None, **options: Any) -> Checkpoint:
     """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`.
 

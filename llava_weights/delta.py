@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .buffers import one_thread
 from .checkpoint import Checkpoint, Step, main_dtype, small_object
 from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError
@@ -21,7 +20,6 @@ from .tensors import FLOATS, Add, LazyTensor, Subtract, cast
 from .tokenizer import repair_tokenizer
 
 
-@one_thread()
 def apply_delta(base: Checkpoint, delta: Checkpoint, *, accept_base: bool = False) -> Checkpoint:
     """`base` + `delta` as a checkpoint in the original layout, F16, with repaired config and tokenizer.
 
@@ -68,7 +66,6 @@ def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyT
     return tensors, examine_integer(tensors)
 
 
-@one_thread()
 def make_delta(base: Checkpoint, tuned: Checkpoint, *, codec: str = "arithmetic") -> Checkpoint:
     """`tuned` - `base`, the inverse for publishers, with `tuned`'s config and tokenizer as they are.
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import Any
 
 from .against import failed, folded
+from .buffers import one_thread
 from .checkpoint import Checkpoint
 from .conversion import convert
 from .delta import apply_delta
@@ -88,7 +89,8 @@ def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Liste
             on_event(Progress(done[0], name))
         return tensor.dtype, tensor.shape, found.hexdigest()
 
-    return dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True))
+    with one_thread():
+        return dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True))
 
 
 def _recorded(tensors: Mapping[str, TensorEntry]) -> dict[str, Digest]:

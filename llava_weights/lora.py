@@ -19,7 +19,7 @@ from typing import cast as cast_type
 
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
-from .buffers import TORCH_DTYPE, one_thread
+from .buffers import TORCH_DTYPE
 from .checkpoint import Checkpoint, Step, layout_of, main_dtype, small_object
 from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError, UsageError
@@ -43,7 +43,6 @@ class Placed:
     updates: list[LowRank] = field(default_factory=list)
 
 
-@one_thread()
 def merge_lora(
     base: Checkpoint,
     adapters: Sequence[Adapter | tuple[Adapter, float]],

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .buffers import ITEMSIZE
+from .buffers import ITEMSIZE, one_thread
 from .errors import InputError
 from .events import Event, Progress, Started
 from .manifest import TensorEntry
@@ -136,7 +136,7 @@ class Rehash:
         def one(name: str) -> dict[str, str]:
             return self._file(name, files[name], inside[os.path.abspath(files[name])], lanes)
 
-        with Shield(), ThreadPoolExecutor(2 * self.jobs) as lanes:
+        with one_thread(), Shield(), ThreadPoolExecutor(2 * self.jobs) as lanes:
             found = dict(zip(largest_first, in_threads(one, largest_first, self.jobs, stop=self.stop.set), strict=True))
             in_threads(self._made, made.items(), self.jobs, stop=self.stop.set)
         ordered = {name: self.entries[name] for name in tensors if name in self.entries}

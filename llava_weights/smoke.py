@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 
 from . import findings
-from .buffers import one_thread
 from .checkpoint import Checkpoint, main_dtype, open_checkpoint
 from .errors import InputError, UsageError, VerificationError
 from .events import Note
@@ -303,7 +302,6 @@ def compare_original(
     return Smoke(smoke.name, smoke.against, (*smoke.findings, blind), smoke.rows, smoke.limits, smoke.verdict, smoke.first_wrong)
 
 
-@one_thread()
 def smoke_test(
     path: str | Path,
     *,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from .against import DAMAGED, PUBLISHED, compare, counted, differing, failed, find_reference, folded, kind
-from .buffers import one_thread
 from .checkpoint import Checkpoint, need_files, open_checkpoint
 from .config import check_structure
 from .errors import InputError, OutputError
@@ -78,7 +77,6 @@ class Subject:
         return os.path.abspath(self.files[name]) in own or bool(re.fullmatch(WEIGHTS, name) and not name.endswith(".json"))
 
 
-@one_thread()
 def verify(
     path: str | Path,
     *,

@@ -12,9 +12,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .buffers import one_thread
 from .card import make_card
 from .checkpoint import small_bytes
 from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, shortage
@@ -27,13 +26,12 @@ from .formats.strict_json import json_bytes
 from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove, sync_folder
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard
-from .stream import ShardResult, digest_shard, output_error, write_shard
+from .stream import ShardResult, output_error, write_shard
 from .threads import Shield, in_threads
 from .wording import size
 from .workspace import SourceFile
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
-T = TypeVar("T")
 Listener = Callable[[Event], None]
 
 
@@ -49,7 +47,6 @@ class Report:
     tallies: Mapping[str, int]
 
 
-@one_thread()
 def execute(
     plan: Plan,
     out: str | os.PathLike[str],
@@ -139,9 +136,10 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         return
     on_event(Note(f"{listed(sorted(file.name for file in moved))}: touched since this work began, so what was read is read again"))
     shards = [shard for shard in plan.shards if any(leaf.file in moved for _, tensor in shard.tensors for leaf in tensor.leaves())]
-    calls = [partial(digest_shard, shard, job.folder, plan.settings) for shard in shards]
+    calls = [partial(write_shard, shard, job.folder, plan.settings, keep=False) for shard in shards]
     with Shield():
-        found = dict(completed(pool, calls) if pool is not None else map(_call, calls))
+        again = completed(pool, calls) if pool is not None else (call() for call in calls)
+        found = {result.name: result.sha256 for result in again}
     wrong = [shard.name for shard in shards if found[shard.name] != results[shard.name].sha256]
     for name in wrong:  # whichever journal names it
         del results[name]
@@ -155,10 +153,6 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         facts = {"file": ", ".join(sorted(file.path for file in moved)), "shards that other bytes went into": ", ".join(wrong) or "unknown"}
         hint = "wait until nothing writes to the inputs, then run the same command again" + ("" if same else " with `--restart`")
         raise InputError(f"{listed(names)} changed while it was being read, in size and time the same", facts=facts, hint=hint)
-
-
-def _call(function: Callable[[], T]) -> T:
-    return function()
 
 
 def _same_header(file: SourceFile) -> bool:
