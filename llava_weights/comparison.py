@@ -22,11 +22,12 @@ from .checkpoint import Checkpoint
 from .config import fold_names
 from .errors import UsageError
 from .events import Event, Progress, Started
+from .formats.folder import same_header
 from .naming import TABLES, Names, canonical
 from .tensors import FLOATS, LazyTensor
 from .threads import in_threads
 from .windows import row_ranges
-from .workspace import Workspace, check_crcs
+from .workspace import Workspace, check_crcs, steady
 
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
@@ -108,6 +109,15 @@ def diff(
         raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on")
     ours, theirs = a.parameters(), b.parameters()
     pairs = list(_pairs(ours, theirs, rows))
+    files = {leaf.file for tensors in (ours, theirs) for tensor in tensors.values() for leaf in tensor.leaves()}
+    found = steady(lambda: _measure_all(pairs, tolerance, jobs, on_event), files, same_header)
+    ignored = len(a.tensors) - len(ours), len(b.tensors) - len(theirs)
+    return Difference(tuple(found), a.origin.name, b.origin.name, tolerance, *ignored)
+
+
+def _measure_all(
+    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Callable[[Event], None]
+) -> list[TensorDifference]:
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]
     on_event(Started(shards=len(pairs), nbytes=sum(nbytes), what="Comparing"))
     workspaces = [Workspace() for _ in range(jobs)]
@@ -125,8 +135,7 @@ def diff(
     finally:
         for workspace in workspaces:
             workspace.close()
-    ignored = len(a.tensors) - len(ours), len(b.tensors) - len(theirs)
-    return Difference(tuple(found), a.origin.name, b.origin.name, tolerance, *ignored)
+    return found
 
 
 def table(difference: Difference, *, limit: int = 20) -> list[str]:

@@ -16,6 +16,7 @@ from .delta import apply_delta
 from .errors import InputError
 from .events import Event, Progress, Started
 from .findings import Finding
+from .formats.folder import same_header
 from .formats.strict_json import load_object
 from .lora import merge_lora, open_weighted, to_arithmetic
 from .manifest import TensorEntry
@@ -24,7 +25,7 @@ from .records import MAX_MANIFEST, find_manifest, manifest_path
 from .tensors import LazyTensor
 from .threads import in_threads
 from .windows import row_ranges
-from .workspace import Workspace, check_crcs
+from .workspace import Workspace, check_crcs, steady
 
 TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 Digest = tuple[str, tuple[int, ...], str]  # dtype, shape, sha256
@@ -89,8 +90,9 @@ def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Liste
             on_event(Progress(done[0], name))
         return tensor.dtype, tensor.shape, found.hexdigest()
 
+    leaves = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
     with one_thread():
-        return dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True))
+        return steady(lambda: dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True)), leaves, same_header)
 
 
 def _recorded(tensors: Mapping[str, TensorEntry]) -> dict[str, Digest]:

@@ -20,7 +20,7 @@ from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, sho
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
 from .formats import listed
-from .formats.folder import index_file
+from .formats.folder import same_header
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
 from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove, sync_folder
@@ -145,7 +145,7 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         del results[name]
         remove(job.folder / name)
     sync_folder(job.folder)
-    same = all(_same_header(file) and SourceFile.at(Path(file.path)).state == now[file] for file in moved)
+    same = all(map(same_header, moved))
     if same:  # what is kept now was made of this state
         job.note_sources({file.path: state for file, state in now.items()})
     if wrong or not same:
@@ -153,13 +153,6 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         facts = {"file": ", ".join(sorted(file.path for file in moved)), "shards that other bytes went into": ", ".join(wrong) or "unknown"}
         hint = "wait until nothing writes to the inputs, then run the same command again" + ("" if same else " with `--restart`")
         raise InputError(f"{listed(names)} changed while it was being read, in size and time the same", facts=facts, hint=hint)
-
-
-def _same_header(file: SourceFile) -> bool:
-    """Whether the tensors of a file still lie where they did when it was indexed."""
-    return not file.header_sha256 or any(
-        (found.path, found.header_sha256) == (file.path, file.header_sha256) for found in index_file(Path(file.path)).files
-    )
 
 
 def _sweep(job: Job, results: Mapping[str, ShardResult]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,15 @@ def index_file(path: Path) -> WeightFiles:
     shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", path.stem)
     note = f"{shown(path.name)} is one of {int(shard[1])} shards, the others were not read" if shard else ""
     return _read(path.parent, container, [path.name], notes=(note,) if note else ())
+
+
+def same_header(file: SourceFile) -> bool:
+    """Whether the tensors of a file still lie where they did when it was indexed."""
+    if not file.header_sha256:
+        return True
+    with suppress(InputError):  # it has become another thing
+        return any((found.path, found.header_sha256) == (file.path, file.header_sha256) for found in index_file(Path(file.path)).files)
+    return False
 
 
 def member(folder: Path, name: str) -> Path:
