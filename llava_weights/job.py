@@ -187,9 +187,19 @@ class Job:
         sync_folder(self.folder)
         if force and self.occupied:
             remove(self.aside)  # of a run that was killed while it deleted this
-            os.rename(self.out, self.aside)
+            self._move_aside()
         os.rename(self.folder, self.out)
         sync_folder(self.out.parent)
+
+    def _move_aside(self) -> None:
+        try:
+            os.rename(self.out, self.aside)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            what = f"`{self.out.name}` can't be moved out of the way: {error.strerror}"
+            hint = "delete it (a folder of a container's image can't be moved); the same command then only gives the new one its name"
+            raise OutputError(what, facts={"output": self.out}, hint=hint) from error
 
     def clean(self) -> None:
         """Delete the work folder, the bulk first. What tells that the folder is ours goes last; what is not ours stays."""

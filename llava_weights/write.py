@@ -281,6 +281,9 @@ def _check_inputs(plan: Plan, job: Job) -> None:
     origins = [origin for step in plan.history for _, origin in step.inputs]
     read = {leaf.file.path for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves() if not leaf.file.remote}
     read |= {file.path for origin in origins for file in origin.files if not file.remote}
+    if job.elsewhere and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
+        what = f"the output `{job.shown}` is an input"
+        raise OutputError(what, facts={"input": read_there[0].path}, hint="choose another `-o`")
     given = [origin.path for origin in origins if not origin.remote]
     sources = [*given, *map(Path, sorted(read)), *(data for data in plan.files.values() if isinstance(data, Path))]
     for place in job.places:

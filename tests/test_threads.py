@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,19 @@ def test_torch_has_as_many_threads_as_before(fixtures: Path, tmp_path: Path, fun
         assert torch.get_num_threads() == own
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("function", PUBLIC)
+def test_no_descriptor_and_no_handler_stays(fixtures: Path, tmp_path: Path, function: str) -> None:
+    source = fixtures / "A-delta-v0/base-hf-bin"
+    handlers, alive = {number: signal.getsignal(number) for number in signal.valid_signals()}, threading.active_count()
+    for number in range(2):  # the first call imports, and libraries may keep what they opened
+        before = sorted(os.listdir("/proc/self/fd"))
+        with suppress(LlavaWeightsError):
+            PUBLIC[function](source, source if function == "an error" else tmp_path / str(number))
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert {number: signal.getsignal(number) for number in signal.valid_signals()} == handlers
+    assert threading.active_count() == alive
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,41 @@ def test_a_read_only_parent_with_a_work_folder_that_is_not(mounts: None, tmp_pat
     done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert done.stdout.count("can't write to `") == 3, done.stderr
     assert tree(tmp_path / "here") == {"out.partial": None}
+
+
+def test_an_old_output_of_a_container_image(mounts: None, tmp_path: Path) -> None:
+    """overlayfs moves no folder of a lower layer: said in plain words, everything is kept, and without the old one the rest is a moment."""
+    make_source(tmp_path / "source")
+    for name in ("lower/out", "upper", "here"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "lower/out/old").write_text("old")
+    layers = "lowerdir=lower,upperdir=upper/u,workdir=upper/w"
+    inside = f'mount -t tmpfs none upper && mkdir upper/u upper/w && mount -t overlay none -o {layers} here || exit 9; exec "$0" -c "$1"'
+    text = (
+        'import shutil\nimport llava_weights as lw\nplan = lw.make_plan(lw.open_checkpoint("source"))\n'
+        'try:\n    lw.execute(plan, "here/out", force=True)\nexcept lw.OutputError as error:\n    print(error.what, "|", error.kept)\n'
+        'shutil.rmtree("here/out")\nprint(lw.execute(plan, "here/out").resumed)'
+    )
+    words = ["unshare", "-m", "--propagation", "private", "bash", "-c", inside, sys.executable, text]
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    if done.returncode == 9:
+        pytest.skip("no overlayfs here")
+    kept = "1 of 1 shards are kept in `out.partial`; `out` was not touched"
+    assert done.stdout == f"`out` can't be moved out of the way: Invalid cross-device link | {kept}\n1\n", done.stderr
+
+
+def test_a_bucket_that_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llava_weights.upload.UploadJob.occupied", False)
+    plan = plan_of(make_source(tmp_path / "source"))
+    origin = plan.history[0].inputs[0][1]
+    file = replace(origin.files[0], path="s3://bucket/model/model.safetensors", etag="1")
+    step = replace(plan.history[0], inputs=(("source", replace(origin, files=(file,))),))
+    target, make_job = job_at("s3://bucket/model/", on_event=lambda event: None)
+    with pytest.raises(OutputError, match="the output `s3://bucket/model` is an input"):
+        preflight(replace(plan, history=(step,)), target, force=True, make_job=make_job)
+    target, make_job = job_at("s3://bucket/model2", on_event=lambda event: None)
+    preflight(replace(plan, history=(step,)), target, make_job=make_job)
 
 
 def test_killed_0_1_0_can_be_begun_again_by_the_command(tmp_path: Path, fixtures: Path, cli: Callable[..., Any]) -> None:

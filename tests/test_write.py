@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
+from llava_weights.delta import apply_delta, make_delta
 from llava_weights.errors import InputError, OutputError
 from llava_weights.events import Event, Note, ReadingBack, ShardDone, Started
 from llava_weights.job import Job, open_job, partial_folder
@@ -346,6 +348,17 @@ def test_a_source_that_is_only_touched(source: Path, tmp_path: Path, touch: str)
     assert [event.text for event in events if isinstance(event, Note)] == [
         "`model.safetensors`: touched since this work began, so what was read is read again"
     ]
+
+
+def test_an_integer_delta_whose_source_is_touched(fixtures: Path, tmp_path: Path) -> None:
+    """Its shards are made in another way, once more too."""
+    base = tmp_path / "base"
+    shutil.copytree(fixtures / "A-delta-v0/base-hf-bin", base)
+    tuned = apply_delta(open_checkpoint(base), open_checkpoint(fixtures / "A-delta-v0/delta-307-apr17"))
+    plan = make_plan(make_delta(open_checkpoint(base), tuned, codec="integer"), max_shard_size="100kB")
+    execute(plan, tmp_path / "undisturbed")
+    execute(plan, tmp_path / "out", on_event=at_shard(2, lambda: [path.chmod(0o600) for path in base.glob("*.bin")]))
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("change", [edited, replaced])
