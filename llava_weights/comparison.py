@@ -22,11 +22,12 @@ from .checkpoint import Source, opened
 from .config import fold_names
 from .errors import MOST_JOBS, UsageError, finite, whole_number
 from .events import Event, Progress, Started
+from .formats.folder import same_header
 from .naming import TABLES, Names, canonical
 from .tensors import FLOATS, LazyTensor
 from .threads import in_threads
 from .windows import row_ranges
-from .workspace import Workspace, check_crcs
+from .workspace import Workspace, check_crcs, steady
 
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
@@ -89,7 +90,6 @@ class Difference:
         return {status: found[status] for status in STATUSES}
 
 
-@one_thread()
 def diff(
     a: Source,
     b: Source,
@@ -114,6 +114,15 @@ def diff(
     a, b = opened(a, "first checkpoint"), opened(b, "second checkpoint")
     ours, theirs = a.parameters(), b.parameters()
     pairs = list(_pairs(ours, theirs, rows))
+    files = {leaf.file for tensors in (ours, theirs) for tensor in tensors.values() for leaf in tensor.leaves()}
+    found = steady(lambda: _measure_all(pairs, tolerance, jobs, on_event), files, same_header)
+    ignored = len(a.tensors) - len(ours), len(b.tensors) - len(theirs)
+    return Difference(tuple(found), a.origin.name, b.origin.name, tolerance, *ignored)
+
+
+def _measure_all(
+    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Callable[[Event], None]
+) -> list[TensorDifference]:
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]
     on_event(Started(shards=len(pairs), nbytes=sum(nbytes), what="Comparing"))
     workspaces = [Workspace() for _ in range(jobs)]
@@ -123,15 +132,15 @@ def diff(
         on_event(Progress(next(done), tensor.name or tensor.other))
 
     try:
-        found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=tell)
+        with one_thread():
+            found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=tell)
         for workspace in workspaces:
             workspace.recheck_sources()
         check_crcs(workspaces)
     finally:
         for workspace in workspaces:
             workspace.close()
-    ignored = len(a.tensors) - len(ours), len(b.tensors) - len(theirs)
-    return Difference(tuple(found), a.origin.name, b.origin.name, tolerance, *ignored)
+    return found
 
 
 def table(difference: Difference, *, limit: int = 20) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .buffers import TORCH_DTYPE, one_thread, to_dtype
+from .buffers import TORCH_DTYPE, to_dtype
 from .checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened, small_object, small_text
 from .config import expected_shapes, repair_generation_config
 from .conversation import CONVERSATIONS, chat_template, choose, example
@@ -38,7 +38,6 @@ NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--visi
 MULTIPLE = 64  # transformers' converters pad the vocabulary to it, for speed
 
 
-@one_thread()
 def convert(
     checkpoint: Source,
     to: str,

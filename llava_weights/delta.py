@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .buffers import one_thread
 from .checkpoint import Checkpoint, Source, Step, main_dtype, opened, small_object
 from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError, one_of
@@ -23,7 +22,6 @@ from .tokenizer import repair_tokenizer
 CODECS = ("arithmetic", "integer")
 
 
-@one_thread()
 def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Checkpoint:
     """`base` + `delta` as a checkpoint in the original layout, F16, with repaired config and tokenizer. Both may be paths.
 
@@ -71,7 +69,6 @@ def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyT
     return tensors, examine_integer(tensors)
 
 
-@one_thread()
 def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Checkpoint:
     """`tuned` - `base`, the inverse for publishers, with `tuned`'s config and tokenizer as they are. Both may be paths.
 

@@ -114,11 +114,12 @@ class Job:
             self.begin(identity, restart=True)
 
     def _belongs_to_another(self, then: Mapping[str, str], now: Mapping[str, str]) -> OutputError:
-        if (then.get("format"), then.get("version")) != (now.get("format"), now.get("version")):
-            facts = {"version, then": then.get("version", "unknown"), "version, now": now.get("version", "unknown")}
-            what = (
-                f"the partial work in `{self.partial.name}` was begun by another version of llava-weights, and is not continued by this one"
-            )
+        version, current = then.get("version", "unknown"), now.get("version", "unknown")
+        if (then.get("format"), version) != (now.get("format"), current):
+            what = f"the partial work in `{self.partial.name}` was begun by another version of llava-weights"
+            facts = {"version, then": version, "version, now": current}
+            if then.get("format") != now.get("format"):
+                facts |= {"form of the work folder, then": then.get("format", "1"), "form of the work folder, now": now.get("format", "1")}
             return OutputError(what, facts=facts, hint="pass `--restart` to begin again, or finish it with the version that began it")
         facts = {}
         for part in sorted(set(then) | set(now)):
@@ -189,9 +190,19 @@ class Job:
         sync_folder(self.folder)
         if force and self.occupied:
             remove(self.aside)  # of a run that was killed while it deleted this
-            os.rename(self.out, self.aside)
+            self._move_aside()
         os.rename(self.folder, self.out)
         sync_folder(self.out.parent)
+
+    def _move_aside(self) -> None:
+        try:
+            os.rename(self.out, self.aside)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            what = f"`{self.out.name}` can't be moved out of the way: {error.strerror}"
+            hint = "delete it (a folder of a container's image can't be moved); the same command then only gives the new one its name"
+            raise OutputError(what, facts={"output": self.out}, hint=hint) from error
 
     def clean(self) -> None:
         """Delete the work folder, the bulk first. What tells that the folder is ours goes last; what is not ours stays."""

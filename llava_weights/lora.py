@@ -20,7 +20,7 @@ from typing import cast as cast_type
 
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
-from .buffers import TORCH_DTYPE, one_thread, to_dtype
+from .buffers import TORCH_DTYPE, to_dtype
 from .checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, small_object, to_place
 from .config import few, repair_config, repair_generation_config
 from .errors import HubError, InputError, MismatchError, UsageError, finite, one_of
@@ -49,7 +49,6 @@ class Placed:
     updates: list[LowRank] = field(default_factory=list)
 
 
-@one_thread()
 def merge_lora(
     base: Source,
     adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]],

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .buffers import one_thread
 from .errors import OutputError, UsageError
 from .events import Note
 from .job import Job, lock, open_job, remove
@@ -58,7 +57,6 @@ def to_portion(text: str) -> Portion:
     return Portion(int(found[1]), int(found[2]))
 
 
-@one_thread()
 def execute_portion(
     plan: Plan, out: str | os.PathLike[str], portion: Portion, *, force: bool = False, on_event: Listener = lambda event: None
 ) -> PortionReport:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from .errors import InputError
 from .threads import in_threads
-from .workspace import SourceFile, Workspace
+from .workspace import SourceFile, Workspace, steady
 
 WINDOW = 8 << 20  # bytes a read, each hashed by all algorithms while it is in cache
 
@@ -219,7 +219,8 @@ def hash_files(
         return _hash_file(path, algorithms, stop, advance)
 
     unique = tuple(dict.fromkeys(paths))
-    return dict(zip(unique, in_threads(task, unique, jobs, stop=stop.set), strict=True))
+    files = [SourceFile.at(path) for path in unique if os.path.isfile(path)]
+    return steady(lambda: dict(zip(unique, in_threads(task, unique, jobs, stop=stop.set), strict=True)), files, lambda file: True)
 
 
 def _hash_file(path: Path, algorithms: Sequence[str], stop: threading.Event, advance: Callable[[int], None]) -> dict[str, str]:

@@ -14,19 +14,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from .buffers import ITEMSIZE
+from .buffers import ITEMSIZE, one_thread
 from .errors import InputError
 from .events import Event, Progress, Started
+from .formats.folder import same_header
 from .manifest import TensorEntry
 from .tensors import LazyTensor, Stored
 from .threads import Shield, in_threads
 from .windows import row_ranges
-from .workspace import Record, SourceFile, Workspace, check_crcs, crc_errors
+from .workspace import Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
 
 WINDOW = 8 << 20
 CHUNK = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
@@ -138,7 +139,7 @@ class Rehash:
         def one(name: str) -> dict[str, str]:
             return self._file(name, files[name], inside[os.path.abspath(files[name])], lanes)
 
-        with Shield(), ThreadPoolExecutor(2 * self.jobs) as lanes:
+        with one_thread(), Shield(), ThreadPoolExecutor(2 * self.jobs) as lanes:
             found = dict(zip(largest_first, in_threads(one, largest_first, self.jobs, stop=self.stop.set), strict=True))
             in_threads(self._made, made.items(), self.jobs, stop=self.stop.set)
         ordered = {name: self.entries[name] for name in tensors if name in self.entries}
@@ -235,7 +236,19 @@ def rehash(
 
     Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`.
     """
-    return Rehash(algorithms, jobs, on_event).read(files, tensors)
+    begun = {name: SourceFile.at(path) for name, path in files.items() if path.exists()}
+    indexed = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
+    found = Rehash(algorithms, jobs, on_event).read(files, tensors)
+    there = [file for file in (*begun.values(), *indexed) if file.remote or os.path.exists(file.path)]  # reading tells of the others
+    if not (moved := touched(there)):
+        return found
+    again = Rehash(algorithms, jobs, on_event).read(files, tensors)
+    if again == found and all(map(same_header, moved)):
+        return again
+    names = {name for name, path in files.items() if os.path.abspath(path) in {file.path for file in moved}}
+    damaged = {name: f"`{name}` changed while it was being read, in size and time the same" for name in names}
+    kept = {name: digests for name, digests in again.files.items() if name not in names}
+    return replace(again, files=kept, damaged={**damaged, **again.damaged})
 
 
 def digests(
@@ -260,7 +273,9 @@ def digests(
             on_event(Progress(done[0], name))
         return tensor.dtype, tensor.shape, found.hexdigest()
 
-    return dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True))
+    leaves = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
+    with one_thread():
+        return steady(lambda: dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True)), leaves, same_header)
 
 
 def size_of(path: Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from . import findings
-from .buffers import one_thread, to_dtype
+from .buffers import to_dtype
 from .checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from .errors import InputError, UsageError, VerificationError
 from .events import Note
@@ -318,7 +318,6 @@ def compare_original(
     return replace(smoke, findings=tuple(dict.fromkeys((*warnings, *smoke.findings))))
 
 
-@one_thread()
 def smoke_test(
     path: Source,
     *,

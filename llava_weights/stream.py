@@ -54,57 +54,37 @@ def write_shard(
     settings: Settings,
     *,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
+    keep: bool = True,
 ) -> ShardResult:
     """Write `shard` into `folder` under its final name: temporary file, fsync, rename, fsync of the folder.
 
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
-    overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then.
+    overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
+    result says what the inputs hold now.
     """
+    if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
+        return _write_integer(shard, folder, settings, on_bytes, keep)
+    header, laid_out = make_header(shard.tensors, FORMAT)
+    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
+    size = len(header) + sum(window.nbytes for window in windows)
     temporary = temporary_path(folder, shard.name)
     try:
-        result = _write(shard, temporary, settings, on_bytes)
-        os.rename(temporary, folder / shard.name)
-        sync_folder(folder)
+        with Sink(temporary, size, settings) if keep else Nowhere() as sink:
+            sink.write(memoryview(header), 0)
+            job = Pipeline(header, windows, sink, settings, on_bytes)
+            job.run()
+            for name, tensor in shard.tensors:
+                if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
+                    raise wrong_digest(name)
+            sink.sync()
+        if keep:
+            os.rename(temporary, folder / shard.name)
+            sync_folder(folder)
     except OSError as error:
         raise output_error(error, folder / shard.name) from error
     finally:
         with suppress(OSError):  # the next run deletes it
             temporary.unlink(missing_ok=True)
-    return result
-
-
-@one_thread()
-def digest_shard(shard: Shard, folder: Path, settings: Settings) -> tuple[str, str]:
-    """The name of `shard` and the sha256 of its file, made of what its inputs hold now. Nothing stays in `folder`.
-
-    Raises what `write_shard` raises.
-    """
-    temporary = temporary_path(folder, shard.name)
-    try:
-        integer = any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors)
-        return shard.name, _write(shard, temporary if integer else None, settings, lambda nbytes: None).sha256
-    except OSError as error:
-        raise output_error(error, folder / shard.name) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _write(shard: Shard, path: Path | None, settings: Settings, on_bytes: Callable[[int], None]) -> ShardResult:
-    """Write `shard` to `path`, durably; nowhere without one, which an integer delta can't do."""
-    if path and any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
-        return _write_integer(shard, path, settings, on_bytes)
-    header, laid_out = make_header(shard.tensors, FORMAT)
-    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
-    size = len(header) + sum(window.nbytes for window in windows)
-    with Sink(path, size, settings) if path else Nowhere() as sink:
-        sink.write(memoryview(header), 0)
-        job = Pipeline(header, windows, sink, settings, on_bytes)
-        job.run()
-        for name, tensor in shard.tensors:
-            if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
-                raise wrong_digest(name)
-        sink.sync()
     return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies))
 
 
@@ -113,9 +93,18 @@ def temporary_path(folder: Path, name: str) -> Path:
     return folder / f".{name}.{secrets.token_hex(4)}.part"
 
 
-def _write_integer(shard: Shard, path: Path, settings: Settings, on_bytes: Callable[[int], None]) -> ShardResult:
+def _write_integer(shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None], keep: bool) -> ShardResult:
     items = [(name, tensor) for name, tensor in shard.tensors if isinstance(tensor, ToInteger)]
-    result = write_integer_shard(path, items, jobs=settings.jobs, on_bytes=on_bytes)
+    temporary = temporary_path(folder, shard.name)
+    try:
+        result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes)
+        if keep:
+            os.rename(temporary, folder / shard.name)
+            sync_folder(folder)
+        else:
+            temporary.unlink()
+    except OSError as error:
+        raise output_error(error, folder / shard.name) from error
     tallies = {"raw": result.raw_nbytes, "packed": result.packed_nbytes}
     return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies)
 

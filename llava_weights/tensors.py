@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from .buffers import ITEMSIZE, as_rows, as_torch, count_non_finite, to_float32
+from .buffers import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, to_float32
 from .errors import MismatchError
 from .threads import in_threads
 from .workspace import Record, SourceFile, Workspace
@@ -330,11 +330,12 @@ def each(function: Callable[[str, Workspace], T], names: Iterable[str], *sources
     """What `function` makes of each name, in order; many at once where its tensors come over a network, since that is mostly waiting."""
     wanted = list(names)
     if not any(leaf.file.remote for source in sources for name in wanted for leaf in source[name].leaves()):
-        with closing(Workspace(drop_cache=False)) as work:
+        with one_thread(), closing(Workspace(drop_cache=False)) as work:
             return {name: function(name, work) for name in wanted}
 
     def one(name: str) -> T:
         with closing(Workspace(drop_cache=False)) as work, np.errstate(all="ignore"):
             return function(name, work)
 
-    return dict(zip(wanted, in_threads(one, wanted, AT_ONCE), strict=True))
+    with one_thread():
+        return dict(zip(wanted, in_threads(one, wanted, AT_ONCE), strict=True))

@@ -15,7 +15,6 @@ from typing import Any
 
 from . import against as other
 from .against import DAMAGED, PUBLISHED, compare, compare_tower, counted, differing, failed, find_reference, folded, kind, read_reference
-from .buffers import one_thread
 from .checkpoint import Checkpoint, Source, need_files, open_checkpoint, opened, place_of
 from .compare_files import compare_files
 from .config import check_structure
@@ -97,7 +96,6 @@ class Subject:
         return os.path.abspath(self.files[name]) in own or bool(re.fullmatch(WEIGHTS, name) and not name.endswith(".json"))
 
 
-@one_thread()
 def verify(
     path: Source,
     *,

@@ -11,7 +11,7 @@ import os
 import threading
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -245,6 +245,24 @@ def changed(file: SourceFile, status: os.stat_result) -> InputError:
         facts={"file": file.path, "size": f"{file.size:,} bytes when indexed, {status.st_size:,} now"},
         hint="wait until nothing writes to the inputs, then run the same command again",
     )
+
+
+def touched(files: Iterable[SourceFile]) -> set[SourceFile]:
+    """Those of the files on this machine that have another inode or change time than when they were indexed."""
+    return {file for file in files if not file.remote and SourceFile.at(Path(file.path)).state != file.state}
+
+
+def steady(read: Callable[[], T], files: Collection[SourceFile], same_header: Callable[[SourceFile], bool]) -> T:
+    """What `read` returns of `files`. Where one was touched since it was indexed, it has to return the same once more, since what a file
+    holds can change while its size and time stay. Raises InputError where it does not."""
+    found = read()
+    moved = touched(files)
+    if moved:
+        again = read()
+        for file in moved:
+            if again != found or not same_header(file):
+                raise changed(file, os.stat(file.path))
+    return found
 
 
 def crc_errors(workspaces: list[Workspace]) -> Iterator[tuple[SourceFile, Record]]:

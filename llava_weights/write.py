@@ -12,28 +12,26 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .buffers import one_thread
 from .card import make_card
 from .checkpoint import small_bytes, to_place
 from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
 from .formats import is_text, listed, shown
-from .formats.folder import index_file
+from .formats.folder import same_header
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
-from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove
+from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove, sync_folder
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard
-from .stream import ShardResult, digest_shard, output_error, write_shard
+from .stream import ShardResult, output_error, write_shard
 from .threads import Shield, in_threads
 from .wording import size
 from .workspace import SourceFile
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
-T = TypeVar("T")
 Listener = Callable[[Event], None]
 
 
@@ -49,7 +47,6 @@ class Report:
     tallies: Mapping[str, int]
 
 
-@one_thread()
 def execute(
     plan: Plan,
     out: str | os.PathLike[str],
@@ -143,14 +140,16 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         return
     on_event(Note(f"{listed(sorted(file.name for file in moved))}: touched since this work began, so what was read is read again"))
     shards = [shard for shard in plan.shards if any(leaf.file in moved for _, tensor in shard.tensors for leaf in tensor.leaves())]
-    calls = [partial(digest_shard, shard, job.folder, plan.settings) for shard in shards]
+    calls = [partial(write_shard, shard, job.folder, plan.settings, keep=False) for shard in shards]
     with Shield():
-        found = dict(completed(pool, calls) if pool is not None else map(_call, calls))
+        again = completed(pool, calls) if pool is not None else (call() for call in calls)
+        found = {result.name: result.sha256 for result in again}
     wrong = [shard.name for shard in shards if found[shard.name] != results[shard.name].sha256]
-    for name in wrong:
+    for name in wrong:  # whichever journal names it
         del results[name]
-    job.record({name: asdict(result) for name, result in results.items()})
-    same = all(_same_header(file) and SourceFile.at(Path(file.path)).state == now[file] for file in moved)
+        remove(job.folder / name)
+    sync_folder(job.folder)
+    same = all(map(same_header, moved))
     if same:  # what is kept now was made of this state
         job.note_sources({file.path: state for file, state in now.items()})
     if wrong or not same:
@@ -158,17 +157,6 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         facts = {"file": ", ".join(sorted(file.path for file in moved)), "shards that other bytes went into": ", ".join(wrong) or "unknown"}
         hint = "wait until nothing writes to the inputs, then run the same command again" + ("" if same else " with `--restart`")
         raise InputError(f"{listed(names)} changed while it was being read, in size and time the same", facts=facts, hint=hint)
-
-
-def _call(function: Callable[[], T]) -> T:
-    return function()
-
-
-def _same_header(file: SourceFile) -> bool:
-    """Whether the tensors of a file still lie where they did when it was indexed."""
-    return not file.header_sha256 or any(
-        (found.path, found.header_sha256) == (file.path, file.header_sha256) for found in index_file(Path(file.path)).files
-    )
 
 
 def _sweep(job: Job, results: Mapping[str, ShardResult]) -> None:
@@ -298,6 +286,9 @@ def _check_inputs(plan: Plan, job: Job) -> None:
     origins = [origin for step in plan.history for _, origin in step.inputs]
     read = {leaf.file.path for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves() if not leaf.file.remote}
     read |= {file.path for origin in origins for file in origin.files if not file.remote}
+    if job.elsewhere and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
+        what = f"the output `{job.shown}` is an input"
+        raise OutputError(what, facts={"input": read_there[0].path}, hint="choose another `-o`")
     given = [origin.path for origin in origins if not origin.remote]
     sources = [*given, *map(Path, sorted(read)), *(data for data in plan.files.values() if isinstance(data, Path))]
     for place in job.places:

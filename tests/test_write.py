@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import itertools
 import json
 import os
+import shutil
 import subprocess
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -18,10 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
+from llava_weights.delta import apply_delta, make_delta
 from llava_weights.errors import InputError, OutputError
-from llava_weights.events import Event, ShardDone, Started
-from llava_weights.job import open_job, partial_folder
+from llava_weights.events import Event, Note, ReadingBack, ShardDone, Started
+from llava_weights.job import Job, open_job, partial_folder
 from llava_weights.plan import Plan, make_plan
+from llava_weights.portions import Portion, execute_portion, finish_portions
 from llava_weights.write import execute
 
 
@@ -270,6 +274,176 @@ def test_inputs_that_change_during_the_run(source: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="changed while") as caught:
         execute(plan_of(source), tmp_path / "out", on_event=touch)
     assert caught.value.kept == "2 of 6 shards are kept in `out.partial`; `out` was not touched"
+
+
+# --- a source that changes and looks the same ------------------------------------------------------------------------
+
+
+def other_bytes(path: Path) -> bytes:
+    """The file with the values of its tensors turned round; size and header stay."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    return data[:start] + data[start:][::-1]
+
+
+def edited(path: Path, data: bytes) -> None:
+    """Other bytes in the same file, and the time set back."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replaced(path: Path, data: bytes) -> None:
+    """Another file under the name, of the same size and time."""
+    status = path.stat()
+    path.with_name("copy").write_bytes(data)
+    os.utime(path.with_name("copy"), ns=(status.st_atime_ns, status.st_mtime_ns))
+    path.with_name("copy").rename(path)
+
+
+def at_shard(number: int, act: Any) -> Any:
+    """A listener that does something once, when so many shards are finished."""
+    acted: list[bool] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ShardDone) and event.index >= number and not acted:
+            acted.append(True)
+            act()
+
+    return listen
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("change", [edited, replaced])
+def test_a_source_that_changes_unseen(source: Path, tmp_path: Path, change: Any, pooled: bool) -> None:
+    """Two shards of the old bytes, four of the new: named, the old ones are not kept, and the next run is right."""
+    plan, victim = plan_of(source), source / "model.safetensors"
+    listen = at_shard(2, lambda: change(victim, other_bytes(victim)))
+    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match=r"`model\.safetensors` changed while it was being read") as caught:
+        execute(plan, tmp_path / "out", pool=pool if pooled else None, on_event=listen)
+    assert "model-00001-of-00006.safetensors" in caught.value.facts["shards that other bytes went into"]
+    kept = 6 - len(caught.value.facts["shards that other bytes went into"].split(", "))
+    assert caught.value.kept == f"{kept} of 6 shards are kept in `out.partial`; `out` was not touched"
+    assert execute(plan_of(source), tmp_path / "out").resumed == kept
+    execute(plan_of(source), tmp_path / "undisturbed")
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+TOUCHES = {
+    "chmod": lambda path: path.chmod(0o600),
+    "hard link": lambda path: os.link(path, path.with_name("link")),
+    "an equal file": lambda path: replaced(path, path.read_bytes()),
+    "the same bytes": lambda path: edited(path, path.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("touch", TOUCHES)
+def test_a_source_that_is_only_touched(source: Path, tmp_path: Path, touch: str) -> None:
+    execute(plan_of(source), tmp_path / "undisturbed")
+    events: list[Event] = []
+    act = at_shard(3, lambda: TOUCHES[touch](source / "model.safetensors"))
+    execute(plan_of(source), tmp_path / "out", on_event=lambda event: (events.append(event), act(event)))
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    assert [event.text for event in events if isinstance(event, Note)] == [
+        "`model.safetensors`: touched since this work began, so what was read is read again"
+    ]
+
+
+def test_an_integer_delta_whose_source_is_touched(fixtures: Path, tmp_path: Path) -> None:
+    """Its shards are made in another way, once more too."""
+    base = tmp_path / "base"
+    shutil.copytree(fixtures / "A-delta-v0/base-hf-bin", base)
+    tuned = apply_delta(open_checkpoint(base), open_checkpoint(fixtures / "A-delta-v0/delta-307-apr17"))
+    plan = make_plan(make_delta(open_checkpoint(base), tuned, codec="integer"), max_shard_size="100kB")
+    execute(plan, tmp_path / "undisturbed")
+    execute(plan, tmp_path / "out", on_event=at_shard(2, lambda: [path.chmod(0o600) for path in base.glob("*.bin")]))
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("change", [edited, replaced])
+def test_a_source_that_changes_between_two_runs(source: Path, tmp_path: Path, change: Any) -> None:
+    with pytest.raises(Cut):
+        execute(plan_of(source), tmp_path / "out", on_event=cut_after(2))
+    change(source / "model.safetensors", other_bytes(source / "model.safetensors"))
+    with pytest.raises(InputError, match="changed while") as caught:
+        execute(plan_of(source), tmp_path / "out")
+    assert caught.value.kept == "4 of 6 shards are kept in `out.partial`; `out` was not touched"
+    execute(plan_of(source), tmp_path / "out")
+    execute(plan_of(source), tmp_path / "undisturbed")
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_a_source_that_changes_between_portions(source: Path, tmp_path: Path) -> None:
+    execute_portion(plan_of(source), tmp_path / "out", Portion(1, 2))
+    edited(source / "model.safetensors", other_bytes(source / "model.safetensors"))
+    execute_portion(plan_of(source), tmp_path / "out", Portion(2, 2))
+    with pytest.raises(InputError, match="changed while"):
+        finish_portions(plan_of(source), tmp_path / "out")
+    with pytest.raises(OutputError) as caught:
+        finish_portions(plan_of(source), tmp_path / "out")
+    assert caught.value.facts["portions"] == "1/2"
+    execute_portion(plan_of(source), tmp_path / "out", Portion(1, 2))
+    finish_portions(plan_of(source), tmp_path / "out")
+    execute(plan_of(source), tmp_path / "undisturbed")
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+def test_a_header_that_changes_before_the_first_byte_is_read(source: Path, tmp_path: Path) -> None:
+    """Two tensors of one shape change their names: the values that are read are those that were there all the time."""
+    plan, path = plan_of(source), source / "model.safetensors"
+    swapped = path.read_bytes().replace(b"layer.1.weight", b"layer.X.weight", 1).replace(b"layer.2.weight", b"layer.1.weight", 1)
+    replaced(path, swapped.replace(b"layer.X.weight", b"layer.2.weight", 1))
+    with pytest.raises(InputError, match="changed while"):
+        execute(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is said to be kept -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["open", "write", "fsync"])
+def test_a_shard_whose_journal_line_fails_is_not_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """A disk that is full just then. What the error says is what the next run takes up."""
+    original = Job.append
+
+    def failing(self: Job, entry: Any) -> None:
+        if entry["name"].startswith("model-00003"):
+            if call == "write":
+                with open(self.journal, "ab") as file:
+                    file.write(b"0123456789abcdef {half of a li")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(self, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "append", failing)
+        with pytest.raises(OutputError) as caught:
+            execute(plan_of(source), tmp_path / "out")
+    assert caught.value.kept == "2 of 6 shards are kept in `out.partial`; `out` was not touched"
+    assert execute(plan_of(source), tmp_path / "out").resumed == 2
+
+
+def test_a_shard_that_does_not_come_back_is_not_kept(source: Path, tmp_path: Path) -> None:
+    victim = partial_folder(tmp_path / "out") / "out" / "model-00002-of-00006.safetensors"
+
+    def damage() -> None:
+        data = bytearray(victim.read_bytes())
+        data[-5] ^= 1
+        victim.write_bytes(data)
+
+    with pytest.raises(OutputError, match="does not come back") as caught:
+        execute(plan_of(source), tmp_path / "out", on_event=at_shard(4, damage))
+    assert caught.value.kept == "5 of 6 shards are kept in `out.partial`; `out` was not touched"
+    assert execute(plan_of(source), tmp_path / "out").resumed == 5
+
+
+def test_nothing_is_read_back_twice(source: Path, tmp_path: Path) -> None:
+    """All shards were there: no line that says `Reading back 0 bytes`."""
+    with pytest.raises(Cut):
+        execute(plan_of(source), tmp_path / "out", on_event=cut_after(6))
+    events: list[Event] = []
+    assert execute(plan_of(source), tmp_path / "out", on_event=events.append).resumed == 6
+    assert not any(isinstance(event, ReadingBack) for event in events)
 
 
 def test_the_lock_is_a_file_lock(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +108,15 @@ def inside(folder: Path, name: str) -> Path:
     if path.is_symlink() and not target.exists():
         raise InputError(f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD)
     return path
+
+
+def same_header(file: SourceFile) -> bool:
+    """Whether the tensors of a file still lie where they did when it was indexed."""
+    if not file.header_sha256:
+        return True
+    with suppress(InputError):  # it has become another thing
+        return any((found.path, found.header_sha256) == (file.path, file.header_sha256) for found in index_file(Path(file.path)).files)
+    return False
 
 
 def member(folder: Path, name: str) -> Path:
