@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .events import ShardDone as ShardDone
     from .events import Started as Started
     from .findings import Finding as Finding
+    from .forward import Probe as Probe
     from .lora import merge_lora as merge_lora
     from .low_rank import Arithmetic as Arithmetic
     from .plan import Plan as Plan
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .portions import execute_portion as execute_portion
     from .portions import finish_portions as finish_portions
     from .portions import to_portion as to_portion
+    from .reference_file import Recorded as Recorded
     from .reference_file import Recording as Recording
     from .reference_file import read_recording as read_recording
     from .reference_file import record as record
@@ -84,9 +86,10 @@ _FROM = {
     "portions": ("Portion", "PortionReport", "execute_portion", "finish_portions", "to_portion"),
     "verification": ("Verification", "checksum", "verify"),
     "findings": ("Finding",),
+    "forward": ("Probe",),
     "comparison": ("Difference", "TensorDifference", "diff"),
     "smoke": ("Row", "Smoke", "smoke_test"),
-    "reference_file": ("Recording", "read_recording", "record"),
+    "reference_file": ("Recorded", "Recording", "read_recording", "record"),
     "events": ("Event", "Note", "Progress", "ReadingBack", "ShardDone", "Started"),
     "errors": (
         "HubError",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from .adapter_config import DAMAGED, LoraRules, quantised_base, read_rules, short_base
 from .adapter_names import Contents, bare, parameter_names, sort_names
-from .checkpoint import Origin
+from .checkpoint import Origin, to_place
 from .config import few
 from .errors import InputError
 from .families import TOKENIZER_FILES, VOCABULARY
@@ -86,9 +86,10 @@ def open_adapter(source: str | Path, *, revision: str | None = None, non_lora: P
     as `open_checkpoint` takes it.
 
     `non_lora` stands in for the `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. Reads headers and small JSON
-    files only. Raises InputError for anything missing, damaged, not LoRA, or without a place; HubError where the Hub can't serve it.
+    files only. Raises UsageError for what is no path, InputError for anything missing, damaged, not LoRA, or without a place; HubError
+    where the Hub can't serve it.
     """
-    text = source_text(source)
+    text = source_text(to_place(source, "adapter"))
     if is_remote(text):
         with shadowed(text, revision) as shadow:
             return _open(shadow.path, shadow.name, shadow.revision, non_lora)

@@ -27,8 +27,8 @@ def check_file(
     path = Path(os.path.expanduser(path))
     name, facts = shown(path.name or str(path)), {"file": path.absolute()}
     try:
-        there = path.stat() if append else os.lstat(path)
-    except FileNotFoundError:
+        there = path.stat() if append and path.exists() else os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
         there = None
     except OSError as error:
         raise output_error(error, path) from error

@@ -23,7 +23,7 @@ from .processor import original_vision_settings
 from .projector import NAMES
 from .tensors import LazyTensor, cast
 from .tokenizer import SpecialIds
-from .tower import Doubts, Tower, check_tower, named_tower, open_tower, own_tower, tower_hint
+from .tower import Doubts, Tower, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
 
 LINEAR = ("projector.weight", "projector.bias")
 
@@ -80,6 +80,9 @@ def take_apart(
         image_token = image_token or _image_token(checkpoint, rows)
     _check_image_ids(checkpoint, rows)
     config = _in_original_words(checkpoint, chosen) if hub else dict(checkpoint.config)
+    if doubts.differs:
+        known = recognised(chosen.config)
+        config["mm_vision_tower"] = known.repo if known else None
     processor = "LlavaNextProcessor" if (is_next(config, "newline" in parts) if chosen.kind == "clip" else False) else "LlavaProcessor"
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
     tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=processor, model_max_length=limit)

@@ -193,6 +193,7 @@ class Doubts:
 
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    differs: bool = False  # in a fact, so that the name is not that of the tower
 
 
 def check_tower(model: Checkpoint, given: Tower, *, name: str = "", accept: bool = False) -> Doubts:
@@ -221,7 +222,7 @@ def check_tower(model: Checkpoint, given: Tower, *, name: str = "", accept: bool
         hint = f"give `--vision-tower {right}`, its repository or folder; `--accept-tower` goes on with this one"
         raise MismatchError(what, facts=facts, hint=hint)
     text = f"the vision tower is not the one that the config names: {'; '.join(f'{label} {text}' for label, text in facts.items())}"
-    return replace(doubts, warnings=(*doubts.warnings, text))
+    return replace(doubts, warnings=(*doubts.warnings, text), differs=True)
 
 
 def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bool]:

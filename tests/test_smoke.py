@@ -581,3 +581,16 @@ def test_an_image_is_seen_alike_in_both_layouts(world: World, tmp_path: Path) ->
     for bad in ("no.png", "missing.png"):
         with pytest.raises(InputError):
             sample(world.good("D"), "hello", image=tmp_path / bad)
+
+
+def test_a_tower_with_other_facts_than_the_named_one_is_a_warning_beside_the_verdict(world: World) -> None:
+    """The same tower on both sides gives the same logits, whether or not it is the right one."""
+    original = configured(world.open("C-v1.5/original-no-vision-bin"), mm_vision_tower=str(world.at / "common/clip-tiny-28px"))
+    smoke = compare_original(original, original, tower=world.tower(42))
+    assert smoke.verdict == "same"
+    assert [finding.text for finding in smoke.findings if finding.verdict == "warning" and "42 pixels" in finding.text] != []
+
+
+def test_a_given_tower_that_serves_nobody_is_refused(world: World) -> None:
+    with pytest.raises(UsageError, match="holds its own vision tower"):
+        compare(world.good("C"), world.recorded("C"), tower=world.tower(42))

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_weights.checkpoint import Checkpoint, Origin, open_checkpoint
-from llava_weights.errors import InputError, MismatchError
+from llava_weights.conversion import convert
+from llava_weights.errors import InputError, MismatchError, UsageError
 from llava_weights.families import TOWER_DEFAULTS
 from llava_weights.tensors import LazyTensor, read_rows
 from llava_weights.tower import CLIP, Tower, complete_config, open_tower, own_tower, tower_shapes
@@ -411,3 +412,146 @@ def test_only_known_keys_come_along() -> None:
     hostile = {**TINY_CLIP, "auto_map": {"AutoModel": "x.Y"}, "architectures": ["X"], "vocab_size": 32000, "attention_dropout": 0}
     assert complete_config(hostile) == complete_config(TINY_CLIP)
     assert complete_config({**TINY_SIGLIP, "vision_use_head": True})["vision_use_head"] is False
+
+
+# --- the tower that a config names ------------------------------------------------------------------------------------
+
+LARGE_224 = {**LARGE_336, "image_size": 224}
+OPENAI, OPENAI_336, LAION = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14-336", "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"
+BLIND = FIXTURES / "C-v1.5/original-no-vision-bin"
+
+
+def clip(config: Mapping[str, Any], name: str) -> Checkpoint:
+    return Checkpoint(lazy(config, "vision_model."), config, Origin(name, Path("nowhere"), "safetensors", ()))
+
+
+def blind(width: int = 1024, **config: Any) -> Checkpoint:
+    """A tiny LLaVA without a tower, whose projector takes features of this width."""
+    opened = open_checkpoint(BLIND)
+    wide = opened.tensors["model.norm.weight"].rows
+    tensors = {**opened.tensors, "model.mm_projector.0.weight": LazyTensor(dtype="F16", shape=(wide, width))}
+    return replace(opened, tensors=tensors, config={**opened.config, "mm_hidden_size": width, **config})
+
+
+def converted(model: Checkpoint, tower: Checkpoint, **options: Any) -> tuple[tuple[str, ...], tuple[str, ...], Any]:
+    """The notes and the warnings about the tower, and the name that the output gives it."""
+    made = convert(model, "llava-hf", tower=tower, **options)
+    notes, warnings = (tuple(text for text in texts if "tower" in text) for texts in (made.history[-1].notes, made.history[-1].warnings))
+    return notes, warnings, made.config["vision_config"].get("_name_or_path")
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "real"),
+    [
+        (OPENAI, LARGE_336, OPENAI_336),
+        (OPENAI_336, LARGE_224, OPENAI),
+        (OPENAI_336.upper() + "/", LARGE_224, OPENAI),
+        (OPENAI, {**LARGE_224, "hidden_act": "gelu"}, LAION),
+        (LAION, LARGE_224, OPENAI),
+    ],
+    ids=["336 for 224", "224 for 336", "spelled otherwise", "LAION's for OpenAI's", "OpenAI's for LAION's"],
+)
+def test_a_published_tower_that_is_not_the_named_one_is_refused(named: str, given: dict[str, Any], real: str) -> None:
+    """Whatever the folder is called: shapes and config tell it."""
+    model, tower = blind(mm_vision_tower=named), clip(given, named.rpartition("/")[2])
+    with pytest.raises(MismatchError, match="is not the vision tower that the model was trained with") as caught:
+        convert(model, "llava-hf", tower=tower)
+    said = f"{caught.value}"
+    assert all(words in said for words in (named, real, "224 pixels", "24 layers of 1024", f"`--vision-tower {named}`", "--accept-tower"))
+    notes, warnings, name = converted(model, tower, accept_tower=True)
+    assert (len(warnings), notes, name) == (1, (), real)
+
+
+@pytest.mark.parametrize(("named", "given"), [(OPENAI, LARGE_224), (OPENAI_336, LARGE_336), (None, LARGE_336)])
+def test_the_named_tower_is_taken_without_a_word(named: str | None, given: dict[str, Any]) -> None:
+    folder = named.rpartition("/")[2] if named else "clip"
+    assert converted(blind(mm_vision_tower=named), clip(given, folder)) == ((), (), named)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "notes", "warnings"),
+    [
+        (blind(mm_vision_tower="/data/clip-of-mine"), LARGE_336, 1, 0),  # nobody knows what that was
+        (blind(mm_vision_tower="someone/clip-large"), LARGE_336, 1, 0),
+        (blind(mm_vision_tower="/data/clip-vit-large-patch14"), LARGE_336, 1, 0),  # a folder's name proves nothing
+        (blind(mm_vision_tower=OPENAI_336), {**LARGE_336, "image_size": 448}, 0, 1),
+        (blind(mm_vision_tower=OPENAI_336), {**LARGE_336, "num_hidden_layers": 23}, 0, 1),
+        (blind(mm_vision_tower=OPENAI_336, unfreeze_mm_vision_tower=True), LARGE_336, 0, 1),
+        (blind(24, mm_vision_tower=OPENAI_336), TINY_CLIP, 1, 0),  # the projector tells that the name is not its tower's
+        (blind(24, mm_vision_tower=str(CLIP_28)), TINY_CLIP, 0, 1),  # other images than the folder that is named
+    ],
+    ids=["a path", "a repository", "a path with a known name", "other images", "fewer layers", "trained", "tiny", "a folder that is there"],
+)
+def test_what_is_not_known_is_a_warning_where_a_fact_differs_and_else_a_note(
+    model: Checkpoint, given: dict[str, Any], notes: int, warnings: int
+) -> None:
+    said = converted(model, clip(given, "given"))
+    assert (len(said[0]), len(said[1])) == (notes, warnings), said
+
+
+def test_a_tower_inside_is_not_doubted_but_a_name_given_for_it_is() -> None:
+    """`--to llava --vision-tower NAME` names the tower that is inside."""
+    inside = blind(mm_vision_tower=OPENAI)
+    inside = replace(inside, tensors={**inside.tensors, **lazy(LARGE_336, "model.vision_tower.vision_tower.vision_model.")})
+    assert convert(inside, "llava-hf").history[-1].warnings == ()
+    assert convert(inside, "llava", tower_name=OPENAI_336).config["mm_vision_tower"] == OPENAI_336
+    with pytest.raises(MismatchError, match=f"it is {OPENAI_336}, named is `{OPENAI}`"):
+        convert(inside, "llava", tower_name=OPENAI)
+    assert len(convert(inside, "llava", tower_name=OPENAI, accept_tower=True).history[-1].warnings) == 1
+
+
+def test_another_tower_can_not_take_the_place_of_the_one_inside_of_a_llava_hf() -> None:
+    with pytest.raises(UsageError, match="holds its own vision tower"):
+        convert(CONVERTED, "llava-hf", tower=CLIP_28)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """`llava`, which names OpenAI's CLIP at 224 pixels, and `clip`, which has the shapes of the one at 336 and no values."""
+    model = blind(mm_vision_tower=OPENAI)
+    weights = values({name: tensor for name, tensor in model.tensors.items() if name != "model.mm_projector.0.weight"})
+    weights["model.mm_projector.0.weight"] = np.zeros(model.tensors["model.mm_projector.0.weight"].shape, np.float16)
+    shutil.copytree(BLIND, tmp_path / "llava", ignore=shutil.ignore_patterns("*.bin", "*.index.json"))
+    save_file(weights, tmp_path / "llava/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "llava/config.json").write_text(json.dumps(dict(model.config)))
+    (tmp_path / "clip").mkdir()
+    header, end = {}, 0
+    for name, tensor in lazy(LARGE_336, "vision_model.").items():
+        header[name] = {"dtype": "F16", "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    with open(tmp_path / "clip/model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (tmp_path / "clip/config.json").write_text(json.dumps(LARGE_336))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert llava -o out",
+        "smoke llava --original llava",
+        "smoke llava --record new.safetensors",
+        "smoke llava --image {image} --prompt a",
+        f"verify {CONVERTED} --base llava",
+    ],
+)
+def test_every_command_refuses_the_wrong_tower_and_its_hint_names_the_right_one(
+    cli: Callable[..., Any], published: Path, words: str
+) -> None:
+    """Also where the model is compared with itself: the same wrong tower on both sides proves nothing."""
+    image = next((FIXTURES / "common/images").glob("*.png"))
+    code, out, err = cli(*words.format(image=image).split(), "--vision-tower", "clip", cwd=published)
+    assert code == 3, out + err
+    assert all(text in err for text in (OPENAI_336, f"`--vision-tower {OPENAI}`", "--accept-tower"))
+    assert sorted(path.name for path in published.iterdir()) == ["clip", "llava"]
+
+
+@pytest.mark.parametrize("words", ["convert llava -o out", "smoke llava --image {image} --prompt a"])
+def test_the_hint_names_the_tower_of_the_config(cli: Callable[..., Any], published: Path, words: str) -> None:
+    image = next((FIXTURES / "common/images").glob("*.png"))
+    code, _, err = cli(*words.format(image=image).split(), cwd=published)
+    assert code == 3
+    assert OPENAI in err
+    assert "336" not in err

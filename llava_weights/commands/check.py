@@ -117,7 +117,13 @@ def diff(
             check_plot(plot, force=force, inputs=[a, b])
         elif force:
             raise UsageError("`--force` belongs to `--plot`", hint="pass both")
-        found = compare(open_checkpoint(a), open_checkpoint(b), tolerance=tolerance, jobs=jobs, on_event=console.on_event)
+        found = compare(
+            open_checkpoint(a, progress=show.bars),
+            open_checkpoint(b, progress=show.bars),
+            tolerance=tolerance,
+            jobs=jobs,
+            on_event=console.on_event,
+        )
         if plot:
             write_plot(found, plot, force=force)
         console.document(table(found, limit=limit or 20), document(found))
@@ -165,8 +171,9 @@ def smoke(
         _check_accept(accept_tower, vision_tower)
         how: Any = check_numbers(device, dtype, atol)
         _check_reports(junit, summary, force, [path, original, vision_tower, reference], record)
-        model = open_checkpoint(path, whole=True)
-        how |= {"tower": open_checkpoint(vision_tower) if vision_tower else None, "resident": resident, "accept_tower": accept_tower}
+        model = open_checkpoint(path, whole=True, progress=show.bars)
+        tower = open_checkpoint(vision_tower, progress=show.bars) if vision_tower else None
+        how |= {"tower": tower, "resident": resident, "accept_tower": accept_tower}
         limit = how.pop("atol")
         if record:
             from ..reference_file import record as keep
@@ -178,7 +185,7 @@ def smoke(
 
             how |= {"atol": limit, "on_event": console.on_event}
             if original:
-                done = compare_original(model, open_checkpoint(original, whole=True), **how)
+                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
             else:
                 done = compare(model, reference or Path(), **how)
             _prove(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)

@@ -27,7 +27,7 @@ def inspect(
         from ..checkpoint import open_checkpoint
         from ..inspection import inspect as look
 
-        rows, document = look(open_checkpoint(source, revision=revision), given=source, tensors=tensors)
+        rows, document = look(open_checkpoint(source, revision=revision, progress=show.bars), given=source, tensors=tensors)
         console.document([str(document["name"]), *two_columns(rows)], document)
 
 
