@@ -100,6 +100,7 @@ def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] 
 
 _listeners: list[Callable[[Event], None]] = []
 _told: dict[str, float] = {}  # when, by server
+_turn = threading.Lock()
 
 
 @contextmanager
@@ -115,10 +116,11 @@ def telling(on_event: Callable[[Event], None]) -> Iterator[None]:
 
 def tell(address: str, reason: str) -> None:
     """Let the listeners know that `address` is tried again because of `reason`; not at once again for the same server."""
-    server, now = "/".join(address.split("/")[:4]), time.monotonic()
-    if now - _told.get(server, -TOLD_AGAIN) < TOLD_AGAIN:
-        return
-    _told[server] = now
+    server, now = "/".join(address.split("/")[:3]), time.monotonic()
+    with _turn:
+        if now - _told.get(server, -TOLD_AGAIN) < TOLD_AGAIN:
+            return
+        _told[server] = now
     for listener in list(_listeners):
         listener(Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times"))
 
