@@ -136,9 +136,14 @@ def test_an_address_of_the_users_that_is_none(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["http://[::1", "foo://x", "not a url", "http://127.0.0.1:99999", "http://user:pa/ss@127.0.0.1:9", "http://"]
+    ("endpoint", "source"),
+    [
+        ("http://[::1", "hf://owner/name"),
+        ("http://[::1", "owner/name"),
+        ("foo://x", "owner/name"),
+        ("http://u:pa/ss@127.0.0.1:9", "hf://o/n"),
+    ],
 )
-@pytest.mark.parametrize("source", ["hf://owner/name", "owner/name"])
 def test_an_endpoint_that_is_no_address(cli: Any, endpoint: str, source: str) -> None:
     """In a process of its own: huggingface_hub reads the variable on import, and fails there."""
     done = cli("inspect", source, env={"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": ""})
