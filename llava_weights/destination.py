@@ -161,6 +161,7 @@ class Repository:
         )
 
     def check(self) -> None:
+        endpoint()
         from huggingface_hub import constants, get_token
 
         if constants.HF_HUB_OFFLINE:
@@ -255,9 +256,10 @@ class Repository:
         return LOGIN.format(page=f"{endpoint()}/{self.repo}")
 
     def _do(self, action: Callable[[Any], T]) -> T:
+        address = endpoint()
         from huggingface_hub import HfApi
 
-        api = HfApi(endpoint=endpoint(), library_name="llava-weights")
+        api = HfApi(endpoint=address, library_name="llava-weights")
 
         def quietly() -> T:
             with narration(progress=False), Retries(self.address) as retries:

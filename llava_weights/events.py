@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class Note:
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
 
+_turn = threading.Lock()
 _listeners: list[tuple[Callable[[Event], None], dict[str, float]]] = []
 
 
@@ -73,6 +75,8 @@ def tell(event: Event, *, key: str = "", seconds: float = 0.0) -> None:
     """Hand `event` to the listeners, but of what has the same `key` only one in so many seconds."""
     now = time.monotonic()
     for on_event, told in list(_listeners):
-        if now - told.get(key, -seconds) >= seconds:
-            told[key] = now
+        with _turn:
+            fresh = now - told.get(key, now - seconds) >= seconds
+            told[key] = now if fresh else told[key]
+        if fresh:
             on_event(event)

@@ -182,6 +182,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
             f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions", hint="give the revision once"
         )
     source = HubSource(source.repo_id, source.revision or revision, source.folder)
+    endpoint()
     with narration(sys.stderr.isatty() if progress is None else progress):
         try:
             return _fetch(source)

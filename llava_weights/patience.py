@@ -99,7 +99,7 @@ def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] 
 def tell_retry(address: str, reason: str) -> None:
     """Let the listeners know that `address` is tried again because of `reason`; not at once again for the same server."""
     note = Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times")
-    tell(note, key="/".join(address.split("/")[:4]), seconds=TOLD_AGAIN)
+    tell(note, key="/".join(address.split("/")[:3]), seconds=TOLD_AGAIN)
 
 
 def name_of(address: str) -> str:

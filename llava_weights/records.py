@@ -17,6 +17,7 @@ from .formats.folder import member
 from .formats.strict_json import load_object, read_exactly
 from .hub import HubSource, endpoint, explain
 from .manifest import ESCAPES, MANIFEST, SCHEMA, SUMS, FileEntry, TensorEntry, make_sums, root_of_tensors
+from .patience import ANSWER, within
 from .rehash import GIT
 
 MAX_MANIFEST = 16 << 20  # that of a 13B model has 250 kB
@@ -188,12 +189,14 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
 
     Raises HubError.
     """
+    address = endpoint()
     from huggingface_hub import HfApi, constants
 
-    api, timeout = HfApi(endpoint=endpoint(), library_name="llava-weights"), constants.HF_HUB_DOWNLOAD_TIMEOUT
+    api = HfApi(endpoint=address, library_name="llava-weights")
+    how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
     explained: LlavaWeightsError | None = None
     try:
-        info = api.model_info(source.repo_id, revision=source.revision, files_metadata=True, timeout=timeout)
+        info = within(ANSWER, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
         explained = explain(error, source)
         if explained is None:

@@ -182,9 +182,10 @@ def _of_hub(text: str, revision: str | None) -> Listing:
 
 
 def _ask_hub(source: HubSource) -> Any:
+    address = endpoint()
     from huggingface_hub import HfApi
 
-    api, tries = HfApi(endpoint=endpoint(), library_name="llava-weights"), Patience(f"hf://{source.repo_id}")
+    api, tries = HfApi(endpoint=address, library_name="llava-weights"), Patience(f"hf://{source.repo_id}")
     how: Any = {"revision": source.revision, "files_metadata": True, "timeout": 30}
     while True:
         try:

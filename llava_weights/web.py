@@ -99,8 +99,9 @@ def _answer(address: str, start: int, stop: int) -> Iterator[tuple[Any, str]]:
 
 
 def _no_address(address: str, place: str, error: Exception) -> HubError:
-    facts = {"leads to": repr(place[:200]), "reason": error}
-    return HubError(f"`{name_of(address)}` can't be read: where it should lie is no address", facts=facts, hint="check the address")
+    facts = {"asked for": address, "leads to": repr(place[:200]), "reason": error}
+    hint = "check the address, and those of proxies in the environment"
+    return HubError(f"`{name_of(address)}` can't be read: where it should lie is no address", facts=facts, hint=hint)
 
 
 def _first(address: str) -> tuple[str, dict[str, str]]:
@@ -210,7 +211,16 @@ def _bare(address: str) -> str:
 
 
 def endpoint() -> str:
-    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co."""
+    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co. Raises HubError where that is no address, which huggingface_hub's own import
+    does not survive."""
+    given = os.environ.get("HF_ENDPOINT") or ""
+    try:
+        parts = urlsplit(given)
+        sound = parts.scheme.lower() in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        sound = False
+    if given and not sound:
+        raise HubError("`HF_ENDPOINT` is no address", facts={"HF_ENDPOINT": given}, hint="set it as `https://hub.example`, or unset it")
     from huggingface_hub import constants
 
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+    return (given or constants.ENDPOINT).rstrip("/")

@@ -9,6 +9,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hub_uploads import UploadHub
@@ -132,6 +133,23 @@ def test_an_address_of_the_users_that_is_none(address: str) -> None:
     assert "is no address" in done.stderr
     with pytest.raises((UsageError, HubError)), shadowed(address):
         pass
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "source"),
+    [
+        ("http://[::1", "hf://owner/name"),
+        ("http://[::1", "owner/name"),
+        ("foo://x", "owner/name"),
+        ("http://u:pa/ss@127.0.0.1:9", "hf://o/n"),
+    ],
+)
+def test_an_endpoint_that_is_no_address(cli: Any, endpoint: str, source: str) -> None:
+    """In a process of its own: huggingface_hub reads the variable on import, and fails there."""
+    done = cli("inspect", source, env={"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": ""})
+    assert done.code == 6
+    assert done.stderr.startswith("error: `HF_ENDPOINT` is no address")
+    assert "pa/ss" not in done.stderr
 
 
 # --- a server that drips ----------------------------------------------------------------------------------------------

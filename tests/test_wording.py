@@ -134,6 +134,11 @@ def test_no_address_becomes_a_folder(cli: Any, fixtures: Path, tmp_path: Path, o
     assert (done.code, os.listdir(tmp_path)) == (3 if "HF" in output else 2, [])
 
 
+@pytest.mark.parametrize("folder", ["s3://bucket/x", "HF://owner/name", "az://c/x"])
+def test_a_demo_is_made_on_this_machine(cli: Any, tmp_path: Path, folder: str) -> None:
+    assert (cli("demo", folder).code, os.listdir(tmp_path)) == (2, [])
+
+
 def test_a_bucket_in_capitals_is_the_bucket(cli: Any, fixtures: Path, tmp_path: Path) -> None:
     folder = fixtures / "A-delta-v0"
     done = cli("apply-delta", "--base", folder / "base-hf-bin", "--delta", folder / "delta-307-apr17", "-o", "S3://bucket/x", "--finish")

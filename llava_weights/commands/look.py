@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..console import versions
+from ..errors import UsageError
 from ..wording import two_columns
 from .common import session
 from .options import Json, Quiet, Show, Verbose, grouped
@@ -39,7 +40,10 @@ def demo(
     """Make a toy LLaMA and its delta, then run the real commands on them and show each."""
     with session(Show(quiet=quiet, verbose=verbose), writes=True) as console:
         from ..demo import run
+        from ..destination import is_address
 
+        if is_address(str(folder)):
+            raise UsageError(f"`{folder}` is no folder of this machine", hint="give a path")
         raise typer.Exit(run(folder, console))
 
 
