@@ -137,8 +137,8 @@ def test_a_tied_head_may_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules", "modules_to_save", "target_parameters"])
 def test_an_adapter_config_of_endless_lists(tmp_path: Path, key: str) -> None:
     config = json.loads((LORA / "adapter_config.json").read_text())
-    names = [f"a{number}" for number in range(100_000)]
+    names = [f"a{number}" for number in range(20_000)]
     config[key] = dict.fromkeys(names, 8) if "pattern" in key else names
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"100,000 entries|far more|bytes, at most"):
+    with pytest.raises(InputError, match="20,000 entries"):
         read_rules(tmp_path / "adapter_config.json")
