@@ -33,14 +33,14 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
 
     Raises what a call raised, also where the pool wrapped it; OutputError where the pool itself broke.
     """
-    left, running, failure = deque(calls), set[Future[T]](), None
+    left, running = deque(calls), set[Future[T]]()
+    failure: BaseException | None = None
+    stopped = False
     try:
         while left or running:
             while left and len(running) < IN_FLIGHT:
                 running.add(pool.submit(left.popleft()))
             done, running = wait(running, GLANCE, FIRST_COMPLETED)
-            if (stopped := interruption()) is not None:
-                raise stopped
             for future in done:
                 if future.cancelled():
                     continue
@@ -49,6 +49,9 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
                     yield future.result()
                     continue
                 failure = failure or unwrapped(error)
+            failure = failure or interruption()
+            if failure is not None and not stopped:
+                stopped = True
                 left.clear()
                 for other in running:
                     other.cancel()

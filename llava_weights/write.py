@@ -27,7 +27,7 @@ from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, 
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard
 from .stream import ShardResult, output_error, write_shard
-from .threads import Shield, in_threads
+from .threads import Shield, in_threads, interruption
 from .wording import size
 from .workspace import SourceFile
 
@@ -183,13 +183,12 @@ def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str,
     indices = {shard.name: index for index, shard in enumerate(plan.shards, 1)}
     for result in list(results.values()):
         job.shard_done(asdict(result))
-    with Shield() as shield, closing(_write(plan, job, pool, dict(results), done, on_event)) as written:
+    with Shield(), closing(_write(plan, job, pool, dict(results), done, on_event)) as written:
         for result in written:
             job.append(asdict(result))
             results[result.name] = result  # from here on it is kept
             job.shard_done(asdict(result))
             on_event(ShardDone(result.name, indices[result.name], len(plan.shards), result.nbytes, result.sha256))
-            shield.check()
 
 
 @contextmanager
@@ -384,6 +383,8 @@ def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any],
             add[result.name]()
         return
     for shard in left:
+        if (stopped := interruption()) is not None:
+            raise stopped
         yield write_shard(shard, job.folder, plan.settings, on_bytes=counter.of(shard))
 
 
