@@ -381,6 +381,13 @@ def test_tensors_that_only_the_reference_has_are_a_failure_and_own_ones_are_unpr
     assert found.exit_code == 4
 
 
+def test_a_weight_file_alone_is_judged_without_small_files(good: Path, model: Path) -> None:
+    alone = model / "model.safetensors"
+    for reference in ({"deep": True}, {"against": good}, {"against": good / MANIFEST}, {"against": good / "model.safetensors"}):
+        found = verify(alone, **reference)  # type: ignore[arg-type]
+        assert (found.exit_code, said(found, "failed"), said(found, "warning")) == (0, "", "")
+
+
 # --- rules of kind ----------------------------------------------------------------------------------------------------
 
 
