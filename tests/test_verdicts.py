@@ -435,8 +435,10 @@ def test_what_a_command_makes_is_what_base_makes_again_small_files_too(cli: Any,
     assert made.code == 0, made
     done = cli("verify", "out", "--base", fixtures / sources["base"], *given)
     assert done.code == 0, done
-    assert "and small files (by the sources) verified" in done.stdout
+    assert "small files (by the sources) verified" in done.stdout
     assert "unchecked" not in done.stdout
+    for value in ("exact", "0.5", "gelu"):  # what the values depend on, and only the manifest tells
+        assert (f"{value}, " in done.stdout and "as its manifest records" in done.stdout) == (value in options)
 
 
 # --- warnings -----------------------------------------------------------------------------------------------------------
