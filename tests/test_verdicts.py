@@ -14,9 +14,11 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 import llava_weights as lw
 from llava_weights import proof
+from llava_weights.cli import app
 from llava_weights.errors import InputError, UsageError
 from llava_weights.events import Note
 from llava_weights.manifest import MANIFEST, SUMS
@@ -381,6 +383,13 @@ def test_tensors_that_only_the_reference_has_are_a_failure_and_own_ones_are_unpr
     assert found.exit_code == 4
 
 
+def test_a_weight_file_alone_is_judged_without_small_files(good: Path, model: Path) -> None:
+    alone = model / "model.safetensors"
+    for reference in ({"deep": True}, {"against": good}, {"against": good / MANIFEST}, {"against": good / "model.safetensors"}):
+        found = verify(alone, **reference)  # type: ignore[arg-type]
+        assert (found.exit_code, said(found, "failed"), said(found, "warning")) == (0, "", "")
+
+
 # --- rules of kind ----------------------------------------------------------------------------------------------------
 
 
@@ -420,16 +429,18 @@ MADE: dict[str, tuple[str, dict[str, str], list[str]]] = {  # command, sources t
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_what_a_command_makes_is_what_base_makes_again_small_files_too(cli: Any, fixtures: Path, name: str) -> None:
+def test_what_a_command_makes_is_what_base_makes_again_small_files_too(fixtures: Path, tmp_path: Path, name: str) -> None:
     command, sources, options = MADE[name]
     given = [word for role, place in sources.items() if role != "base" for word in (f"--{role}", fixtures / place)]
-    words = [fixtures / sources["base"] if word == "{base}" else word for word in command.split()]
-    made = cli(*words, *given, *options, "-o", "out", "-q")
-    assert made.code == 0, made
-    done = cli("verify", "out", "--base", fixtures / sources["base"], *given)
-    assert done.code == 0, done
-    assert "and small files (by the sources) verified" in done.stdout
-    assert "unchecked" not in done.stdout
+    base, out = str(fixtures / sources["base"]), str(tmp_path / "out")
+    made = CliRunner().invoke(app, [*command.format(base=base).split(), *map(str, given), *options, "-o", out, "-q"])
+    assert made.exit_code == 0, made.output
+    done = CliRunner().invoke(app, ["verify", out, "--base", base, *map(str, given)])
+    assert done.exit_code == 0, done.output
+    assert "small files (by the sources) verified" in done.output
+    assert "unchecked" not in done.output
+    for value in ("exact", "0.5", "gelu"):  # what the values depend on, and only the manifest tells
+        assert (f"{value}, " in done.output and "as its manifest records" in done.output) == (value in options)
 
 
 # --- warnings -----------------------------------------------------------------------------------------------------------
