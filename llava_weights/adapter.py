@@ -81,7 +81,9 @@ class Adapter:
     notes: tuple[str, ...] = ()
 
 
-def open_adapter(source: str | Path, *, revision: str | None = None, non_lora: Path | None = None, progress: bool | None = None) -> Adapter:
+def open_adapter(
+    source: str | Path, *, revision: str | None = None, non_lora: str | Path | None = None, progress: bool | None = None
+) -> Adapter:
     """Open an adapter: a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address
     as `open_checkpoint` takes it.
 
@@ -89,7 +91,8 @@ def open_adapter(source: str | Path, *, revision: str | None = None, non_lora: P
     files only. Raises UsageError for what is no path, InputError for anything missing, damaged, not LoRA, or without a place; HubError
     where the Hub can't serve it.
     """
-    text = source_text(to_place(source, "adapter"))
+    source, non_lora = to_place(source, "adapter"), Path(to_place(non_lora, "file of `non_lora`")) if non_lora is not None else None
+    text = source_text(source)
     if is_remote(text):
         with shadowed(text, revision) as shadow:
             return _open(shadow.path, shadow.name, shadow.revision, non_lora)

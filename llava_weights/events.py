@@ -76,7 +76,7 @@ def tell(event: Event, *, key: str = "", seconds: float = 0.0) -> None:
     now = time.monotonic()
     for on_event, told in list(_listeners):
         with _turn:
-            fresh = now - told.get(key, now - seconds) >= seconds
+            fresh = key not in told or now - told[key] >= seconds
             told[key] = now if fresh else told[key]
         if fresh:
             on_event(event)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .checkpoint import to_place
 from .errors import OutputError, UsageError
 from .events import Note
 from .job import Job, lock, open_job, remove
@@ -51,7 +52,7 @@ class PortionReport:
 
 def to_portion(text: str) -> Portion:
     """`3/16`. Raises UsageError for anything else."""
-    found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
+    found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text) if isinstance(text, str) else None
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"`--shards {text}` is not a portion", hint="write it as 3/16: the third of sixteen, counted from 1")
     return Portion(int(found[1]), int(found[2]))
@@ -66,7 +67,9 @@ def execute_portion(
     whole run, or another process with the same portion, is at work, where the earlier work is another's, or where nothing can be
     written; InputError where an input turns out damaged.
     """
-    target, own = Path(os.path.abspath(out)), portion.of(plan)
+    if not isinstance(plan, Plan) or not isinstance(portion, Portion):
+        raise UsageError("a portion is made of a plan", hint="give what `make_plan` and `to_portion` return")
+    target, own = Path(os.path.abspath(to_place(out, "output"))), portion.of(plan)
     preflight(plan, target, force=force)
     try:
         with open_job(target, shared=True) as job, _held(job, portion):

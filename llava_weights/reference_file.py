@@ -31,8 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Checkpoint, main_dtype
-from .errors import InputError
+from .buffers import to_dtype
+from .checkpoint import Checkpoint, Source, main_dtype, opened
+from .errors import InputError, UsageError
 from .events import Event, Note
 from .formats import shown
 from .formats.safetensors import index_safetensors, make_header
@@ -85,11 +86,11 @@ class Recording:
 
 
 def record(
-    checkpoint: Checkpoint,
-    path: Path,
+    checkpoint: Source,
+    path: str | Path,
     *,
     probes: Sequence[Probe] | None = None,
-    tower: Checkpoint | None = None,
+    tower: Source | None = None,
     device: str = "cpu",
     dtype: str = "F32",
     resident: bool = False,
@@ -99,14 +100,18 @@ def record(
 ) -> Recording:
     """Run `probes` (else the built-in ones) and keep what comes of them in `path`, in the form that reference_file.py describes.
 
-    Raises as `load_forward`, `check_given` and `write_recording`.
+    Raises UsageError for a value that an option can't have, and as `load_forward`,
+    `check_given` and `write_recording`.
     """
-    check_file(path, force=force, inputs=[checkpoint.origin.path])
-    for text in check_given(checkpoint, tower, accept=accept_tower).warnings:
+    place = check_file(path, force=force)
+    device, dtype = check_forward(device, dtype)
+    model, clip = opened(checkpoint, "checkpoint", whole=True), opened(tower, "tower") if tower is not None else None
+    check_file(place, force=force, inputs=[model.origin.path])
+    for text in check_given(model, clip, accept=accept_tower).warnings:
         on_event(Note(text, warning=True))
-    probes = built_in_probes(checkpoint, tower=tower) if probes is None else probes
-    made = make_recording(checkpoint, probes, tower=tower, device=device, dtype=dtype, resident=resident, on_event=on_event)
-    write_recording(made, path, force=force)
+    probes = built_in_probes(model, tower=clip) if probes is None else probes
+    made = make_recording(model, probes, tower=clip, device=device, dtype=dtype, resident=resident, on_event=on_event)
+    write_recording(made, place, force=force)
     return made
 
 
@@ -149,6 +154,15 @@ def make_recording(
         **{f"version.{name}": text for name, text in {**environment(), "transformers": version("transformers")}.items()},
     }
     return Recording(tuple(made), {**metadata, **root})
+
+
+def check_forward(device: str, dtype: str) -> tuple[str, str]:
+    """Device, and dtype as safetensors spells it. Raises UsageError where no forward pass could take them."""
+    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"there is no device `{device}`", hint="choose cpu, cuda or cuda:N")
+    if (chosen := to_dtype(dtype)) is None:
+        raise UsageError("a forward pass needs a dtype", hint="choose F32, BF16 or F16")
+    return device, chosen
 
 
 def load_runner(checkpoint: Checkpoint, *, tower: Checkpoint | None, device: str, dtype: str, resident: bool) -> Runner:

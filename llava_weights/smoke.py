@@ -6,8 +6,6 @@ reference proves something where another program made it, as LLaVA's own code; a
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +14,14 @@ from typing import Any, Literal
 import numpy as np
 
 from . import findings
-from .buffers import to_dtype
 from .checkpoint import Checkpoint, Source, main_dtype, opened, to_place
-from .errors import InputError, UsageError, VerificationError
+from .errors import InputError, UsageError, VerificationError, finite
 from .events import Note
 from .findings import Finding
 from .formats import shown
 from .forward import Outcome, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
-from .reference_file import Listener, Recorded, Recording, load_runner, make_recording, read_recording, sketch
+from .reference_file import Listener, Recorded, Recording, check_forward, load_runner, make_recording, read_recording, sketch
 from .tower import Doubts, tower_hint
 
 Where = Literal["text", "image"]
@@ -360,14 +357,11 @@ def smoke_test(
 
 
 def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[str, Any]:
-    """Options of a forward pass as its functions take them. Raises UsageError for a value that one of them can't have."""
-    if not isinstance(device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"there is no device `{device}`", hint="choose cpu, cuda or cuda:N")
-    if atol is not None and not (isinstance(atol, int | float) and 0 <= atol < math.inf):
+    """Options of a comparison as its functions take them. Raises UsageError for a value that one of them can't have."""
+    if atol is not None and finite("atol", atol) < 0:
         raise UsageError(f"`atol` is {atol!r}, it must be a number from 0 on")
-    if (chosen := to_dtype(dtype)) is None:
-        raise UsageError("a forward pass needs a dtype", hint="choose F32, BF16 or F16")
-    return {"device": device, "dtype": chosen, "atol": atol}
+    device, dtype = check_forward(device, dtype)
+    return {"device": device, "dtype": dtype, "atol": atol}
 
 
 def table(smoke: Smoke) -> list[str]:

@@ -218,7 +218,8 @@ def check_tower(model: Checkpoint, given: Tower, *, name: str = "", accept: bool
     facts = {f"{shown(named)}, as named": _described(wanted), f"{shown(label)}, as given": _described(given.config)}
     if known and is_known and not accept:
         what = f"{shown(label)} is not the vision tower that the model was trained with: it is {known.repo}, named is {shown(named)}"
-        right = known.repo if name and given.origin is None else named
+        told = published(named)
+        right = known.repo if given.origin is None else told.repo if told else shown(named)[1:-1]
         hint = f"give `--vision-tower {right}`, its repository or folder; `--accept-tower` goes on with this one"
         raise MismatchError(what, facts=facts, hint=hint)
     text = f"the vision tower is not the one that the config names: {'; '.join(f'{label} {text}' for label, text in facts.items())}"

@@ -84,6 +84,12 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "open_checkpoint of nothing": (lambda: lib.open_checkpoint(None), "the source is of the type `NoneType`"),
     "open_checkpoint at a number": (lambda: lib.open_checkpoint(BASE, revision=3), "the revision is of the type `int`"),
     "open_adapter of nothing": (lambda: lib.open_adapter(None), "the adapter is of the type `NoneType`"),
+    "open_adapter beside a number": (lambda: lib.open_adapter(LORA, non_lora=3), "the file of `non_lora` is of the type `int`"),
+    "record to no path": (lambda: lib.record(HUB, None), "None is no path of a file"),
+    "record on another device": (lambda: lib.record(NOWHERE, "new", device="tpu"), "cpu, cuda or cuda:N"),
+    "record with a tower for nobody": (lambda: lib.record(HUB, "new", tower=CLIP), "holds its own vision tower"),
+    "a portion of no plan": (lambda: lib.execute_portion(BASE, "out", lw.to_portion("1/2")), "what `make_plan`"),
+    "a portion of a number": (lambda: lib.to_portion(3), "is not a portion"),
     "a portion of a text": (lambda: lib.to_portion("3/2"), "is not a portion"),
 }
 
