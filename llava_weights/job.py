@@ -178,7 +178,7 @@ class Job:
             os.fsync(file.fileno())
 
     def noted_sources(self) -> dict[str, list[int]]:
-        """The state of each input, by path, that all finished shards were made of, as far as it is known."""
+        """The state of each input, by a digest of its path, that all finished shards were made of, as far as it is known."""
         found = _json(self.sources.read_bytes()) if self.sources.exists() else None
         return found if isinstance(found, dict) else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
@@ -118,8 +119,13 @@ def _run(
 def note_sources(plan: Plan, job: Job, *, fresh: bool) -> None:
     """Note the state that the inputs had when they were indexed, unless there are finished shards (`fresh`) of an earlier state."""
     if fresh or not job.sources.exists():
-        known = {} if not fresh else {file.path: file.state for file in _local_sources(plan)}
+        known = {} if not fresh else {_key(file): file.state for file in _local_sources(plan)}
         job.note_sources(known)
+
+
+def _key(file: SourceFile) -> str:
+    """A path without what it may say: a folder's name may hold a token."""
+    return hashlib.sha256(os.fsencode(file.path)).hexdigest()
 
 
 def _local_sources(plan: Plan) -> set[SourceFile]:
@@ -135,7 +141,7 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
     Those of them that come out otherwise are no longer kept.
     """
     noted, now = job.noted_sources(), {file: SourceFile.at(Path(file.path)).state for file in _local_sources(plan)}
-    moved = {file for file, state in now.items() if noted.get(file.path) != state}
+    moved = {file for file, state in now.items() if noted.get(_key(file)) != state}
     if not moved:
         return
     on_event(Note(f"{listed(sorted(file.name for file in moved))}: touched since this work began, so what was read is read again"))
@@ -151,7 +157,7 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
     sync_folder(job.folder)
     same = all(map(same_header, moved))
     if same:  # what is kept now was made of this state
-        job.note_sources({file.path: state for file, state in now.items()})
+        job.note_sources({_key(file): state for file, state in now.items()})
     if wrong or not same:
         names = sorted(file.name for file in moved)
         facts = {"file": ", ".join(sorted(file.path for file in moved)), "shards that other bytes went into": ", ".join(wrong) or "unknown"}
