@@ -129,7 +129,9 @@ def to_place(source: object, role: str) -> str | Path:
     """`source` where it is a path or a text. Raises UsageError for anything else."""
     if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str) or not os.fspath(source):
         hint = "give a path, `owner/name` of the Hub, or what `open_checkpoint` returned"
-        raise UsageError(f"the {role} is {_kind_of(source)}, no checkpoint", hint=hint)
+        raise UsageError(f"the {role} is {_kind_of(source)}, no path", hint=hint)
+    if "\0" in os.fspath(source):
+        raise UsageError(f"the {role} has a NUL in its path", facts={"given": repr(source)})
     return source if isinstance(source, str) else Path(source)
 
 

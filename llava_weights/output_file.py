@@ -22,7 +22,7 @@ def check_file(
     Raises UsageError for what is no path, OutputError for a folder that is missing or can't be written, for a file that exists, and
     for what is no regular file.
     """
-    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
         raise UsageError(f"{path!r} is no path of a file")
     path = Path(os.path.expanduser(path))
     name, facts = shown(path.name or str(path)), {"file": path.absolute()}

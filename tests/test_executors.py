@@ -267,7 +267,7 @@ def test_errors_travel_whole(kind: type[LlavaWeightsError]) -> None:
     error = kind("it broke") if kind is Interrupted else kind("it broke", facts={"file": Path("a"), "bytes": 3}, hint="mend it")
     error.kept, error.exit_code = "3 of 5", 143
     back = pickle.loads(pickle.dumps(error))
-    assert (type(back), str(back), back.__dict__) == (kind, "it broke", error.__dict__)
+    assert (type(back), str(back), back.__dict__) == (kind, str(error), error.__dict__)
 
 
 def test_what_is_inside_an_error() -> None:

@@ -124,7 +124,7 @@ def test_checksums_that_can_not_be_written_are_refused_before_the_reading(tmp_pa
 
 
 def test_what_is_no_path_is_a_usage_error(tmp_path: Path) -> None:
-    for wrong in ("", 7, None, b"bytes\xff"):
+    for wrong in ("", 7, None, b"bytes\xff", "a\0b"):
         with pytest.raises(UsageError):
             check_file(wrong)  # type: ignore[arg-type]
     with pytest.raises(OutputError, match="its folder does not exist"):

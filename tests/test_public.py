@@ -63,6 +63,8 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "execute of a checkpoint": (lambda: lib.execute(lw.open_checkpoint(BASE), "out"), "what `make_plan` returns"),
     "execute to nowhere": (lambda: lib.execute(lw.make_plan(BASE), None), "the output is of the type `NoneType`"),
     "execute to an empty name": (lambda: lib.execute(lw.make_plan(BASE), ""), "the output is an empty text"),
+    "execute to a NUL": (lambda: lib.execute(lw.make_plan(BASE), "a\0b"), "the output has a NUL"),
+    "open_checkpoint of a NUL": (lambda: lib.open_checkpoint("a\0b"), "the source has a NUL"),
     "execute on a pool of no kind": (lambda: lib.execute(lw.make_plan(BASE), "out", pool=4), "concurrent.futures.Executor"),
     "verify of nothing": (lambda: lib.verify(None), "the checkpoint is of the type `NoneType`"),
     "verify against nothing": (lambda: lib.verify(BASE, against=""), "the reference is an empty text"),
@@ -127,6 +129,7 @@ def test_an_output_must_be_able_to_get_its_name(cli: Callable[..., Any]) -> None
         code, _, err = cli("apply-delta", "--base", BASE, "--delta", DELTA, "-o", output, "--force")
         assert code == 5, err
         assert "can't be an output" in err
+    assert cli("apply-delta", "--base", BASE, "--delta", DELTA, "-o", "", "--force").code == 2
     with pytest.raises(lw.OutputError, match="can't be an output"):
         lw.execute(lw.make_plan(BASE), "/", force=True)
 

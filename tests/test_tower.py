@@ -456,8 +456,9 @@ def test_a_published_tower_that_is_not_the_named_one_is_refused(named: str, give
     model, tower = blind(mm_vision_tower=named), clip(given, named.rpartition("/")[2])
     with pytest.raises(MismatchError, match="is not the vision tower that the model was trained with") as caught:
         convert(model, "llava-hf", tower=tower)
-    said = f"{caught.value}"
-    assert all(words in said for words in (named, real, "224 pixels", "24 layers of 1024", f"`--vision-tower {named}`", "--accept-tower"))
+    said, right = f"{caught.value}", f"`--vision-tower {named.rstrip('/')}`"
+    assert all(words in said for words in (named, real, "224 pixels", "24 layers of 1024", "--accept-tower"))
+    assert right.lower() in said.lower()
     notes, warnings, name = converted(model, tower, accept_tower=True)
     assert (len(warnings), notes, name) == (1, (), real)
 

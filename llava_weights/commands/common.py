@@ -163,6 +163,8 @@ def check_options(
     from ..lora import check_merge
     from ..plan import parse_size
 
+    if not output:
+        raise UsageError("`-o` is empty", hint="give the folder to write")
     given = layout.given if layout else {}
     merging = {"--arithmetic": arithmetic, "--scale": scale, "--non-lora": non_lora}
     if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
