@@ -49,6 +49,8 @@ SOFT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokeniz
 # Compared where both sides say them: what stands there where one does not is the reader's choice.
 BOTH = r"(.*\.)?(architectures|processor_class|feature_extractor_type)"
 CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_internal": None, "quantization_config": None}
+# What a conversion itself writes into the text model's config: names of classes, rows and the padding token.
+WRITTEN = ("architectures", "model_type", "vocab_size", "pad_token_id")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What the classes assume (LlavaConfig and LlavaNextConfig of transformers 4.37 to 5.23; LLaVA's own code at c121f04).
 HUB = {
@@ -138,12 +140,13 @@ def _converted(ours: Checkpoint, theirs: Checkpoint, tower: Checkpoint | None, f
     if ours.layout == "llava-hf":
         forms = {act: form for form, act in FORMS.items()}
         rows = next((tensor.rows for name, tensor in ours.tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
-        options = {"projector_form": forms.get(str(ours.config.get("projector_hidden_act"))), "vocab_size": rows}
+        single = any(canonical(name) == "projector.weight" for name in theirs.tensors)  # which alone has forms
+        options = {"projector_form": forms.get(str(ours.config.get("projector_hidden_act"))) if single else None, "vocab_size": rows}
     if tower is None and not any(canonical(name).startswith("tower.") for name in theirs.tensors):
         tower = _tower_of(ours)
         found.open.append(f"`vision_config` and {shown(PREPROCESSOR)}: {found.label} holds no vision tower, and none was given")
     try:
-        return convert(theirs, ours.layout, tower=tower, **options)
+        return convert(theirs, ours.layout, tower=tower, accept_tower=True, **options)
     except (InputError, UsageError) as error:
         found.open.append(f"all but the text model's config: {found.label} can't be converted, {error.what}")
         found.text_only = True
@@ -160,7 +163,7 @@ def _tower_of(checkpoint: Checkpoint) -> Checkpoint | None:
 
 def _compare(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     if found.text_only:
-        mine, other = _text(ours), _text(theirs)
+        mine, other = ({k: v for k, v in _text(side).items() if k not in WRITTEN} for side in (ours, theirs))
         found.values(CONFIG, {key: mine[key] for key in mine if key in other}, {key: other[key] for key in other if key in mine})
         return
     if found.there(CONFIG, bool(ours.of(CONFIG)), bool(theirs.of(CONFIG))):
