@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .agreement import GENERATION, REPAIR, RIGHT_TOKENIZER, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
+from . import agreement_values
+from .agreement import GENERATION, REPAIR, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
+from .agreement_tokenizer import RIGHT_TOKENIZER
+from .agreement_values import ACTIVATIONS, PREPROCESSOR, image_settings
 from .checkpoint import small_text
 from .config import check_structure, few
 from .families import DROPPED
@@ -21,12 +24,7 @@ from .tokenizer import CONFIG as TOKENIZER
 from .tokenizer import FAST
 from .tower import own_tower
 
-PREPROCESSOR, TEMPLATE, JINJA = "preprocessor_config.json", "chat_template.json", "chat_template.jinja"
-# transformers.activations.ACT2FN of 4.37 and 4.57. `identity` is not among them.
-ACTIVATIONS = (
-    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh", "laplace",
-    "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh", "xielu",
-)  # fmt: skip
+TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
 # What LlamaConfig, MistralConfig and Qwen2Config assume where the key is missing.
 LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 MISTRAL = {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8}
@@ -232,9 +230,7 @@ def _nested(s: Sidecars) -> Iterator[str]:
 
 
 def _preprocessor(s: Sidecars) -> Iterator[str]:
-    nested = s.of(PROCESSOR).get("image_processor")
-    settings = s.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else None)
-    if settings is None:
+    if not (settings := image_settings(s)):
         yield "it is missing: nothing says how an image becomes pixels"
         return
     if s.tower:
@@ -263,6 +259,12 @@ def _templates_differ(s: Sidecars) -> Iterator[str]:
         yield "it differs from chat_template.jinja: the processor reads one, the tokenizer the other"
 
 
+def _third_template(s: Sidecars) -> Iterator[str]:
+    text, inside = s.of(TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA), s.of(TOKENIZER).get("chat_template")
+    if isinstance(text, str) and isinstance(inside, str) and text.rstrip("\n") != inside.rstrip("\n"):
+        yield "its `chat_template` is another than the one beside it: tokenizers read this one where they find no chat_template.jinja"
+
+
 RULES = (
     Rule(CONFIG, "vocabulary", _vocabulary, remedy=REPAIR),
     Rule(CONFIG, "names and shapes of the text model", _structure, remedy="check that all shards are there and that config.json is theirs"),
@@ -279,21 +281,27 @@ RULES = (
     Rule(CONFIG, "model type", _kind, "warning", REPAIR),
     Rule(CONFIG, "image_newline", _newline, remedy=REPAIR),
     Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
+    *agreement_values.COMMON,
+    *agreement_values.HUB,
     Rule(GENERATION, "there", _generation_missing, remedy=REPAIR),
     Rule(GENERATION, "bos, eos and pad as in the tokenizer", generation_ids, remedy=REPAIR),
+    *agreement_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, remedy=RIGHT_TOKENIZER),
     *SHARED,
     Rule(TOKENIZER, "legacy", _legacy, "warning", REPAIR),
     Rule(TOKENIZER, "class", _class, remedy=REPAIR),
+    *agreement_values.PADDING,
     Rule(FAST, "form", _fast, "warning", REPAIR),
     Rule(FAST, "image token", _image_token, remedy=REPAIR),
     Rule(FAST, "image token", _image_special, "warning", REPAIR),
     Rule(PROCESSOR, "there", _processor_missing, remedy=REPAIR),
     Rule(PROCESSOR, "patches, class token and strategy of the tower", _processor, remedy=REPAIR),
     Rule(PREPROCESSOR, "image size and pinpoints of the model", _preprocessor, remedy=REPAIR),
+    *agreement_values.IMAGES,
     Rule(PREPROCESSOR, "place", _nested, "warning", REPAIR),
     Rule(TEMPLATE, "there, with the image token", _template, "warning", REPAIR),
     Rule(TEMPLATE, "the same as chat_template.jinja", _templates_differ, remedy=REPAIR),
+    Rule(TOKENIZER, "chat template", _third_template, "warning", REPAIR),
     Rule("tensors", "key style", _style, "warning", REPAIR),
     Rule("tensors", "no stray buffers", _buffers, "warning", REPAIR),
 )
