@@ -21,7 +21,7 @@ from .findings import Finding
 from .formats import shown
 from .forward import Outcome, Runner
 from .probes import TOWER, built_in_probes, find_sight, in_layout
-from .reference_file import Listener, Recorded, Recording, load_runner, make_recording, read_recording, sketch
+from .reference_file import Listener, Recorded, Recording, draw_seed, load_runner, make_recording, read_recording, sketch
 
 Where = Literal["text", "image"]
 Verdict = Literal["same", "plausible", "suspicious", "different"]
@@ -283,17 +283,20 @@ def compare_original(
     dtype: str = "F32",
     resident: bool = False,
     atol: float | None = None,
+    seed: int | None = None,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
     """Compare with the unconverted checkpoint, which runs in float32 on a path of its own (`load_original`), on built-in probes.
 
-    `tower` is the CLIP of an original that holds none; without it only text is compared, and a finding says so.
+    `tower` is the CLIP of an original that holds none; without it only text is compared, and a finding says so. `seed` as in `record`.
     """
     if original.layout != "llava":
         raise InputError(
             f"{shown(original.origin.name)} is no LLaVA in the original layout", hint="record it, and compare with the recording"
         )
-    probes = built_in_probes(original, tower=tower)
+    seed = draw_seed() if seed is None else seed
+    probes = built_in_probes(original, tower=tower, seed=seed)
+    on_event(Note(f"rows of the vocabulary table drawn with seed {seed}"))
     reference = make_recording(original, probes, tower=tower, device=device, resident=resident, on_event=on_event)
     smoke = compare(checkpoint, reference, tower=tower, device=device, dtype=dtype, resident=resident, atol=atol, on_event=on_event)
     if any(probe.pixel_values is not None for probe in probes):
