@@ -5,49 +5,76 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
+from .compare_files import compare_files
 from .config import few
 from .errors import InputError
 from .events import Event
-from .families import DROPPED
+from .families import CONFIG_FILES, DROPPED, PROCESSOR_FILES, TOKENIZER_FILES
 from .findings import Finding, Verdict
 from .formats import listed, shown
 from .formats.folder import SUFFIXES
 from .hub import HubSource, parse_source
 from .manifest import TensorEntry
-from .naming import Names
+from .naming import TABLES, Names, canonical
 from .published import recognise
 from .records import Sum, find_manifest, hub_sums, read_manifest, read_sums
-from .rehash import Reading, rehash
-from .tensors import LazyTensor
+from .rehash import Reading, digests, rehash
+from .resize import resized
+from .tensors import LazyTensor, cast
+from .tower import open_tower
 
 PUBLISHED = "published"  # as the name of a reference: the table in published.py
 SHOWN = 20  # failures of one level that are listed one by one
+PROVED = "equal to"  # how the reason of an explained tensor begins that another comparison proved
 DAMAGED = "get the file again, or repeat the command that wrote it"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the checkpoint is compared with: `tensors`, or digests of files, or neither for the published table."""
+    """What the checkpoint is compared with: the values of `checkpoint`, the digests of `tensors` and `files` that a manifest lists, the
+    digests of files in a list, or nothing of these for the published table."""
 
     label: str
-    tensors: Mapping[str, TensorEntry] | None = None
+    tensors: Mapping[str, TensorEntry] | None = None  # of a checkpoint only once `read_reference` has read them
+    files: Mapping[str, str] = field(default_factory=dict)  # of a manifest: name -> sha256
     sums: tuple[Sum, ...] = ()
     source: Path | None = None  # the list
     complete: bool = True  # a file that is listed must be there
+    checkpoint: Checkpoint | None = None
 
     @property
     def algorithms(self) -> tuple[str, ...]:
         md5 = ("md5",) if self.label == PUBLISHED else ()
         return tuple(dict.fromkeys(("sha256", *md5, *(entry.algorithm for entry in self.sums))))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files that are read."""
+        return sum(file.size for file in self.checkpoint.origin.files) if self.checkpoint else 0
 
-def find_reference(against: str | Path, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None) -> Reference:
-    """What `against` names; a checkpoint without a manifest is read for it.
+
+@dataclass(frozen=True)
+class Side:
+    """What is compared: its files by name, what was just read of them, and which tensors each weight file holds.
+
+    `explained` are tensors that the reference need not have, with the reason in words.
+    """
+
+    place: Path
+    checkpoint: Checkpoint | None
+    files: Mapping[str, Path]
+    reading: Reading
+    weights: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    explained: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_reference(against: str | Path) -> Reference:
+    """What `against` names. Nothing but headers, a manifest or a list is read.
 
     Raises InputError where it is nothing to compare with (a bad reference is no failure of the checkpoint), HubError where the Hub
     can't be asked.
@@ -61,63 +88,189 @@ def find_reference(against: str | Path, *, jobs: int = 2, on_event: Callable[[Ev
     path = source.path
     label = shown(path.resolve().name)
     if path.suffix == ".json":
-        return Reference(label, read_manifest(path).tensors)
-    if manifest := find_manifest(path):
-        return Reference(f"the manifest of {label}", manifest.tensors)
+        manifest = read_manifest(path)
+        return Reference(label, manifest.tensors, {name: entry.sha256 for name, entry in manifest.files.items()})
     if not path.is_dir() and path.suffix not in SUFFIXES:
         return Reference(label, sums=read_sums(path), source=path.absolute())
-    other = open_checkpoint(path)
+    return Reference(label, checkpoint=open_checkpoint(path))
+
+
+def read_reference(
+    reference: Reference, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+) -> tuple[Reference, list[Finding]]:
+    """The reference with digests of its values, and what is wrong with a manifest that lies beside them: it is not asked for any.
+
+    Raises InputError where the values can't be read.
+    """
+    other = reference.checkpoint
+    if other is None:
+        return reference, []
     reading = rehash({Path(file.path).name: Path(file.path) for file in other.origin.files}, other.tensors, jobs=jobs, on_event=on_event)
     if reading.damaged:
-        raise InputError(f"{label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=DAMAGED)
-    return Reference(label, reading.tensors)
+        raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=DAMAGED)
+    stale = f"the manifest beside {reference.label}"
+    try:
+        manifest = find_manifest(other.origin.path)
+        recorded = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
+        wrong = [name for name, entry in reading.tensors.items() if manifest and recorded.get(name) != entry.sha256]
+        text = f"{stale} is not of its values, which were compared: {few(wrong)}" if wrong else ""
+    except InputError as error:
+        text = f"{stale} was not asked: {error.what}"
+    found = [Finding("against", "warning", reference.label, text, "see which of the two is right", "stale-manifest")] if text else []
+    return replace(reference, tensors=reading.tensors), found
 
 
-def compare(
-    place: Path, files: Mapping[str, Path], recorded: Mapping[str, TensorEntry], reading: Reading, reference: Reference
-) -> list[Finding]:
-    """Findings of level "against" or "published" for the checkpoint in `place`; `recorded` stands in for tensors that were not read."""
+def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = None, jobs: int = 2) -> list[Finding]:
+    """Findings of level "against" or "published" for what was read of the subject. Raises InputError where it changes meanwhile."""
     if reference.label == PUBLISHED:
-        return list(_published(reading))
+        return list(_published(subject))
     if reference.tensors is None:
-        return list(_by_files(place, files, reading, reference))
-    how = "" if reading.tensors else ", by its manifest"
-    return list(_by_tensors(reading.tensors or recorded, reference.tensors, reference.label, how))
+        return list(_by_files(subject, reference))
+    findings = list(_by_tensors(subject, reference.tensors, reference.label, jobs))
+    if reference.files:
+        return findings + _by_recorded_files(subject, reference)
+    if reference.checkpoint and subject.checkpoint:
+        findings += compare_files(subject.checkpoint, reference.checkpoint, reference.label, "against", tower=tower)
+    return findings
 
 
-def _by_tensors(ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], label: str, how: str) -> Iterator[Finding]:
-    pairs, alone = Names(theirs).match(ours)
+def compare_tower(
+    checkpoint: Checkpoint, reading: Reading, given: Checkpoint, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+) -> tuple[list[Finding], dict[str, str]]:
+    """The tower in `checkpoint` beside the one that was given, cast to its dtype; and the tensors that it proves, with the reason."""
+    tower, label = open_tower(given), shown(given.origin.name)
+    inside = {canonical(name): name for name in reading.tensors}
+    pairs = {f"tower.{behind}": tensor for behind, tensor in tower.tensors.items() if f"tower.{behind}" in inside}
+    if not pairs:
+        text = f"{shown(checkpoint.origin.name)} holds no vision tower to compare with {label}"
+        return [Finding("against", "unproved", label, text, rule="vision-tower", part="no vision tower to compare")], {}
+    same_dtype = {inside[part]: cast(tensor, reading.tensors[inside[part]].dtype) for part, tensor in pairs.items()}
+    found = digests(same_dtype, jobs=jobs, on_event=on_event)
+    ours = {name: (reading.tensors[name].dtype, reading.tensors[name].shape, reading.tensors[name].sha256) for name in found}
+    wrong = [failed("against", name, f"{shown(name)} is not that of {label}") for name in found if found[name] != ours[name]]
+    extra = [name for part, name in inside.items() if part.startswith("tower.") and name not in found and not re.fullmatch(DROPPED, name)]
+    lacking = [behind for behind in tower.tensors if f"tower.{behind}" not in inside]
+    wrong += (
+        [failed("against", extra[0], f"{counted(len(extra), 'tensor')} of the tower are not in {label}: {few(extra)}")] if extra else []
+    )
+    wrong += [failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} of {label} are missing: {few(lacking)}")] if lacking else []
+    part = f"the vision tower (by {label})"
+    text = f"{counted(len(found), 'tensor')} of the vision tower equal to {label}"
+    findings = [replace(each, rule="vision-tower") for each in folded("against", label, wrong, text, part=part)]
+    return findings, {} if wrong else dict.fromkeys(found, f"{PROVED} the vision tower {label}")
+
+
+def _by_tensors(subject: Side, theirs: Mapping[str, TensorEntry], label: str, jobs: int) -> Iterator[Finding]:
+    ours = subject.reading.tensors
+    pairs, alone = _paired(ours, theirs)
     taken = set(pairs.values())
     there = [name for name in theirs if name not in taken]
     unlike = {name: other for name, other in pairs.items() if kind(ours[name]) != kind(theirs[other])}
     alike = {name: other for name, other in pairs.items() if name not in unlike and not re.fullmatch(DROPPED, name)}
     buffers = dict.fromkeys(name for name in (*alone, *there, *pairs) if re.fullmatch(DROPPED, name))
+    grown = {name: other for name, other in unlike.items() if _is_grown(name, ours[name], theirs[other])}
+    heads = _heads(subject, {name: theirs[other].shape[0] for name, other in grown.items()}, jobs)
 
     def wrong() -> Iterator[Finding]:
         for name, other in unlike.items():
-            if name in buffers:
-                continue
-            yield failed("against", name, f"{shown(name)} is {kind(ours[name])}, in {label} it is {kind(theirs[other])}")
-        for names, where in ((alone, f"not in {label}"), (there, f"only in {label}")):
-            if lacking := [name for name in names if name not in buffers]:
-                yield failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} {where}: {few(lacking)}")
-        yield from differing("against", ours, theirs, alike, f"{label} has")
+            if name not in buffers and name not in grown:
+                yield failed("against", name, f"{shown(name)} is {kind(ours[name])}, in {label} it is {kind(theirs[other])}")
+        if lacking := [name for name in there if name not in buffers]:
+            yield failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} only in {label}: {few(lacking)}")
+        yield from differing("against", {**ours, **heads}, theirs, {**alike, **grown}, f"{label} has")
 
     if buffers:
         yield Finding("against", "unchecked", label, f"buffers that no program reads were left out: {listed(buffers)}")
-    text = f"{counted(len(alike), 'tensor')} equal to {label}{how}" if alike else ""
-    yield from folded("against", label, wrong(), text)
+    rows = "".join(f", {theirs[other].shape[0]:,} rows of {shown(name)}" for name, other in grown.items())
+    text = f"{counted(len(alike), 'tensor')}{rows} equal to {label}" if alike or grown else ""
+    yield from folded("against", label, wrong(), text, part=f"values of {counted(len(alike) + len(grown), 'tensor')} (by {label})")
+    for name, other in grown.items():
+        count = ours[name].shape[0] - theirs[other].shape[0]
+        told = f"{shown(name)} has {counted(count, 'row')} more than in {label}, which were not compared"
+        yield Finding("against", "unchecked", name, told, part=f"unchecked: {counted(count, 'row')} of {shown(name)}")
+    yield from _without_counterpart([name for name in alone if name not in buffers], subject.explained, label)
 
 
-def _by_files(place: Path, files: Mapping[str, Path], reading: Reading, reference: Reference) -> Iterator[Finding]:
+def _paired(ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry]) -> tuple[dict[str, str], list[str]]:
+    """Our name -> their name, and our names without one. A linear projector is the first of two layers in llava-hf."""
+    pairs, alone = Names(theirs).match(ours)
+    taken = set(pairs.values())
+    for part in ("weight", "bias"):
+        name = next((name for name in alone if canonical(name) == f"projector.0.{part}"), None)
+        other = next((name for name in theirs if name not in taken and canonical(name) == f"projector.{part}"), None)
+        if name and other:
+            pairs[name] = other
+            alone.remove(name)
+    return pairs, alone
+
+
+def _is_grown(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
+    """Whether it is a vocabulary table to which rows were added."""
+    same = (ours.dtype, ours.shape[1:]) == (theirs.dtype, theirs.shape[1:])
+    return canonical(name) in TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
+
+
+def _heads(subject: Side, rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:
+    """Digests of the first rows of these tables."""
+    tensors = subject.checkpoint.tensors if subject.checkpoint else {}
+    heads = {name: resized(tensors[name], count) for name, count in rows.items()}
+    return {
+        name: replace(subject.reading.tensors[name], shape=shape, nbytes=heads[name].nbytes, sha256=digest)
+        for name, (_, shape, digest) in digests(heads, jobs=jobs).items()
+    }
+
+
+def _without_counterpart(alone: Sequence[str], explained: Mapping[str, str], label: str) -> Iterator[Finding]:
+    """Tensors that nothing was compared with."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name in alone:
+        reasons[explained.get(name, "")].append(name)
+    for reason, names in reasons.items():
+        count = counted(len(names), "tensor")
+        if reason.startswith(PROVED):
+            yield Finding("against", "note", names[0], f"{count} not in {label}, but {reason}")
+        elif reason:
+            yield Finding("against", "unchecked", names[0], f"{count} not in {label}, {reason}: {few(names)}", part=f"unchecked: {count}")
+        else:
+            text = f"{count} not in {label}, and nothing explains them: {few(names)}"
+            yield Finding("against", "unproved", names[0], text, part=f"{count} without counterpart in {label}")
+
+
+def _by_recorded_files(subject: Side, reference: Reference) -> list[Finding]:
+    """The small files by the digests in a manifest. Where the names of the tensors are of another layout, so are the files."""
+    names = {*(reference.tensors or ())}
+    if (names and not names & {*subject.reading.tensors}) or not subject.place.is_dir():
+        why = "this is one file of it" if not subject.place.is_dir() else "it is of another layout"
+        text = f"the small files were not compared with {reference.label}: {why}"
+        return [Finding("against", "unchecked", reference.label, text, rule="small-files", part="small files not compared")]
+    known = (*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
+    wrong = []
+    for name in (name for name in reference.files if name in known):
+        if name not in subject.files:
+            wrong.append(failed("against", name, f"{shown(name)} is listed in {reference.label} and is not here"))
+        elif subject.reading.files.get(name, {}).get("sha256") != reference.files[name]:
+            wrong.append(failed("against", name, f"{shown(name)} is not the file that {reference.label} lists"))
+    matched = sum(name in known for name in reference.files) - len(wrong)
+    findings = folded(
+        "against", reference.label, wrong, f"{counted(matched, 'small file')} as listed in {reference.label}" if matched else "",
+        part=f"small files (by {reference.label})",
+    )  # fmt: skip
+    if unlisted := [name for name in subject.files if name in known and name not in reference.files]:
+        part = f"unchecked: {listed(unlisted)}"
+        findings.append(Finding("against", "unchecked", unlisted[0], f"not listed in {reference.label}: {listed(unlisted)}", part=part))
+    return [replace(each, rule="small-files") for each in findings]
+
+
+def _by_files(subject: Side, reference: Reference) -> Iterator[Finding]:
     """File by file: a name in a list counts from this folder, from the list's own, or, with this folder's name in front, from above."""
+    place, files, reading = subject.place, subject.files, subject.reading
     folder = Path(os.path.abspath(place if place.is_dir() else place.parent))
     roots = (folder, folder.parent, *((reference.source.parent,) if reference.source else ()))
     names = {os.path.abspath(path): name for name, path in files.items()}
     wrong: list[Finding] = []
     absent: list[str] = []
     elsewhere: list[str] = []
-    matched, seen = 0, set()
+    matched, seen = set(), set()
     for entry in reference.sums:
         name = next((names[where] for root in roots if (where := os.path.abspath(root / entry.path)) in names), None)
         if name is None:
@@ -126,17 +279,40 @@ def _by_files(place: Path, files: Mapping[str, Path], reading: Reading, referenc
             continue
         seen.add(name)
         found = reading.files.get(name, {}).get(entry.algorithm, "")
-        matched += found == entry.digest
-        if found != entry.digest:
+        if found == entry.digest:
+            matched.add(name)
+        else:
             text = f"{shown(name)} has the {entry.algorithm} {found[:16]}..., {reference.label} lists {entry.digest[:16]}..."
             wrong.append(failed("against", name, text if found else f"{shown(name)} can't be read"))
     verdict: Verdict = "failed" if reference.complete else "unchecked"
     wrong += [Finding("against", verdict, name, f"{shown(name)} is listed in {reference.label} and is not here") for name in absent]
-    yield from folded("against", reference.label, wrong, f"{counted(matched, 'file')} as listed in {reference.label}" if matched else "")
-    if unlisted := [name for name, path in files.items() if name not in seen and path != reference.source]:
-        yield Finding("against", "unchecked", unlisted[0], f"not listed in {reference.label}: {listed(unlisted)}")
+    text = f"{counted(len(matched), 'file')} as listed in {reference.label}" if matched else ""
+    yield from folded("against", reference.label, wrong, text, part=f"{_named(matched)} (by {reference.label})")
+    weights = {name: tensors for name, tensors in subject.weights.items() if name not in seen}
+    small = [name for name, path in files.items() if name not in seen and name not in weights and path != reference.source]
+    if small:
+        part = f"unchecked: {listed(small)}"
+        yield Finding("against", "unchecked", small[0], f"not listed in {reference.label}: {listed(small)}", part=part)
+    yield from _unlisted_weights(weights, subject.explained, reference.label)
     if elsewhere:
         yield Finding("against", "unchecked", elsewhere[0], f"{reference.label} also lists other files: {listed(elsewhere)}")
+
+
+def _named(files: Collection[str]) -> str:
+    return f"{len(files):,} files" if len(files) > 3 else listed(sorted(files))
+
+
+def _unlisted_weights(weights: Mapping[str, Sequence[str]], explained: Mapping[str, str], label: str) -> Iterator[Finding]:
+    """Weight files that no digest was compared with."""
+    open_files = [name for name, tensors in weights.items() if not tensors or any(tensor not in explained for tensor in tensors)]
+    if open_files:
+        count = sum(len(weights[name]) for name in open_files)
+        text = f"no weights were compared in {listed(open_files)}: {label} does not list them"
+        part = f"{counted(count, 'tensor')} in {counted(len(open_files), 'weight file')} without counterpart in {label}"
+        yield Finding(
+            "against", "unproved", open_files[0], text, "compare with a checkpoint or its manifest, whatever its files", part=part
+        )
+    yield from _without_counterpart([name for file in weights if file not in open_files for name in weights[file]], explained, label)
 
 
 def differing(
@@ -162,14 +338,21 @@ def differing(
             yield failed(level, name, f"{shown(name)} in {shown(entry.shard)} does not have the values that {whose}{holds}")
 
 
-def _published(reading: Reading) -> Iterator[Finding]:
-    """Which published file each file is. Most good files were never published, so an unknown one is no failure."""
-    known = {name: recognise(sha256=digests["sha256"], md5=digests["md5"]) for name, digests in reading.files.items()}
+def _published(subject: Side) -> Iterator[Finding]:
+    """Which published file each file is. Most good files were never published, so an unknown one is no failure, but no proof either."""
+    known = {name: recognise(sha256=digests["sha256"], md5=digests["md5"]) for name, digests in subject.reading.files.items()}
     for name, found in known.items():
         if found:
-            yield Finding(PUBLISHED, "ok", name, f"{shown(name)} is {found.what} ({found.source})")
-    if unknown := [name for name, found in known.items() if not found]:
-        yield Finding(PUBLISHED, "unchecked", unknown[0], f"not among the published files: {listed(unknown)}")
+            yield Finding(PUBLISHED, "ok", name, f"{shown(name)} is {found.what} ({found.source})", part=f"{shown(name)} (as published)")
+    unknown = [name for name, found in known.items() if not found]
+    weights, others = ([name for name in unknown if (name in subject.weights) == whether] for whether in (True, False))
+    if others:
+        yield Finding(
+            PUBLISHED, "unchecked", others[0], f"not among the published files: {listed(others)}", part=f"unchecked: {listed(others)}"
+        )
+    if weights:
+        text = f"weight files that are not among the published ones: {listed(weights)}"
+        yield Finding(PUBLISHED, "unproved", weights[0], text, part=f"{counted(len(weights), 'weight file')} that nobody published")
 
 
 # --- findings -------------------------------------------------------------------------------------------------------
@@ -179,14 +362,17 @@ def failed(level: str, subject: str, text: str, remedy: str = DAMAGED) -> Findin
     return Finding(level, "failed", subject, text, "" if level == "against" else remedy)
 
 
-def folded(level: str, subject: str, findings: Iterable[Finding], ok: str) -> list[Finding]:
-    """The findings of a level, failures after the first SHOWN as one; where nothing failed, `ok` in one more, unless it is empty."""
+def folded(level: str, subject: str, findings: Iterable[Finding], ok: str, *, part: str = "") -> list[Finding]:
+    """The findings of a level, failures after the first SHOWN as one; where nothing failed, `ok` in one more, unless it is empty.
+
+    `part` is what the headline says is proved then.
+    """
     every = list(findings)
     failures = [found for found in every if found.verdict == "failed"]
     more = f"and {len(failures) - SHOWN:,} more, the last of them {shown(failures[-1].subject)}" if len(failures) > SHOWN else ""
     shortened = [found for found in every if found.verdict != "failed" or found in failures[:SHOWN]]
     shortened += [failed(level, failures[-1].subject, more)] if more else []
-    return shortened if failures or not ok else [Finding(level, "ok", subject, ok), *shortened]
+    return shortened if failures or not ok else [Finding(level, "ok", subject, ok, part=part), *shortened]
 
 
 def counted(number: int, what: str) -> str:

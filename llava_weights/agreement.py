@@ -179,5 +179,6 @@ LLAVA = (
     *agreement_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, "warning", RIGHT_TOKENIZER),
     *SHARED,
+    agreement_tokenizer.BLANKS,
     *agreement_values.IMAGES,
 )

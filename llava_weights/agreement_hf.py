@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from . import agreement_values
 from .agreement import GENERATION, REPAIR, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
-from .agreement_tokenizer import RIGHT_TOKENIZER
+from .agreement_tokenizer import RIGHT_TOKENIZER, odd_form
 from .agreement_values import ACTIVATIONS, PREPROCESSOR, image_settings
 from .checkpoint import small_text
 from .config import check_structure, few
@@ -183,14 +183,9 @@ def _fast(s: Sidecars) -> Iterator[str]:
     if not s.has(FAST):
         yield "it is missing: each version of transformers makes its own, and 4.45 and later another than LLaVA's"
         return
-    normalizer, before = s.of(FAST).get("normalizer"), s.of(FAST).get("pre_tokenizer")
-    steps = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
-    kinds = [step.get("type") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    bare = s.of(TOKENIZER).get("add_prefix_space") is False and kinds == ["Replace"]
-    if before is not None or not (kinds == ["Prepend", "Replace"] or bare):
-        form = before.get("type") if isinstance(before, dict) else kinds or normalizer
+    if form := odd_form(s):
         yield (
-            f"its form is {said(form)}, not the normalizers Prepend and Replace without a pre_tokenizer: "
+            f"its form is {form}, not the normalizers Prepend and Replace without a pre_tokenizer: "
             "it leaves out the blank behind an image, and transformers 4.37 can't read some of these forms"
         )
 

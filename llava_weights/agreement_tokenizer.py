@@ -11,7 +11,7 @@ from typing import Any
 
 from .checkpoint import small_text
 from .formats import shown
-from .formats.sentencepiece import BPE, Vocabulary
+from .formats.sentencepiece import BPE, NORMAL, Vocabulary
 from .formats.tokenizer_json import bpe_merges, bpe_model
 from .sidecars import Json, Rule, Sidecars, content, listings, said
 from .tokenizer import CONFIG as TOKENIZER
@@ -40,7 +40,7 @@ def _pieces(s: Sidecars) -> Iterator[str]:
         )
 
 
-def _kind(s: Sidecars) -> Iterator[str]:
+def _unk_and_bytes(s: Sidecars) -> Iterator[str]:
     """What tokenizer.json says of the unknown token and of bytes, against tokenizer.model."""
     model = _object(s.of(FAST).get("model"))
     if not s.pieces or not model:
@@ -55,12 +55,17 @@ def _kind(s: Sidecars) -> Iterator[str]:
 
 def _merges(s: Sidecars) -> Iterator[str]:
     """The merges, as far as the pieces and their scores tell them: all there, and better pieces first."""
-    if not s.pieces or s.pieces.model_type != BPE or not s.has(FAST) or any(_pieces(s)) or any(_kind(s)):
+    if not s.pieces or s.pieces.model_type != BPE or not s.has(FAST) or any(_pieces(s)) or any(_unk_and_bytes(s)):
         return
     if sum(len(name) ** 2 for name in s.pieces.ids) > LARGEST_PIECES:
         return
+    yield from _wrong_merges(_found_merges(s), s.pieces)
+
+
+def _found_merges(s: Sidecars) -> list[str]:
+    """The merges of tokenizer.json, each as one text. Raises InputError where one is no pair of texts."""
     _, found = bpe_model({"model": {**_object(s.of(FAST).get("model")), "vocab": {}}})
-    yield from _wrong_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in found], s.pieces)
+    return [" ".join(pair) if isinstance(pair, list) else pair for pair in found]
 
 
 def _wrong_merges(found: Sequence[str], pieces: Vocabulary) -> Iterator[str]:
@@ -81,6 +86,15 @@ def _wrong_merges(found: Sequence[str], pieces: Vocabulary) -> Iterator[str]:
         before, best = merge, score
 
 
+def _first_merge(s: Sidecars) -> Iterator[str]:
+    """The merges of the one piece whose score is 0, which transformers before 4.34 left out, as in the file of LLaVA's own delta."""
+    if s.pieces and s.pieces.model_type == BPE and s.has(FAST) and not any(_pieces(s)) and not any(_unk_and_bytes(s)):
+        found = set(_found_merges(s))
+        names = [name for name, score in s.pieces.scores.items() if score == 0 and s.pieces.kinds[name] == NORMAL]
+        lacking = [f"{name[:1]} {name[1:]}" for name in names if len(name) == 2 and {*name} <= s.pieces.ids.keys()]
+        yield from (f"the merge {shown(merge)} is missing, as in files by transformers of 2023" for merge in lacking if merge not in found)
+
+
 def _byte_level(s: Sidecars) -> Iterator[str]:
     """vocab.json and merges.txt of a byte-level tokenizer, which its slow class reads, against tokenizer.json."""
     vocabulary = s.of("vocab.json")
@@ -96,12 +110,11 @@ def _byte_level(s: Sidecars) -> Iterator[str]:
         return
     lines = [line.rstrip("\r") for line in text.split("\n")]
     pairs = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
-    _, found = bpe_model({"model": {**_object(s.of(FAST).get("model")), "vocab": {}}})
-    if [" ".join(pair) if isinstance(pair, list) else pair for pair in found] != pairs:
+    if (found := _found_merges(s)) != pairs:
         yield f"its merges are not those of `merges.txt` ({len(found):,} and {len(pairs):,})"
 
 
-def _fast_ids(s: Sidecars) -> Iterator[str]:
+def _own_ids(s: Sidecars) -> Iterator[str]:
     """tokenizer.json against itself: added tokens, and the tokens put around a text."""
     for name, i in s.fast_added.items():
         if (inside := s.fast_ids.get(name, i)) != i:
@@ -112,7 +125,7 @@ def _fast_ids(s: Sidecars) -> Iterator[str]:
             yield f"its `post_processor` puts {said(ids)} for {shown(name)}, which is {known[name]}"
 
 
-def _start(s: Sidecars) -> Iterator[str]:
+def _bos_and_eos(s: Sidecars) -> Iterator[str]:
     """bos and eos around a text: some readers go by tokenizer.json, others by the flags in tokenizer_config.json."""
     if not s.is_llama or not s.has(FAST) or not s.of(FAST):
         return
@@ -125,7 +138,7 @@ def _start(s: Sidecars) -> Iterator[str]:
             yield f"`{key}` is {said(flag)} and {role} {shown(token)}, but `{FAST}` {puts} {place} a text"
 
 
-def _one_token(s: Sidecars) -> Iterator[str]:
+def _one_token_an_id(s: Sidecars) -> Iterator[str]:
     """Two tokens of one id."""
     names = {i: (MODEL if s.pieces else FAST, name) for name, i in (s.pieces.ids if s.pieces else s.fast_ids).items()}
     for file, name, i in listings(s.objects):
@@ -134,7 +147,7 @@ def _one_token(s: Sidecars) -> Iterator[str]:
             yield f"id {i} is {shown(known)} in `{first}`, but {shown(name)} in `{file}`"
 
 
-def _stale(s: Sidecars) -> Iterator[str]:
+def _added_elsewhere(s: Sidecars) -> Iterator[str]:
     """Added tokens that tokenizer.json does not know, while it knows others."""
     if not s.of(FAST):
         return
@@ -145,6 +158,23 @@ def _stale(s: Sidecars) -> Iterator[str]:
             others.setdefault(name, file)
     for name, file in others.items():
         yield f"`{file}` lists {shown(name)}, which `{FAST}` does not know: readers give its text other ids"
+
+
+def odd_form(s: Sidecars) -> str:
+    """How tokenizer.json of a LLaMA puts blanks before a text, where not as LLaVA's own tokenizer; else nothing (facts, llava-hf 3.6)."""
+    normalizer, before = s.of(FAST).get("normalizer"), s.of(FAST).get("pre_tokenizer")
+    steps = _object(normalizer).get("normalizers")
+    kinds = [step.get("type") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    bare = s.of(TOKENIZER).get("add_prefix_space") is False and kinds == ["Replace"]
+    if before is None and (kinds == ["Prepend", "Replace"] or bare):
+        return ""
+    return said(before.get("type") if isinstance(before, dict) else kinds or normalizer)
+
+
+def _blanks(s: Sidecars) -> Iterator[str]:
+    """For the original layout, whose own code reads tokenizer.model."""
+    if s.pieces and s.of(FAST) and (form := odd_form(s)):
+        yield f"its form is {form}: it puts blanks where `{MODEL}`, which LLaVA's own code reads, does not"
 
 
 def _around(core: Mapping[str, Any]) -> tuple[list[str], list[str], dict[str, list[Any]]]:
@@ -166,13 +196,15 @@ def _object(value: Any) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+BLANKS = Rule(FAST, "form", _blanks, "note")
 RULES = (
     Rule("tokenizer", f"{FAST} as {MODEL}", _pieces, remedy=MAKE_FAST),
-    Rule("tokenizer", "one token for each id", _one_token, remedy=RIGHT_TOKENIZER),
-    Rule("tokenizer", "added tokens", _stale, "warning", RIGHT_TOKENIZER),
-    Rule("tokenizer", "bos and eos around a text", _start, remedy=RIGHT_TOKENIZER),
-    Rule(FAST, f"as {MODEL}", _kind, remedy=MAKE_FAST),
+    Rule("tokenizer", "one token for each id", _one_token_an_id, remedy=RIGHT_TOKENIZER),
+    Rule("tokenizer", "added tokens", _added_elsewhere, "warning", RIGHT_TOKENIZER),
+    Rule("tokenizer", "bos and eos around a text", _bos_and_eos, remedy=RIGHT_TOKENIZER),
+    Rule(FAST, f"as {MODEL}", _unk_and_bytes, remedy=MAKE_FAST),
     Rule(FAST, "merges", _merges, remedy=MAKE_FAST),
+    Rule(FAST, "merges", _first_merge, "note"),
     Rule(FAST, "merges", _byte_level, remedy=RIGHT_TOKENIZER),
-    Rule(FAST, "ids", _fast_ids, remedy=RIGHT_TOKENIZER),
+    Rule(FAST, "ids", _own_ids, remedy=RIGHT_TOKENIZER),
 )

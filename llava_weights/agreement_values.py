@@ -104,7 +104,7 @@ def _rope(s: Sidecars) -> Iterator[str]:
                 yield f"`{prefix}{key}` is {said(found)}, which transformers does not know"
 
 
-def _theta(s: Sidecars) -> Iterator[str]:
+def _family_rope(s: Sidecars) -> Iterator[str]:
     """LLaMA 1 and 2 have one theta; Code Llama has the same shapes and another, and 16,384 positions."""
     text = _text(s)
     sizes = tuple(text.get(key) for key in ("hidden_size", "num_hidden_layers", "intermediate_size"))
@@ -123,7 +123,7 @@ def _activation(s: Sidecars) -> Iterator[str]:
         yield f"`hidden_act` is {said(act)}, which transformers does not know"
 
 
-def _unusual(s: Sidecars) -> Iterator[str]:
+def _family_values(s: Sidecars) -> Iterator[str]:
     text = _text(s)
     kind = str(text.get("model_type", "llama"))
     if (kind in TEXT_MODELS or kind.startswith("llava")) and text.get("hidden_act", "silu") in set(ACTIVATIONS) - {"silu", "swish"}:
@@ -159,7 +159,7 @@ def _projector_bias(s: Sidecars) -> Iterator[str]:
         yield f"`multimodal_projector_bias` is false, but {len(names)} biases are there: transformers 4.48 and later leave them out"
 
 
-def _selected(s: Sidecars) -> Iterator[str]:
+def _features(s: Sidecars) -> Iterator[str]:
     """Which features of the tower LLaVA's own code takes; it stops without these."""
     config = s.of(CONFIG)
     if type(layer := config.get("mm_vision_select_layer")) is not int:
@@ -188,7 +188,7 @@ def _named(s: Sidecars) -> KnownTower | None:
     return next((known for known in KNOWN_TOWERS if known.repo == name), None)
 
 
-def _tower(s: Sidecars) -> Iterator[str]:
+def _tower_values(s: Sidecars) -> Iterator[str]:
     """What no shape tells of a tower, beside what its kind has, or the published one of its widths."""
     config, kind = vision(s.objects), _kind(s)
     if not kind or not config:
@@ -287,7 +287,7 @@ def _steering(s: Sidecars) -> Iterator[str]:
         yield f"`{found[0]}` is {said(s.of(GENERATION)[found[0]])}: the model's own text is changed whatever it says"
 
 
-def _padding(s: Sidecars) -> Iterator[str]:
+def _padding_side(s: Sidecars) -> Iterator[str]:
     if s.checkpoint.layout == "llava-hf" and s.of(TOKENIZER).get("padding_side") == "right":
         yield "`padding_side` is right: answers to several prompts at once begin behind their padding"
 
@@ -296,15 +296,16 @@ COMMON = (
     Rule(CONFIG, "no quantisation", _quantized, remedy="remove the key, or take the quantised tensors"),
     Rule(CONFIG, "no quantisation", _quantized_otherwise, "warning", "remove the key, or take the quantised tensors"),
     Rule(CONFIG, "rope", _rope),
-    Rule(CONFIG, "values of the family", _theta, "warning", BY_HAND),
+    Rule(CONFIG, "values of the family", _family_rope, "warning", BY_HAND),
     Rule(CONFIG, "activation", _activation),
-    Rule(CONFIG, "values of the family", _unusual, "warning", BY_HAND),
+    Rule(CONFIG, "values of the family", _family_values, "warning", BY_HAND),
     Rule(CONFIG, "dtype", _dtype, "warning", "name the dtype of the tensors there"),
 )
-ORIGINAL = (Rule(CONFIG, "features", _selected),)
+ORIGINAL = (Rule(CONFIG, "features", _features),)
 HUB = (
     Rule(CONFIG, "projector", _projector_bias),
-    Rule(CONFIG, "vision tower", _tower, "warning", BY_HAND),
+    Rule(CONFIG, "special ids", _text_ids, "note"),
+    Rule(CONFIG, "vision tower", _tower_values, "warning", BY_HAND),
 )
 GENERATING = (
     Rule(GENERATION, "sampling", _sampling),
@@ -315,4 +316,4 @@ IMAGES = (
     Rule(PREPROCESSOR, "class and crop", _image_class, remedy=CORRECT),
     Rule(PREPROCESSOR, "mean, deviation and scale of the tower's pixels", _image_unusual, "warning", BY_HAND),
 )
-PADDING: tuple[Rule, ...] = ()
+PADDING = (Rule(TOKENIZER, "padding", _padding_side, "note"),)

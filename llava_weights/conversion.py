@@ -83,11 +83,10 @@ def to_llava_hf(
     step = Step(
         "convert",
         _inputs(checkpoint, model),
-        _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name),
+        _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect),
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *model.tokenizer.notes),
-        notes=(*_first_notes(checkpoint), *notes),
-        warnings=_another_tower(model),
+        notes=(*_first_notes(checkpoint), *notes, *_another_tower(model)),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
     )
     return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
@@ -118,7 +117,7 @@ def to_llava(
     step = Step(
         "convert",
         _inputs(checkpoint, model),
-        _given(to="llava", dtype=dtype),
+        _given(to="llava", dtype=dtype, tower_name=tower_name),
         _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
         notes=(*_first_notes(checkpoint), *model.tower.notes, *notes),

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
+import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from .against import failed, folded
 from .checkpoint import Checkpoint
-from .conversion import convert
+from .conversation import CONVERSATIONS
+from .conversion import TARGETS, convert
 from .delta import apply_delta
 from .errors import InputError
-from .events import Event, Progress, Started
+from .events import Event
 from .findings import Finding
-from .formats.strict_json import load_object
-from .lora import merge_lora, open_weighted, to_arithmetic
+from .formats import shown
+from .lora import merge_lora, open_weighted
+from .low_rank import Arithmetic
 from .manifest import TensorEntry
-from .plan import WINDOW
-from .records import MAX_MANIFEST, find_manifest, manifest_path
-from .tensors import LazyTensor
-from .windows import row_ranges
-from .workspace import Workspace, check_crcs
+from .projector import FORMS
+from .records import find_manifest
+from .rehash import digests
+from .tensors import FLOATS
 
 TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
-Digest = tuple[str, tuple[int, ...], str]  # dtype, shape, sha256
 Listener = Callable[[Event], None]
 OTHER = "give the sources and options that it was made with: README.md and the manifest name them"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint was made, by the recipe beside it. Only values that the commands could have recorded."""
+
+    to: str = ""
+    dtype: str | None = None
+    arithmetic: Arithmetic = "peft"
+    scale: float = 1.0
+    projector_form: str | None = None
+    conv_mode: str | None = None
+    image_token: str | None = None
+    image_aspect: str | None = None
+    tower_name: str | None = None
 
 
 def derive(
@@ -36,70 +49,77 @@ def derive(
 ) -> Checkpoint:
     """What `made` should be, as lazy tensors: `base` with the delta and the adapters, in the layout of `made`.
 
-    The options (arithmetic, scale, dtype, projector form) are those of its manifest, the defaults where it has none.
+    The options (arithmetic, scale, dtype, projector form) are those of its manifest, the defaults where it has none. Raises
+    InputError where the manifest records options that no command takes, or the sources do not fit.
     """
     options = _options(made)
     result = apply_delta(base, delta, accept_base=True) if delta else base
-    dtype = options.get("dtype") if options.get("dtype") in ("F16", "BF16", "F32") else None
+    dtype = None if options.dtype == "F64" else options.dtype  # which no command makes
     if lora:
-        arithmetic = to_arithmetic(str(options.get("arithmetic", "peft")))
-        scale = options.get("scale", 1.0)
         merged_dtype = None if made.layout == "llava-hf" else dtype
         adapters = [open_weighted(text) for text in lora]
-        result = merge_lora(result, adapters, arithmetic=arithmetic, scale=float(scale), dtype=merged_dtype)
-    if made.layout == "llava-hf" or options.get("to") == "llava":
+        result = merge_lora(result, adapters, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
+    if made.layout == "llava-hf":
         rows = next((made.tensors[name].rows for name in TABLES if name in made.tensors), None)
-        hub = {"projector_form": options.get("projector_form"), "vocab_size": rows} if made.layout == "llava-hf" else {}
-        result = convert(result, made.layout, tower=tower, dtype=dtype, **hub)
+        hub = {"projector_form": options.projector_form, "conv_mode": options.conv_mode, "image_token": options.image_token}
+        result = convert(result, "llava-hf", tower=tower, dtype=dtype, vocab_size=rows, image_aspect=options.image_aspect, **hub)
+    elif options.to == "llava":
+        result = convert(result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name)
     return result
 
 
-def compare_derived(made: Checkpoint, derived: Checkpoint, *, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Finding]:
+def compare_derived(
+    made: Checkpoint,
+    derived: Checkpoint,
+    *,
+    entries: Mapping[str, TensorEntry] | None = None,
+    jobs: int = 2,
+    on_event: Listener = lambda event: None,
+) -> list[Finding]:
     """One finding for each tensor of `made` that its sources do not give, or one `ok` for all. Reads the sources whole.
 
-    `made`'s own digests come from its manifest where it has one (`verify --deep` proves that), else from its values.
+    `entries` are digests that were just taken of `made`'s values; without them the values are read here. What its manifest says of
+    them is never asked.
     """
-    manifest = find_manifest(made.origin.path)
-    wanted = _recorded(manifest.tensors) if manifest else digests(made.parameters(), jobs=jobs, on_event=on_event)
+    parameters = made.parameters()
+    if entries is None:
+        wanted = digests(parameters, jobs=jobs, on_event=on_event)
+    else:
+        wanted = {name: (entry.dtype, entry.shape, entry.sha256) for name, entry in entries.items() if name in parameters}
     found = digests(derived.parameters(), jobs=jobs, on_event=on_event)
     wrong = [failed("L4", name, f"`{name}` is not what the sources give", OTHER) for name in wanted if wanted[name] != found.get(name)]
     wrong += [failed("L4", name, f"`{name}` comes from the sources, and is missing", OTHER) for name in found if name not in wanted]
-    by = ", by the digests of its manifest" if manifest else ""
-    return folded("L4", made.origin.name, wrong, f"{len(found):,} tensors made again from the sources, every bit equal{by}")
+    text = f"{len(found):,} tensors made again from the sources, every bit equal"
+    return folded("L4", made.origin.name, wrong, text, part=f"values of {len(found):,} tensors (by the sources)")
 
 
-def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Listener = lambda event: None) -> dict[str, Digest]:
-    """dtype, shape and sha256 of the values of each tensor, made `jobs` at a time in windows of rows."""
-    on_event(Started(len(tensors), sum(tensor.nbytes for tensor in tensors.values()), what="Making"))
-    done, turn = [0], threading.Lock()
-
-    def digest(item: tuple[str, LazyTensor]) -> Digest:
-        name, tensor = item
-        found = hashlib.sha256()
-        with closing(Workspace()) as work:
-            for start, stop in row_ranges(tensor, WINDOW):
-                with work.scratch((stop - start) * tensor.row_nbytes) as rows:
-                    tensor.rows_into(rows, start, stop, work)
-                    found.update(rows)
-            work.recheck_sources()
-            check_crcs([work])
-        with turn:
-            done[0] += tensor.nbytes
-            on_event(Progress(done[0], name))
-        return tensor.dtype, tensor.shape, found.hexdigest()
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(tensors, pool.map(digest, tensors.items()), strict=True))
-
-
-def _recorded(tensors: Mapping[str, TensorEntry]) -> dict[str, Digest]:
-    return {name: (entry.dtype, entry.shape, entry.sha256) for name, entry in tensors.items()}
-
-
-def _options(made: Checkpoint) -> dict[str, Any]:
-    """The options of every step of the recipe, later ones over earlier ones."""
-    path = manifest_path(made.origin.path)
-    recipe = load_object(path, limit=MAX_MANIFEST).get("recipe") if path.is_file() else []
-    if not isinstance(recipe, list) or not all(isinstance(step, dict) and isinstance(step.get("options", {}), dict) for step in recipe):
-        raise InputError(f"`{path.name}` has no recipe that can be read", hint="run `llava-weights verify` without sources")
-    return {key: value for step in recipe for key, value in step.get("options", {}).items()}
+def _options(made: Checkpoint) -> Options:
+    """The options of every step of the recipe, later ones over earlier ones. A manifest that can't be read at all records none."""
+    try:
+        manifest = find_manifest(made.origin.path)
+    except InputError:  # which is a finding of its own
+        return Options()
+    if manifest is None:
+        return Options()
+    if manifest.doubt:
+        raise InputError(manifest.doubt, hint="run `llava-weights verify` without sources")
+    recorded = {key: value for step in manifest.recipe for key, value in step.get("options", {}).items() if value is not None}
+    known: dict[str, Callable[[Any], bool]] = {
+        "to": lambda value: value in TARGETS,
+        "dtype": lambda value: value in FLOATS,
+        "arithmetic": lambda value: value in get_args(Arithmetic),
+        "scale": lambda value: type(value) in (int, float) and math.isfinite(value),
+        "projector_form": lambda value: value in FORMS,
+        "conv_mode": lambda value: value in CONVERSATIONS,
+        "image_token": lambda value: 0 < len(value) < 256,
+        "image_aspect": lambda value: value in ("square", "pad"),
+        "tower_name": lambda value: len(value) < 4096,
+    }
+    options = {key: recorded[key] for key in known if key in recorded}
+    for key, value in options.items():
+        if not isinstance(value, (int, float) if key == "scale" else str) or not known[key](value):
+            what = f"the recipe in {shown(manifest.path.name)} records the {key} {shown(str(value))}, which no command takes"
+            raise InputError(
+                what, facts={"path": manifest.path}, hint="get the manifest again, or run `llava-weights verify` without sources"
+            )
+    return Options(**options)

@@ -1,4 +1,4 @@
-"""What a check found: one sentence with its level, what it is about, and what to do."""
+"""What a check found: one sentence with its level, what it is about, and what to do. And what exit code all of them give."""
 
 from __future__ import annotations
 
@@ -6,23 +6,65 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-# failed: it is wrong. warning: it may be wrong. unchecked: nothing there to check it against. ok: checked and right.
-Verdict = Literal["failed", "warning", "unchecked", "ok"]
+# failed: it is wrong. warning: it may be wrong. unproved: it was asked for and can't be told. unchecked: it was not asked for, or is
+# explained, and nothing was there to check it against. note: worth knowing. ok: checked and right.
+Verdict = Literal["failed", "warning", "unproved", "unchecked", "note", "ok"]
+
+# What a finding of a level belongs to where it names no rule of its own.
+LEVELS = {
+    "L0": "structure", "L1": "values", "L2": "files", "L3": "tensors", "L4": "sources", "L5": "smoke", "against": "against",
+    "published": "published", "recorded": "recorded",
+}  # fmt: skip
+# The rules that are no row of a table in agreement.py or agreement_hf.py, by the names that `--allow` takes.
+RULES = {
+    "structure": "names, shapes, sizes and index of the weight files",
+    "unlisted-file": "a file that the manifest or SHA256SUMS does not list",
+    "weight-files": "pickles, the metadata `format: pt`, the size in the index",
+    "code": "what other programs would execute",
+    "values": "inf and NaN, all zeros",
+    "constant": "tensors of one value",
+    "equal-layers": "the same values in two layers",
+    "layer-sizes": "a matrix whose values are of another order than in the other layers",
+    "tied-head": "the head beside `tie_word_embeddings`",
+    "projector-activation": "the activation beside the projector's second layer",
+    "state": "an unapplied delta, or a sum with a wrong base",
+    "bfloat16": "values that went through bfloat16",
+    "vocabulary-rows": "rows of tokens that no training touched",
+    "files": "sha256 of the files, as recorded beside them",
+    "tensors": "sha256 of the tensors, as recorded beside them",
+    "recorded": "warnings that the manifest's recipe records",
+    "sources": "every tensor made again from the sources",
+    "small-files": "config, tokenizer and processor beside those of the reference or the sources",
+    "against": "files and tensors beside those of the reference",
+    "stale-manifest": "a manifest beside the reference that is not of its values",
+    "vision-tower": "the vision tower beside the one that was given",
+    "published": "the authors' own checksums",
+    "smoke": "logits",
+}
+KIND = ("state", "bfloat16")  # rules on what kind of checkpoint it is: no fault where the reference is of the same
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is L0 structure, L1 plausibility, L2 files, L3 tensors, L4 derivation, L5 smoke, "against" what was named, or
-    "published", the authors' own checksums (facts: verify 1.4)."""
+    """`level` is L0 structure, L1 plausibility, L2 files, L3 tensors, L4 derivation, L5 smoke, "against" what was named,
+    "published", the authors' own checksums (facts: verify 1.4), or "recorded", what its own manifest tells."""
 
     level: str
     verdict: Verdict
     subject: str  # the file, tensor (folded over layers) or config key that it is about
     text: str
     remedy: str = ""
+    rule: str = ""  # a short name that stays, that of its level where none is given
+    part: str = ""  # what the headline says was proved, or was not: a few words
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rule", self.rule or LEVELS.get(self.level, self.level))
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
-    """4 where something failed, 3 where nothing could be checked, else 0: so that "not checked" never looks like "fine"."""
+    """4 where something failed, 3 where something that was asked for is unproved or nothing was checked, else 0.
+
+    So "not checked" never looks like "fine", and a failure is never hidden behind it.
+    """
     verdicts = {finding.verdict for finding in findings}
-    return 4 if "failed" in verdicts else 0 if "ok" in verdicts else 3
+    return 4 if "failed" in verdicts else 3 if "unproved" in verdicts or "ok" not in verdicts else 0

@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from statistics import median
@@ -68,13 +68,20 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     """
     sidecars, findings = read_sidecars(checkpoint)
     findings += check(RULES.get(checkpoint.layout, ()), sidecars)
-    findings += _or_ok("L0", "weight files", _containers(checkpoint), "one container of safetensors, whole by its index")
-    findings += _or_ok("L0", "code", _code(checkpoint, sidecars, folder), "no file that a program would execute")
+    findings += _or_ok(
+        "L0", "weight files", _ruled("weight-files", _containers(checkpoint)), "one container of safetensors, whole by its index"
+    )
+    findings += _or_ok("L0", "code", _ruled("code", _code(checkpoint, sidecars, folder)), "no file that a program would execute")
     try:
         findings += _values(checkpoint, sidecars)
     except InputError as error:
         findings.append(Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, DOWNLOAD))
     return tuple(findings)
+
+
+def _ruled(rule: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """The findings of one rule, by the name that `--allow` takes."""
+    return (replace(finding, rule=rule) for finding in findings)
 
 
 def _or_ok(level: str, subject: str, findings: Iterable[Finding], text: str) -> list[Finding]:
@@ -176,16 +183,25 @@ def _values(checkpoint: Checkpoint, sidecars: Sidecars) -> list[Finding]:
     samples = _samples(tensors)
     read = f"{len(samples):,} tensors, {size(sum(sample.nbytes for sample in samples.values()))} of them read"
     findings = list(_non_finite(samples))
-    kind = list(_state(checkpoint)) if checkpoint.layout in MODELS else []
+    kind = list(_ruled("state", _state(checkpoint))) if checkpoint.layout in MODELS else []
     if any(finding.verdict == "failed" for finding in kind):  # in a delta zeros and equal rows are usual
         return findings + kind
-    findings += chain(_constant(samples), _twice(samples), _unlike(samples))
-    findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal")]
+    findings += chain(
+        _ruled("constant", _constant(samples)), _ruled("equal-layers", _twice(samples)), _ruled("layer-sizes", _unlike(samples))
+    )
+    findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal", part="samples")]
     if checkpoint.layout in MODELS:
         findings += kind
-        findings += _or_ok("L1", "precision", _bfloat16(checkpoint), "no matrix of the text model went through bfloat16 into another dtype")
-        findings += _or_ok("L1", "vocabulary", _rows(sidecars), "sampled rows, and all of added tokens: none zero or equal")
-        findings += chain(_head(sidecars), _between(sidecars))
+        findings += _or_ok(
+            "L1",
+            "precision",
+            _ruled("bfloat16", _bfloat16(checkpoint)),
+            "no matrix of the text model went through bfloat16 into another dtype",
+        )
+        findings += _or_ok(
+            "L1", "vocabulary", _ruled("vocabulary-rows", _rows(sidecars)), "sampled rows, and all of added tokens: none zero or equal"
+        )
+        findings += chain(_ruled("tied-head", _head(sidecars)), _ruled("projector-activation", _between(sidecars)))
     return findings
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from .tokenizer import read_special_ids, repair_tokenizer
 
 # The tokens that LLaVA adds, in its order, with the config key that asks for them (llava/model/builder.py at c121f04).
 IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
+NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
 
 
 @dataclass
@@ -209,7 +210,7 @@ def _finish(
         config, files, repairs = _llava_files(base, llava, tensors, dtype)
     else:
         config, files, repairs = _plain_files(base, adapters, tensors, untied, dtype)
-    notes = tuple(note for adapter, _ in adapters for note in adapter.notes)
+    notes = (*(note for adapter, _ in adapters for note in adapter.notes), *_other_names(base, adapters))
     step = Step(
         "merge-lora",
         (*((("base", base.origin),) if not base.history else ()), *((_role(weight), adapter.origin) for adapter, weight in adapters)),
@@ -217,7 +218,7 @@ def _finish(
         _summary(adapters, tensors, base),
         repairs=repairs,
         notes=(*(() if base.history else base.notes), *notes),
-        warnings=_warnings(base, adapters, layout_of(tensors) == "llava" and not config.get("mm_vision_tower")),
+        warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not config.get("mm_vision_tower") else (),
         checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
     )
     return Checkpoint(tensors, config, base.origin, files, (*base.history, step))
@@ -321,10 +322,9 @@ def _joined(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values[:4])) + ("..." if len(values) > 4 else "")
 
 
-def _warnings(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], no_tower: bool) -> tuple[str, ...]:
-    found = ["no config names the vision tower: set `mm_vision_tower` in the output's config.json"] if no_tower else []
+def _other_names(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[str]:
+    """Adapters that record a base of another name. A name is no evidence: whether the base fits, names and shapes of tensors tell."""
     for adapter, _ in adapters:
         last = short_base(str(adapter.peft.get("base_model_name_or_path") or "")).rpartition("/")[2]
         if last and last.lower() not in (base.origin.name.lower(), base.origin.name.rpartition("/")[2].lower()):
-            found.append(f"`{adapter.origin.name}` was trained on `{last}`, the base given is `{base.origin.name}`")
-    return tuple(found)
+            yield f"`{adapter.origin.name}` was trained on `{last}`, the base given is `{base.origin.name}`"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -30,11 +30,17 @@ Entry = TypeVar("Entry", FileEntry, TensorEntry)
 
 @dataclass(frozen=True)
 class Manifest:
-    """A `llava-weights.manifest.json` that agrees with itself."""
+    """A `llava-weights.manifest.json` that agrees with itself.
+
+    `recipe` has what each step says of itself: objects `inputs` and `options`, and a list of texts `warnings`; `doubt` says why there
+    is none, where what stands there can't be read.
+    """
 
     path: Path
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
+    recipe: tuple[Mapping[str, Any], ...] = ()
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def find_manifest(place: Path) -> Manifest | None:
     if place.name not in whole.files:
         return None
     tensors = {name: entry for name, entry in whole.tensors.items() if entry.shard == place.name}
-    return Manifest(above, {place.name: whole.files[place.name]}, tensors)
+    return replace(whole, files={place.name: whole.files[place.name]}, tensors=tensors)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -83,7 +89,17 @@ def read_manifest(path: Path) -> Manifest:
     wrong = [name for name, digest in true.items() if not isinstance(root, dict) or root.get(name) != digest]
     if wrong:
         raise _refusal(path, f"`root.{wrong[0]}` is not that of its list of {wrong[0]}")
-    return Manifest(path, {entry.path: entry for entry in files.values()}, {entry.name: entry for entry in tensors.values()})
+    recipe = found.get("recipe", [])
+    sound = isinstance(recipe, list) and all(map(_step_is_sound, recipe))
+    doubt = "" if sound else f"{shown(path.name)} has no recipe that can be read"
+    by_path, by_name = {entry.path: entry for entry in files.values()}, {entry.name: entry for entry in tensors.values()}
+    return Manifest(path, by_path, by_name, tuple(recipe) if sound else (), doubt)
+
+
+def _step_is_sound(step: Any) -> bool:
+    objects = isinstance(step, dict) and all(isinstance(step.get(key, {}), dict) for key in ("inputs", "options"))
+    texts = step.get("warnings", []) if objects else None
+    return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
 
 
 def _entries(path: Path, rows: Any, kind: type[Entry]) -> dict[str, Entry]:

@@ -25,11 +25,13 @@ from .events import Event, Progress, Started
 from .manifest import TensorEntry
 from .tensors import LazyTensor, Stored
 from .windows import row_ranges
-from .workspace import Record, SourceFile, Workspace, crc_errors
+from .workspace import Record, SourceFile, Workspace, check_crcs, crc_errors
 
 WINDOW = 8 << 20
 CHUNK = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
 GIT = "git-sha1"  # how git, and the Hub for its small files, names content: sha1 of a line with the size, then the bytes
+
+Digest = tuple[str, tuple[int, ...], str]  # dtype, shape, sha256
 
 # The bits that are all ones in every inf and NaN (F8_E4M3: in NaN, it has no inf) and in no other value.
 NOT_FINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F}
@@ -234,6 +236,32 @@ def rehash(
     Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`.
     """
     return Rehash(algorithms, jobs, on_event).read(files, tensors)
+
+
+def digests(
+    tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+) -> dict[str, Digest]:
+    """dtype, shape and sha256 of the values of each tensor, made `jobs` at a time in windows of rows."""
+    on_event(Started(len(tensors), sum(tensor.nbytes for tensor in tensors.values()), what="Making"))
+    done, turn = [0], threading.Lock()
+
+    def digest(item: tuple[str, LazyTensor]) -> Digest:
+        name, tensor = item
+        found = hashlib.sha256()
+        with closing(Workspace()) as work:
+            for start, stop in row_ranges(tensor, WINDOW):
+                with work.scratch((stop - start) * tensor.row_nbytes) as rows:
+                    tensor.rows_into(rows, start, stop, work)
+                    found.update(rows)
+            work.recheck_sources()
+            check_crcs([work])
+        with turn:
+            done[0] += tensor.nbytes
+            on_event(Progress(done[0], name))
+        return tensor.dtype, tensor.shape, found.hexdigest()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(tensors, pool.map(digest, tensors.items()), strict=True))
 
 
 def size_of(path: Path) -> int:

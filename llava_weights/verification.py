@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .against import DAMAGED, PUBLISHED, compare, counted, differing, failed, find_reference, folded, kind
+from . import against as other
+from .against import DAMAGED, PUBLISHED, compare, compare_tower, counted, differing, failed, find_reference, folded, kind, read_reference
 from .checkpoint import Checkpoint, need_files, open_checkpoint
+from .compare_files import compare_files
 from .config import check_structure
-from .errors import InputError, OutputError
-from .events import Event
-from .findings import Finding, exit_code
+from .derive import compare_derived, derive
+from .errors import InputError, OutputError, UsageError
+from .events import Event, Note
+from .families import VOCABULARY
+from .findings import KIND, RULES, Finding, exit_code
 from .formats import listed, shown
 from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member
 from .formats.strict_json import json_bytes
+from .health import RULES as TABLES
 from .health import health
 from .hub import HubSource, parse_source
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
+from .naming import canonical
 from .plan import Plan
+from .predict import check_published
 from .records import Manifest, find_manifest, manifest_path, read_manifest, read_sums, sums_path
 from .rehash import Reading, rehash, size_of
 from .stream import output_error
@@ -34,8 +41,11 @@ from .wording import size
 
 SMALL = 64 << 20  # bytes of a file that is no weight file, up to which it is always read; a tokenizer.json has 2 MB, optimizer.pt 100 GB
 CHECKED_STRUCTURE = ("llama", "llava")  # layouts for which config.py has the rule
+DEEP = "pass `--deep` to read everything"
+LONGEST_WARNING = 500  # characters of a recorded warning that are shown
 WRITE_SUMS = "run `llava-weights checksum` now to find any later change"
 Listener = Callable[[Event], None]
+Source = str | Path | Checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,8 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """That of the findings; 3 where nothing recorded could be compared, however sound the rest is: not checked is not fine."""
-        levels = ("against", PUBLISHED) if self.against else ("L2", "against", PUBLISHED)
-        return max(exit_code(self.findings), exit_code(found for found in self.findings if found.level in levels))
+        """4 where something failed, 3 where what was asked for could not be told or there is nothing to verify against, else 0."""
+        return exit_code(self.findings)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,17 @@ class Subject:
     def tensors(self) -> Mapping[str, Any]:
         return self.checkpoint.tensors if self.checkpoint else {}
 
+    @property
+    def by_file(self) -> dict[str, list[str]]:
+        """The names of the tensors in each weight file, those that lie in several with each."""
+        names = {os.path.abspath(path): name for name, path in self.files.items()}
+        found: dict[str, list[str]] = {}
+        for name, tensor in self.tensors.items():
+            for path in dict.fromkeys(leaf.file.path for leaf in tensor.leaves()):
+                if path in names:
+                    found.setdefault(names[path], []).append(name)
+        return found
+
     def is_weights(self, name: str) -> bool:
         own = {file.path for file in self.checkpoint.origin.files} if self.checkpoint else set()
         return os.path.abspath(self.files[name]) in own or bool(re.fullmatch(WEIGHTS, name) and not name.endswith(".json"))
@@ -82,28 +102,162 @@ def verify(
     *,
     against: str | Path | None = None,
     deep: bool = False,
+    base: Source | None = None,
+    delta: Source | None = None,
+    lora: Sequence[str] = (),
+    vision_tower: Source | None = None,
+    strict: bool = False,
+    allow: Sequence[str] = (),
     jobs: int = 2,
     on_event: Listener = lambda event: None,
 ) -> Verification:
-    """Check a folder, a weight file or a repository of the Hub, reading headers, small files and samples only unless `deep`.
+    """Check a folder, a weight file or a repository of the Hub, reading headers, small files and samples only unless more is asked for.
 
-    `against` is a manifest or a checkpoint (compared by tensors), a list as `sha256sum` or `md5sum` write it, `owner/name[@revision]`
-    (the Hub's digests, nothing is downloaded) or "published" (the table in published.py); then the values are read where needed.
-    Raises InputError where there is nothing that could be verified, HubError where the Hub can't be asked.
+    `deep` reads every byte. `against` is a checkpoint or a manifest (compared by tensors), a list as `sha256sum` or `md5sum` write it,
+    `owner/name[@revision]` (the Hub's digests, nothing is downloaded) or "published" (the table in published.py; with `delta` the
+    authors' merged files, predicted); `base`, with `delta` and `lora`, makes every tensor again. In these modes every value of `path` is
+    read, and so are those of a checkpoint that it is compared with: no manifest beside them is believed. `vision_tower` serves `base`, or
+    proves the tower that `against` lacks. `strict` makes warnings failures, but those of the rules in `allow`.
+
+    Raises UsageError for options that mean nothing together, InputError where there is nothing that could be verified, HubError where
+    the Hub can't be asked.
     """
+    _check_options(against, base, delta, lora, vision_tower, strict, allow)
     subject = open_subject(path)
-    reference = find_reference(against, jobs=jobs, on_event=on_event) if against is not None else None
-    recorded = subject.manifest.tensors if subject.manifest else {}
-    everything = deep or bool(reference and (reference.tensors is None or not recorded))
+    predicted = against == PUBLISHED and delta is not None
+    reference = find_reference(against) if against is not None and not predicted else None
+    tower, given_delta, given_base = (_opened(source) for source in (vision_tower, delta, base))
+    sources = None
+    if given_base and not predicted and subject.checkpoint:
+        sources = derive(subject.checkpoint, given_base, delta=given_delta, lora=lora, tower=tower)
+    everything = deep or reference is not None or base is not None
+    if everything and (reference or sources):
+        on_event(Note(_announced(subject, reference, sources, tower)))
+    findings, reading = _itself(subject, reference, everything, jobs, on_event)
+    asked: list[Finding] = []
+    if reference:
+        asked += _against(subject, reading, reference, tower, jobs, on_event)
+    if sources and subject.checkpoint:
+        asked += compare_derived(subject.checkpoint, sources, entries=reading.tensors, jobs=jobs, on_event=on_event)
+        asked += compare_files(subject.checkpoint, sources, "the sources", "L4")
+    if predicted and given_delta and subject.checkpoint:
+        asked += check_published(subject.checkpoint, given_delta, given_base, on_event=on_event)
+    every = _settled([*findings, *asked], asked, bool(reference or sources or predicted))
+    label = reference.label if reference else ""
+    return Verification(subject.place.resolve().name, tuple(_judged(every, strict, allow)), _facts(subject, reading), label)
+
+
+def rules() -> list[str]:
+    """The names of all rules, which `allow` takes."""
+    return sorted({*RULES, *(rule.name for table in TABLES.values() for rule in table)})
+
+
+def _check_options(
+    against: str | Path | None,
+    base: Source | None,
+    delta: Source | None,
+    lora: Sequence[str],
+    tower: Source | None,
+    strict: bool,
+    allow: Sequence[str],
+) -> None:
+    published = str(against) == PUBLISHED
+    if (delta or lora) and not base and not (published and delta):
+        raise UsageError("what was made again needs its base", hint="pass `--base` too, or `--published --delta DELTA`")
+    if tower and not base and (against is None or published):
+        raise UsageError("the vision tower serves what was made again, or a comparison", hint="pass `--base` or `--against` too")
+    if unknown := sorted({*allow} - {*rules()}):
+        raise UsageError(f"there is no rule {listed(unknown)}", hint=f"the rules are {', '.join(rules())}")
+    if allow and not strict:
+        raise UsageError("`--allow` takes a rule out of `--strict`", hint="pass `--strict` too")
+
+
+def _opened(source: Source | None) -> Checkpoint | None:
+    return open_checkpoint(source) if isinstance(source, str | Path) else source
+
+
+def _announced(subject: Subject, reference: other.Reference | None, sources: Checkpoint | None, tower: Checkpoint | None) -> str:
+    """How much will be read of what."""
+    parts = {shown(subject.place.resolve().name): sum(map(size_of, subject.files.values()))}
+    if reference and reference.nbytes:
+        parts[reference.label] = reference.nbytes
+    if sources:
+        leaves = {leaf for tensor in sources.parameters().values() for leaf in tensor.leaves()}
+        parts["the sources"] = sum(leaf.nbytes for leaf in leaves)
+    if tower and not sources:
+        parts[shown(tower.origin.name)] = tower.nbytes
+    return f"{size(sum(parts.values()))} will be read: {', '.join(f'{size(count)} of {name}' for name, count in parts.items())}"
+
+
+def _itself(
+    subject: Subject, reference: other.Reference | None, everything: bool, jobs: int, on_event: Listener
+) -> tuple[list[Finding], Reading]:
+    """What the checkpoint shows by itself and beside its own records, in every mode."""
     chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
     algorithms, tensors = reference.algorithms if reference else ("sha256",), subject.tensors if everything else {}
     reading = rehash(chosen, tensors, algorithms=algorithms, jobs=jobs, on_event=on_event)
-    findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject)) + _files(subject, reading)
-    findings += [] if reference else _health(subject)  # compared with OTHER, the question is whether it is the same
+    findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject), part="structure")
+    findings += _files(subject, reading, everything) + list(_recorded(subject)) + _health(subject)
     findings += _tensors(subject, reading) if everything else [_unread(subject)]
-    if reference:
-        findings += compare(subject.place, subject.files, recorded, reading, reference)
-    return Verification(subject.place.resolve().name, tuple(findings), _facts(subject, reading), reference.label if reference else "")
+    return findings, reading
+
+
+def _against(
+    subject: Subject, reading: Reading, reference: other.Reference, tower: Checkpoint | None, jobs: int, on_event: Listener
+) -> list[Finding]:
+    read, findings = read_reference(reference, jobs=jobs, on_event=on_event)
+    explained = _added(subject)
+    if tower and subject.checkpoint:
+        found, proved = compare_tower(subject.checkpoint, reading, tower, jobs=jobs, on_event=on_event)
+        findings += found
+        explained |= proved
+    weights: dict[str, list[str]] = {name: [] for name in subject.files if subject.is_weights(name)} | subject.by_file
+    compared = other.Side(subject.place, subject.checkpoint, subject.files, reading, weights, explained)
+    return findings + compare(compared, read, tower=tower, jobs=jobs)
+
+
+def _added(subject: Subject) -> dict[str, str]:
+    """Tensors that the recipe in the manifest says were added to the source, with that as the reason. No word on their values."""
+    found: dict[str, str] = {}
+    reason = "which its manifest records as added"
+    for step in subject.manifest.recipe if subject.manifest else ():
+        given = {"tower.": "tower" in step.get("inputs", {}), "projector.2.": bool(step.get("options", {}).get("projector_form"))}
+        parts = tuple(part for part, added in given.items() if added)
+        found |= {name: reason for name in subject.tensors if canonical(name).startswith(parts)}
+    return found
+
+
+def _settled(findings: list[Finding], asked: list[Finding], more: bool) -> list[Finding]:
+    """What holds only once all is known.
+
+    Where a reference or the sources prove the values, a rule on what kind of checkpoint this is finds no fault: they are of the same.
+    Where nothing else was asked for, missing records leave everything unproved.
+    """
+    if not more:
+        return findings
+    if not any(each.verdict in ("ok", "failed", "unproved") for each in asked):
+        findings = [*findings, Finding("against", "unproved", "values", "nothing was compared", part="nothing was compared")]
+    proved = not any(each.verdict in ("failed", "unproved") and each.rule != "small-files" for each in asked)
+
+    def settled(each: Finding) -> Finding:
+        if each.verdict == "unproved" and each.level in ("L2", "L3"):
+            return replace(each, verdict="unchecked", part="")
+        if proved and each.rule in KIND and each.verdict in ("failed", "warning"):
+            return replace(each, verdict="note", text=f"{each.text}; so is what it was compared with")
+        return each
+
+    return list(map(settled, findings))
+
+
+def _judged(findings: Iterable[Finding], strict: bool, allow: Sequence[str]) -> Iterator[Finding]:
+    """With `--strict`, warnings are failures, unless their rule is allowed, which the headline then says."""
+    for each in findings:
+        if not strict or each.verdict != "warning":
+            yield each
+        elif each.rule in allow:
+            yield replace(each, text=f"{each.text} (allowed)", part=f"allowed: {each.rule}")
+        else:
+            yield replace(each, verdict="failed", text=f"{each.text} (a warning of the rule {each.rule}, with --strict)")
 
 
 def checksum(path: str | Path, *, force: bool = False, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Path]:
@@ -240,7 +394,8 @@ def _listed_files(subject: Subject) -> Iterator[Finding]:
         entries = {path.name for path in subject.place.iterdir() if not path.name.startswith(".")} - {MANIFEST, SUMS}
         folders = {name.partition("/")[0] for name in subject.sums}
         for name in sorted(entries - folders):
-            yield Finding("L0", "warning", name, f"{shown(name)} is not listed in {_record(subject)}", "remove it if you do not know it")
+            text = f"{shown(name)} is not listed in {_record(subject)}"
+            yield Finding("L0", "warning", name, text, "remove it if you do not know it", "unlisted-file")
 
 
 def _headers(ours: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> Iterator[Finding]:
@@ -258,8 +413,10 @@ def _headers(ours: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> It
 def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Whether the tensors are those that config.json describes."""
     if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config:
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        stored = {"tie_word_embeddings": False} if VOCABULARY[1] in shapes else {}  # a tied head may be: health.py looks at its values
         try:
-            check_structure(checkpoint.config, {name: tensor.shape for name, tensor in checkpoint.tensors.items()})
+            check_structure({**checkpoint.config, **stored}, shapes)
         except InputError as error:
             yield _refused(error, "config.json")
     elif checkpoint.layout != "llava-hf":  # health.py has the rules of that one
@@ -285,9 +442,11 @@ def _health(subject: Subject) -> list[Finding]:
 # --- L2: files, L3: tensors -----------------------------------------------------------------------------------------
 
 
-def _files(subject: Subject, reading: Reading) -> list[Finding]:
+def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding]:
+    """Digests of the files beside those that were recorded, and which weights have none."""
     if not subject.sums:
-        return [Finding("L2", "unchecked", subject.place.name, "no checksums are there: neither manifest nor SHA256SUMS", WRITE_SUMS)]
+        text, part = "no checksums are there: neither manifest nor SHA256SUMS", "nothing is recorded to compare with"
+        return [Finding("L2", "unproved", subject.place.name, text, WRITE_SUMS, part=part)]
 
     def wrong() -> Iterator[Finding]:
         yield from (failed("L2", name, f"{shown(name)} can't be read: {why}") for name, why in reading.damaged.items())
@@ -298,11 +457,37 @@ def _files(subject: Subject, reading: Reading) -> list[Finding]:
                 )
 
     matched = sum(digests["sha256"] == subject.sums.get(name) for name, digests in reading.files.items())
-    return folded("L2", subject.place.name, wrong(), f"{counted(matched, 'file')} as recorded in {_record(subject)}" if matched else "")
+    text = f"{counted(matched, 'file')} as recorded in {_record(subject)}" if matched else ""
+    part = f"{'files' if everything else 'small files'} (by {_recorder(subject)})"
+    findings = folded("L2", subject.place.name, wrong(), text, part=part)
+    tensors = subject.manifest.tensors if subject.manifest else {}
+    by_file = subject.by_file
+    weights = [name for name in subject.files if subject.is_weights(name) and name not in subject.sums]
+    if lacking := [name for name in weights if not by_file.get(name) or any(tensor not in tensors for tensor in by_file[name])]:
+        text = f"{_record(subject)} records nothing of the weights in {listed(lacking)}"
+        part = f"nothing recorded of {counted(len(lacking), 'weight file')}"
+        findings.append(Finding("L2", "unproved", lacking[0], text, WRITE_SUMS, part=part))
+    if not matched and not findings:
+        text = f"{_record(subject)} lists weights only, which were not read"
+        findings.append(Finding("L2", "unproved", subject.place.name, text, DEEP, part="no recorded file was read"))
+    return findings
+
+
+def _recorded(subject: Subject) -> Iterator[Finding]:
+    """What the tool knew when it made this: the warnings of every step."""
+    manifest = subject.manifest
+    if manifest and manifest.doubt:
+        yield Finding("recorded", "unchecked", manifest.path.name, f"{manifest.doubt}: its warnings are not known")
+    for step in manifest.recipe if manifest else ():
+        for text in step.get("warnings", ()):
+            told = f"recorded when it was made, by {shown(str(step.get('operation', '?')))}: {text[:LONGEST_WARNING]}"
+            yield Finding("recorded", "warning", MANIFEST, told, "see whether it was meant so: the result is only as good as its inputs")
 
 
 def _unread(subject: Subject) -> Finding:
-    return Finding("L3", "unchecked", subject.place.name, "the values of the tensors were not read", "pass `--deep` to read everything")
+    count = counted(len(subject.tensors), "tensor")
+    part = f"values of {count} not read (--deep reads them)"
+    return Finding("L3", "unchecked", subject.place.name, f"the values of {count} were not read", DEEP, part=part)
 
 
 def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
@@ -321,8 +506,10 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
     missing = [name for name in subject.tensors if name not in reading.tensors and not reading.damaged]
     unread = [Finding("L3", "unchecked", missing[0], f"not read: {listed(missing)}")] if missing else []
     as_recorded = ", every digest as in the manifest" if recorded else ""
-    text = f"{counted(len(reading.tensors), 'tensor')} read, none with inf or NaN{as_recorded}" if reading.tensors else ""
-    return folded("L3", subject.place.name, wrong(), text) + unread
+    count = counted(len(reading.tensors), "tensor")
+    text = f"{count} read, none with inf or NaN{as_recorded}" if reading.tensors else ""
+    part = f"values of {count} (by {_recorder(subject)})" if recorded else ""
+    return folded("L3", subject.place.name, wrong(), text, part=part) + unread
 
 
 def _refused(error: InputError, otherwise: str) -> Finding:
@@ -334,6 +521,10 @@ def _refused(error: InputError, otherwise: str) -> Finding:
 
 def _record(subject: Subject) -> str:
     return shown(subject.manifest.path.name if subject.manifest else sums_path(subject.place).name)
+
+
+def _recorder(subject: Subject) -> str:
+    return "its manifest" if subject.manifest else _record(subject)
 
 
 def _facts(subject: Subject, reading: Reading) -> dict[str, Any]:

@@ -36,8 +36,10 @@ LAYERS = (
     "manifest stream",
     "card predict rehash destination",
     "records upload",
+    "compare_files",
     "against",
-    "write verification comparison derive forward",  # side effects begin
+    "derive",
+    "write verification comparison forward",  # side effects begin
     "probes portions",
     "reference_file",
     "smoke sample",

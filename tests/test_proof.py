@@ -24,8 +24,9 @@ FINDINGS = (
 def test_junit_is_xml_with_a_case_a_finding() -> None:
     suite = ElementTree.fromstring(proof.junit("my model", FINDINGS))
     assert suite.attrib == {"name": "llava-weights my model", "tests": "4", "failures": "1", "skipped": "1", "errors": "0"}
-    cases = {case.get("classname"): [child.tag for child in case] for case in suite}
+    cases = {case.get("classname"): [child.tag for child in case] for case in suite.iter("testcase")}
     assert cases == {"my model.L0": ["system-out"], "my model.L3": ["failure"], "my model.L2": ["skipped"], "my model.L1": ["system-out"]}
+    assert suite.findtext("system-out") == "FAILED (1 failed, 1 warning, 1 unchecked, 1 ok)"
     failure = suite.find(".//failure")
     assert failure is not None
     assert "inf & <NaN>" in str(failure.get("message"))
@@ -58,11 +59,19 @@ def test_the_commands(cli: Any, model: Path, fixtures: Path, tmp_path: Path) -> 
     assert (done.code, document["exit_code"], document["tensors"]) == (0, 0, 64)
     assert {finding["verdict"] for finding in document["findings"]} == {"ok"}
     assert ElementTree.parse(tmp_path / "report.xml").getroot().get("failures") == "0"
-    assert (tmp_path / "summary.md").read_text().startswith("## model: verified")
+    whole = "structure and samples, files and values of 64 tensors (by its manifest) verified (18 ok)"
+    assert (tmp_path / "summary.md").read_text().startswith(f"## model: {whole}\n")
+    assert f"model: {whole}" in cli("verify", "model", "--deep").stdout
+    assert whole in (tmp_path / "report.xml").read_text()
+    assert document["verdict"] == whole
+    unread = "structure and samples, small files (by its manifest) verified; values of 64 tensors not read (--deep reads them)"
+    assert cli("verify", "model").stdout.startswith(f"model: {unread}")
 
     source = fixtures / "C-v1.5/original-no-vision-bin"
     assert cli("verify", source).code == 3
-    assert cli("verify", model, "--against", source).code == 4
+    done = cli("verify", model, "--against", source)
+    assert (done.code, "not verified: 39 tensors without counterpart in `original-no-vision-bin`" in done.stdout) == (3, True)
+    assert "will be read: " in done.stderr
     shutil.copytree(source, tmp_path / "source")
     assert cli("checksum", "source").stdout.count("Wrote") == 2
     assert cli("verify", "source", "--deep").code == 0

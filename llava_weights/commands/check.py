@@ -44,6 +44,10 @@ def verify(
     ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
     vision_tower: VisionTower = None,
+    strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure: exit 4.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="RULE", help="Takes a rule, as its warnings name it, out of --strict. Repeats.")
+    ] = None,
     jobs: Jobs = 2,
     junit: Junit = None,
     summary: Summary = None,
@@ -51,29 +55,14 @@ def verify(
 ) -> None:
     """Prove that a checkpoint is whole and right: structure, health, digests, and what it is compared with. Exit 4 if it is not."""
     with session(show) as console:
-        from ..checkpoint import open_checkpoint
         from ..verification import verify as check
 
-        if (delta or lora or vision_tower) and not (base or (published and delta)):
-            raise UsageError("what was made again needs its base", hint="pass `--base` too, or `--published --delta DELTA`")
         if published and against:
             raise UsageError("`--against` and `--published` name two things to compare with", hint="run `verify` once for each")
-        other = "published" if published and not delta else against
-        result = check(path, against=other, deep=deep, jobs=jobs, on_event=console.on_event)
-        findings = result.findings
-        if published and delta:
-            from ..predict import check_published
-
-            given = open_checkpoint(base) if base else None
-            findings += check_published(open_checkpoint(path), open_checkpoint(delta), given, on_event=console.on_event)
-        elif base:
-            from ..derive import compare_derived, derive
-
-            subject, tower = open_checkpoint(path), open_checkpoint(vision_tower) if vision_tower else None
-            added = open_checkpoint(delta) if delta else None
-            again = derive(subject, open_checkpoint(base), delta=added, lora=lora or [], tower=tower)
-            findings += tuple(compare_derived(subject, again, jobs=jobs, on_event=console.on_event))
-        _prove(console, result.name, findings, _code(result.exit_code, findings), result.facts, junit, summary)
+        sources: Any = {"base": base, "delta": delta, "lora": lora or [], "vision_tower": vision_tower}
+        other = "published" if published else against
+        result = check(path, against=other, deep=deep, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources)
+        _prove(console, result.name, result.findings, result.exit_code, result.facts, junit, summary)
 
 
 @grouped
@@ -187,13 +176,6 @@ def smoke(
             _prove(console, model.origin.name, [text.finding], exit_code([text.finding]), facts, junit, summary, [text.prompt + text.text])
 
 
-def _code(code: int, findings: Sequence[Finding]) -> int:
-    """That of `verify`, unless what came after it failed, or found what `verify` had nothing to compare with."""
-    if any(finding.verdict == "failed" for finding in findings):
-        return 4
-    return 0 if any(finding.verdict == "ok" and finding.level in ("L4", "published") for finding in findings) else code
-
-
 def _prove(
     console: Console,
     name: str,
@@ -207,7 +189,8 @@ def _prove(
     """Show the findings, write the reports that were asked for, and end with the exit code."""
     from .. import proof
 
-    console.document("\n".join([*before, *proof.lines(name, findings, code)]), proof.document(name, findings, code, facts))
+    shown = proof.lines(name, findings, code, verbose=console.verbose)
+    console.document("\n".join([*before, *shown]), proof.document(name, findings, code, facts))
     if junit:
         junit.write_bytes(proof.junit(name, findings))
     if summary:

@@ -1,0 +1,460 @@
+"""The small files of two checkpoints, by what they mean: two writers spell, order and leave out other things, and compute the same.
+
+What a file leaves out is what its class assumes. A value that both sides say, or that one says and the other's class assumes, must be
+the same; what only one side says and no table knows can't be compared, and is named. Keys of training, versions and paths are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .agreement import GENERATION
+from .agreement_hf import JINJA, MISSING, TEMPLATE
+from .agreement_values import PREPROCESSOR
+from .checkpoint import Checkpoint, small_bytes, small_text
+from .config import LLAMA_DEFAULTS, LLAVA_DEFAULTS, SAMPLING
+from .conversion import convert
+from .errors import InputError, UsageError
+from .families import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
+from .findings import Finding
+from .formats import listed, shown
+from .formats.sentencepiece import read_sentencepiece
+from .formats.tokenizer_json import added_tokens
+from .hf_config import TEXT_MODELS, flat_config, text_type
+from .naming import canonical
+from .processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, STEPS
+from .projector import FORMS
+from .sidecars import CONFIG, PROCESSOR, Sidecars, added_ids, content, read_sidecars, said, vision
+from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL
+from .tokenizer import CONFIG as TOKENIZER
+from .tower import complete_config
+
+KNOWN = (*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
+# Keys that change nothing of what a finished model computes: versions, paths, training, memory.
+IGNORED = (
+    r"transformers_version|_name_or_path|name_or_path|_commit_hash|_from_model_config|use_cache|initializer_(range|factor)|.*dropout|"
+    r"pretraining_tp|ignore_index|gradient_checkpointing|output_(attentions|hidden_states)|return_dict|use_return_dict|id2label|label2id|"
+    r"(freeze|tune)_.*|.*_lr|projection_dim|vision_use_head|(torch_)?dtype|architectures|mm_vision_tower|vision_tower|unpadded_vocab_size"
+)
+# In tokenizer_config.json: of no effect on the ids of a text, or told by other files, which are compared.
+TOKENIZER_IGNORED = (
+    r"(?!add_).*_token|.*_tokens|added_tokens_decoder|chat_template|processor_class|special_tokens_map_file|tokenizer_file|name_or_path|"
+    r"model_max_length|max_length|(padding|truncation)_side|truncation_strategy|stride|pad_to_multiple_of|backend|is_local|"
+    r"clean_up_tokenization_spaces|spaces_between_special_tokens|use_default_system_prompt|sp_model_kwargs|use_fast|model_input_names"
+)
+CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_internal": None, "quantization_config": None}
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What the classes assume (LlavaConfig and LlavaNextConfig of transformers 4.37 to 5.23; LLaVA's own code at c121f04).
+HUB = {
+    "ignore_index": -100, "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default", "image_seq_length": 576, "multimodal_projector_bias": True,
+    "tie_word_embeddings": False, "image_grid_pinpoints": None, "use_image_newline_parameter": True, **CODE,
+}  # fmt: skip
+FLAT = {
+    **LLAVA_DEFAULTS, "mm_projector_type": "linear", "mm_use_im_start_end": False, "mm_use_im_patch_token": True,
+    "mm_patch_merge_type": "flat", "mm_vision_select_layer": -2, "unfreeze_mm_vision_tower": False, "image_grid_pinpoints": None,
+}  # fmt: skip
+IDS_OF = {"llama": (1, 2, None), "mistral": (1, 2, None), "qwen2": (None, None, None)}
+SAMPLED = {**SAMPLING, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20}
+ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}  # of a LLaMA's tokenizer
+
+Said = Mapping[str, Any]
+
+
+@dataclass
+class _Compared:
+    """What is found: sentences on what differs, names of what could not be compared, files that were."""
+
+    label: str
+    wrong: list[tuple[str, str]] = field(default_factory=list)  # file, sentence
+    open: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    text_only: bool = False  # of the other side nothing but the text model's config is known
+
+    def values(self, file: str, ours: Said, theirs: Said, told: Callable[[Any], str] = said) -> None:
+        """Key by key."""
+        self.files.append(file)
+        for key in dict.fromkeys((*ours, *theirs)):
+            if key in ours and key in theirs:
+                if not _same(ours[key], theirs[key]):
+                    self.wrong.append((file, f"`{key}` of {shown(file)} is {told(ours[key])}, in {self.label} it is {told(theirs[key])}"))
+            elif (ours if key in ours else theirs)[key] is not None:
+                self.open.append(f"`{key}` of {shown(file)} {'here' if key in ours else f'in {self.label}'} only")
+
+    def there(self, file: str, ours: bool, theirs: bool, *, instead: bool = False) -> bool:
+        """Whether both sides have the file; `instead`: another file here tells the same."""
+        if theirs and not ours and not instead:
+            self.wrong.append((file, f"{shown(file)} is in {self.label}, and is not here"))
+        elif ours != theirs:
+            self.open.append(f"{shown(file)} {'here' if ours else f'in {self.label}'} only")
+        return ours and theirs
+
+
+def compare_files(ours: Checkpoint, theirs: Checkpoint, label: str, level: str, *, tower: Checkpoint | None = None) -> list[Finding]:
+    """Findings of `level` on the small files of `ours` beside those of `theirs`, which messages call `label`.
+
+    Across the layouts llava and llava-hf, `theirs` is converted first (`tower` serves it where it holds none). Raises nothing for
+    what is damaged: the rules on one checkpoint say that.
+    """
+    if not (ours.config or ours.files) or not (theirs.config or theirs.files):
+        if not (ours.config or ours.files):
+            return []
+        text = f"the small files were not compared: {label} has none"
+        return [Finding(level, "unchecked", label, text, rule="small-files", part="small files not compared")]
+    found = _Compared(label)
+    if {ours.layout, theirs.layout} == {"llava", "llava-hf"}:
+        theirs = _converted(ours, theirs, tower, found)
+    mine, other = read_sidecars(ours)[0], read_sidecars(theirs)[0]
+    try:
+        _compare(mine, other, found)
+    except InputError as error:
+        found.open.append(error.what)
+    return _findings(found, level)
+
+
+def _findings(found: _Compared, level: str) -> list[Finding]:
+    findings = [Finding(level, "failed", file, text, rule="small-files") for file, text in found.wrong]
+    if not findings and found.files:
+        names = list(dict.fromkeys(found.files))
+        text = f"small files say the same as {found.label}: {listed(names)}"
+        findings.append(Finding(level, "ok", found.label, text, rule="small-files", part=f"small files (by {found.label})"))
+    if found.open:
+        text = f"not compared: {'; '.join(found.open[:8])}" + (f"; and {len(found.open) - 8} more" if len(found.open) > 8 else "")
+        what = f"{len(found.open)} setting{'s' if len(found.open) > 1 else ''} of small files"
+        findings.append(Finding(level, "unchecked", found.label, text, rule="small-files", part=f"unchecked: {what}"))
+    return findings
+
+
+def _converted(ours: Checkpoint, theirs: Checkpoint, tower: Checkpoint | None, found: _Compared) -> Checkpoint:
+    """`theirs` as the converter would write it in the layout of `ours`; cut to the text model's config where it can't."""
+    options: dict[str, Any] = {}
+    if ours.layout == "llava-hf":
+        forms = {act: form for form, act in FORMS.items()}
+        rows = next((tensor.rows for name, tensor in ours.tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
+        options = {"projector_form": forms.get(str(ours.config.get("projector_hidden_act"))), "vocab_size": rows}
+    if tower is None and not any(canonical(name).startswith("tower.") for name in theirs.tensors):
+        tower = _tower_of(ours)
+        found.open.append(f"`vision_config` and {shown(PREPROCESSOR)}: {found.label} holds no vision tower, and none was given")
+    try:
+        return convert(theirs, ours.layout, tower=tower, **options)
+    except (InputError, UsageError) as error:
+        found.open.append(f"all but the text model's config: {found.label} can't be converted, {error.what}")
+        found.text_only = True
+        return theirs
+
+
+def _tower_of(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The vision tower in a llava-hf checkpoint as one of its own."""
+    behind = {name: canonical(name).removeprefix("tower.") for name in checkpoint.tensors if canonical(name).startswith("tower.")}
+    tensors = {f"vision_model.{short}": checkpoint.tensors[name] for name, short in behind.items()}
+    config = checkpoint.config.get("vision_config")
+    return replace(checkpoint, tensors=tensors, config=config, files={}, history=()) if tensors and isinstance(config, dict) else None
+
+
+def _compare(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
+    if found.text_only:
+        mine, other = _text(ours), _text(theirs)
+        found.values(CONFIG, {key: mine[key] for key in mine if key in other}, {key: other[key] for key in other if key in mine})
+        return
+    if found.there(CONFIG, bool(ours.of(CONFIG)), bool(theirs.of(CONFIG))):
+        found.values(CONFIG, _config(ours), _config(theirs))
+        _names(ours, theirs, found)
+    if ours.has(GENERATION) or theirs.has(GENERATION):
+        found.values(GENERATION, _generation(ours), _generation(theirs))
+    if found.there(PREPROCESSOR, bool(_image(ours)), bool(_image(theirs))):
+        found.values(PREPROCESSOR, _preprocessor(_image(ours)), _preprocessor(_image(theirs)))
+    if found.there(PROCESSOR, ours.has(PROCESSOR), theirs.has(PROCESSOR)):
+        found.values(PROCESSOR, _processor(ours), _processor(theirs))
+    _templates(ours, theirs, found)
+    _tokenizer(ours, theirs, found)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal JSON values; true is not 1, but 1 is 1.0."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+# --- config.json ----------------------------------------------------------------------------------------------------
+
+
+def _text_kind(config: Said) -> str:
+    try:
+        return text_type(config)
+    except InputError:
+        return "llama"
+
+
+def _text(side: Sidecars) -> dict[str, Any]:
+    """The decoder's config, whole."""
+    flat = side.of(CONFIG)
+    hub = isinstance(flat.get("text_config"), dict)
+    given = flat_config(flat if hub else {"text_config": flat})
+    kind = _text_kind(given if hub else flat)
+    defaults = {**LLAMA_DEFAULTS, **TEXT_MODELS[kind].defaults, **MISSING[kind], **dict(zip(IDS, IDS_OF[kind], strict=True)), **CODE}
+    text = {**defaults, **{key: value for key, value in given.items() if value is not None or key in defaults}}
+    old = text.pop("max_sequence_length", None)  # its name before transformers 4.28
+    if old is not None and given.get("max_position_embeddings") is None:
+        text["max_position_embeddings"] = old
+    heads = text.get("num_attention_heads")
+    if given.get("num_key_value_heads") is None and kind != "mistral":
+        text["num_key_value_heads"] = heads
+    if text.get("head_dim") is None and type(heads) is int and type(text.get("hidden_size")) is int and heads > 0:
+        text["head_dim"] = text["hidden_size"] // heads
+    text["model_type"] = kind
+    return {key: value for key, value in text.items() if not re.fullmatch(IGNORED, key)}
+
+
+def _config(side: Sidecars) -> dict[str, Any]:
+    """Every setting, nested ones with the name of their part in front."""
+    config = side.of(CONFIG)
+    if side.checkpoint.layout != "llava-hf":
+        return _text(side) if side.checkpoint.layout != "llava" else _text(side) | _filled(config, FLAT, keys=FLAT)
+    text = _text(side)
+    ids = {key: text[key] for key in IDS}
+    top = {**config, "image_token_index": config.get("image_token_index", config.get("image_token_id", 32000))}
+    top = {key: value for key, value in top.items() if key not in ("text_config", "vision_config", "image_token_id")}
+    try:
+        tower: dict[str, Any] = complete_config(vision(side.objects))
+    except InputError:  # which the rules on one checkpoint say
+        tower = dict(vision(side.objects))
+    parts = {"text_config": text, "vision_config": tower}
+    nested = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items() if not re.fullmatch(IGNORED, key)}
+    return _filled(top, {**HUB, **ids, "vocab_size": text["vocab_size"]}) | nested
+
+
+def _filled(given: Said, defaults: Said, *, keys: Iterable[str] | None = None, ignored: str = IGNORED) -> dict[str, Any]:
+    """`given` over the defaults, a null that no default knows left out, and cut to `keys` if they are given."""
+    whole = {**defaults, **{key: value for key, value in given.items() if value is not None or key in defaults}}
+    wanted = whole if keys is None else {key: whole[key] for key in keys}
+    return {key: value for key, value in wanted.items() if not re.fullmatch(ignored, key)}
+
+
+def _names(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
+    """Keys that are compared only where both sides have them: the class, the dtype, the tower by its last name."""
+
+    def told(config: Said) -> dict[str, Any]:
+        dtype, tower = config.get("dtype", config.get("torch_dtype")), config.get("mm_vision_tower")
+        every = {
+            "architectures": config.get("architectures"),
+            "dtype": str(dtype).removeprefix("torch.") if dtype else None,
+            "mm_vision_tower": str(tower).rstrip("/").rpartition("/")[2].lower() if tower else None,
+        }
+        return {key: value for key, value in every.items() if value is not None}
+
+    mine, other = told(ours.of(CONFIG)), told(theirs.of(CONFIG))
+    both = mine.keys() & other.keys()
+    found.values(CONFIG, {key: mine[key] for key in mine if key in both}, {key: other[key] for key in both})
+
+
+def _generation(side: Sidecars) -> dict[str, Any]:
+    """Without the file, programs take the ids of config.json."""
+    text = _text(side)
+    given = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in side.of(GENERATION).items()}
+    return _filled(given, {**SAMPLED, **{key: text[key] for key in IDS}, **CODE})
+
+
+# --- the processor --------------------------------------------------------------------------------------------------
+
+
+def _image(side: Sidecars) -> Said:
+    nested = side.of(PROCESSOR).get("image_processor")
+    return side.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else {})
+
+
+def _preprocessor(given: Said) -> dict[str, Any]:
+    kind = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "CLIPImageProcessor")
+    siglip = kind.startswith("Siglip")
+    mean, std = (SIGLIP_MEAN, SIGLIP_STD) if siglip else (CLIP_MEAN, CLIP_STD)
+    defaults: dict[str, Any] = {
+        **dict.fromkeys((*STEPS, "do_convert_rgb"), True), "do_pad": False, "do_center_crop": not siglip, "resample": 3,
+        "rescale_factor": 1 / 255, "image_mean": list(mean), "image_std": list(std), "size": 224, "image_grid_pinpoints": None, **CODE,
+    }  # fmt: skip
+    whole = {**_filled(given, defaults, ignored=f"{IGNORED}|processor_class|feature_extractor_type"), "image_processor_type": kind}
+    whole["image_processor_type"] = re.sub("FeatureExtractor$", "ImageProcessor", kind.removesuffix("Fast"))
+    for key in ("size", "crop_size"):
+        if isinstance(edges := whole.get(key), dict) and len(set(map(str, edges.values()))) == 1:
+            whole[key] = next(iter(edges.values()))
+    return whole
+
+
+def _processor(side: Sidecars) -> dict[str, Any]:
+    defaults = {
+        "image_token": "<image>",
+        "patch_size": None,
+        "num_additional_image_tokens": 0,
+        "vision_feature_select_strategy": None,
+        **CODE,
+    }
+    return _filled(side.of(PROCESSOR), defaults, ignored=f"{IGNORED}|image_processor|chat_template|processor_class")
+
+
+def _templates(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
+    """Every chat template of ours must be one of theirs."""
+
+    def every(side: Sidecars) -> set[str]:
+        places = [side.of(name).get("chat_template") for name in (TEMPLATE, PROCESSOR, TOKENIZER)]
+        try:
+            places.append(small_text(side.checkpoint.files, JINJA))
+        except InputError:  # which the rules on one checkpoint say
+            places.append(None)
+        return {str(text).rstrip("\n") for text in places if text}
+
+    mine, other = every(ours), every(theirs)
+    if other and not mine:
+        found.wrong.append((TEMPLATE, f"there is no chat template, in {found.label} there is one"))
+    elif other and mine - other:
+        found.wrong.append((TEMPLATE, f"the chat template is not that of {found.label}"))
+    elif mine != other:
+        found.open.append("a chat template here only" if not other else f"one more chat template in {found.label}")
+    elif mine:
+        found.files.append("chat template")
+
+
+# --- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
+    if found.there(FAST, ours.has(FAST), theirs.has(FAST), instead=ours.has(MODEL)):
+        _fast(ours.of(FAST), theirs.of(FAST), found)
+    if found.there(MODEL, ours.has(MODEL), theirs.has(MODEL), instead=ours.has(FAST)):
+        _pieces(ours.checkpoint, theirs.checkpoint, found)
+    for name in ("vocab.json", "merges.txt"):
+        both = found.there(name, ours.has(name), theirs.has(name), instead=ours.has(FAST))
+        same = both and (_bytes(ours.checkpoint, name) == _bytes(theirs.checkpoint, name) or _is_json_alike(ours, theirs, name))
+        if both and not same:
+            found.wrong.append((name, f"{shown(name)} is not that of {found.label}"))
+    if not any(side.has(name) for side in (ours, theirs) for name in TOKENIZER_FILES):
+        return
+    _added(ours, theirs, found)
+    found.values("special tokens", _roles(ours), _roles(theirs))
+    mine, other = _named_roles(ours), _named_roles(theirs)  # programs differ in which file they ask first
+    for file in mine.keys() & other.keys():
+        found.values(file, {key: mine[file][key] for key in mine[file] if key in other[file]},
+                     {key: other[file][key] for key in other[file] if key in mine[file]})  # fmt: skip
+    if ours.has(TOKENIZER) or theirs.has(TOKENIZER):
+        found.values(TOKENIZER, _settings(ours), _settings(theirs))
+
+
+def _is_json_alike(ours: Sidecars, theirs: Sidecars, name: str) -> bool:
+    return name in ours.objects and ours.objects[name] == theirs.objects.get(name)
+
+
+def _fast(ours: Said, theirs: Said, found: _Compared) -> None:
+    """tokenizer.json: vocabulary, merges, and the steps before and after."""
+    mine, other = ({**value} if isinstance(value := core.get("model"), dict) else {} for core in (ours, theirs))
+    vocabularies = [_pairs(model.pop("vocab", None)) for model in (mine, other)]
+    if vocabularies[0] != vocabularies[1]:
+        found.wrong.append((FAST, f"{_differing(*vocabularies)} in the vocabulary of {shown(FAST)} and in {found.label}"))
+    merges = [[tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) if isinstance(pair, list) else pair for pair in each]
+              if isinstance(each := model.pop("merges", None), list) else each for model in (mine, other)]  # fmt: skip
+    if merges[0] != merges[1]:
+        found.wrong.append((FAST, f"the merges of {shown(FAST)} are not those of {found.label}"))
+    unset = {"type": "BPE", "dropout": None, "ignore_merges": False, "byte_fallback": False, "fuse_unk": False}
+    affixes = dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"))
+    models = [
+        {**unset, **affixes, **{key: value or None if key in affixes else value for key, value in model.items()}} for model in (mine, other)
+    ]
+    found.values(
+        FAST, {f"model.{key}": value for key, value in models[0].items()}, {f"model.{key}": value for key, value in models[1].items()}
+    )
+    steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    for key in steps:
+        if not _same(ours.get(key), theirs.get(key)):
+            found.wrong.append((FAST, f"`{key}` of {shown(FAST)} is not that of {found.label}"))
+    flags = [added_tokens(dict(core)) for core in (ours, theirs)]
+    if odd := [i for i in flags[0] if i in flags[1] and flags[0][i] != flags[1][i]]:
+        found.wrong.append((FAST, f"{_told_tokens(odd, flags[0])} of {shown(FAST)} have other flags or names in {found.label}"))
+
+
+def _told_tokens(ids: list[int], flags: Mapping[int, Said]) -> str:
+    return f"added tokens {listed(str(flags[i]['content']) for i in ids)}"
+
+
+def _pairs(vocabulary: Any) -> Any:
+    """A vocabulary as name -> id or score; Unigram models have a list of pairs."""
+    if isinstance(vocabulary, list) and all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in vocabulary):
+        return {name: (i, score) for i, (name, score) in enumerate(vocabulary)}
+    return vocabulary
+
+
+def _differing(ours: Any, theirs: Any) -> str:
+    if not isinstance(ours, dict) or not isinstance(theirs, dict):
+        return "other tokens"
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    first = f"{shown(names[0])} {said(ours.get(names[0]))} and {said(theirs.get(names[0]))}"
+    return f"{len(names):,} tokens have other ids, as {first},"
+
+
+def _pieces(ours: Checkpoint, theirs: Checkpoint, found: _Compared) -> None:
+    one, other = _bytes(ours, MODEL), _bytes(theirs, MODEL)
+    found.files.append(MODEL)
+    if one != other:
+        try:
+            same = read_sentencepiece(one) == read_sentencepiece(other)
+        except InputError:  # which the rules on one checkpoint say
+            same = False
+        if not same:
+            found.wrong.append((MODEL, f"the pieces of {shown(MODEL)} are not those of {found.label}"))
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> bytes:
+    return small_bytes(name, checkpoint.files[name], MODEL_LIMIT)
+
+
+def _ids(side: Sidecars) -> Mapping[str, int]:
+    """The pieces of tokenizer.model."""
+    try:
+        return read_sentencepiece(_bytes(side.checkpoint, MODEL)).ids if side.has(MODEL) else {}
+    except InputError:  # which the rules on one checkpoint say
+        return {}
+
+
+def _added(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
+    """Tokens behind the vocabulary, from whatever file lists them. A new one is no fault where it has a row that theirs lacks."""
+    every = [{**_ids(side), **side.tokens} for side in (ours, theirs)]
+    mine, other = (added_ids(side.objects) for side in (ours, theirs))
+    for name, i in mine.items():
+        known = every[1].get(name)
+        if known is None and not (theirs.rows and i >= theirs.rows):
+            _unknown(theirs, f"the added token {shown(name)} ({i}) is not in {found.label}", found)
+        elif known not in (None, i):
+            found.wrong.append((ADDED, f"the added token {shown(name)} has the id {i}, in {found.label} {known}"))
+    for name, i in other.items():
+        if name not in every[0]:
+            _unknown(ours, f"the added token {shown(name)} ({i}) of {found.label} is missing", found)
+
+
+def _unknown(side: Sidecars, text: str, found: _Compared) -> None:
+    """A token that `side` does not list: with tokenizer.json or an own list of added tokens it would."""
+    if side.has(FAST) or side.has(ADDED):
+        found.wrong.append((ADDED, text))
+    else:
+        found.open.append(text)
+
+
+def _named_roles(side: Sidecars) -> dict[str, dict[str, str]]:
+    """The special tokens that each file names."""
+    texts = {file: {f"{role}_token": content(side.of(file).get(f"{role}_token")) for role in ROLES} for file in (TOKENIZER, SPECIAL)}
+    return {file: {key: text for key, text in named.items() if text is not None} for file, named in texts.items()}
+
+
+def _roles(side: Sidecars) -> dict[str, str | None]:
+    """The special tokens, from whatever file names them."""
+    named = _named_roles(side)
+    defaults = {f"{role}_token": text if side.is_llama else None for role, text in ROLES.items()}
+    return {**defaults, **named[SPECIAL], **named[TOKENIZER]}
+
+
+def _settings(side: Sidecars) -> dict[str, Any]:
+    llama = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": True, "legacy": True} if side.is_llama else {}
+    given = dict(side.of(TOKENIZER))
+    if isinstance(given.get("tokenizer_class"), str):
+        given["tokenizer_class"] = given["tokenizer_class"].removesuffix("Fast").lower()
+    return _filled(given, {**llama, **CODE}, ignored=TOKENIZER_IGNORED)
