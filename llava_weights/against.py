@@ -9,21 +9,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .compare_files import compare_files
+from .checkpoint import Checkpoint, Origin, open_checkpoint
+from .compare_files import KNOWN, compare_files
 from .config import few
 from .errors import InputError
 from .events import Event
-from .families import CONFIG_FILES, DROPPED, PROCESSOR_FILES, TOKENIZER_FILES
+from .families import CONFIG_FILES, DROPPED
 from .findings import Finding, Verdict
 from .formats import listed, shown
-from .formats.folder import SUFFIXES
+from .formats.folder import SUFFIXES, member
+from .formats.strict_json import load_object
 from .hub import HubSource, parse_source
-from .manifest import TensorEntry
+from .manifest import TensorEntry, digest_file
 from .naming import TABLES, Names, canonical
 from .published import recognise
-from .records import Sum, find_manifest, hub_sums, read_manifest, read_sums
-from .rehash import Reading, digests, rehash
+from .records import Manifest, Sum, find_manifest, hub_sums, read_manifest, read_sums
+from .rehash import Reading, digests, rehash, size_of
 from .resize import resized
 from .tensors import LazyTensor, cast
 from .tower import open_tower
@@ -31,6 +32,7 @@ from .tower import open_tower
 PUBLISHED = "published"  # as the name of a reference: the table in published.py
 SHOWN = 20  # failures of one level that are listed one by one
 PROVED = "equal to"  # how the reason of an explained tensor begins that another comparison proved
+LARGEST_SMALL = 64 << 20  # bytes of a small file
 DAMAGED = "get the file again, or repeat the command that wrote it"
 
 
@@ -45,7 +47,7 @@ class Reference:
     sums: tuple[Sum, ...] = ()
     source: Path | None = None  # the list
     complete: bool = True  # a file that is listed must be there
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # beside a manifest: its small files alone, those that are as it lists them
 
     @property
     def algorithms(self) -> tuple[str, ...]:
@@ -55,7 +57,7 @@ class Reference:
     @property
     def nbytes(self) -> int:
         """Bytes of its files that are read."""
-        return sum(file.size for file in self.checkpoint.origin.files) if self.checkpoint else 0
+        return sum(file.size for file in self.checkpoint.origin.files) if self.checkpoint and self.tensors is None else 0
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,26 @@ def find_reference(against: str | Path) -> Reference:
     label = shown(path.resolve().name)
     if path.suffix == ".json":
         manifest = read_manifest(path)
-        return Reference(label, manifest.tensors, {name: entry.sha256 for name, entry in manifest.files.items()})
+        files = {name: entry.sha256 for name, entry in manifest.files.items()}
+        return Reference(label, manifest.tensors, files, checkpoint=_recorded_checkpoint(manifest))
     if not path.is_dir() and path.suffix not in SUFFIXES:
         return Reference(label, sums=read_sums(path), source=path.absolute())
     return Reference(label, checkpoint=open_checkpoint(path))
+
+
+def _recorded_checkpoint(manifest: Manifest) -> Checkpoint | None:
+    """The small files that lie beside a manifest and have its digests, so that they can be compared by meaning; None without a config."""
+    folder, files = manifest.path.absolute().parent, {}
+    try:
+        for name, entry in manifest.files.items():
+            path = member(folder, name) if name in KNOWN else folder
+            if path.is_file() and size_of(path) == entry.size <= LARGEST_SMALL and digest_file(path) == entry.sha256:
+                files[name] = path
+        config = load_object(files[CONFIG_FILES[0]]) if CONFIG_FILES[0] in files else {}
+    except (InputError, OSError):  # then the digests alone are compared
+        return None
+    tensors = {name: LazyTensor(dtype=entry.dtype, shape=entry.shape) for name, entry in manifest.tensors.items()}
+    return Checkpoint(tensors, config, Origin(folder.name, folder, "safetensors", ()), files) if config else None
 
 
 def read_reference(
@@ -103,7 +121,7 @@ def read_reference(
     Raises InputError where the values can't be read.
     """
     other = reference.checkpoint
-    if other is None:
+    if other is None or reference.tensors is not None:
         return reference, []
     reading = rehash({Path(file.path).name: Path(file.path) for file in other.origin.files}, other.tensors, jobs=jobs, on_event=on_event)
     if reading.damaged:
@@ -127,8 +145,8 @@ def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = N
     if reference.tensors is None:
         return list(_by_files(subject, reference))
     findings = list(_by_tensors(subject, reference.tensors, reference.label, jobs))
-    if reference.files:
-        return findings + _by_recorded_files(subject, reference)
+    if reference.files and (told := _by_recorded_files(subject, reference)):
+        return findings + told
     if reference.checkpoint and subject.checkpoint:
         findings += compare_files(subject.checkpoint, reference.checkpoint, reference.label, "against", tower=tower)
     return findings
@@ -237,25 +255,28 @@ def _without_counterpart(alone: Sequence[str], explained: Mapping[str, str], lab
 
 
 def _by_recorded_files(subject: Side, reference: Reference) -> list[Finding]:
-    """The small files by the digests in a manifest. Where the names of the tensors are of another layout, so are the files."""
+    """The small files by the digests in a manifest. Nothing where they are other files, and those it lists can be compared by meaning.
+
+    Where the names of the tensors are of another layout, so are the files.
+    """
     names = {*(reference.tensors or ())}
     if (names and not names & {*subject.reading.tensors}) or not subject.place.is_dir():
         why = "this is one file of it" if not subject.place.is_dir() else "it is of another layout"
         text = f"the small files were not compared with {reference.label}: {why}"
         return [Finding("against", "unchecked", reference.label, text, rule="small-files", part="small files not compared")]
-    known = (*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
-    wrong = []
-    for name in (name for name in reference.files if name in known):
-        if name not in subject.files:
-            wrong.append(failed("against", name, f"{shown(name)} is listed in {reference.label} and is not here"))
-        elif subject.reading.files.get(name, {}).get("sha256") != reference.files[name]:
-            wrong.append(failed("against", name, f"{shown(name)} is not the file that {reference.label} lists"))
-    matched = sum(name in known for name in reference.files) - len(wrong)
-    findings = folded(
-        "against", reference.label, wrong, f"{counted(matched, 'small file')} as listed in {reference.label}" if matched else "",
-        part=f"small files (by {reference.label})",
-    )  # fmt: skip
-    if unlisted := [name for name in subject.files if name in known and name not in reference.files]:
+    listed_names = [name for name in reference.files if name in KNOWN]
+    lacking = [name for name in listed_names if name not in subject.files]
+    unlike = [
+        name for name in listed_names if subject.reading.files.get(name, {}).get("sha256") != reference.files[name] and name not in lacking
+    ]
+    other = {*lacking, *unlike}
+    if other and subject.checkpoint and reference.checkpoint and other <= {*reference.checkpoint.files}:
+        return []
+    wrong = [failed("against", name, f"{shown(name)} is listed in {reference.label} and is not here") for name in lacking]
+    wrong += [failed("against", name, f"{shown(name)} is not the file that {reference.label} lists") for name in unlike]
+    text = f"{counted(len(listed_names), 'small file')} as listed in {reference.label}" if listed_names else ""
+    findings = folded("against", reference.label, wrong, text, part=f"small files (by {reference.label})")
+    if unlisted := [name for name in subject.files if name in KNOWN and name not in reference.files]:
         part = f"unchecked: {listed(unlisted)}"
         findings.append(Finding("against", "unchecked", unlisted[0], f"not listed in {reference.label}: {listed(unlisted)}", part=part))
     return [replace(each, rule="small-files") for each in findings]

@@ -195,6 +195,18 @@ def test_base_and_against_never_ask_the_manifest_beside_the_weights(good: Path, 
         assert {each.level for each in found.findings if each.verdict == "failed"} & {"L4", "against"}
 
 
+def test_a_manifest_alone_compares_small_files_by_digest_and_beside_its_files_by_meaning(good: Path, model: Path, tmp_path: Path) -> None:
+    without_records(model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(dict(reversed(config.items())) | {"transformers_version": "4.47.1"}))
+    assert verify(model, against=good / MANIFEST).exit_code == 0
+    alone = shutil.copy(good / MANIFEST, tmp_path / "alone.json")
+    found = verify(model, against=alone)
+    assert (found.exit_code, "`config.json` is not the file that `alone.json` lists" in said(found, "failed")) == (4, True)
+    (tmp_path / "model" / "tokenizer.model").unlink()
+    assert "`tokenizer.model` is listed in `alone.json`" in said(verify(model, against=alone), "failed", rule="small-files")
+
+
 def test_a_stale_manifest_beside_the_reference_is_said_and_not_believed(good: Path, model: Path) -> None:
     one_bit(model)
     found = verify(good, against=model)
