@@ -13,7 +13,7 @@ from typing import Any
 
 from .agreement import GENERATION
 from .agreement_hf import JINJA, MISSING, TEMPLATE
-from .agreement_values import PREPROCESSOR
+from .agreement_values import PREPROCESSOR, STEERING
 from .checkpoint import Checkpoint, small_bytes, small_text
 from .config import LLAMA_DEFAULTS, LLAVA_DEFAULTS, SAMPLING
 from .conversion import convert
@@ -28,7 +28,7 @@ from .naming import canonical
 from .processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, STEPS
 from .projector import FORMS
 from .sidecars import CONFIG, PROCESSOR, Sidecars, added_ids, content, read_sidecars, said, vision
-from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL
+from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length
 from .tokenizer import CONFIG as TOKENIZER
 from .tower import complete_config
 
@@ -45,6 +45,7 @@ TOKENIZER_IGNORED = (
     r"model_max_length|max_length|(padding|truncation)_side|truncation_strategy|stride|pad_to_multiple_of|backend|is_local|"
     r"clean_up_tokenization_spaces|spaces_between_special_tokens|use_default_system_prompt|sp_model_kwargs|use_fast|model_input_names"
 )
+HABITS = ("clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side")
 CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_internal": None, "quantization_config": None}
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What the classes assume (LlavaConfig and LlavaNextConfig of transformers 4.37 to 5.23; LLaVA's own code at c121f04).
@@ -58,7 +59,7 @@ FLAT = {
     "mm_patch_merge_type": "flat", "mm_vision_select_layer": -2, "unfreeze_mm_vision_tower": False, "image_grid_pinpoints": None,
 }  # fmt: skip
 IDS_OF = {"llama": (1, 2, None), "mistral": (1, 2, None), "qwen2": (None, None, None)}
-SAMPLED = {**SAMPLING, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20}
+SAMPLED = {**SAMPLING, **dict.fromkeys(STEERING), "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20}
 ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}  # of a LLaMA's tokenizer
 
 Said = Mapping[str, Any]
@@ -237,20 +238,26 @@ def _filled(given: Said, defaults: Said, *, keys: Iterable[str] | None = None, i
 
 
 def _names(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
-    """Keys that are compared only where both sides have them: the class, the dtype, the tower by its last name."""
+    """Keys that are compared only where both sides have them: the class, the dtype, the tower by its last name, whether it is a LLaVA."""
 
-    def told(config: Said) -> dict[str, Any]:
+    def told(side: Sidecars) -> dict[str, Any]:
+        config, kind = side.of(CONFIG), str(side.of(CONFIG).get("model_type"))
         dtype, tower = config.get("dtype", config.get("torch_dtype")), config.get("mm_vision_tower")
         every = {
             "architectures": config.get("architectures"),
+            "model_type": ("llava" if kind.startswith("llava") else kind) if side.checkpoint.layout == "llava" else None,
             "dtype": str(dtype).removeprefix("torch.") if dtype else None,
             "mm_vision_tower": str(tower).rstrip("/").rpartition("/")[2].lower() if tower else None,
         }
         return {key: value for key, value in every.items() if value is not None}
 
-    mine, other = told(ours.of(CONFIG)), told(theirs.of(CONFIG))
-    both = mine.keys() & other.keys()
-    found.values(CONFIG, {key: mine[key] for key in mine if key in both}, {key: other[key] for key in both})
+    _shared(CONFIG, told(ours), told(theirs), found)
+
+
+def _shared(file: str, ours: Said, theirs: Said, found: _Compared) -> None:
+    """The keys that both sides have."""
+    both = [key for key in ours if key in theirs]
+    found.values(file, {key: ours[key] for key in both}, {key: theirs[key] for key in both})
 
 
 def _generation(side: Sidecars) -> dict[str, Any]:
@@ -336,10 +343,10 @@ def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     found.values("special tokens", _roles(ours), _roles(theirs))
     mine, other = _named_roles(ours), _named_roles(theirs)  # programs differ in which file they ask first
     for file in mine.keys() & other.keys():
-        found.values(file, {key: mine[file][key] for key in mine[file] if key in other[file]},
-                     {key: other[file][key] for key in other[file] if key in mine[file]})  # fmt: skip
+        _shared(file, mine[file], other[file], found)
     if ours.has(TOKENIZER) or theirs.has(TOKENIZER):
         found.values(TOKENIZER, _settings(ours), _settings(theirs))
+        _shared(TOKENIZER, _habits(ours), _habits(theirs), found)
 
 
 def _is_json_alike(ours: Sidecars, theirs: Sidecars, name: str) -> bool:
@@ -369,6 +376,8 @@ def _fast(ours: Said, theirs: Said, found: _Compared) -> None:
         if not _same(ours.get(key), theirs.get(key)):
             found.wrong.append((FAST, f"`{key}` of {shown(FAST)} is not that of {found.label}"))
     flags = [added_tokens(dict(core)) for core in (ours, theirs)]
+    if missing := [i for i in flags[1] if i not in flags[0]]:
+        found.wrong.append((FAST, f"{_told_tokens(missing, flags[1])} of {found.label} are missing in {shown(FAST)}"))
     if odd := [i for i in flags[0] if i in flags[1] and flags[0][i] != flags[1][i]]:
         found.wrong.append((FAST, f"{_told_tokens(odd, flags[0])} of {shown(FAST)} have other flags or names in {found.label}"))
 
@@ -450,6 +459,12 @@ def _roles(side: Sidecars) -> dict[str, str | None]:
     named = _named_roles(side)
     defaults = {f"{role}_token": text if side.is_llama else None for role, text in ROLES.items()}
     return {**defaults, **named[SPECIAL], **named[TOKENIZER]}
+
+
+def _habits(side: Sidecars) -> dict[str, Any]:
+    """Settings whose default is another in each class and version: where texts are cut and padded, how ids become text again."""
+    given = {key: side.of(TOKENIZER).get(key) for key in HABITS}
+    return {key: value for key, value in given.items() if value is not None and not (key == "model_max_length" and not is_length(value))}
 
 
 def _settings(side: Sidecars) -> dict[str, Any]:

@@ -614,7 +614,7 @@ def _processors() -> Iterator[tuple[str, Wrong]]:
         part="generation",
     )
     yield wrong("suppressed tokens", config("suppress_tokens", to=[2, 100], file=GEN), "warning", part="generation")
-    yield wrong("max_length", config("max_length", to=20, file=GEN), part="generation")
+    yield wrong("max_length", config("max_length", to=30, file=GEN), part="generation")
 
 
 WRONG: Mapping[str, Wrong] = dict((*_weights(), *_configs(), *_tokenizers(), *_processors()))
