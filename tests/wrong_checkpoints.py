@@ -46,7 +46,7 @@ class Wrong:
     plain `verify`, one that is no more than a warning (4 with `--strict`), every value, or a reference elsewhere.
 
     `records`: which records can be there; `checksum` makes none for what it can't read. `structure`: the stale manifest differs in
-    names, shapes or sizes, so that plain `verify` sees a change of weights."""
+    names, shapes or sizes, so that plain `verify` sees a change of weights. `blind`: modes that can't know, with the reason."""
 
     part: str
     good: str
@@ -54,6 +54,7 @@ class Wrong:
     seen: Seen = "reference"
     structure: bool = False
     records: tuple[Records, ...] = ("stale", "rewritten", "none")
+    blind: tuple[str, ...] = ()
 
 
 def make_good(folder: Path) -> dict[str, Path]:
@@ -69,25 +70,27 @@ def make_good(folder: Path) -> dict[str, Path]:
     return made
 
 
-def base_options(good: str) -> list[str]:
+def base_options(good: str) -> dict[str, Path]:
     source, given = SOURCES[good]
-    return ["--base", str(FIXTURES / source), *(part if part.startswith("-") else str(FIXTURES / part) for part in given)]
+    others = zip(given[::2], given[1::2], strict=True)
+    return {"base": FIXTURES / source, **{option.strip("-").replace("-", "_"): FIXTURES / other for option, other in others}}
 
 
-def options(mode: str, good: str, folder: Path, manifest: Path) -> list[str]:
-    """The options of a mode: `folder` is the good checkpoint, `manifest` its manifest, kept elsewhere."""
-    against = {"plain": [], "deep": ["--deep"], "folder": ["--against", str(folder)], "manifest": ["--against", str(manifest)]}
-    return base_options(good) if mode == "base" else against[mode]
+def options(mode: str, good: str, folder: Path, manifest: Path) -> dict[str, Any]:
+    """What `verify` is given in a mode: `folder` is the good checkpoint, `manifest` its manifest, kept elsewhere."""
+    given: dict[str, dict[str, Any]] = {"deep": {"deep": True}, "folder": {"against": folder}, "manifest": {"against": manifest}}
+    return base_options(good) if mode == "base" else given.get(mode, {})
 
 
 def expected(wrong: Wrong, mode: str, records: Records) -> tuple[int, bool]:
     """The exit code that is right, and whether a warning names the change where that is not 4."""
     small = wrong.part != "weights"
-    if mode not in ("plain", "deep") or wrong.seen == "rules" or (mode == "deep" and wrong.seen == "values"):
+    if (mode not in ("plain", "deep") and mode not in wrong.blind) or wrong.seen == "rules" or (mode == "deep" and wrong.seen == "values"):
         return 4, False
-    if records == "stale" and (mode == "deep" or small or wrong.structure):
+    if records == "stale" and (mode != "plain" or small or wrong.structure):
         return 4, False
-    return (3 if records == "none" else 0), wrong.seen == "warning"
+    nothing = records == "none" and mode in ("plain", "deep")
+    return (3 if nothing else 0), wrong.seen == "warning"
 
 
 # --- how things are changed -----------------------------------------------------------------------------------------
@@ -342,6 +345,7 @@ def _weights() -> Iterator[tuple[str, Wrong]]:
     yield wrong("one matrix reversed", each(GATE, lambda t: t.flip(0, 1)))
     yield wrong("one matrix transposed", each(OUT, lambda t: t.T))
     yield wrong("one matrix doubled", each(GATE, lambda t: t * 2))
+    yield wrong("one matrix a hundredth", each(GATE, lambda t: t / 100))
     yield wrong("one matrix zero", each(GATE, torch.zeros_like), "rules")
     yield wrong("one matrix of other random values", each(UP, noise))
     yield wrong("a matrix of two layers exchanged", exchanged(Q, Q.replace("layers.1", "layers.0")))
@@ -379,6 +383,7 @@ def _weights() -> Iterator[tuple[str, Wrong]]:
             config("text_config", "vocab_size", to=310),
         ),
         structure=True,
+        blind=("base",),
     )
     yield wrong(
         "vision tower of another seed", weights(lambda t: {n: noise(x) if n.startswith(TOWER) and x.dim() > 1 else x for n, x in t.items()})
@@ -618,3 +623,80 @@ def _processors() -> Iterator[tuple[str, Wrong]]:
 
 
 WRONG: Mapping[str, Wrong] = dict((*_weights(), *_configs(), *_tokenizers(), *_processors()))
+
+
+def _resharded(folder: Path) -> None:
+    tensors = {name: tensor for path in shards(folder) for name, tensor in load_file(path).items()}
+    for path in shards(folder):
+        path.unlink()
+    (folder / INDEX).unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _pairs(value: Any) -> None:
+    value["model"]["merges"] = [merge.split(" ") for merge in value["model"]["merges"]]
+
+
+# Changes that another writer makes and that mean nothing: no mode may fail on them, once the records are made anew.
+RIGHT: Mapping[str, Change] = {
+    "one file in place of shards": _resharded,
+    "config.json with its keys in another order": edited("config.json", lambda v: dict(reversed(v.items()))),
+    "config.json without what its class assumes": edited("config.json", lambda v: v.pop("ignore_index") and None),
+    "config.json of another version": config("transformers_version", to="4.45.2"),
+    "merges as pairs": edited("tokenizer.json", _pairs),
+    "a generation config that says its defaults": config("num_beams", to=1, file=GEN),
+    "size as a height and a width": config("crop_size", to=42, file=PRE),
+    "another README.md": lambda folder: (folder / "README.md").write_text("A model.\n"),
+    "special tokens as objects": edited("special_tokens_map.json", lambda v: v.update(eos_token={"content": "</s>", "lstrip": False,
+        "normalized": False, "rstrip": False, "single_word": False})),
+}  # fmt: skip
+
+# --- the table of docs/reliability.md ---------------------------------------------------------------------------------
+
+DOCUMENT, START, END = ROOT / "docs" / "reliability.md", "<!-- wrong checkpoints: made by tests/wrong_checkpoints.py -->\n", "<!-- end -->\n"
+COLUMNS: tuple[tuple[str, str, Records], ...] = (
+    ("`verify`", "plain", "stale"),
+    ("`--deep`", "deep", "stale"),
+    ("`verify`, records made anew", "plain", "rewritten"),
+    ("`--deep`, records made anew", "deep", "rewritten"),
+    ("`--against FOLDER`", "folder", "rewritten"),
+    ("`--against MANIFEST`", "manifest", "rewritten"),
+    ("`--base`", "base", "rewritten"),
+)
+
+
+def cells(wrong: Wrong) -> tuple[str, ...]:
+    """The exit code in each column, `0 w` where a warning names it, a dash where there can be no such records."""
+
+    def cell(mode: str, records: Records) -> str:
+        kept = records if records in wrong.records else "none" if mode not in ("plain", "deep") else None
+        code, warned = expected(wrong, mode, kept) if kept else (None, False)
+        return "-" if code is None else f"{code}{' w' * warned}"
+
+    return tuple(cell(mode, records) for _, mode, records in COLUMNS)
+
+
+def table() -> str:
+    """Every change and what each mode says, changes of one part and the same outcome in one row."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, wrong in WRONG.items():
+        groups.setdefault((wrong.part, cells(wrong)), []).append(name)
+    lines = [f"| part | changes | {' | '.join(title for title, _, _ in COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
+    lines += [f"| {part} | {'; '.join(names)} | {' | '.join(found)} |" for (part, found), names in sorted(groups.items(), key=_order)]
+    return "\n".join(lines) + "\n"
+
+
+def _order(group: tuple[tuple[str, tuple[str, ...]], list[str]]) -> tuple[int, tuple[str, ...]]:
+    (part, found), _ = group
+    return list(dict.fromkeys(wrong.part for wrong in WRONG.values())).index(part), tuple(reversed(sorted(found)))
+
+
+def documented() -> str:
+    """The table as it stands in docs/reliability.md."""
+    return DOCUMENT.read_text(encoding="utf-8").partition(START)[2].partition(END)[0]
+
+
+if __name__ == "__main__":
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    DOCUMENT.write_text(f"{before}{START}{table()}{END}{rest.partition(END)[2]}", encoding="utf-8")
