@@ -323,8 +323,11 @@ def _joined(values: Sequence[Any]) -> str:
 
 
 def _other_names(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[str]:
-    """Adapters that record a base of another name. A name is no evidence: whether the base fits, names and shapes of tensors tell."""
-    for adapter, _ in adapters:
+    """Adapters that record a base of another name. A name is no evidence: whether the base fits, names and shapes of tensors tell.
+
+    A base that was just made has no name yet.
+    """
+    for adapter, _ in adapters if not base.history else ():
         last = short_base(str(adapter.peft.get("base_model_name_or_path") or "")).rpartition("/")[2]
         if last and last.lower() not in (base.origin.name.lower(), base.origin.name.rpartition("/")[2].lower()):
             yield f"`{adapter.origin.name}` was trained on `{last}`, the base given is `{base.origin.name}`"
