@@ -653,7 +653,11 @@ RIGHT: Mapping[str, Change] = {
 
 # --- the table of docs/reliability.md ---------------------------------------------------------------------------------
 
-DOCUMENT, START, END = ROOT / "docs" / "reliability.md", "<!-- wrong checkpoints: made by tests/wrong_checkpoints.py -->\n", "<!-- end -->\n"
+DOCUMENT, START, END = (
+    ROOT / "docs" / "reliability.md",
+    "<!-- made by tests/wrong_checkpoints.py -->\n",
+    "<!-- end -->\n",
+)
 COLUMNS: tuple[tuple[str, str, Records], ...] = (
     ("`verify`", "plain", "stale"),
     ("`--deep`", "deep", "stale"),
