@@ -224,6 +224,20 @@ def test_the_projectors_activation_is_that_of_its_form(copy: Copy) -> None:
     assert told(copy("relu", config("projector_hidden_act", to="gelu_new"))) == []  # a pair is the same map with any gate
 
 
+def test_what_only_some_programs_go_by_is_a_note(copy: Copy) -> None:
+    folder = copy("hf", config("padding_side", to="right", file="tokenizer_config.json"), config("text_config", "eos_token_id", to=7))
+    assert told(folder, "failed", "warning") == []
+    assert [text.partition(":")[0] for text in told(folder, "note")] == ["config.json", "tokenizer_config.json"]
+
+
+def test_a_towers_heads_and_activation_are_those_of_the_published_one(copy: Copy) -> None:
+    """By its widths; that the tensors have others is another finding."""
+    wide = both(config("vision_config", "hidden_size", to=1024), config("vision_config", "intermediate_size", to=4096))
+    heads, act = (config("vision_config", key, to=value) for key, value in (("num_attention_heads", 8), ("hidden_act", "relu")))
+    texts = told(copy("hf", wide, heads, act), "warning")
+    assert ["has 16" in text or "has quick_gelu" in text for text in texts] == [True, True], texts
+
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "torch_dtype": "float16",
