@@ -22,12 +22,12 @@ from .families import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
 from .findings import Finding
 from .formats import listed, shown
 from .formats.sentencepiece import read_sentencepiece
-from .formats.tokenizer_json import added_tokens
+from .formats.tokenizer_json import added_token, added_tokens
 from .hf_config import TEXT_MODELS, flat_config, text_type
 from .naming import canonical
 from .processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, STEPS
 from .projector import FORMS
-from .sidecars import CONFIG, PROCESSOR, Sidecars, added_ids, content, read_sidecars, said, vision
+from .sidecars import CONFIG, PROCESSOR, Sidecars, content, listings, read_sidecars, said, vision
 from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length
 from .tokenizer import CONFIG as TOKENIZER
 from .tower import complete_config
@@ -37,7 +37,7 @@ KNOWN = (*CONFIG_FILES, *TOKENIZER_FILES, *PROCESSOR_FILES)
 IGNORED = (
     r"transformers_version|_name_or_path|name_or_path|_commit_hash|_from_model_config|use_cache|initializer_(range|factor)|.*dropout|"
     r"pretraining_tp|ignore_index|gradient_checkpointing|output_(attentions|hidden_states)|return_dict|use_return_dict|id2label|label2id|"
-    r"(freeze|tune)_.*|.*_lr|projection_dim|vision_use_head|(torch_)?dtype|architectures|mm_vision_tower|vision_tower|unpadded_vocab_size"
+    r"(freeze|tune)_.*|.*_lr|projection_dim|vision_use_head|(torch_)?dtype|mm_vision_tower|vision_tower|unpadded_vocab_size"
 )
 # In tokenizer_config.json: of no effect on the ids of a text, or told by other files, which are compared.
 TOKENIZER_IGNORED = (
@@ -45,7 +45,10 @@ TOKENIZER_IGNORED = (
     r"model_max_length|max_length|(padding|truncation)_side|truncation_strategy|stride|pad_to_multiple_of|backend|is_local|"
     r"clean_up_tokenization_spaces|spaces_between_special_tokens|use_default_system_prompt|sp_model_kwargs|use_fast|model_input_names"
 )
-HABITS = ("clean_up_tokenization_spaces", "model_max_length", "padding_side", "truncation_side")
+# How much of a text is read, on which side it is padded, how ids become text again: the default is another in each class and version.
+HABITS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "spaces_between_special_tokens")
+# Compared where both sides say them: what stands there where one does not is the reader's choice.
+BOTH = r"(.*\.)?(architectures|processor_class|feature_extractor_type)"
 CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_internal": None, "quantization_config": None}
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What the classes assume (LlavaConfig and LlavaNextConfig of transformers 4.37 to 5.23; LLaVA's own code at c121f04).
@@ -58,6 +61,7 @@ FLAT = {
     **LLAVA_DEFAULTS, "mm_projector_type": "linear", "mm_use_im_start_end": False, "mm_use_im_patch_token": True,
     "mm_patch_merge_type": "flat", "mm_vision_select_layer": -2, "unfreeze_mm_vision_tower": False, "image_grid_pinpoints": None,
 }  # fmt: skip
+MODEL_TYPES = {"llava_llama": "llava"}  # two names of one class in LLaVA's own code
 IDS_OF = {"llama": (1, 2, None), "mistral": (1, 2, None), "qwen2": (None, None, None)}
 SAMPLED = {**SAMPLING, **dict.fromkeys(STEERING), "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20}
 ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}  # of a LLaMA's tokenizer
@@ -82,7 +86,7 @@ class _Compared:
             if key in ours and key in theirs:
                 if not _same(ours[key], theirs[key]):
                     self.wrong.append((file, f"`{key}` of {shown(file)} is {told(ours[key])}, in {self.label} it is {told(theirs[key])}"))
-            elif (ours if key in ours else theirs)[key] is not None:
+            elif (ours if key in ours else theirs)[key] is not None and not re.fullmatch(BOTH, key):
                 self.open.append(f"`{key}` of {shown(file)} {'here' if key in ours else f'in {self.label}'} only")
 
     def there(self, file: str, ours: bool, theirs: bool, *, instead: bool = False) -> bool:
@@ -208,7 +212,7 @@ def _text(side: Sidecars) -> dict[str, Any]:
         text["num_key_value_heads"] = heads
     if text.get("head_dim") is None and type(heads) is int and type(text.get("hidden_size")) is int and heads > 0:
         text["head_dim"] = text["hidden_size"] // heads
-    text["model_type"] = kind
+    text["model_type"] = MODEL_TYPES.get(str(given.get("model_type")), given.get("model_type"))
     return {key: value for key, value in text.items() if not re.fullmatch(IGNORED, key)}
 
 
@@ -238,26 +242,25 @@ def _filled(given: Said, defaults: Said, *, keys: Iterable[str] | None = None, i
 
 
 def _names(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
-    """Keys that are compared only where both sides have them: the class, the dtype, the tower by its last name, whether it is a LLaVA."""
+    """Keys that two writers spell differently, where both sides have them: the dtype, the tower by its last name."""
 
-    def told(side: Sidecars) -> dict[str, Any]:
-        config, kind = side.of(CONFIG), str(side.of(CONFIG).get("model_type"))
-        dtype, tower = config.get("dtype", config.get("torch_dtype")), config.get("mm_vision_tower")
+    def told(config: Said) -> dict[str, Any]:
+        tower, text = config.get("mm_vision_tower"), config.get("text_config")
         every = {
-            "architectures": config.get("architectures"),
-            "model_type": ("llava" if kind.startswith("llava") else kind) if side.checkpoint.layout == "llava" else None,
-            "dtype": str(dtype).removeprefix("torch.") if dtype else None,
+            "dtype": _dtypes(config),
+            "text_config.dtype": _dtypes(text) if isinstance(text, dict) else None,
             "mm_vision_tower": str(tower).rstrip("/").rpartition("/")[2].lower() if tower else None,
         }
-        return {key: value for key, value in every.items() if value is not None}
+        return {key: value for key, value in every.items() if value}
 
-    _shared(CONFIG, told(ours), told(theirs), found)
+    mine, other = told(ours.of(CONFIG)), told(theirs.of(CONFIG))
+    both = mine.keys() & other.keys()
+    found.values(CONFIG, {key: mine[key] for key in mine if key in both}, {key: other[key] for key in both})
 
 
-def _shared(file: str, ours: Said, theirs: Said, found: _Compared) -> None:
-    """The keys that both sides have."""
-    both = [key for key in ours if key in theirs]
-    found.values(file, {key: ours[key] for key in both}, {key: theirs[key] for key in both})
+def _dtypes(config: Said) -> list[str]:
+    """What the key says, under its name before and since transformers 4.56."""
+    return sorted({str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)})
 
 
 def _generation(side: Sidecars) -> dict[str, Any]:
@@ -283,11 +286,11 @@ def _preprocessor(given: Said) -> dict[str, Any]:
         **dict.fromkeys((*STEPS, "do_convert_rgb"), True), "do_pad": False, "do_center_crop": not siglip, "resample": 3,
         "rescale_factor": 1 / 255, "image_mean": list(mean), "image_std": list(std), "size": 224, "image_grid_pinpoints": None, **CODE,
     }  # fmt: skip
-    whole = {**_filled(given, defaults, ignored=f"{IGNORED}|processor_class|feature_extractor_type"), "image_processor_type": kind}
+    whole = {**_filled(given, defaults, ignored=f"{IGNORED}|feature_extractor_type"), "image_processor_type": kind}
     whole["image_processor_type"] = re.sub("FeatureExtractor$", "ImageProcessor", kind.removesuffix("Fast"))
-    for key in ("size", "crop_size"):
-        if isinstance(edges := whole.get(key), dict) and len(set(map(str, edges.values()))) == 1:
-            whole[key] = next(iter(edges.values()))
+    for key in ("size", "crop_size"):  # a number is how 2022 wrote them
+        if type(edge := whole.get(key)) is int:
+            whole[key] = {"shortest_edge": edge} if key == "size" and not siglip else {"height": edge, "width": edge}
     return whole
 
 
@@ -299,7 +302,7 @@ def _processor(side: Sidecars) -> dict[str, Any]:
         "vision_feature_select_strategy": None,
         **CODE,
     }
-    return _filled(side.of(PROCESSOR), defaults, ignored=f"{IGNORED}|image_processor|chat_template|processor_class")
+    return _filled(side.of(PROCESSOR), defaults, ignored=f"{IGNORED}|image_processor|chat_template")
 
 
 def _templates(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
@@ -343,10 +346,13 @@ def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     found.values("special tokens", _roles(ours), _roles(theirs))
     mine, other = _named_roles(ours), _named_roles(theirs)  # programs differ in which file they ask first
     for file in mine.keys() & other.keys():
-        _shared(file, mine[file], other[file], found)
+        found.values(file, {key: mine[file][key] for key in mine[file] if key in other[file]},
+                     {key: other[file][key] for key in other[file] if key in mine[file]})  # fmt: skip
     if ours.has(TOKENIZER) or theirs.has(TOKENIZER):
         found.values(TOKENIZER, _settings(ours), _settings(theirs))
-        _shared(TOKENIZER, _habits(ours), _habits(theirs), found)
+        _flags(TOKENIZER, _decoder(ours, theirs), _decoder(theirs, ours), found)
+        mine, other = _habits(ours), _habits(theirs)
+        found.values(TOKENIZER, {key: mine[key] for key in mine if key in other}, {key: other[key] for key in other if key in mine})
 
 
 def _is_json_alike(ours: Sidecars, theirs: Sidecars, name: str) -> bool:
@@ -363,7 +369,7 @@ def _fast(ours: Said, theirs: Said, found: _Compared) -> None:
               if isinstance(each := model.pop("merges", None), list) else each for model in (mine, other)]  # fmt: skip
     if merges[0] != merges[1]:
         found.wrong.append((FAST, f"the merges of {shown(FAST)} are not those of {found.label}"))
-    unset = {"type": "BPE", "dropout": None, "ignore_merges": False, "byte_fallback": False, "fuse_unk": False}
+    unset = {"type": "BPE", "dropout": None, "unk_token": None, "ignore_merges": False, "byte_fallback": False, "fuse_unk": False}
     affixes = dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"))
     models = [
         {**unset, **affixes, **{key: value or None if key in affixes else value for key, value in model.items()}} for model in (mine, other)
@@ -371,19 +377,18 @@ def _fast(ours: Said, theirs: Said, found: _Compared) -> None:
     found.values(
         FAST, {f"model.{key}": value for key, value in models[0].items()}, {f"model.{key}": value for key, value in models[1].items()}
     )
-    steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
     for key in steps:
         if not _same(ours.get(key), theirs.get(key)):
             found.wrong.append((FAST, f"`{key}` of {shown(FAST)} is not that of {found.label}"))
-    flags = [added_tokens(dict(core)) for core in (ours, theirs)]
-    if missing := [i for i in flags[1] if i not in flags[0]]:
-        found.wrong.append((FAST, f"{_told_tokens(missing, flags[1])} of {found.label} are missing in {shown(FAST)}"))
-    if odd := [i for i in flags[0] if i in flags[1] and flags[0][i] != flags[1][i]]:
-        found.wrong.append((FAST, f"{_told_tokens(odd, flags[0])} of {shown(FAST)} have other flags or names in {found.label}"))
+    _flags(FAST, added_tokens(dict(ours)), added_tokens(dict(theirs)), found)
 
 
-def _told_tokens(ids: list[int], flags: Mapping[int, Said]) -> str:
-    return f"added tokens {listed(str(flags[i]['content']) for i in ids)}"
+def _flags(file: str, ours: Mapping[int, Said], theirs: Mapping[int, Said], found: _Compared) -> None:
+    """Added tokens by id; new ones are judged elsewhere."""
+    if odd := [i for i in theirs if ours.get(i) != theirs[i]]:
+        names = listed(str(theirs[i]["content"]) for i in odd)
+        found.wrong.append((file, f"{names} of {found.label}: missing in {shown(file)}, or with another name or other flags"))
 
 
 def _pairs(vocabulary: Any) -> Any:
@@ -428,14 +433,14 @@ def _ids(side: Sidecars) -> Mapping[str, int]:
 def _added(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     """Tokens behind the vocabulary, from whatever file lists them. A new one is no fault where it has a row that theirs lacks."""
     every = [{**_ids(side), **side.tokens} for side in (ours, theirs)]
-    mine, other = (added_ids(side.objects) for side in (ours, theirs))
-    for name, i in mine.items():
+    mine, other = (dict.fromkeys((name, i) for _, name, i in listings(side.objects)) for side in (ours, theirs))
+    for name, i in mine:
         known = every[1].get(name)
         if known is None and not (theirs.rows and i >= theirs.rows):
             _unknown(theirs, f"the added token {shown(name)} ({i}) is not in {found.label}", found)
         elif known not in (None, i):
             found.wrong.append((ADDED, f"the added token {shown(name)} has the id {i}, in {found.label} {known}"))
-    for name, i in other.items():
+    for name, i in other:
         if name not in every[0]:
             _unknown(ours, f"the added token {shown(name)} ({i}) of {found.label} is missing", found)
 
@@ -446,6 +451,18 @@ def _unknown(side: Sidecars, text: str, found: _Compared) -> None:
         found.wrong.append((ADDED, text))
     else:
         found.open.append(text)
+
+
+def _decoder(side: Sidecars, other: Sidecars) -> dict[int, Said]:
+    """`added_tokens_decoder` with its flags, where both sides have one: transformers before 4.34 wrote none."""
+    entries = [each.of(TOKENIZER).get("added_tokens_decoder") for each in (side, other)]
+    if not all(isinstance(each, dict) and each for each in entries):
+        return {}
+    return {
+        int(key): added_token(text, entry)
+        for key, entry in (entries[0] or {}).items()
+        if key.isdecimal() and len(key) < 10 and isinstance(entry, dict) and (text := content(entry)) is not None
+    }
 
 
 def _named_roles(side: Sidecars) -> dict[str, dict[str, str]]:
@@ -462,7 +479,7 @@ def _roles(side: Sidecars) -> dict[str, str | None]:
 
 
 def _habits(side: Sidecars) -> dict[str, Any]:
-    """Settings whose default is another in each class and version: where texts are cut and padded, how ids become text again."""
+    """Settings that are compared where both sides say them."""
     given = {key: side.of(TOKENIZER).get(key) for key in HABITS}
     return {key: value for key, value in given.items() if value is not None and not (key == "model_max_length" and not is_length(value))}
 

@@ -121,6 +121,8 @@ WRONG: dict[str, Change] = {
     "rope_theta": edit("config.json", text_config__rope_theta=1e6),
     "rope_theta left out": edit("config.json", text_config__rope_theta=5e5, rope_theta=10000.0),
     "rope_scaling": edit("config.json", text_config__rope_scaling={"type": "linear", "factor": 2.0}),
+    "decoder": edit("config.json", text_config__model_type="mistral"),
+    "dtype": edit("config.json", torch_dtype="bfloat16"),
     "heads": edit("config.json", text_config__num_attention_heads=2, text_config__num_key_value_heads=2, text_config__head_dim=None),
     "eps": edit("config.json", text_config__rms_norm_eps=1e-3),
     "activation": edit("config.json", text_config__hidden_act="gelu"),
@@ -135,6 +137,7 @@ WRONG: dict[str, Change] = {
     "mean": edit("preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
     "std": edit("preprocessor_config.json", image_std=[0.5, 0.5, 0.5]),
     "resample": edit("preprocessor_config.json", resample=2),
+    "squashed images": edit("preprocessor_config.json", size={"height": 42, "width": 42}),
     "patches": edit("processor_config.json", patch_size=7),
     "image token": edit("processor_config.json", image_token="<img>"),
     "eos": edit("generation_config.json", eos_token_id=1),
@@ -145,6 +148,8 @@ WRONG: dict[str, Change] = {
     "merges": shuffled_merges,
     "image token not special": no_special_image,
     "add_bos_token": edit("tokenizer_config.json", add_bos_token=False),
+    "truncation": edit("tokenizer.json", truncation={"max_length": 5, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
+    "flags of a token": edit("tokenizer_config.json", added_tokens_decoder__304={"content": "<image>", "lstrip": True, "special": True}),
     "special token": edit("special_tokens_map.json", eos_token="<s>"),
     "no preprocessor": deleted("preprocessor_config.json"),
     "reversed weights": reversed_weights,
@@ -167,6 +172,33 @@ def test_what_is_wrong_is_found_whatever_lies_beside_it(good: Path, model: Path,
     compared = [each for each in found.findings if each.verdict == "failed" and each.level in ("against", "L4")]
     assert found.exit_code == 4
     assert compared, headline(found)
+
+
+ALIKE: dict[str, Change] = {
+    "order and versions": lambda folder: (folder / "config.json").write_text(  # type: ignore[dict-item]
+        json.dumps(dict(reversed(json.loads((folder / "config.json").read_text()).items())) | {"transformers_version": "4.47.1"})
+    ),
+    "defaults left out": edit(
+        "config.json", text_config__rope_theta=None, text_config__hidden_act=None, projector_hidden_act=None, vision_feature_layer=None,
+        text_config__bos_token_id=None, vision_config__layer_norm_eps=None, dtype=None,
+    ),
+    "rope_parameters": edit(
+        "config.json", text_config__rope_theta=None, text_config__rope_scaling=None,
+        text_config__rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+    "image_token_id": edit("config.json", image_token_index=None, image_token_id=304),
+    "steps left out": edit("preprocessor_config.json", do_normalize=None, do_rescale=None, resample=None, crop_size=42, size=42),
+    "fast class": edit("tokenizer_config.json", tokenizer_class="LlamaTokenizerFast"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_another_writer_would_write_is_the_same(good: Path, model: Path, fixtures: Path, name: str) -> None:
+    without_records(model)
+    ALIKE[name](model)
+    for reference in ({"against": good}, {"against": good / MANIFEST}, {"base": fixtures / BASE, "vision_tower": fixtures / TOWER}):
+        found = verify(model, **reference)  # type: ignore[arg-type]
+        assert said(found, "failed", rule="small-files") == ""
 
 
 @pytest.mark.parametrize("mode", ["folder", "manifest", "base"])
