@@ -29,6 +29,10 @@ TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
 LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 MISTRAL = {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8}
 MISSING = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": {**LLAMA, "vocab_size": 151936, "intermediate_size": 22016}}
+IMAGE_KEYS = (
+    "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "image_mean", "image_std", "rescale_factor",
+    "resample", "image_grid_pinpoints",
+)  # fmt: skip
 # Names that are not those of the Hub, and who can't read them (load matrix: facts, llava-hf 2.2). The first that matches some name.
 STYLES = (
     (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),
@@ -195,6 +199,17 @@ def _image_token(s: Sidecars) -> Iterator[str]:
         yield f"{shown(s.image_token)}, which stands for an image, is not one token"
 
 
+def _image_tokens(s: Sidecars) -> Iterator[str]:
+    """Two files that name it."""
+    if isinstance(named := s.of(PROCESSOR).get("image_token"), str) and named != s.image_token:
+        yield f"it names {shown(s.image_token)} as the image token, processor_config.json {shown(named)}: processors take the tokenizer's"
+
+
+def _split(s: Sidecars) -> Iterator[str]:
+    if s.of(TOKENIZER).get("split_special_tokens") is True:
+        yield "`split_special_tokens` is true: special tokens in a text, as that of an image, are cut into pieces"
+
+
 def _image_special(s: Sidecars) -> Iterator[str]:
     entries = s.of(FAST).get("added_tokens")
     named = [e for e in entries if isinstance(e, dict) and e.get("content") == s.image_token] if isinstance(entries, list) else []
@@ -222,6 +237,16 @@ def _processor(s: Sidecars) -> Iterator[str]:
 def _nested(s: Sidecars) -> Iterator[str]:
     if not s.has(PREPROCESSOR) and "image_processor" in s.of(PROCESSOR):
         yield "it is missing: the settings stand in processor_config.json, where transformers 4 does not look for them"
+
+
+def _two_processors(s: Sidecars) -> Iterator[str]:
+    """transformers 5 reads the settings inside processor_config.json, 4 the file beside it."""
+    nested, beside = s.of(PROCESSOR).get("image_processor"), s.of(PREPROCESSOR)
+    if isinstance(nested, dict):
+        for key in IMAGE_KEYS:
+            if key in nested and key in beside and nested[key] != beside[key]:
+                where = f"in {PREPROCESSOR} it is {said(beside[key])}"
+                yield f"`image_processor.{key}` is {said(nested[key])}, {where}: transformers 5 reads one, 4 the other"
 
 
 def _preprocessor(s: Sidecars) -> Iterator[str]:
@@ -286,10 +311,13 @@ RULES = (
     Rule(TOKENIZER, "legacy", _legacy, "warning", REPAIR),
     Rule(TOKENIZER, "class", _class, remedy=REPAIR),
     *agreement_values.PADDING,
+    Rule(TOKENIZER, "image token", _image_tokens, remedy=REPAIR),
+    Rule(TOKENIZER, "special tokens", _split),
     Rule(FAST, "form", _fast, "warning", REPAIR),
     Rule(FAST, "image token", _image_token, remedy=REPAIR),
     Rule(FAST, "image token", _image_special, "warning", REPAIR),
     Rule(PROCESSOR, "there", _processor_missing, remedy=REPAIR),
+    Rule(PROCESSOR, f"as {PREPROCESSOR}", _two_processors, remedy=REPAIR),
     Rule(PROCESSOR, "patches, class token and strategy of the tower", _processor, remedy=REPAIR),
     Rule(PREPROCESSOR, "image size and pinpoints of the model", _preprocessor, remedy=REPAIR),
     *agreement_values.IMAGES,

@@ -12,7 +12,7 @@ from typing import Any
 from .checkpoint import small_text
 from .formats import shown
 from .formats.sentencepiece import BPE, NORMAL, Vocabulary
-from .formats.tokenizer_json import bpe_merges, bpe_model
+from .formats.tokenizer_json import bpe_model
 from .sidecars import Json, Rule, Sidecars, content, listings, said
 from .tokenizer import CONFIG as TOKENIZER
 from .tokenizer import FAST, MODEL
@@ -69,18 +69,22 @@ def _found_merges(s: Sidecars) -> list[str]:
 
 
 def _wrong_merges(found: Sequence[str], pieces: Vocabulary) -> Iterator[str]:
-    derived = dict.fromkeys(bpe_merges(pieces))
-    # transformers before 4.34 left out the merges of a piece whose score is 0, which is one piece; LLaVA's own delta has such a file.
-    if missing := [merge for merge in derived.keys() - set(found) if pieces.scores[merge.replace(" ", "", 1)] != 0]:
-        first = min(missing)
-        yield f"{len(missing):,} of the {len(derived):,} merges that `{MODEL}` gives are missing, such as {shown(first)}"
+    """As `bpe_merges` makes them, where pieces that are no ordinary text take no part; in any order among those of one piece."""
+    scores = {name: pieces.scores[name] for name, kind in pieces.kinds.items() if kind == NORMAL}
+    known, missing = set(found), list[str]()
+    for name, score in scores.items():
+        if score:  # transformers before 4.34 left out the merges of the one piece whose score is 0: `_first_merge`
+            cuts = ((name[:cut], name[cut:]) for cut in range(1, len(name)))
+            missing += [merge for left, right in cuts if left in scores and right in scores and (merge := f"{left} {right}") not in known]
+    if missing:
+        yield f"{len(missing):,} of the merges that `{MODEL}` gives are missing, such as {shown(missing[0])}"
         return
     before, best = "", float("inf")
     for merge in found:
-        if merge not in derived:
+        left, _, right = merge.partition(" ")
+        if left not in scores or right not in scores or left + right not in scores:
             continue
-        score = pieces.scores[merge.replace(" ", "", 1)]
-        if score > best:
+        if (score := scores[left + right]) > best:
             yield f"the merge {shown(merge)} stands behind {shown(before)}, but its piece has the better score in `{MODEL}`"
             return
         before, best = merge, score
@@ -160,6 +164,11 @@ def _added_elsewhere(s: Sidecars) -> Iterator[str]:
         yield f"`{file}` lists {shown(name)}, which `{FAST}` does not know: readers give its text other ids"
 
 
+def _truncation(s: Sidecars) -> Iterator[str]:
+    if cut := _object(s.of(FAST).get("truncation")):
+        yield f"its `truncation` cuts every text to {said(cut.get('max_length'))} tokens, for readers that do not set it themselves"
+
+
 def odd_form(s: Sidecars) -> str:
     """How tokenizer.json of a LLaMA puts blanks before a text, where not as LLaVA's own tokenizer; else nothing (facts, llava-hf 3.6)."""
     normalizer, before = s.of(FAST).get("normalizer"), s.of(FAST).get("pre_tokenizer")
@@ -207,4 +216,5 @@ RULES = (
     Rule(FAST, "merges", _first_merge, "note"),
     Rule(FAST, "merges", _byte_level, remedy=RIGHT_TOKENIZER),
     Rule(FAST, "ids", _own_ids, remedy=RIGHT_TOKENIZER),
+    Rule(FAST, "no truncation", _truncation, "warning", "set it to null"),
 )

@@ -41,7 +41,7 @@ IGNORED = (
 )
 # In tokenizer_config.json: of no effect on the ids of a text, or told by other files, which are compared.
 TOKENIZER_IGNORED = (
-    r"(?!add_).*_token|.*_tokens|added_tokens_decoder|chat_template|processor_class|special_tokens_map_file|tokenizer_file|name_or_path|"
+    r"(?!add_).*_token|(?!split_).*_tokens|added_tokens_decoder|chat_template|processor_class|special_tokens_map_file|tokenizer_file|name_or_path|"
     r"model_max_length|max_length|(padding|truncation)_side|truncation_strategy|stride|pad_to_multiple_of|backend|is_local|"
     r"clean_up_tokenization_spaces|spaces_between_special_tokens|use_default_system_prompt|sp_model_kwargs|use_fast|model_input_names"
 )
@@ -63,7 +63,15 @@ FLAT = {
 }  # fmt: skip
 MODEL_TYPES = {"llava_llama": "llava"}  # two names of one class in LLaVA's own code
 IDS_OF = {"llama": (1, 2, None), "mistral": (1, 2, None), "qwen2": (None, None, None)}
-SAMPLED = {**SAMPLING, **dict.fromkeys(STEERING), "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20}
+# GenerationConfig of transformers 4.37 to 5.23.
+SAMPLED = {
+    **SAMPLING, **dict.fromkeys(STEERING), "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20,
+    "max_new_tokens": None, "min_length": 0, "min_new_tokens": None, "early_stopping": False, "max_time": None, "stop_strings": None,
+    "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0,
+    "diversity_penalty": 0.0, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None, "guidance_scale": None, "min_p": None,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "renormalize_logits": False, "exponential_decay_length_penalty": None, "constraints": None,
+    "force_words_ids": None, "watermarking_config": None, "remove_invalid_values": False, "dola_layers": None,
+}  # fmt: skip
 ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}  # of a LLaMA's tokenizer
 
 Said = Mapping[str, Any]
@@ -302,7 +310,8 @@ def _processor(side: Sidecars) -> dict[str, Any]:
         "vision_feature_select_strategy": None,
         **CODE,
     }
-    return _filled(side.of(PROCESSOR), defaults, ignored=f"{IGNORED}|image_processor|chat_template")
+    given = {**side.of(PROCESSOR), "image_token": side.image_token}
+    return _filled(given, defaults, ignored=f"{IGNORED}|image_processor|chat_template")
 
 
 def _templates(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
@@ -489,4 +498,4 @@ def _settings(side: Sidecars) -> dict[str, Any]:
     given = dict(side.of(TOKENIZER))
     if isinstance(given.get("tokenizer_class"), str):
         given["tokenizer_class"] = given["tokenizer_class"].removesuffix("Fast").lower()
-    return _filled(given, {**llama, **CODE}, ignored=TOKENIZER_IGNORED)
+    return _filled(given, {"split_special_tokens": False, **llama, **CODE}, ignored=TOKENIZER_IGNORED)

@@ -20,6 +20,7 @@ RULES = {
     "structure": "names, shapes, sizes and index of the weight files",
     "unlisted-file": "a file that the manifest or SHA256SUMS does not list",
     "weight-files": "pickles, the metadata `format: pt`, the size in the index",
+    "other-weights": "files that make other programs load other weights",
     "code": "what other programs would execute",
     "values": "inf and NaN, all zeros",
     "constant": "tensors of one value",

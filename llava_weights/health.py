@@ -71,6 +71,7 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     findings += _or_ok(
         "L0", "weight files", _ruled("weight-files", _containers(checkpoint)), "one container of safetensors, whole by its index"
     )
+    findings += _ruled("other-weights", _elsewhere(checkpoint, folder))
     findings += _or_ok("L0", "code", _ruled("code", _code(checkpoint, sidecars, folder)), "no file that a program would execute")
     try:
         findings += _values(checkpoint, sidecars)
@@ -110,6 +111,20 @@ def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
     if origin.path.is_dir():
         yield from _index(checkpoint)
+
+
+def _elsewhere(checkpoint: Checkpoint, folder: Path | None) -> Iterator[Finding]:
+    """Files that make transformers load other weights than those that are verified."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = os.listdir(folder) if folder and folder.is_dir() and checkpoint.layout in MODELS else []
+    single = f"{STANDARD['safetensors'][0]}.safetensors"
+    if single in names and single not in {file.name for file in checkpoint.origin.files}:
+        text = f"transformers loads {single} in place of the files that the index lists, which are those that were verified"
+        yield Finding("L0", "failed", single, text, "keep the one of the two that is meant")
+    if "adapter_config.json" in names:
+        text = "transformers takes the folder for an adapter, and loads the base that this file names in place of these weights"
+        yield Finding("L0", "failed", "adapter_config.json", text, "move the adapter into a folder of its own")
 
 
 def _index(checkpoint: Checkpoint) -> Iterator[Finding]:

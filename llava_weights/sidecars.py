@@ -70,9 +70,11 @@ class Sidecars:
 
     @property
     def image_token(self) -> str:
-        """The text that stands for an image in a prompt of llava-hf."""
-        named = self.of(PROCESSOR).get("image_token")
-        return named if isinstance(named, str) else "<image>"
+        """The text that stands for an image in a prompt of llava-hf: the tokenizer's own, where it has one, counts (transformers 4.46)."""
+        extra = self.of(TOKENIZER).get("extra_special_tokens")
+        tokens = (extra.get("image_token") if isinstance(extra, dict) else None, self.of(TOKENIZER).get("image_token"))
+        named = (content(token) for token in (*tokens, self.of(PROCESSOR).get("image_token")))
+        return next((text for text in named if text is not None), "<image>")
 
     @property
     def tokens(self) -> dict[str, int]:

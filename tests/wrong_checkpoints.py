@@ -396,6 +396,8 @@ def _weights() -> Iterator[tuple[str, Wrong]]:
     yield wrong("projector's second layer transposed", each(PROJECTOR + "linear_2.weight", lambda t: t.T))
     yield wrong("image_newline of other values", each("image_newline", noise), good="next")
     yield wrong("image_newline zero", each("image_newline", torch.zeros_like), "rules", good="next")
+    yield wrong("other weights in a file beside the shards", _stale_file, "rules")
+    yield wrong("an adapter's config beside the weights", _adapter, "rules")
     yield wrong("a delta that was never applied", weights(unapplied), "rules", good="original", records=("rewritten", "none"))
     yield wrong("delta not applied in one matrix", from_base("layers.1.mlp.up_proj"), good="original")
     yield wrong("delta not applied in one layer", from_base("layers.1."), good="original")
@@ -539,6 +541,16 @@ def _tokenizers() -> Iterator[tuple[str, Wrong]]:
     yield wrong("legacy", config("legacy", to=False, file=TOK), "warning")
     yield wrong("padding_side", config("padding_side", to="right", file=TOK))
     yield wrong("normalizer without a blank", edited("tokenizer.json", lambda v: v["normalizer"]["normalizers"].pop(0) and None), "warning")
+    yield wrong(
+        "another image token in tokenizer_config.json", config("extra_special_tokens", to={"image_token": "<pad>"}, file=TOK), "rules"
+    )
+    yield wrong("split_special_tokens", config("split_special_tokens", to=True, file=TOK), "rules")
+    yield wrong(
+        "truncation in tokenizer.json",
+        config("truncation", to={"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}, file="tokenizer.json"),
+        "warning",
+    )
+    yield wrong("no fallback on bytes in the decoder", edited("tokenizer.json", lambda v: v["decoder"]["decoders"].pop(1) and None))
     yield wrong("model_max_length", config("model_max_length", to=512, file=TOK))
     yield wrong("clean_up_tokenization_spaces", config("clean_up_tokenization_spaces", to=True, file=TOK))
     yield wrong("original: tokenizer.model rotated", pieces(lambda p: [*p[1:], p[0]]), good="original")
@@ -560,6 +572,22 @@ def _other_start(value: Any) -> None:
 
 def _no_start(value: Any) -> None:
     value["post_processor"] = None
+
+
+def _nested_siglip(value: Any) -> None:
+    """As transformers 5 writes and reads it; 4 reads preprocessor_config.json, which is right."""
+    value["image_processor"] = {"image_processor_type": "CLIPImageProcessor", "image_mean": SIGLIP, "image_std": SIGLIP, "size": 42}
+
+
+def _adapter(folder: Path) -> None:
+    value = {"peft_type": "LORA", "base_model_name_or_path": "someone/else", "r": 1, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(value))
+
+
+def _stale_file(folder: Path) -> None:
+    """Weights of an earlier download, which transformers prefers to the shards of an index."""
+    tensors = {name: tensor.flip(0) for path in shards(folder) for name, tensor in load_file(path).items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _processors() -> Iterator[tuple[str, Wrong]]:
@@ -591,6 +619,7 @@ def _processors() -> Iterator[tuple[str, Wrong]]:
     )
     yield wrong("pinpoints of the image processor", config("image_grid_pinpoints", to=[[42, 84]], file=PRE), "rules", "next")
     yield wrong("no preprocessor_config.json", without(PRE), "rules")
+    yield wrong("another image processor in processor_config.json", edited(PROC, _nested_siglip), "rules")
     yield wrong("patch_size", config("patch_size", to=16, file=PROC), "rules")
     yield wrong("num_additional_image_tokens", config("num_additional_image_tokens", to=0, file=PROC), "rules")
     yield wrong("strategy of the processor", config("vision_feature_select_strategy", to="full", file=PROC), "rules")
@@ -619,6 +648,9 @@ def _processors() -> Iterator[tuple[str, Wrong]]:
         part="generation",
     )
     yield wrong("suppressed tokens", config("suppress_tokens", to=[2, 100], file=GEN), "warning", part="generation")
+    yield wrong("one more end of text", config("eos_token_id", to=[2, 100], file=GEN), part="generation")
+    yield wrong("max_new_tokens", config("max_new_tokens", to=1, file=GEN), part="generation")
+    yield wrong("no_repeat_ngram_size", config("no_repeat_ngram_size", to=2, file=GEN), part="generation")
     yield wrong("max_length", config("max_length", to=30, file=GEN), part="generation")
 
 
