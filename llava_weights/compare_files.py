@@ -173,7 +173,11 @@ def _compare(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
         found.values(CONFIG, {key: mine[key] for key in mine if key in other}, {key: other[key] for key in other if key in mine})
         return
     if found.there(CONFIG, bool(ours.of(CONFIG)), bool(theirs.of(CONFIG))):
-        found.values(CONFIG, _config(ours), _config(theirs))
+        mine, other = _config(ours), _config(theirs)
+        if len({any(name.startswith("tower.") for name in side.parts) for side in (ours, theirs)}) > 1:
+            for each in (mine, other):  # which says whether the tower inside is to be kept
+                each.pop("unfreeze_mm_vision_tower", None)
+        found.values(CONFIG, mine, other)
         _names(ours, theirs, found)
     if ours.has(GENERATION) or theirs.has(GENERATION):
         found.values(GENERATION, _generation(ours), _generation(theirs))

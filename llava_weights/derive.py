@@ -25,6 +25,7 @@ from .rehash import digests
 from .tensors import FLOATS
 
 TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
+DEFAULTS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
 Listener = Callable[[Event], None]
 OTHER = "give the sources and options that it was made with: README.md and the manifest name them"
 
@@ -89,8 +90,16 @@ def compare_derived(
     found = digests(derived.parameters(), jobs=jobs, on_event=on_event)
     wrong = [failed("L4", name, f"`{name}` is not what the sources give", OTHER) for name in wanted if wanted[name] != found.get(name)]
     wrong += [failed("L4", name, f"`{name}` comes from the sources, and is missing", OTHER) for name in found if name not in wanted]
-    text = f"{len(found):,} tensors made again from the sources, every bit equal"
-    return folded("L4", made.origin.name, wrong, text, part=f"values of {len(found):,} tensors (by the sources)")
+    options = _unusual(derived)
+    text = f"{len(found):,} tensors made again from the sources{options}, every bit equal"
+    return folded("L4", made.origin.name, wrong, text, part=f"values of {len(found):,} tensors (by the sources{options})")
+
+
+def _unusual(derived: Checkpoint) -> str:
+    """The options that change values and are not the commands' defaults, which only the manifest tells."""
+    steps = [(key, value) for step in derived.history for key, value in step.options.items()]
+    told = [f"{key} {value}" for key, value in steps if key in DEFAULTS and value != DEFAULTS[key]]
+    return f" with {', '.join(told)}, as its manifest records" if told else ""
 
 
 def _options(made: Checkpoint) -> Options:

@@ -97,7 +97,7 @@ def check_published(
     *,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> tuple[Finding, ...]:
-    """Is `merged` what the author has? One finding per shard: "ok" is proof, "unchecked" all else. Raises as `predict`."""
+    """Is `merged` what the author has? One finding per shard: "ok" is proof, "unproved" all else. Raises as `predict`."""
     return tuple(_finding(prediction) for prediction in predict(delta, merged.tensors, base, on_event=on_event))
 
 
@@ -105,12 +105,14 @@ def _finding(prediction: Prediction) -> Finding:
     found = published.recognise(md5=prediction.md5, sha256=prediction.sha256)
     expected = f"in the author's container these tensors have md5 {prediction.md5}"
     if prediction.verdict == "confirmed" and found:
-        return Finding("published", "ok", prediction.shard, f"bit-identical to {found.what}: md5 {prediction.md5}, {found.source}")
+        text = f"bit-identical to {found.what}: md5 {prediction.md5}, {found.source}"
+        return Finding("published", "ok", prediction.shard, text, part=f"{shown(prediction.shard)} (by its author's md5)")
     if prediction.verdict == "not confirmed":
         text = f"not confirmed: {expected}, posted was {prediction.published}; its author may have merged under another torch"
         remedy = "see whether base and delta are the published files: `llava-weights verify PATH --published` on each"
-        return Finding("published", "unchecked", prediction.shard, text, remedy)
-    return Finding("published", "unchecked", prediction.shard, f"nobody posted a checksum of this merged file; {expected}")
+        return Finding("published", "unproved", prediction.shard, text, remedy, part=f"not confirmed: {shown(prediction.shard)}")
+    text = f"nobody posted a checksum of this merged file; {expected}"
+    return Finding("published", "unproved", prediction.shard, text, part=f"no md5 was posted of {shown(prediction.shard)}")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from .findings import KIND, RULES, Finding, exit_code
 from .formats import listed, shown
 from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member
 from .formats.strict_json import json_bytes
+from .health import APPLY, health
 from .health import RULES as TABLES
-from .health import health
 from .hub import HubSource, parse_source
+from .integer_delta import is_integer_delta
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
 from .naming import canonical
@@ -80,6 +81,11 @@ class Subject:
     @property
     def tensors(self) -> Mapping[str, Any]:
         return self.checkpoint.tensors if self.checkpoint else {}
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is a delta of the integer codec."""
+        return self.checkpoint is not None and is_integer_delta(self.checkpoint.metadata)
 
     @property
     def by_file(self) -> dict[str, list[str]]:
@@ -178,15 +184,15 @@ def _opened(source: Source | None) -> Checkpoint | None:
 
 def _announced(subject: Subject, reference: other.Reference | None, sources: Checkpoint | None, tower: Checkpoint | None) -> str:
     """How much will be read of what."""
-    parts = {shown(subject.place.resolve().name): sum(map(size_of, subject.files.values()))}
+    parts = [(sum(map(size_of, subject.files.values())), shown(subject.place.resolve().name))]
     if reference and reference.nbytes:
-        parts[reference.label] = reference.nbytes
+        parts.append((reference.nbytes, reference.label))
     if sources:
         leaves = {leaf for tensor in sources.parameters().values() for leaf in tensor.leaves()}
-        parts["the sources"] = sum(leaf.nbytes for leaf in leaves)
-    if tower and not sources:
-        parts[shown(tower.origin.name)] = tower.nbytes
-    return f"{size(sum(parts.values()))} will be read: {', '.join(f'{size(count)} of {name}' for name, count in parts.items())}"
+        parts.append((sum(leaf.nbytes for leaf in leaves), "the sources"))
+    if tower and reference:
+        parts.append((tower.nbytes, shown(tower.origin.name)))
+    return f"{size(sum(count for count, _ in parts))} will be read: {', '.join(f'{size(count)} of {name}' for count, name in parts)}"
 
 
 def _itself(
@@ -380,7 +386,8 @@ def _structure(subject: Subject) -> Iterator[Finding]:
     if subject.manifest:
         yield from _headers(subject.tensors, subject.manifest.tensors)
     yield from (Finding("L0", "unchecked", subject.place.name, note) for note in subject.checkpoint.notes)
-    yield from _config(subject.checkpoint)
+    if not subject.packed:
+        yield from _config(subject.checkpoint)
 
 
 def _listed_files(subject: Subject) -> Iterator[Finding]:
@@ -434,9 +441,15 @@ def _structure_text(subject: Subject) -> str:
 
 
 def _health(subject: Subject) -> list[Finding]:
-    """What the files and a few MB of values say by themselves."""
+    """What the files and a few MB of values say by themselves. An integer delta holds packed differences: no rule on a model fits it."""
     folder = subject.place if subject.place.is_dir() else None
-    return list(health(subject.checkpoint, folder)) if subject.checkpoint else []
+    findings = list(health(subject.checkpoint, folder)) if subject.checkpoint else []
+    if not folder:  # a weight file has no small files that could be missing
+        findings = [each for each in findings if "/" not in each.rule or each.rule.startswith("tensors/")]
+    if not subject.packed:
+        return findings
+    text = "this is an integer delta that was never applied"
+    return [*(each for each in findings if each.rule == "code"), Finding("L1", "failed", subject.place.name, text, APPLY, "state")]
 
 
 # --- L2: files, L3: tensors -----------------------------------------------------------------------------------------
@@ -485,7 +498,7 @@ def _recorded(subject: Subject) -> Iterator[Finding]:
 
 
 def _unread(subject: Subject) -> Finding:
-    count = counted(len(subject.tensors), "tensor")
+    count = counted(len(subject.tensors), "tensor") if subject.tensors else "the weights"
     part = f"values of {count} not read (--deep reads them)"
     return Finding("L3", "unchecked", subject.place.name, f"the values of {count} were not read", DEEP, part=part)
 

@@ -85,6 +85,7 @@ def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path
     code, out, err = cli("demo", "my demo")
 
     assert (code, err) == (0, ""), out
+    assert "warning" not in out  # nothing is wrong, and names that differ are no warning
     assert [line for line in out.splitlines() if line.startswith("$ ")] == [
         "$ llava-weights inspect 'my demo/llama'",
         "$ llava-weights inspect 'my demo/delta'",

@@ -269,7 +269,7 @@ def test_another_base_is_not_confirmed_and_not_called_wrong(
     base = open_checkpoint(tmp_path)
     first, second = check_published(apply_delta(base, delta, accept_base=True), delta, base)
     assert first.verdict == "ok"
-    assert (second.verdict, second.subject) == ("unchecked", SHARDS[1])
+    assert (second.verdict, second.subject) == ("unproved", SHARDS[1])
     assert second.text.startswith("not confirmed")
     assert md5sums[SHARDS[1]] in second.text
     assert second.remedy

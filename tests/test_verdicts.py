@@ -14,9 +14,11 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 import llava_weights as lw
 from llava_weights import proof
+from llava_weights.cli import app
 from llava_weights.errors import InputError, UsageError
 from llava_weights.events import Note
 from llava_weights.manifest import MANIFEST, SUMS
@@ -344,6 +346,24 @@ def test_a_tower_is_explained_only_by_what_proves_or_records_it(good: Path, mode
     assert other.exit_code == 4
 
 
+def test_a_weight_file_that_a_list_lacks_is_explained_by_a_tower_that_is_all_it_holds(model: Path, fixtures: Path, tmp_path: Path) -> None:
+    without_records(model)
+    values = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    tower = {name: value for name, value in values.items() if name.startswith("vision_tower.")}
+    shards = {"model-00001-of-00002.safetensors": {name: values[name] for name in values if name not in tower},
+              "model-00002-of-00002.safetensors": tower}  # fmt: skip
+    for shard, part in shards.items():
+        save_file(part, model / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    others = sorted(path.name for path in model.iterdir() if path.name != "model-00002-of-00002.safetensors")
+    (tmp_path / "LIST").write_text(listing(model, *others))
+    found = verify(model, against=tmp_path / "LIST")
+    assert (found.exit_code, "39 tensors in 1 weight file without counterpart" in headline(found)) == (3, True)
+    assert verify(model, against=tmp_path / "LIST", vision_tower=fixtures / TOWER).exit_code == 0
+
+
 def test_common_rows_of_a_grown_table_are_compared(model: Path, fixtures: Path) -> None:
     def change(values: dict[str, np.ndarray]) -> None:
         values["language_model.lm_head.weight"][7, 0] += 1
@@ -363,6 +383,13 @@ def test_tensors_that_only_the_reference_has_are_a_failure_and_own_ones_are_unpr
     assert found.exit_code == 4
 
 
+def test_a_weight_file_alone_is_judged_without_small_files(good: Path, model: Path) -> None:
+    alone = model / "model.safetensors"
+    for reference in ({"deep": True}, {"against": good}, {"against": good / MANIFEST}, {"against": good / "model.safetensors"}):
+        found = verify(alone, **reference)  # type: ignore[arg-type]
+        assert (found.exit_code, said(found, "failed"), said(found, "warning")) == (0, "", "")
+
+
 # --- rules of kind ----------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +400,47 @@ def test_a_delta_and_a_damaged_base_are_what_they_are_compared_with(fixtures: Pa
     found = verify(folder, against=fixtures / name)
     assert not {each.rule for each in found.findings if each.verdict == "failed"} & {"state", "bfloat16"}
     assert "so is what it was compared with" in said(found, "note")
+
+
+def test_an_integer_delta_is_judged_as_a_delta(good: Path, fixtures: Path, tmp_path: Path) -> None:
+    tuned = lw.open_checkpoint(fixtures / "A-delta-v0/expected-307-by-main")
+    delta = lw.make_delta(lw.open_checkpoint(fixtures / "A-delta-v0/base-hf-bin"), tuned, codec="integer")
+    lw.execute(lw.make_plan(delta), tmp_path / "delta")
+    assert said(verify(tmp_path / "delta"), "failed") == "this is an integer delta that was never applied"
+    assert verify(tmp_path / "delta", against=tmp_path / "delta").exit_code == 0
+
+
+# --- what every command makes ---------------------------------------------------------------------------------------
+
+DELTA, LLAMA, SMALL = "A-delta-v0/delta-308-may4", "A-delta-v0/base-meta", "common/clip-tiny-28px"
+VICUNA, LORA = "B-lora/base-vicuna-tiny", "B-lora/llava-v1.5-tiny-lora"
+MADE: dict[str, tuple[str, dict[str, str], list[str]]] = {  # command, sources that `verify --base` takes too, options that the recipe keeps
+    "apply-delta": ("apply-delta --base {base}", {"base": LLAMA, "delta": DELTA}, []),
+    "one pass": ("convert {base}", {"base": LLAMA, "delta": DELTA, "vision-tower": SMALL}, ["--projector-form", "gelu", "--dtype", "BF16"]),
+    "options": (
+        "convert {base}", {"base": BASE, "vision-tower": TOWER},
+        ["--image-token", "<img>", "--image-aspect", "pad", "--conv-mode", "llava_v0", "--vocab-size", "384"],
+    ),
+    "back": ("convert {base} --to llava", {"base": "C-v1.5/hf-by-tf4.47.1"}, []),
+    "next": ("convert {base}", {"base": "D-v1.6/original-vicuna"}, []),
+    "merge-lora": ("merge-lora --base {base}", {"base": VICUNA, "lora": LORA}, ["--arithmetic", "exact", "--scale", "0.5"]),
+    "merged and converted": ("convert {base}", {"base": VICUNA, "lora": LORA, "vision-tower": TOWER}, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_a_command_makes_is_what_base_makes_again_small_files_too(fixtures: Path, tmp_path: Path, name: str) -> None:
+    command, sources, options = MADE[name]
+    given = [word for role, place in sources.items() if role != "base" for word in (f"--{role}", fixtures / place)]
+    base, out = str(fixtures / sources["base"]), str(tmp_path / "out")
+    made = CliRunner().invoke(app, [*command.format(base=base).split(), *map(str, given), *options, "-o", out, "-q"])
+    assert made.exit_code == 0, made.output
+    done = CliRunner().invoke(app, ["verify", out, "--base", base, *map(str, given)])
+    assert done.exit_code == 0, done.output
+    assert "small files (by the sources) verified" in done.output
+    assert "unchecked" not in done.output
+    for value in ("exact", "0.5", "gelu"):  # what the values depend on, and only the manifest tells
+        assert (f"{value}, " in done.output and "as its manifest records" in done.output) == (value in options)
 
 
 # --- warnings -----------------------------------------------------------------------------------------------------------
