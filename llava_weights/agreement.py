@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from . import agreement_tokenizer, agreement_values
+from .agreement_tokenizer import RIGHT_TOKENIZER
 from .families import VOCABULARY
 from .formats import shown
 from .sidecars import CONFIG, Rule, Sidecars, content, listings, said
@@ -17,7 +19,6 @@ from .tokenizer import FAST, MODEL, SPECIAL
 GENERATION = "generation_config.json"
 REPAIR = "`llava-weights convert PATH --to llava-hf -o OUT` writes this anew"
 REPAIR_ORIGINAL = "`llava-weights convert PATH --to llava -o OUT` repairs this"
-RIGHT_TOKENIZER = "take the tokenizer files that belong to these weights"
 
 
 def ids_in_table(s: Sidecars) -> Iterator[str]:
@@ -63,8 +64,6 @@ def _beyond_table(s: Sidecars) -> Iterator[str]:
     for name, i in sorted({(name, i) for _, name, i in listings(s.objects)}, key=lambda pair: pair[1]):
         if s.rows and i >= s.rows:
             yield f"{shown(name)} has the id {i}, but the embedding table has {s.rows:,} rows"
-    if s.base_vocabulary and s.fast_vocabulary and s.base_vocabulary != s.fast_vocabulary:
-        yield f"`{FAST}` has {s.fast_vocabulary:,} tokens, `{MODEL}` {s.base_vocabulary:,} pieces: they are of two tokenizers"
 
 
 def _contradictions(s: Sidecars) -> Iterator[str]:
@@ -86,6 +85,7 @@ SHARED = (
     Rule("tokenizer", "every id has a row", _beyond_table, remedy=f"{RIGHT_TOKENIZER}; convert drops tokens without a row"),
     Rule("tokenizer", "one id for each token", _contradictions, remedy=RIGHT_TOKENIZER),
     Rule("tokenizer", "names of bos and eos", _role_names, "warning", "every llava-weights command that writes a model repairs this"),
+    *agreement_tokenizer.RULES,
 )
 
 
@@ -157,7 +157,9 @@ LLAMA = (
     Rule(CONFIG, "vocabulary", _vocabulary),
     Rule(CONFIG, "special ids", ids_in_table),
     Rule(CONFIG, "special ids", _special_ids),
+    *agreement_values.COMMON,
     Rule(GENERATION, "special ids", generation_ids),
+    *agreement_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, "warning", RIGHT_TOKENIZER),
     *SHARED,
 )
@@ -171,7 +173,12 @@ LLAVA = (
     Rule(CONFIG, "vision tower", _tower_path, "warning", "convert with `--vision-tower`, or name the CLIP's repository there"),
     Rule(CONFIG, "vision tower", _tower_replaced, "warning", REPAIR_ORIGINAL),
     Rule(CONFIG, "keys of 2023", _old_keys, "warning", REPAIR_ORIGINAL),
+    *agreement_values.COMMON,
+    *agreement_values.ORIGINAL,
     Rule(GENERATION, "special ids", generation_ids, remedy=REPAIR_ORIGINAL),
+    *agreement_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, "warning", RIGHT_TOKENIZER),
     *SHARED,
+    agreement_tokenizer.BLANKS,
+    *agreement_values.IMAGES,
 )

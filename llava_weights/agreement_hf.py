@@ -8,7 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .agreement import GENERATION, REPAIR, RIGHT_TOKENIZER, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
+from . import agreement_values
+from .agreement import GENERATION, REPAIR, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
+from .agreement_tokenizer import RIGHT_TOKENIZER, odd_form
+from .agreement_values import ACTIVATIONS, PREPROCESSOR, image_settings
 from .checkpoint import small_text
 from .config import check_structure, few
 from .families import DROPPED
@@ -21,16 +24,15 @@ from .tokenizer import CONFIG as TOKENIZER
 from .tokenizer import FAST
 from .tower import own_tower
 
-PREPROCESSOR, TEMPLATE, JINJA = "preprocessor_config.json", "chat_template.json", "chat_template.jinja"
-# transformers.activations.ACT2FN of 4.37 and 4.57. `identity` is not among them.
-ACTIVATIONS = (
-    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh", "laplace",
-    "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh", "xielu",
-)  # fmt: skip
+TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
 # What LlamaConfig, MistralConfig and Qwen2Config assume where the key is missing.
 LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 MISTRAL = {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8}
 MISSING = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": {**LLAMA, "vocab_size": 151936, "intermediate_size": 22016}}
+IMAGE_KEYS = (
+    "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "image_mean", "image_std", "rescale_factor",
+    "resample", "image_grid_pinpoints",
+)  # fmt: skip
 # Names that are not those of the Hub, and who can't read them (load matrix: facts, llava-hf 2.2). The first that matches some name.
 STYLES = (
     (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),
@@ -185,14 +187,9 @@ def _fast(s: Sidecars) -> Iterator[str]:
     if not s.has(FAST):
         yield "it is missing: each version of transformers makes its own, and 4.45 and later another than LLaVA's"
         return
-    normalizer, before = s.of(FAST).get("normalizer"), s.of(FAST).get("pre_tokenizer")
-    steps = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
-    kinds = [step.get("type") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    bare = s.of(TOKENIZER).get("add_prefix_space") is False and kinds == ["Replace"]
-    if before is not None or not (kinds == ["Prepend", "Replace"] or bare):
-        form = before.get("type") if isinstance(before, dict) else kinds or normalizer
+    if form := odd_form(s):
         yield (
-            f"its form is {said(form)}, not the normalizers Prepend and Replace without a pre_tokenizer: "
+            f"its form is {form}, not the normalizers Prepend and Replace without a pre_tokenizer: "
             "it leaves out the blank behind an image, and transformers 4.37 can't read some of these forms"
         )
 
@@ -200,6 +197,17 @@ def _fast(s: Sidecars) -> Iterator[str]:
 def _image_token(s: Sidecars) -> Iterator[str]:
     if s.has(FAST) and s.image_token not in s.tokens:
         yield f"{shown(s.image_token)}, which stands for an image, is not one token"
+
+
+def _image_tokens(s: Sidecars) -> Iterator[str]:
+    """Two files that name it."""
+    if isinstance(named := s.of(PROCESSOR).get("image_token"), str) and named != s.image_token:
+        yield f"it names {shown(s.image_token)} as the image token, processor_config.json {shown(named)}: processors take the tokenizer's"
+
+
+def _split(s: Sidecars) -> Iterator[str]:
+    if s.of(TOKENIZER).get("split_special_tokens") is True:
+        yield "`split_special_tokens` is true: special tokens in a text, as that of an image, are cut into pieces"
 
 
 def _image_special(s: Sidecars) -> Iterator[str]:
@@ -231,10 +239,18 @@ def _nested(s: Sidecars) -> Iterator[str]:
         yield "it is missing: the settings stand in processor_config.json, where transformers 4 does not look for them"
 
 
+def _two_processors(s: Sidecars) -> Iterator[str]:
+    """transformers 5 reads the settings inside processor_config.json, 4 the file beside it."""
+    nested, beside = s.of(PROCESSOR).get("image_processor"), s.of(PREPROCESSOR)
+    if isinstance(nested, dict):
+        for key in IMAGE_KEYS:
+            if key in nested and key in beside and nested[key] != beside[key]:
+                where = f"in {PREPROCESSOR} it is {said(beside[key])}"
+                yield f"`image_processor.{key}` is {said(nested[key])}, {where}: transformers 5 reads one, 4 the other"
+
+
 def _preprocessor(s: Sidecars) -> Iterator[str]:
-    nested = s.of(PROCESSOR).get("image_processor")
-    settings = s.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else None)
-    if settings is None:
+    if not (settings := image_settings(s)):
         yield "it is missing: nothing says how an image becomes pixels"
         return
     if s.tower:
@@ -263,6 +279,12 @@ def _templates_differ(s: Sidecars) -> Iterator[str]:
         yield "it differs from chat_template.jinja: the processor reads one, the tokenizer the other"
 
 
+def _third_template(s: Sidecars) -> Iterator[str]:
+    text, inside = s.of(TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA), s.of(TOKENIZER).get("chat_template")
+    if isinstance(text, str) and isinstance(inside, str) and text.rstrip("\n") != inside.rstrip("\n"):
+        yield "its `chat_template` is another than the one beside it: tokenizers read this one where they find no chat_template.jinja"
+
+
 RULES = (
     Rule(CONFIG, "vocabulary", _vocabulary, remedy=REPAIR),
     Rule(CONFIG, "names and shapes of the text model", _structure, remedy="check that all shards are there and that config.json is theirs"),
@@ -279,21 +301,30 @@ RULES = (
     Rule(CONFIG, "model type", _kind, "warning", REPAIR),
     Rule(CONFIG, "image_newline", _newline, remedy=REPAIR),
     Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
+    *agreement_values.COMMON,
+    *agreement_values.HUB,
     Rule(GENERATION, "there", _generation_missing, remedy=REPAIR),
     Rule(GENERATION, "bos, eos and pad as in the tokenizer", generation_ids, remedy=REPAIR),
+    *agreement_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, remedy=RIGHT_TOKENIZER),
     *SHARED,
     Rule(TOKENIZER, "legacy", _legacy, "warning", REPAIR),
     Rule(TOKENIZER, "class", _class, remedy=REPAIR),
+    *agreement_values.PADDING,
+    Rule(TOKENIZER, "image token", _image_tokens, remedy=REPAIR),
+    Rule(TOKENIZER, "special tokens", _split),
     Rule(FAST, "form", _fast, "warning", REPAIR),
     Rule(FAST, "image token", _image_token, remedy=REPAIR),
     Rule(FAST, "image token", _image_special, "warning", REPAIR),
     Rule(PROCESSOR, "there", _processor_missing, remedy=REPAIR),
+    Rule(PROCESSOR, f"as {PREPROCESSOR}", _two_processors, remedy=REPAIR),
     Rule(PROCESSOR, "patches, class token and strategy of the tower", _processor, remedy=REPAIR),
     Rule(PREPROCESSOR, "image size and pinpoints of the model", _preprocessor, remedy=REPAIR),
+    *agreement_values.IMAGES,
     Rule(PREPROCESSOR, "place", _nested, "warning", REPAIR),
     Rule(TEMPLATE, "there, with the image token", _template, "warning", REPAIR),
     Rule(TEMPLATE, "the same as chat_template.jinja", _templates_differ, remedy=REPAIR),
+    Rule(TOKENIZER, "chat template", _third_template, "warning", REPAIR),
     Rule("tensors", "key style", _style, "warning", REPAIR),
     Rule("tensors", "no stray buffers", _buffers, "warning", REPAIR),
 )

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .agreement import GENERATION
-from .agreement_hf import JINJA, MISSING, PREPROCESSOR, TEMPLATE
+from .agreement_hf import JINJA, MISSING, TEMPLATE
+from .agreement_values import PREPROCESSOR, STEERING
 from .checkpoint import Checkpoint, small_bytes, small_text
 from .config import LLAMA_DEFAULTS, LLAVA_DEFAULTS, SAMPLING
 from .conversion import convert
@@ -27,7 +28,7 @@ from .naming import canonical
 from .processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, STEPS
 from .projector import FORMS
 from .sidecars import CONFIG, PROCESSOR, Sidecars, content, listings, read_sidecars, said, vision
-from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL
+from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length
 from .tokenizer import CONFIG as TOKENIZER
 from .tower import complete_config
 
@@ -40,12 +41,12 @@ IGNORED = (
 )
 # In tokenizer_config.json: of no effect on the ids of a text, or told by other files, which are compared.
 TOKENIZER_IGNORED = (
-    r"(?!add_).*_token|.*_tokens|added_tokens_decoder|chat_template|processor_class|special_tokens_map_file|tokenizer_file|name_or_path|"
+    r"(?!add_).*_token|(?!split_).*_tokens|added_tokens_decoder|chat_template|processor_class|special_tokens_map_file|tokenizer_file|name_or_path|"
     r"model_max_length|max_length|(padding|truncation)_side|truncation_strategy|stride|pad_to_multiple_of|backend|is_local|"
     r"clean_up_tokenization_spaces|spaces_between_special_tokens|use_default_system_prompt|sp_model_kwargs|use_fast|model_input_names"
 )
-# Of no effect on ids either, but on how much of a text is read, or how ids become text again: a difference is named.
-SOFT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "spaces_between_special_tokens")
+# How much of a text is read, on which side it is padded, how ids become text again: the default is another in each class and version.
+HABITS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "spaces_between_special_tokens")
 # Compared where both sides say them: what stands there where one does not is the reader's choice.
 BOTH = r"(.*\.)?(architectures|processor_class|feature_extractor_type)"
 CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_internal": None, "quantization_config": None}
@@ -64,7 +65,15 @@ FLAT = {
 }  # fmt: skip
 MODEL_TYPES = {"llava_llama": "llava"}  # two names of one class in LLaVA's own code
 IDS_OF = {"llama": (1, 2, None), "mistral": (1, 2, None), "qwen2": (None, None, None)}
-SAMPLED = {**SAMPLING, "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20}
+# GenerationConfig of transformers 4.37 to 5.23.
+SAMPLED = {
+    **SAMPLING, **dict.fromkeys(STEERING), "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20,
+    "max_new_tokens": None, "min_length": 0, "min_new_tokens": None, "early_stopping": False, "max_time": None, "stop_strings": None,
+    "length_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0,
+    "diversity_penalty": 0.0, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None, "guidance_scale": None, "min_p": None,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "renormalize_logits": False, "exponential_decay_length_penalty": None, "constraints": None,
+    "force_words_ids": None, "watermarking_config": None, "remove_invalid_values": False, "dola_layers": None,
+}  # fmt: skip
 ROLES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": None}  # of a LLaMA's tokenizer
 
 Said = Mapping[str, Any]
@@ -308,7 +317,8 @@ def _processor(side: Sidecars) -> dict[str, Any]:
         "vision_feature_select_strategy": None,
         **CODE,
     }
-    return _filled(side.of(PROCESSOR), defaults, ignored=f"{IGNORED}|image_processor|chat_template")
+    given = {**side.of(PROCESSOR), "image_token": side.image_token}
+    return _filled(given, defaults, ignored=f"{IGNORED}|image_processor|chat_template")
 
 
 def _templates(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
@@ -357,9 +367,8 @@ def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     if ours.has(TOKENIZER) or theirs.has(TOKENIZER):
         found.values(TOKENIZER, _settings(ours), _settings(theirs))
         _flags(TOKENIZER, _decoder(ours, theirs), _decoder(theirs, ours), found)
-        mine, other = ours.of(TOKENIZER), theirs.of(TOKENIZER)
-        differing = [key for key in SOFT if key in mine and key in other and not _same(mine[key], other[key])]
-        found.open += [f"`{key}` of {shown(TOKENIZER)} differs, which changes no id" for key in differing]
+        mine, other = _habits(ours), _habits(theirs)
+        found.values(TOKENIZER, {key: mine[key] for key in mine if key in other}, {key: other[key] for key in other if key in mine})
 
 
 def _is_json_alike(ours: Sidecars, theirs: Sidecars, name: str) -> bool:
@@ -485,9 +494,15 @@ def _roles(side: Sidecars) -> dict[str, str | None]:
     return {**defaults, **named[SPECIAL], **named[TOKENIZER]}
 
 
+def _habits(side: Sidecars) -> dict[str, Any]:
+    """Settings that are compared where both sides say them."""
+    given = {key: side.of(TOKENIZER).get(key) for key in HABITS}
+    return {key: value for key, value in given.items() if value is not None and not (key == "model_max_length" and not is_length(value))}
+
+
 def _settings(side: Sidecars) -> dict[str, Any]:
     llama = {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": True, "legacy": True} if side.is_llama else {}
     given = dict(side.of(TOKENIZER))
     if isinstance(given.get("tokenizer_class"), str):
         given["tokenizer_class"] = given["tokenizer_class"].removesuffix("Fast").lower()
-    return _filled(given, {**llama, **CODE}, ignored=TOKENIZER_IGNORED)
+    return _filled(given, {"split_special_tokens": False, **llama, **CODE}, ignored=TOKENIZER_IGNORED)

@@ -92,7 +92,7 @@ def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: 
     ids = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos, "pad_token_id": special_ids.pad}
     if generation is None:
         return ids, (f"generation_config: written with bos/eos/pad ids {_joined(ids.values())}",)
-    new = {key: value for key, value in generation.items() if key in ids or (key in GENERATION and _valid(value, *GENERATION[key]))}
+    new = {key: value for key, value in generation.items() if key in ids or (key in GENERATION and sensible(value, *GENERATION[key]))}
     gone = [key for key in generation if key not in new]
     notes = [f"generation_config: dropped {listed(gone)}"] if gone else []
     if [new.get(key) for key in ids] != list(ids.values()):
@@ -303,7 +303,7 @@ def _apply(new: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
 def _check_numbers(config: Mapping[str, Any]) -> None:
     _optional_size(config, "max_position_embeddings")
     for key, most in (("rms_norm_eps", 1), ("rope_theta", 1e12)):
-        if config.get(key) is not None and not _valid(config[key], float, 0, most):
+        if config.get(key) is not None and not sensible(config[key], float, 0, most):
             raise InputError(f"`{key}` is {_text(config[key])} in config.json, not a positive number up to {most:g}", hint=RIGHT_CONFIG)
 
 
@@ -324,12 +324,13 @@ def _size(config: Mapping[str, Any], key: str) -> int:
 
 def _optional_size(config: Mapping[str, Any], key: str) -> int | None:
     value = config.get(key)
-    if value is None or _valid(value, int, 1, 1 << 31):
+    if value is None or sensible(value, int, 1, 1 << 31):
         return value
     raise InputError(f"`{key}` is {_text(value)} in config.json, not a sensible size", hint=RIGHT_CONFIG)
 
 
-def _valid(value: Any, kind: type, least: float, most: float) -> bool:
+def sensible(value: Any, kind: type, least: float, most: float) -> bool:
+    """Whether a JSON value is of this type and between the two, `least` itself excluded for fractions."""
     if kind is bool:
         return isinstance(value, bool)
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):

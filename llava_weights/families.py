@@ -92,6 +92,34 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_te
 LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
+LONGEST_LLAMA = 4096  # positions of LLaMA 2; Code Llama has the shapes of LLaMA 2, another rope_theta, and 16,384
+# quant_method of transformers whose weights are stored packed, with scales: a `quantization_config` that names one and plain
+# weights do not belong together. Others (torchao, quanto, bitnet, compressed-tensors, mxfp4) may quantise while loading.
+QUANTIZERS = ("aqlm", "auto-round", "awq", "bitsandbytes", "eetq", "fbgemm_fp8", "fp8", "gptq", "higgs", "hqq", "spqr", "vptq")
+# What they store beside or in place of a weight.
+QUANTIZED_NAMES = (
+    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state[\w.]*|weight_scale(_inv)?|weight_packed|codebooks|codes)$"
+)
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Mean and standard deviation of the pixels, from 0 to 1, that towers of a kind were trained with; `activation` where only those
+    with that one were."""
+
+    kind: str
+    values: tuple[tuple[float, float, float], tuple[float, float, float]]
+    activation: str = ""
+
+
+# preprocessor_config.json of the published towers. Of LAION's (gelu), ViT-L-14 laion2B-s32B-b82K has 0.5 (open_clip, INCEPTION_MEAN).
+COLOURS = (
+    Colours("clip", ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))),
+    Colours("siglip", ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))),
+    Colours("clip", ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "gelu"),
+)
+
+
 def size_name(hidden: int, layers: int) -> str:
     """ "13B" for a published LLaMA shape, else "2 layers of 48"."""
     return next((s.name for s in LLAMA_SIZES if (s.hidden, s.layers) == (hidden, layers)), f"{layers} layers of {hidden}")

@@ -15,11 +15,13 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from . import agreement, agreement_hf
+from .agreement_values import ACTIVATIONS
 from .chat_template import asks_for
 from .checkpoint import Checkpoint, small_text
 from .config import few, fold_names
@@ -30,7 +32,7 @@ from .formats import listed, present
 from .formats.folder import MAX_INDEX, STANDARD, member
 from .formats.strict_json import load_object
 from .naming import TABLES, canonical, spelled
-from .sidecars import Rule, Sidecars, added_ids, check, read_sidecars, refused, said
+from .sidecars import CONFIG, Rule, Sidecars, added_ids, check, read_sidecars, refused, said
 from .tensors import FLOATS, LazyTensor, read_rows
 from .wording import size
 from .workspace import Workspace
@@ -44,17 +46,21 @@ PICKLES, PROGRAMS = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt"), (".py",
 SAFETENSORS = "convert it: every command that writes a model writes safetensors"
 DOWNLOAD = "make or download it again, and run `llava-weights verify --deep`"
 APPLY = "`llava-weights apply-delta --base LLAMA --delta PATH -o OUT`"
+APPLIED = "see that the delta or the adapter was applied to every tensor, once"
+UNLIKE = 16  # the layers of a LLaMA differ by up to 5; a delta is 3 to 200 times smaller than its base (facts: verify 5)
 WIDE = 0.1  # standard deviation of matrices from 1,024 columns on: LLaMA's have 1e-2 to 3e-2
 SAMPLED_ROWS, TABLE_ROWS, LISTED_ROWS = 3, 64, 256
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What some rows of a tensor show: all finite?, the one value that all have or None, a digest of the values, bytes read."""
+    """What some rows of a tensor show: all finite?, the one value that all have or None, a digest of the values, their root mean
+    square, bytes read."""
 
     finite: bool
     constant: float | None
     digest: bytes
+    size: float
     nbytes: int
 
 
@@ -68,6 +74,7 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     findings += _or_ok(
         "L0", "weight files", _ruled("weight-files", _containers(checkpoint)), "one container of safetensors, whole by its index"
     )
+    findings += _ruled("other-weights", _elsewhere(checkpoint, folder))
     findings += _or_ok("L0", "code", _ruled("code", _code(checkpoint, sidecars, folder)), "no file that a program would execute")
     try:
         findings += _values(checkpoint, sidecars)
@@ -107,6 +114,20 @@ def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
     if origin.path.is_dir():
         yield from _index(checkpoint)
+
+
+def _elsewhere(checkpoint: Checkpoint, folder: Path | None) -> Iterator[Finding]:
+    """Files that make transformers load other weights than those that are verified."""
+    names: list[str] = []
+    with suppress(OSError):
+        names = os.listdir(folder) if folder and folder.is_dir() and checkpoint.layout in MODELS else []
+    single = f"{STANDARD['safetensors'][0]}.safetensors"
+    if single in names and single not in {file.name for file in checkpoint.origin.files}:
+        text = f"transformers loads {single} in place of the files that the index lists, which are those that were verified"
+        yield Finding("L0", "failed", single, text, "keep the one of the two that is meant")
+    if "adapter_config.json" in names:
+        text = "transformers takes the folder for an adapter, and loads the base that this file names in place of these weights"
+        yield Finding("L0", "failed", "adapter_config.json", text, "move the adapter into a folder of its own")
 
 
 def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -202,7 +223,9 @@ def _values(checkpoint: Checkpoint, sidecars: Sidecars) -> list[Finding]:
     kind = list(_ruled("state", _state(checkpoint))) if checkpoint.layout in MODELS else []
     if any(finding.verdict == "failed" for finding in kind):  # in a delta zeros and equal rows are usual
         return findings + kind
-    findings += chain(_ruled("constant", _constant(samples)), _ruled("equal-layers", _twice(samples)))
+    findings += chain(
+        _ruled("constant", _constant(samples)), _ruled("equal-layers", _twice(samples)), _ruled("layer-sizes", _unlike(samples))
+    )
     findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal", part="samples")]
     if checkpoint.layout in MODELS:
         findings += kind
@@ -215,6 +238,7 @@ def _values(checkpoint: Checkpoint, sidecars: Sidecars) -> list[Finding]:
         findings += _or_ok(
             "L1", "vocabulary", _ruled("vocabulary-rows", _rows(sidecars)), "sampled rows, and all of added tokens: none zero or equal"
         )
+        findings += chain(_ruled("tied-head", _head(sidecars)), _ruled("projector-activation", _between(sidecars)))
     return findings
 
 
@@ -231,7 +255,8 @@ def _samples(tensors: Mapping[str, LazyTensor]) -> dict[str, Sample]:
             first = float(values.flat[0])
             constant = first if bool(np.all(values == values.flat[0])) else None
             digest = hashlib.sha256(values.tobytes()).digest()
-            samples[name] = Sample(bool(np.isfinite(values).all()), constant, digest, values.size * tensor.nbytes // tensor.numel)
+            rms = float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+            samples[name] = Sample(bool(np.isfinite(values).all()), constant, digest, rms, values.size * tensor.nbytes // tensor.numel)
     return samples
 
 
@@ -277,6 +302,64 @@ def _twice(samples: Mapping[str, Sample]) -> Iterator[Finding]:
     for names in groups.values():
         if len(names) > 1:
             yield _warning("L1", names[0], f"the same values stand in {fold_names(names)[0]}", "see that no layer was copied over another")
+
+
+def _unlike(samples: Mapping[str, Sample]) -> Iterator[Finding]:
+    """A matrix of the text model whose values are of another order than those of the same name in the other layers."""
+    groups = defaultdict(list)
+    for name, sample in samples.items():
+        if re.fullmatch(r"text\.layers\.\d+\..*_proj\.weight", canonical(name)) and np.isfinite(sample.size) and sample.size:
+            groups[re.sub(r"\.\d+(?=\.)", ".#", name, count=1)].append(name)
+    for names in groups.values():
+        usual = median(samples[name].size for name in names)
+        for name in names:
+            times = samples[name].size / usual
+            if len(names) > 2 and not 1 / UNLIKE < times < UNLIKE:
+                how = f"{times:.0f} times as large as" if times > 1 else f"{1 / times:.0f} times smaller than"
+                yield _warning("L1", name, f"its sampled values are {how} in the other layers, as those of a delta are", APPLIED)
+
+
+def _head(s: Sidecars) -> Iterator[Finding]:
+    """A stored `lm_head` beside the flag that makes readers take the embedding in its place."""
+    config, tables = s.of(CONFIG), [s.parts.get(part) for part in TABLES]
+    embed, head = tables
+    if embed is None or head is None or embed.shape != head.shape:
+        return
+    tied = True in (config.get("tie_word_embeddings"), s.text.get("tie_word_embeddings") if s.checkpoint.layout == "llava-hf" else None)
+    with closing(Workspace(drop_cache=False)) as work:
+        one, other = (_read(table, _even(table.rows, TABLE_ROWS), work) for table in (embed, head))
+    same = np.array_equal(one, other, equal_nan=True)
+    if tied and not same:
+        text = "`tie_word_embeddings` is true, but the head has values of its own: transformers takes the embedding in its place"
+        yield Finding("L1", "failed", CONFIG, text, "set it to false")
+    elif same and not tied:
+        text = "the head holds the values of the embedding, though `tie_word_embeddings` is not true"
+        yield _warning("L1", spelled(TABLES[1], _layout(s)), text, "see that the head is the one that was trained")
+
+
+def _between(s: Sidecars) -> Iterator[Finding]:
+    """The activation between the projector's two layers. Every LLaVA has gelu, but where one Linear is written as two (projector.py)."""
+    first, second = s.parts.get("projector.0.weight"), s.parts.get("projector.2.weight")
+    if s.checkpoint.layout != "llava-hf" or first is None or second is None or len(first.shape) != 2 or len(second.shape) != 2:
+        return
+    act = s.of(CONFIG).get("projector_hidden_act", "gelu")
+    with closing(Workspace(drop_cache=False)) as work:
+        pairs, identity = (_is_signs(_read(each, _even(each.rows, LISTED_ROWS), work)) for each in (first, second))
+    if identity and act != "linear":
+        text = f"`projector_hidden_act` is {said(act)}, but the second layer is the identity, which belongs to `linear`"
+        yield Finding("L1", "failed", CONFIG, text, agreement.REPAIR)
+    elif act != "gelu" and act in ACTIVATIONS and not identity and not pairs:
+        text = f"`projector_hidden_act` is {said(act)}, every published LLaVA with a projector of two layers has gelu"
+        yield _warning("L1", CONFIG, text, "see that the file is the one that these weights were made with")
+
+
+def _is_signs(rows: np.ndarray) -> bool:
+    """Whether each row holds at most one value, 1 or -1, and zeros; not all of them zeros."""
+    return bool(rows.any()) and bool(np.all(np.count_nonzero(rows, axis=1) <= 1)) and set(np.unique(rows).tolist()) <= {-1.0, 0.0, 1.0}
+
+
+def _layout(s: Sidecars) -> str:
+    return "llava-hf" if s.checkpoint.layout == "llava-hf" else "llava"
 
 
 def _state(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -337,7 +420,7 @@ def _rows(sidecars: Sidecars) -> Iterator[Finding]:
         for part in TABLES:
             if part in sidecars.parts:
                 table = sidecars.parts[part]
-                name = spelled(part, "llava-hf" if sidecars.checkpoint.layout == "llava-hf" else "llava")
+                name = spelled(part, _layout(sidecars))
                 yield from _untrained(
                     name, *_table_rows(table, last, {*added.values(), *sidecars.ids.values()}, work), last, unwritten[part], texts
                 )

@@ -1,13 +1,15 @@
 """The inputs of a smoke test, made from a checkpoint's config and tokenizer alone: the same for every checkpoint of its shapes.
 
-Three kinds (facts: verify 2.3): text, an image with text, and the ids of every added token and of the last rows. They are stored
-with a reference and never made again, so that a change here makes no old reference useless.
+Four kinds (facts: verify 2.3): text, an image with text, the ids of every added token and of the last rows, and a row of each part of
+the vocabulary table, other ones with each seed. They are stored with a reference and never made again, so that a change here makes no
+old reference useless.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +26,7 @@ from .tower import Doubts, Tower, check_tower, holds_tower, open_tower, own_towe
 
 TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
 LAST_ROWS, MOST_ADDED = 8, 64
+TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
 HUB_IMAGE = 32000  # LlavaConfig's own `image_token_index`
 
 
@@ -73,10 +76,11 @@ class Sight:
         return cut > 1 and 0.2 < cut % 1 < 0.8
 
 
-def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None) -> tuple[Probe, ...]:
-    """Deterministic probes in the form of the checkpoint's layout; without an image where there is no vision tower to see it.
+def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None, seed: int = 0) -> tuple[Probe, ...]:
+    """Probes in the form of the checkpoint's layout, the same for the same seed; without an image where no vision tower can see it.
 
-    `tower` serves where an original LLaVA has none inside. Raises InputError for tokenizer files or a config that can't be right.
+    `tower` serves where an original LLaVA has none inside. `seed` tells which row of each part of the vocabulary table is read.
+    Raises InputError for tokenizer files or a config that can't be right.
     """
     rows = table_rows(checkpoint)
     known = read_special_ids(checkpoint.files, rows)
@@ -87,6 +91,7 @@ def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None) 
     probes = [
         Probe("text", _ids([known.bos], words[:TEXT])),
         Probe("rows", _ids([known.bos], words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
+        Probe("table", _ids([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i != mark])),
     ]
     sight = find_sight(checkpoint, tower)
     for name, size in sight.sizes() if sight else ():
@@ -94,6 +99,14 @@ def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None) 
         ids = _ids([known.bos], words[:AROUND], [mark] * count, words[TEXT : TEXT + AROUND])
         probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
     return tuple(probes)
+
+
+def table_ids(rows: int, seed: int) -> list[int]:
+    """One id of each of TABLE_PARTS equal parts of `rows` rows. As many seeds in a row as a part has rows give every id."""
+    parts = min(TABLE_PARTS, rows)
+    edges = [rows * part // parts for part in range(parts + 1)] if parts else [0]
+    # A prime step from part to part, so that the ids of one recording are no comb.
+    return [start + (seed + 7919 * part) % (stop - start) for part, (start, stop) in enumerate(pairwise(edges))]
 
 
 def _image_probe(name: str, ids: np.ndarray, sight: Sight, size: tuple[int, int]) -> Probe:

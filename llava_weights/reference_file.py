@@ -13,7 +13,8 @@ One safetensors file. For each probe NAME:
 
 A projection is a sum with signs by `signs`. `hidden` may be missing, as in a reference by another program. `__metadata__` holds
 texts: `schema`, `layout` ("llava", "llava-hf", "llama": whose form the ids are in), `dtype` of the computation ("F32"), and for people
-`model`, `root.tensors`, `producer`, `device`, `attention`, `tf32`, `date` and versions. `adapter` = "unmerged" says that a LoRA was
+`model`, `root.tensors`, `producer`, `device`, `attention`, `tf32`, `date`, versions, and `seed`, with which the ids of the built-in
+probes were drawn. `adapter` = "unmerged" says that a LoRA was
 applied beside the weights, so that weights that were rounded after its merge are forgiven their rounding.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import platform
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -96,12 +98,14 @@ def record(
     resident: bool = False,
     accept_tower: bool = False,
     force: bool = False,
+    seed: int | None = None,
     on_event: Listener = lambda event: None,
 ) -> Recording:
     """Run `probes` (else the built-in ones) and keep what comes of them in `path`, in the form that reference_file.py describes.
 
-    Raises UsageError for a value that an option can't have, and as `load_forward`,
-    `check_given` and `write_recording`.
+    The built-in ones read a row of each part of the vocabulary table, by `seed`: another one each time where none is given, so that
+    several recordings read more than one. Raises UsageError for a value that an option can't have, and as `load_forward`, `check_given`
+    and `write_recording`.
     """
     place = check_file(path, force=force)
     device, dtype = check_forward(device, dtype)
@@ -109,10 +113,17 @@ def record(
     check_file(place, force=force, inputs=[model.origin.path])
     for text in check_given(model, clip, accept=accept_tower).warnings:
         on_event(Note(text, warning=True))
-    probes = built_in_probes(model, tower=clip) if probes is None else probes
-    made = make_recording(model, probes, tower=clip, device=device, dtype=dtype, resident=resident, on_event=on_event)
+    seed = draw_seed() if seed is None else seed
+    chosen = built_in_probes(model, tower=clip, seed=seed) if probes is None else probes
+    made = make_recording(model, chosen, tower=clip, device=device, dtype=dtype, resident=resident, on_event=on_event)
+    made = made if probes is not None else Recording(made.probes, {**made.metadata, "seed": str(seed)})
     write_recording(made, place, force=force)
     return made
+
+
+def draw_seed() -> int:
+    """A seed for `built_in_probes` that no earlier run had."""
+    return secrets.randbelow(1 << 32)
 
 
 def make_recording(

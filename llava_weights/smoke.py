@@ -21,7 +21,7 @@ from .findings import Finding
 from .formats import shown
 from .forward import Outcome, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
-from .reference_file import Listener, Recorded, Recording, check_forward, load_runner, make_recording, read_recording, sketch
+from .reference_file import Listener, Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
 from .tower import Doubts, tower_hint
 
 Where = Literal["text", "image"]
@@ -294,18 +294,22 @@ def compare_original(
     resident: bool = False,
     atol: float | None = None,
     accept_tower: bool = False,
+    seed: int | None = None,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
     """Compare with the unconverted checkpoint, which runs in float32 on a path of its own (`load_original`), on built-in probes.
 
-    `tower` is the CLIP of an original that holds none; without it only text is compared, and a finding says so. Raises as `compare`.
+    `tower` is the CLIP of an original that holds none; without it only text is compared, and a finding says so. `seed` as in `record`.
+    Raises as `compare`.
     """
     if original.layout != "llava":
         raise InputError(
             f"{shown(original.origin.name)} is no LLaVA in the original layout", hint="record it, and compare with the recording"
         )
     warnings = _doubtful(original, check_given(original, tower, accept=accept_tower), on_event)
-    probes = built_in_probes(original, tower=tower)
+    seed = draw_seed() if seed is None else seed
+    probes = built_in_probes(original, tower=tower, seed=seed)
+    on_event(Note(f"rows of the vocabulary table drawn with seed {seed}"))
     reference = make_recording(original, probes, tower=tower, device=device, resident=resident, on_event=on_event)
     how: Any = {"device": device, "dtype": dtype, "resident": resident, "atol": atol, "accept_tower": accept_tower}
     smoke = compare(checkpoint, reference, tower=tower if checkpoint.layout == "llava" else None, **how, on_event=on_event)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .checkpoint import small_bytes
 from .errors import InputError
@@ -217,9 +217,9 @@ def _repair_settings(
     if new.get("tokenizer_class") != "LlamaTokenizer":
         changes.append(f"class {_described(old.get('tokenizer_class'))} -> `LlamaTokenizer`")
         new["tokenizer_class"] = "LlamaTokenizer"
-    if (limit := _length(model_max_length)) and not _length(new.get("model_max_length")):
-        changes.append(f"model_max_length -> {limit}")
-        new["model_max_length"] = limit
+    if is_length(model_max_length) and not is_length(new.get("model_max_length")):
+        changes.append(f"model_max_length -> {model_max_length}")
+        new["model_max_length"] = model_max_length
     missing = {key: value for key, value in EXPLICIT.items() if key not in new}
     if missing:
         changes.append("made explicit " + ", ".join(f"`{key}` {str(value).lower()}" for key, value in missing.items()))
@@ -268,8 +268,9 @@ def _decoder(settings: Mapping[str, Any]) -> dict[int, str] | None:
     return decoder if len(set(decoder.values())) == len(entries) else None
 
 
-def _length(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < NO_LIMIT else None
+def is_length(value: object) -> TypeGuard[int]:
+    """Whether a `model_max_length` is a limit: transformers writes 10^30 where it knows none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < NO_LIMIT
 
 
 def _sentences(name: str, changes: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:

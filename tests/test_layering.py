@@ -32,6 +32,7 @@ LAYERS = (
     "config processor examine tower fast_tokenizer splice streamed projector",
     "adapter hf_config",
     "parts sidecars",
+    "agreement_tokenizer agreement_values",
     "agreement",
     "agreement_hf",
     "delta lora conversion inspection health",  # the transforms: pure

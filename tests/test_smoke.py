@@ -25,7 +25,7 @@ from llava_weights.errors import InputError, OutputError, UsageError, Verificati
 from llava_weights.forward import Probe
 from llava_weights.lora import merge_lora, open_weighted
 from llava_weights.naming import canonical
-from llava_weights.probes import built_in_probes, find_sight, pattern
+from llava_weights.probes import built_in_probes, find_sight, pattern, table_ids
 from llava_weights.reference_file import Recorded, Recording, make_recording, read_recording, record, sketch, write_recording
 from llava_weights.sample import LIMIT, PARAGRAPH, sample
 from llava_weights.smoke import Smoke, compare, compare_original, smoke_test
@@ -329,7 +329,7 @@ def test_the_first_wrong_part_is_named(pattern: str, change: Callable[[torch.Ten
     assert (smoke.verdict, smoke.exit_code, smoke.first_wrong) == ("different", 4, first)
     failed = [finding for finding in smoke.findings if finding.verdict == "failed"]
     assert any(first in finding.text and finding.remedy for finding in failed)
-    assert {finding.subject for finding in failed} == ({"image"} if first == "vision" else {"text", "rows", "image"})
+    assert {finding.subject for finding in failed} == ({"image"} if first == "vision" else {"text", "rows", "table", "image"})
 
 
 def test_rows_of_added_tokens_and_the_last_ones_are_looked_at(world: World) -> None:
@@ -341,6 +341,48 @@ def test_rows_of_added_tokens_and_the_last_ones_are_looked_at(world: World) -> N
 
         smoke = compare(altered(world.good("A"), "embed_tokens", zero), world.recorded("A"))
         assert [finding.subject for finding in smoke.findings if finding.verdict == "failed"] == ["rows"]
+
+
+def test_every_part_of_the_table_is_read_and_over_several_recordings_every_row() -> None:
+    for rows in (1, 7, 255, 256, 304, 32_003, 128_256):
+        edges = np.linspace(0, rows, min(rows, 256) + 1).astype(int)
+        for seed in (0, 1, 2**32 - 1):
+            assert np.histogram(table_ids(rows, seed), edges - 0.5)[0].tolist() == [1] * (len(edges) - 1)
+        assert {i for seed in range(1000, 1000 + -(-rows // 256)) for i in table_ids(rows, seed)} == set(range(rows))
+    assert table_ids(0, 3) == []
+
+
+def test_a_wrong_row_is_found_by_the_recording_that_drew_it(world: World, tmp_path: Path) -> None:
+    good = world.good("C")
+    drawn = [{int(i) for probe in built_in_probes(good, seed=seed) for i in probe.ids} for seed in (0, 1)]
+    row = min(drawn[1] - drawn[0])
+
+    def zero(weight: torch.Tensor) -> torch.Tensor:
+        weight[row] = 0
+        return weight
+
+    broken = altered(good, "embed_tokens", zero)
+    assert compare(broken, record(good, tmp_path / "0", seed=0)).verdict == "same"
+    smoke = compare(broken, record(good, tmp_path / "1", seed=1))
+    assert [finding.subject for finding in smoke.findings if finding.verdict == "failed"] == ["table"]
+    assert read_recording(tmp_path / "1").metadata["seed"] == "1"
+
+
+def test_each_recording_draws_other_rows(world: World, tmp_path: Path) -> None:
+    made = [record(world.good("A"), tmp_path / name) for name in ("one", "other")]
+    assert made[0].metadata["seed"] != made[1].metadata["seed"]
+    for one in made:
+        again = {probe.name: probe.ids for probe in built_in_probes(world.good("A"), seed=int(one.metadata["seed"]))}
+        assert all(np.array_equal(again[each.probe.name], each.probe.ids) for each in one.probes)
+
+
+def test_a_recording_without_a_seed_is_still_read(world: World, tmp_path: Path) -> None:
+    """As recordings were before their rows were drawn."""
+    made = record(world.good("C"), tmp_path / "new")
+    metadata = {key: text for key, text in made.metadata.items() if key != "seed"}
+    write_recording(Recording(tuple(one for one in made.probes if one.probe.name != "table"), metadata), tmp_path / "old")
+    smoke = compare(world.good("C"), tmp_path / "old")
+    assert (smoke.verdict, {row.probe for row in smoke.rows}) == ("same", {"text", "rows", "image"})
 
 
 def test_built_in_images_tell_the_order_of_pinpoints(world: World) -> None:
@@ -380,7 +422,7 @@ def test_without_a_tower_only_text_is_compared_and_that_is_said(world: World) ->
 def test_a_recording_is_run_again_as_it_was(world: World, tmp_path: Path) -> None:
     path, notes = tmp_path / "good.safetensors", []
     made = record(world.good("D"), path, on_event=notes.append)
-    assert len(notes) == len(made.probes) == 4
+    assert len(notes) == len(made.probes) == 5
     read = read_recording(path)
     assert read.metadata == {**made.metadata, "schema": "llava-weights smoke 1"}
     smoke = compare(world.good("D"), path)
