@@ -23,6 +23,7 @@ from queue import SimpleQueue
 
 from .errors import InputError, LlavaWeightsError, OutputError
 from .formats.safetensors import make_header
+from .holes import Watch
 from .integer_delta import ToInteger, write_integer_shard
 from .job import NOT_SUPPORTED, sync_folder
 from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
@@ -30,6 +31,7 @@ from .tensors import wrong_digest
 from .windows import Window, cut
 from .workspace import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
 
+MOST_HOLES = 64  # that one shard's journal line tells of
 SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
 
 
@@ -42,6 +44,7 @@ class ShardResult:
     sha256: str
     tensors: dict[str, str]  # name -> sha256 of the raw little-endian values
     tallies: dict[str, int]
+    holes: tuple[str, ...] | list[str] = ()  # sentences on zeros that were accepted; a list where the journal tells
 
 
 def write_shard(
@@ -56,8 +59,9 @@ def write_shard(
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then.
     """
+    watch = shard.watch.fresh() if shard.watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
-        return _write_integer(shard, folder, settings, on_bytes)
+        return _write_integer(shard, folder, settings, on_bytes, watch)
     header, laid_out = make_header(shard.tensors, FORMAT)
     windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
     size = len(header) + sum(window.nbytes for window in windows)
@@ -65,7 +69,7 @@ def write_shard(
     try:
         with Sink(temporary, size, settings) as sink:
             sink.write(memoryview(header), 0)
-            job = Pipeline(header, windows, sink, settings, on_bytes)
+            job = Pipeline(header, windows, sink, settings, on_bytes, watch)
             job.run()
             for name, tensor in shard.tensors:
                 if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
@@ -78,7 +82,11 @@ def write_shard(
     finally:
         with suppress(OSError):  # the next run deletes it
             temporary.unlink(missing_ok=True)
-    return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies))
+    return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies), _accepted(watch))
+
+
+def _accepted(watch: Watch | None) -> tuple[str, ...]:
+    return tuple(hole.text for hole in sorted(watch.found)[:MOST_HOLES]) if watch else ()
 
 
 def temporary_path(folder: Path, name: str) -> Path:
@@ -86,17 +94,17 @@ def temporary_path(folder: Path, name: str) -> Path:
     return folder / f".{name}.{secrets.token_hex(4)}.part"
 
 
-def _write_integer(shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None]) -> ShardResult:
+def _write_integer(shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None], watch: Watch | None) -> ShardResult:
     items = [(name, tensor) for name, tensor in shard.tensors if isinstance(tensor, ToInteger)]
     temporary = temporary_path(folder, shard.name)
     try:
-        result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes)
+        result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes, watch=watch)
         os.rename(temporary, folder / shard.name)
         sync_folder(folder)
     except OSError as error:
         raise output_error(error, folder / shard.name) from error
     tallies = {"raw": result.raw_nbytes, "packed": result.packed_nbytes}
-    return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies)
+    return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies, _accepted(watch))
 
 
 @dataclass
@@ -109,6 +117,7 @@ class Pipeline:
     sink: Sink
     settings: Settings
     on_bytes: Callable[[int], None]
+    watch: Watch | None = None
     tensor_digests: dict[str, str] = field(default_factory=dict)
     tallies: Counter[str] = field(default_factory=Counter)
 
@@ -122,7 +131,7 @@ class Pipeline:
         self.free: SimpleQueue[memoryview | None] = SimpleQueue()
         behind = DropBehind()
         self.stopping = threading.Event()
-        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping) for _ in range(self.settings.jobs)]
+        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
 
     def run(self) -> None:
         """Start the threads, wait for them, then judge what was read. Raises the first failure."""

@@ -1,4 +1,4 @@
-"""The architecture as a test: who may import whom, who may print, and how long things may get ."""
+"""The architecture as a test: who may import whom, who may print, and how long functions may get."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAYERS = (
     "formats hub published",  # the files of formats/ count as one module
     "remote",
     "checkpoint",
-    "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
+    "tokenizer diagnose holes integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
     "config processor examine tower fast_tokenizer splice streamed projector",
     "adapter hf_config",
     "parts sidecars",
@@ -55,7 +55,6 @@ HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "token
          "fsspec", "s3fs", "ray"}  # fmt: skip
 HEAVY_ALLOWED = {"cli": {"typer"}, "commands": {"typer"}}
 
-LONGEST_FILE = 350
 LONGEST_FUNCTION = 40
 LONGER_FUNCTIONS: set[str] = set()  # "module.function": none so far
 
@@ -140,7 +139,6 @@ def test_module_keeps_the_rules(path: Path) -> None:
     assert upward(tree, path) == []
     assert heavy(tree, path) == []
     assert long_functions(tree, path) == []
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
     if module_name(path) != "console":
         assert printing(tree) == []
 
