@@ -22,7 +22,7 @@ from .findings import Finding, exit_code
 from .formats import listed, shown
 from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member
 from .formats.strict_json import json_bytes
-from .health import health
+from .health import health, watch_over
 from .hub import HubSource, parse_source
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
@@ -97,7 +97,8 @@ def verify(
     everything = deep or bool(reference and (reference.tensors is None or not recorded))
     chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
     algorithms, tensors = reference.algorithms if reference else ("sha256",), subject.tensors if everything else {}
-    reading = rehash(chosen, tensors, algorithms=algorithms, jobs=jobs, on_event=on_event)
+    watch = watch_over(subject.checkpoint) if tensors and subject.checkpoint else None
+    reading = rehash(chosen, tensors, algorithms=algorithms, jobs=jobs, on_event=on_event, watch=watch)
     findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject)) + _files(subject, reading)
     findings += [] if reference else _health(subject)  # compared with OTHER, the question is whether it is the same
     findings += _tensors(subject, reading) if everything else [_unread(subject)]
@@ -313,6 +314,7 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
             yield from (failed("L3", name, f"{shown(name)} can't be read: {why}") for name, why in reading.damaged.items())
         for file, names in reading.broken.items():
             yield failed("L3", file, f"{shown(file)} is damaged: the values of {listed(names)} do not match their CRC-32")
+        yield from (failed("L3", subject.place.name, text) for text in reading.holes)
         for name, count in reading.non_finite.items():
             yield failed("L3", name, f"{shown(name)} in {shown(reading.tensors[name].shard)} holds {counted(count, 'value')} inf or NaN")
         same = {name: name for name, entry in reading.tensors.items() if name in recorded and kind(entry) == kind(recorded[name])}
