@@ -33,13 +33,15 @@ from .workspace import Record, SourceFile, Workspace, check_crcs
 
 PAGE = 4096  # bytes: what file systems, block devices and downloaders write at once
 TELLING = -9.0  # log10 of the chance of such an end: a 13B has 1e6 rows, so one run in a thousand would be refused by chance
-NEAR = 64 << 10  # bytes that are read around a run to find its ends; more where rows are longer
+NEAR = 16 << 10  # bytes that are read around a run to find its ends;
+# three rows where they are longer
 WHOLE = 16 << 20  # bytes of a file that are all read beforehand, where no more of it are used
 SAMPLES = 256  # of a larger file: a contiguous hole of 1 % is hit at least twice
 SEGMENTS = 1000  # holes of the file system that are looked at, in one file
-WINDOW = 4 << 20
+WINDOW, FAR = 4 << 20, 64 << 20
 NARROW = 16  # bytes of a row, below which zero rows say nothing
 TEXTURE_ROWS, TEXTURE_BYTES = 256, 1 << 20
+MORE_ROWS = 16
 LISTED, MORE = 8, "more ranges of zeros where values should be"
 DOWNLOAD = "download or copy the file again; if the zeros are meant, pass `--accept-values`"
 
@@ -69,6 +71,7 @@ class _Texture:
 
     zeros: int
     elements: int
+    sparse: float  # share of rows with more zeros than values
     leading: np.ndarray
     trailing: np.ndarray
 
@@ -213,9 +216,9 @@ class Watch:
 
         An end further off is near for who comes upon the rows there.
         """
-        if any(hole.path == file.path and hole.start <= start and stop <= hole.stop for hole in self.found):
+        if self._known(file, start, stop):
             return
-        reach = max(NEAR, 4 * max((row_width(leaf) for _, leaf in self._around(file, start, stop) if is_matrix(leaf)), default=0))
+        reach = max(NEAR, 3 * max((row_width(leaf) for _, leaf in self._around(file, start, stop) if is_matrix(leaf)), default=0))
         start, begun = _backward(file, start, reach, work)
         stop, ended = _forward(file, stop, reach, work)
         if sum(high - low for _, low, high in self._rows_in(file, start, stop)) < 2:
@@ -228,10 +231,21 @@ class Watch:
             why = "they end on a 4 KiB border of the file"
         else:
             return
-        start, stop = _backward(file, start, file.size, work)[0], _forward(file, stop, file.size, work)[0]
+        self._report(self._hole(file, start, stop, why, work))
+
+    def _known(self, file: SourceFile, start: int, stop: int) -> bool:
+        return any(hole.path == file.path and hole.start <= start and stop <= hole.stop for hole in self.found)
+
+    def _hole(self, file: SourceFile, start: int, stop: int, why: str, work: Workspace) -> Hole:
+        """The hole that zero bytes [start, stop) are part of, from its first byte to its last."""
+        for low, high in _never_written(file, 0, file.size):
+            if low < stop and start < high:
+                start, stop = min(start, low), max(stop, high)
+        far = FAR if file.remote else file.size
+        start, stop = _backward(file, start, far, work)[0], _forward(file, stop, far, work)[0]
         rows = [f"rows {low:,} to {high:,} of `{name}`" for name, low, high in self._rows_in(file, start, stop)]
         more = f" and in {len(rows) - 3:,} more tensors" if len(rows) > 3 else ""
-        self._report(Hole(file.path, start, stop, "in " + ", ".join(rows[:3]) + more, why))
+        return Hole(file.path, start, stop, "in " + ", ".join(rows[:3]) + more, why)
 
     def _end(self, file: SourceFile, at: int, right: bool, work: Workspace) -> tuple[float, bool]:
         """The end of a run at byte `at`, its right one or its left one: log10 of the chance that it is one of values, and whether it
@@ -248,26 +262,29 @@ class Watch:
         row = (at if right else at - 1) - leaf.offset
         row -= row % width
         count = (at - leaf.offset - row if right else leaf.offset + row + width - at) // size
-        return (self._chance(leaf, row, count, right, work) if count else 0.0), page
+        return (self._chance(name, leaf, row, count, right, work) if count else 0.0), page
 
-    def _chance(self, leaf: Stored, row: int, count: int, leading: bool, work: Workspace) -> float:
+    def _chance(self, name: str, leaf: Stored, row: int, count: int, leading: bool, work: Workspace) -> float:
         """log10 of the chance that the row at byte `row` of a tensor has `count` zeros at this end, by its own other elements and by
         other rows. 0 where another row has them in the same place: padded columns, blocks of zeros."""
         raw = bytearray(row_width(leaf))
         work.read(leaf.file, leaf.offset + row, memoryview(raw))
         values = _elements(raw, leaf.dtype)
-        rest = values[count:] if leading else values[:-count]
-        zeros, elements = len(rest) - int(np.count_nonzero(rest)), len(rest)
-        own = (zeros + 1) / (elements + 1)
-        chance = own
-        if is_matrix(leaf):
-            texture = self._texture(leaf, work)
-            ends = texture.leading if leading else texture.trailing
-            if np.count_nonzero(ends >= count) > 1:  # one may be this row
-                return 0.0
-            chance = (zeros + texture.zeros + 1) / (elements + texture.elements + 1)
-            chance = max(chance, own) if zeros else chance  # a row of few values among dense ones: a token that was seldom seen
-        return count * math.log10(min(chance, 1.0))
+        rest, filled = len(values) - count, int(np.count_nonzero(values))
+        zeros, seen = rest - filled, rest
+        if not is_matrix(leaf):
+            return count * math.log10((zeros + 1) / (seen + 1))
+        texture = self._texture(leaf, work)
+        if np.count_nonzero((texture.leading if leading else texture.trailing) >= count) > 1:  # one may be this row
+            return 0.0
+        shares = [(zeros + texture.zeros + 1) / (seen + texture.elements + 1)]
+        if zeros:
+            shares.append((zeros + 1) / (seen + 1))
+        chance = count * math.log10(max(shares))
+        if filled * 2 < len(values) and (is_table(name) or not self.holds_values(leaf.file)):
+            # Or it is a row of few values among dense ones, of a token that was seldom seen, and they all stand at its other end.
+            chance = max(chance, math.log10(texture.sparse) + _log_choices(rest, filled) - _log_choices(len(values), filled))
+        return chance
 
     def _texture(self, leaf: Stored, work: Workspace) -> _Texture:
         """Evenly spaced rows of a tensor, those that are zero left out. The two with the most zeros, which a run may have cut, do not
@@ -286,48 +303,52 @@ class Watch:
                     leading.append(int(filled[0]))
                     trailing.append(elements - 1 - int(filled[-1]))
             counted = sorted(zeros)[:-2]
-            self._textures[key] = _Texture(sum(counted), len(counted) * elements, np.array(leading), np.array(trailing))
+            sparse = (sum(2 * found > elements for found in zeros) + 1) / (len(zeros) + 1)
+            ends = np.array(leading), np.array(trailing)
+            self._textures[key] = _Texture(sum(counted), len(counted) * elements, sparse, *ends)
         return self._textures[key]
 
     def _judge_whole(self, name: str, leaf: Stored, work: Workspace) -> None:
         """See whether a matrix is zero as a whole where others of its name, or all vocabulary tables, are not."""
-        key = leaf.file, leaf.offset
+        key, stop = (leaf.file, leaf.offset), leaf.offset + leaf.nbytes
+        if self._known(leaf.file, leaf.offset, stop):
+            return
         if key not in self._wholes:
-            self._wholes[key] = self._whole(name, leaf, work)
+            why = self._whole(name, leaf, work)
+            self._wholes[key] = self._hole(leaf.file, leaf.offset, stop, why, work) if why else None
         if hole := self._wholes[key]:
             self._report(hole)
 
-    def _whole(self, name: str, leaf: Stored, work: Workspace) -> Hole | None:
+    def _whole(self, name: str, leaf: Stored, work: Workspace) -> str:
+        """Why a matrix that is zero as a whole is a hole; nothing where it is none."""
         if not self._is_zero(leaf, work):
-            return None
+            return ""
         role = self.roles.get(leaf.file.path, "")
         others = [other for other in self.siblings[role, folded(name)] if other is not leaf]
         filled = [other for other in others if not self._seems_zero(other, work)]
         if filled:
-            why = f"the matrix is zero as a whole, and {len(filled):,} of the same name in other layers or files are not"
-        elif is_table(name):
-            why = "the table is zero as a whole"
-        elif all(self._seems_zero(other, work) for (kind, _), group in self.siblings.items() if kind == role for other in group):
-            why = "every matrix is zero"
-        else:
-            return None
-        where = f"in rows 0 to {leaf.nbytes // row_width(leaf):,} of `{name}`"
-        return Hole(leaf.file.path, leaf.offset, leaf.offset + leaf.nbytes, where, why)
+            return f"`{name}` is zero as a whole, and {len(filled):,} of the same name in other layers or files are not"
+        if is_table(name):
+            return f"the table `{name}` is zero as a whole"
+        every = (other for (kind, _), group in self.siblings.items() if kind == role for other in group)
+        return "every matrix is zero" if all(self._seems_zero(other, work) for other in every) else ""
 
     def _is_zero(self, leaf: Stored, work: Workspace) -> bool:
+        """Remote ones by samples, not to read them twice."""
         start, stop = leaf.offset, leaf.offset + leaf.nbytes
-        if not self._seems_zero(leaf, work):
-            return False
-        unwritten = [] if leaf.file.remote else list(_never_written(leaf.file, start, stop))
+        if not self._seems_zero(leaf, work) or leaf.file.remote:
+            return self._seems_zero(leaf, work)
+        unwritten = list(_never_written(leaf.file, start, stop))
         return [(start, stop)] == unwritten or _is_zero(leaf.file, start, stop, work)
 
     def _seems_zero(self, leaf: Stored, work: Workspace) -> bool:
-        """By the beginnings of its first, middle and last row."""
+        """By the beginnings of its first, middle and last row, and if they are zero, of some more."""
         key = leaf.file, leaf.offset
         if key not in self._seeming:
             width = row_width(leaf)
             rows = leaf.nbytes // width
-            starts = [leaf.offset + row * width for row in (rows // 2, 0, rows - 1)]
+            chosen = dict.fromkeys((rows // 2, 0, rows - 1, *((rows - 1) * number // MORE_ROWS for number in range(MORE_ROWS))))
+            starts = [leaf.offset + row * width for row in chosen]
             self._seeming[key] = all(_is_zero(leaf.file, start, start + min(width, PAGE), work) for start in starts)
         return self._seeming[key]
 
@@ -401,15 +422,25 @@ def _elements(raw: bytearray, dtype: str) -> np.ndarray:
     return np.frombuffer(raw, f"<u{ITEMSIZE[dtype]}")
 
 
+def _log_choices(places: int, values: int) -> float:
+    """log10 of the number of ways to put so many values into so many places."""
+    return (math.lgamma(places + 1) - math.lgamma(values + 1) - math.lgamma(places - values + 1)) / math.log(10)
+
+
 def _read(file: SourceFile, start: int, stop: int, work: Workspace) -> np.ndarray:
     raw = bytearray(stop - start)
     work.read(file, start, memoryview(raw))
     return np.frombuffer(raw, np.uint8)
 
 
+def _first_piece(file: SourceFile, reach: int) -> int:
+    """Bytes of the first look beyond a run: most ends are near, but over a network each look is a request."""
+    return min(reach, WINDOW) if file.remote else PAGE
+
+
 def _forward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[int, bool]:
     """Where the zeros that go on at byte `at` end, and whether they do so within `reach` bytes."""
-    limit, piece = min(file.size, at + reach), PAGE
+    limit, piece = min(file.size, at + reach), _first_piece(file, reach)
     while at < limit:
         found = np.flatnonzero(_read(file, at, min(at + piece, limit), work))
         if len(found):
@@ -419,7 +450,7 @@ def _forward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[in
 
 
 def _backward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[int, bool]:
-    limit, piece = max(0, at - reach), PAGE
+    limit, piece = max(0, at - reach), _first_piece(file, reach)
     while at > limit:
         low = max(at - piece, limit)
         found = np.flatnonzero(_read(file, low, at, work))
@@ -435,7 +466,7 @@ def _is_zero(file: SourceFile, start: int, stop: int, work: Workspace) -> bool:
 
 def _never_written(file: SourceFile, low: int, high: int) -> Iterator[tuple[int, int]]:
     """Ranges within [low, high) for which the file system keeps no data; none where it does not tell."""
-    if not hasattr(os, "SEEK_HOLE"):
+    if file.remote or not hasattr(os, "SEEK_HOLE"):
         return
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)

@@ -140,9 +140,9 @@ def _watch(checkpoint: Checkpoint, accept: bool) -> Watch:
 
 def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...]:
     """`history` with a warning in its last step for each of these holes, by their texts, that it does not tell of yet."""
-    known = {warning for step in history for warning in step.warnings}
-    new = told(text for hole in holes if (text := f"accepted all the same: {hole}") not in known)
-    if not history or not new or any(warning.endswith(MORE) for warning in known):
+    known = {warning.rpartition(": ")[0] for step in history for warning in step.warnings}  # one range may have two reasons
+    new = told(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
+    if not history or not new or any(warning.endswith(MORE) for step in history for warning in step.warnings):
         return history
     return (*history[:-1], replace(history[-1], warnings=(*history[-1].warnings, *new)))
 

@@ -142,7 +142,7 @@ def test_all_that_is_transferred(hub: HubServer, tmp_path: Path) -> None:
     hub.add("owner/base", tmp_path / "base")
     hub.add("owner/delta", tmp_path / "delta")
     merged = apply_delta(open_checkpoint("hf://owner/base"), open_checkpoint("hf://owner/delta"), accept_base=True)
-    execute(make_plan(merged), tmp_path / "out")
+    execute(make_plan(merged, accept_values=True), tmp_path / "out")
     assert hub.sent <= 1.02 * sum(leaf.nbytes for tensor in merged.tensors.values() for leaf in tensor.leaves())
 
 
@@ -154,7 +154,7 @@ from llava_weights.plan import make_plan
 from llava_weights.write import execute
 
 base, delta, out = sys.argv[1:]
-plan = make_plan(apply_delta(open_checkpoint(base), open_checkpoint(delta), accept_base=True), max_memory="450MiB")
+plan = make_plan(apply_delta(open_checkpoint(base), open_checkpoint(delta), accept_base=True), max_memory="450MiB", accept_values=True)
 execute(plan, out)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, plan.memory)
 """
