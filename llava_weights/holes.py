@@ -17,7 +17,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass
@@ -100,6 +100,11 @@ class Watch:
         self._textures: dict[tuple[SourceFile, int], _Texture] = {}
         self._wholes: dict[tuple[SourceFile, int], Hole | None] = {}
         self._seeming: dict[tuple[SourceFile, int], bool] = {}
+
+    def within(self, files: Container[SourceFile]) -> Watch:
+        """The same for these files only."""
+        leaves = (pair for file, pairs in self.places.items() if file in files for pair in pairs)
+        return Watch(leaves, {file.path: self.roles.get(file.path, "") for file in self.places if file in files}, accept=self.accept)
 
     def __reduce__(self) -> tuple[object, ...]:
         leaves = [pair for pairs in self.places.values() for pair in pairs]

@@ -43,6 +43,11 @@ class Shard:
     tensors: tuple[tuple[str, LazyTensor], ...]
     watch: Watch | None = field(default=None, repr=False, compare=False)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """To a worker goes what is known of the files that it reads, a few kB, not of all inputs."""
+        files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
+        return Shard, (self.name, self.tensors, self.watch and self.watch.within(files))
+
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data, the header not counted."""
