@@ -38,7 +38,7 @@ NEAR = 16 << 10  # bytes that are read around a run to find its ends;
 WHOLE = 16 << 20  # bytes of a file that are all read beforehand, where no more of it are used
 SAMPLES = 256  # of a larger file: a contiguous hole of 1 % is hit at least twice
 SEGMENTS = 1000  # holes of the file system that are looked at, in one file
-WINDOW, FAR = 4 << 20, 64 << 20
+WINDOW = 1 << 20
 NARROW = 16  # bytes of a row, below which zero rows say nothing
 TEXTURE_ROWS, TEXTURE_BYTES = 256, 1 << 20
 MORE_ROWS = 16
@@ -223,7 +223,9 @@ class Watch:
         """
         if self._known(file, start, stop):
             return
-        reach = max(NEAR, 3 * max((row_width(leaf) for _, leaf in self._around(file, start, stop) if is_matrix(leaf)), default=0))
+        width = max((row_width(leaf) for _, leaf in self._around(file, start, stop) if is_matrix(leaf)), default=0)
+        enough = sum(high - low for _, low, high in self._rows_in(file, start, stop)) > 1
+        reach = width if file.remote and enough else max(NEAR, 3 * width)
         start, begun = _backward(file, start, reach, work)
         stop, ended = _forward(file, stop, reach, work)
         if sum(high - low for _, low, high in self._rows_in(file, start, stop)) < 2:
@@ -242,12 +244,12 @@ class Watch:
         return any(hole.path == file.path and hole.start <= start and stop <= hole.stop for hole in self.found)
 
     def _hole(self, file: SourceFile, start: int, stop: int, why: str, work: Workspace) -> Hole:
-        """The hole that zero bytes [start, stop) are part of, from its first byte to its last."""
+        """The hole that zero bytes [start, stop) are part of, from its first byte to its last; over a network as far as it was seen."""
         for low, high in _never_written(file, 0, file.size):
             if low < stop and start < high:
                 start, stop = min(start, low), max(stop, high)
-        far = FAR if file.remote else file.size
-        start, stop = _backward(file, start, far, work)[0], _forward(file, stop, far, work)[0]
+        if not file.remote:
+            start, stop = _backward(file, start, file.size, work)[0], _forward(file, stop, file.size, work)[0]
         rows = [f"rows {low:,} to {high:,} of `{name}`" for name, low, high in self._rows_in(file, start, stop)]
         more = f" and in {len(rows) - 3:,} more tensors" if len(rows) > 3 else ""
         return Hole(file.path, start, stop, "in " + ", ".join(rows[:3]) + more, why)
@@ -447,9 +449,9 @@ def _forward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[in
     """Where the zeros that go on at byte `at` end, and whether they do so within `reach` bytes."""
     limit, piece = min(file.size, at + reach), _first_piece(file, reach)
     while at < limit:
-        found = np.flatnonzero(_read(file, at, min(at + piece, limit), work))
-        if len(found):
-            return at + int(found[0]), True
+        filled = _read(file, at, min(at + piece, limit), work) != 0
+        if filled.any():
+            return at + int(filled.argmax()), True
         at, piece = min(at + piece, limit), min(piece * 4, WINDOW)
     return at, at == file.size
 
@@ -458,9 +460,9 @@ def _backward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[i
     limit, piece = max(0, at - reach), _first_piece(file, reach)
     while at > limit:
         low = max(at - piece, limit)
-        found = np.flatnonzero(_read(file, low, at, work))
-        if len(found):
-            return low + int(found[-1]) + 1, True
+        filled = _read(file, low, at, work)[::-1] != 0
+        if filled.any():
+            return at - int(filled.argmax()), True
         at, piece = low, min(piece * 4, WINDOW)
     return at, at == 0
 

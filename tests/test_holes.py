@@ -132,8 +132,18 @@ def test_accepted_values_are_a_warning_that_the_manifest_keeps(own: Path, tmp_pa
     assert warning in json.loads(done.stdout.splitlines()[0])["steps"][-1]["warnings"]
 
 
-def tuned(own: Path) -> Path:
-    return own / "llava" / "model.safetensors"
+def test_verify_fails_what_was_made_of_them(own: Path, tmp_path: Path) -> None:
+    zero(own / "hf" / "model.safetensors", 300_001, 100_000)
+    lw.execute(lw.make_plan(lw.convert(opened(own, "hf"), "llava"), accept_values=True), tmp_path / "out")
+    assert lw.verify(tmp_path / "out").exit_code == 4
+
+
+def test_a_run_that_a_hole_stopped_goes_on_once_it_is_accepted(own: Path, tmp_path: Path) -> None:
+    plans = [lw.make_plan(applied(own), max_shard_size="100KB", accept_values=accept) for accept in (False, True)]
+    zero(own / "base" / "model.safetensors", 500_001, 20_000)
+    with pytest.raises(lw.InputError):
+        lw.execute(plans[0], tmp_path / "out")
+    assert lw.execute(plans[1], tmp_path / "out").resumed > 0
 
 
 Make = Callable[[Path], lw.Checkpoint]
@@ -378,6 +388,7 @@ MODELS: Mapping[str, Mapping[str, Callable[[np.ndarray], np.ndarray]]] = {
     "a module that is zero in all layers": {"o_proj.weight": np.zeros_like},
     "pruned rows": {"gate_proj": lambda v: np.where((np.arange(len(v)) % 11 < 3)[:, None], 0, v)},
     "pruned values": {"proj.weight": lambda v: v * (np.random.default_rng(1).random(v.shape) > 0.5)},
+    "pruned blocks": {"proj.weight": lambda v: blocks("", v)},
     "pruned 2 of 4": {"proj.weight": lambda v: v * (np.arange(v.shape[-1]) % 4 < 2)},
     "padded columns": {"embed_tokens": lambda v: rows("", v) * (np.arange(v.shape[-1]) < 50)},
     "class and position embeddings": {"class_embedding": np.zeros_like, "position_embedding": lambda v: np.concatenate([v[:9], v[9:] * 0])},
