@@ -33,15 +33,14 @@ from .workspace import Record, SourceFile, Workspace, check_crcs
 
 PAGE = 4096  # bytes: what file systems, block devices and downloaders write at once
 TELLING = -9.0  # log10 of the chance of such an end: a 13B has 1e6 rows, so one run in a thousand would be refused by chance
-NEAR = 16 << 10  # bytes that are read around a run to find its ends;
-# three rows where they are longer
+NEAR = 16 << 10  # bytes, or three rows if they are more, that are read around a run to find its ends
 WHOLE = 16 << 20  # bytes of a file that are all read beforehand, where no more of it are used
 SAMPLES = 256  # of a larger file: a contiguous hole of 1 % is hit at least twice
 SEGMENTS = 1000  # holes of the file system that are looked at, in one file
 WINDOW = 1 << 20
 NARROW = 16  # bytes of a row, below which zero rows say nothing
 TEXTURE_ROWS, TEXTURE_BYTES = 256, 1 << 20
-MORE_ROWS = 16
+MORE_ROWS, BEGINNING = 16, 512  # rows, and bytes of each, that are looked at before a matrix is read whole
 LISTED, MORE = 8, "more ranges of zeros where values should be"
 DOWNLOAD = "download or copy the file again; if the zeros are meant, pass `--accept-values`"
 
@@ -356,7 +355,7 @@ class Watch:
             rows = leaf.nbytes // width
             chosen = dict.fromkeys((rows // 2, 0, rows - 1, *((rows - 1) * number // MORE_ROWS for number in range(MORE_ROWS))))
             starts = [leaf.offset + row * width for row in chosen]
-            self._seeming[key] = all(_is_zero(leaf.file, start, start + min(width, PAGE), work) for start in starts)
+            self._seeming[key] = all(_is_zero(leaf.file, start, start + min(width, BEGINNING), work) for start in starts)
         return self._seeming[key]
 
     def _report(self, hole: Hole) -> None:
