@@ -75,7 +75,8 @@ def grow(root: Path, out: Path, gigabytes: float, width: str) -> Iterator[dict[s
         else:
             write_lora(other, point.size, RANK, sparse=True)
             options = ["--base", base, "--lora", other]
-        command = llava_weights(point.command, *options, "-o", out / "result", "--max-shard-size", f"{min(point.limit, SHARD)}B")
+        size = f"{min(point.limit, SHARD)}B"
+        command = llava_weights(point.command, *options, "-o", out / "result", "--accept-values", "--max-shard-size", size)
         run = measure([command], [base, other], out)
         shards = len(list((out / "result").glob("*.safetensors")))
         facts = {"gigabytes": point.gigabytes, "tensors": point.tensors, "shards": shards}

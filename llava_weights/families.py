@@ -14,6 +14,11 @@ MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\
 PROJECTOR = r"model\.mm_projector\..*"
 # The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+# Tables by any layout's name of which rows may be zero, since no training touched them: tokens and positions that were never seen.
+TABLE_ROWS = (
+    r"output\.weight|(?:.*\.)?(?:embed_tokens|tok_embeddings|word_embeddings|token_embedding|wte|wpe|lm_head|embed_out"
+    r"|position_embeddings?|pos_embed)(?:\.weight)?"
+)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from .findings import Finding
 from .formats import listed, present
 from .formats.folder import MAX_INDEX, STANDARD, member
 from .formats.strict_json import load_object
+from .holes import Watch, told
 from .naming import TABLES, canonical, spelled
 from .sidecars import CONFIG, Rule, Sidecars, added_ids, check, read_sidecars, refused, said
 from .tensors import FLOATS, LazyTensor, read_rows
@@ -219,14 +220,14 @@ def _values(checkpoint: Checkpoint, sidecars: Sidecars) -> list[Finding]:
     tensors = checkpoint.parameters()
     samples = _samples(tensors)
     read = f"{len(samples):,} tensors, {size(sum(sample.nbytes for sample in samples.values()))} of them read"
-    findings = list(_non_finite(samples))
+    findings = [*_non_finite(samples), *_holes(checkpoint)]
     kind = list(_ruled("state", _state(checkpoint))) if checkpoint.layout in MODELS else []
     if any(finding.verdict == "failed" for finding in kind):  # in a delta zeros and equal rows are usual
         return findings + kind
     findings += chain(
         _ruled("constant", _constant(samples)), _ruled("equal-layers", _twice(samples)), _ruled("layer-sizes", _unlike(samples))
     )
-    findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal", part="samples")]
+    findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal, no holes", part="samples")]
     if checkpoint.layout in MODELS:
         findings += kind
         findings += _or_ok(
@@ -275,6 +276,27 @@ def _even(length: int, count: int) -> list[int]:
 def _non_finite(samples: Mapping[str, Sample]) -> Iterator[Finding]:
     if bad := [name for name, sample in samples.items() if not sample.finite]:
         yield Finding("L1", "failed", bad[0], f"inf or NaN in {few(bad)}", DOWNLOAD)
+
+
+def _holes(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Ranges of zeros, as far as they are seen without reading everything; and what the zip records of small files tell."""
+    watch = watch_over(checkpoint)
+    try:
+        watch.survey()
+    except InputError as error:
+        yield Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, DOWNLOAD)
+    for text in told(hole.text for hole in sorted(watch.found)):
+        yield Finding("L1", "failed", checkpoint.origin.name, text, DOWNLOAD)
+
+
+def watch_over(checkpoint: Checkpoint) -> Watch:
+    """What collects holes in a checkpoint that is looked at, in the role that its names and values tell."""
+    role = "lora" if checkpoint.layout == "adapter" else ""
+    with suppress(InputError):  # which reading the values tells
+        if checkpoint.layout in MODELS and state(checkpoint.parameters()).verdict == "delta":
+            role = "delta"
+    leaves = ((name, leaf) for name, tensor in checkpoint.parameters().items() for leaf in tensor.leaves())
+    return Watch(leaves, {file.path: role for file in checkpoint.origin.files}, accept=True)
 
 
 def _constant(samples: Mapping[str, Sample]) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ from .formats.safetensors import MAX_AXES, MAX_AXIS, MAX_HEADER, make_header
 from .formats.strict_json import parse_json
 from .tensors import LazyTensor, Stored
 from .threads import Shield
-from .workspace import Workspace, check_crcs
+from .workspace import Watcher, Workspace, check_crcs
 
 FORMAT, VERSION = "llava-weights.integer-delta", "1"
 DTYPES = ("F16", "BF16", "F32")
@@ -167,7 +167,12 @@ def index_integer_delta(tensors: Mapping[str, LazyTensor], metadata: Mapping[str
 
 
 def write_integer_shard(
-    path: Path, items: Sequence[tuple[str, ToInteger]], *, jobs: int = 2, on_bytes: Callable[[int], None] = lambda nbytes: None
+    path: Path,
+    items: Sequence[tuple[str, ToInteger]],
+    *,
+    jobs: int = 2,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    watch: Watcher | None = None,
 ) -> IntegerShard:
     """Write these differences to `path`, overwriting it; every block is expanded again and compared.
 
@@ -185,7 +190,7 @@ def write_integer_shard(
         with open(path, "w+b") as file:
             file.seek(reserved)
             with Shield() as shield:
-                digests = _write_blocks(file, _pack_all(blocks, jobs, shield), entries, on_bytes)
+                digests = _write_blocks(file, _pack_all(blocks, jobs, shield, watch), entries, on_bytes)
             packed = file.tell() - reserved
             file.seek(0)
             file.write(_make_header(entries, reserved))
@@ -238,9 +243,9 @@ def _write_blocks(
     return {name: digest.hexdigest() for name, digest in stored.items()}
 
 
-def _pack_all(blocks: Sequence[_Block], jobs: int, shield: Shield) -> Generator[Packed]:
+def _pack_all(blocks: Sequence[_Block], jobs: int, shield: Shield, watch: Watcher | None) -> Generator[Packed]:
     """(block, raw, packed) in the order of `blocks`, at most `jobs + AHEAD` of them in memory; then the inputs are judged."""
-    workspaces = [Workspace() for _ in range(jobs)]
+    workspaces = [Workspace(watch=watch) for _ in range(jobs)]
     idle = list(workspaces)  # one for each thread
     waiting: deque[Future[Packed]] = deque()
     try:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .checkpoint import Source, Step, opened, small_bytes
+from .checkpoint import Checkpoint, Source, Step, opened, small_bytes
 from .errors import MOST_JOBS, UsageError, whole_number
 from .formats import legible
 from .formats.strict_json import json_bytes
+from .holes import MORE, Watch, told
 from .tensors import LazyTensor
 from .windows import cut
 from .wording import redact, redacted
@@ -42,6 +43,12 @@ class Shard:
 
     name: str
     tensors: tuple[tuple[str, LazyTensor], ...]
+    watch: Watch | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """To a worker goes what is known of the files that it reads, a few kB, not of all inputs."""
+        files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
+        return Shard, (self.name, self.tensors, self.watch and self.watch.within(files))
 
     @property
     def nbytes(self) -> int:
@@ -108,32 +115,54 @@ def make_plan(
     jobs: int = 2,
     options: Mapping[str, Any] | None = None,
     upload: bool = False,
+    accept_values: bool = False,
 ) -> Plan:
     """Cut `checkpoint` into shards at the boundaries, and with the names, that the Hub's libraries use.
 
     `checkpoint` may be a path. `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB"; `upload` says that the
     output goes elsewhere. Raises UsageError where they can't be read or where the work does not fit into `max_memory`.
+
+    Samples of the local inputs are read: InputError where zeros stand in place of values (holes.py), which `accept_values` turns into
+    warnings of the last step. It holds for the whole work, as every byte is seen again while it is written.
     """
     limit, memory = parse_size(max_shard_size, "max-shard-size"), None if max_memory is None else parse_size(max_memory, "max-memory")
     whole_number("jobs", jobs, most=MOST_JOBS)
     checkpoint = opened(checkpoint, "checkpoint")
-    shards = _shards(checkpoint.tensors, limit)
+    watch = _watch(checkpoint, accept_values)
+    watch.survey()
+    shards = _shards(checkpoint.tensors, limit, watch)
     config = json_bytes(dict(checkpoint.config))
     files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
     settings = Settings(jobs=jobs * REMOTE_JOBS if _uses_network(shards) else jobs, upload=upload)
     if memory is not None:
         settings = _fit(shards, settings, memory)
     chosen = {"max_shard_size": limit, **(options or {})}
-    return Plan(shards, checkpoint.config, files, checkpoint.history, settings, chosen)
+    history = accepted(checkpoint.history, (hole.text for hole in sorted(watch.found)))
+    return Plan(shards, checkpoint.config, files, history, settings, chosen)
 
 
-def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> tuple[Shard, ...]:
+def _watch(checkpoint: Checkpoint, accept: bool) -> Watch:
+    roles = {file.path: role for step in checkpoint.history for role, origin in step.inputs for file in origin.files}
+    leaves = ((name, leaf) for name, tensor in checkpoint.tensors.items() for leaf in tensor.leaves())
+    return Watch(leaves, roles, accept=accept)
+
+
+def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...]:
+    """`history` with a warning in its last step for each of these holes, by their texts, that it does not tell of yet."""
+    known = {warning.rpartition(": ")[0] for step in history for warning in step.warnings}  # one range may have two reasons
+    new = told(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
+    if not history or not new or any(warning.endswith(MORE) for step in history for warning in step.warnings):
+        return history
+    return (*history[:-1], replace(history[-1], warnings=(*history[-1].warnings, *new)))
+
+
+def _shards(tensors: Mapping[str, LazyTensor], limit: int, watch: Watch) -> tuple[Shard, ...]:
     from huggingface_hub import split_state_dict_into_shards_factory as split
 
     found = split(
         dict(tensors), get_storage_size=lambda tensor: tensor.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
     )
-    return tuple(Shard(file, tuple((name, tensors[name]) for name in names)) for file, names in found.filename_to_tensors.items())
+    return tuple(Shard(file, tuple((name, tensors[name]) for name in names), watch) for file, names in found.filename_to_tensors.items())
 
 
 def _memory(shards: tuple[Shard, ...], settings: Settings) -> int:

@@ -23,6 +23,7 @@ from .buffers import ITEMSIZE, one_thread
 from .errors import InputError
 from .events import Event, Progress, Started
 from .formats.folder import same_header
+from .holes import Watch, told
 from .manifest import TensorEntry
 from .tensors import LazyTensor, Stored
 from .threads import Shield, in_threads
@@ -49,6 +50,7 @@ class Reading:
     damaged: Mapping[str, str]  # file -> why it could not be read
     broken: Mapping[str, list[str]]  # .bin file -> tensors whose zip record does not have the CRC-32 that its writer took
     nbytes: int
+    holes: tuple[str, ...] = ()  # sentences on zeros where values should be
 
 
 @dataclass
@@ -113,8 +115,8 @@ def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
 class Rehash:
     """One run over a set of files. `read` gives what they say; an interrupt ends it after the windows in hand."""
 
-    def __init__(self, algorithms: Sequence[str], jobs: int, on_event: Callable[[Event], None]) -> None:
-        self.algorithms, self.jobs, self.on_event = algorithms, jobs, on_event
+    def __init__(self, algorithms: Sequence[str], jobs: int, on_event: Callable[[Event], None], watch: Watch | None = None) -> None:
+        self.algorithms, self.jobs, self.on_event, self.watch = algorithms, jobs, on_event, watch
         self.stop, self.turn, self.nbytes = threading.Event(), threading.Lock(), 0
         self.entries: dict[str, TensorEntry] = {}
         self.non_finite: dict[str, int] = {}
@@ -144,7 +146,8 @@ class Rehash:
             in_threads(self._made, made.items(), self.jobs, stop=self.stop.set)
         ordered = {name: self.entries[name] for name in tensors if name in self.entries}
         known = {name: found[name] for name in files if name not in self.damaged}
-        return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes)
+        holes = told(hole.text for hole in sorted(self.watch.found)) if self.watch else ()
+        return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes, holes)
 
     def _file(self, name: str, path: Path, tensors: Mapping[str, Stored], lanes: Executor) -> dict[str, str]:
         """Digests of one file by algorithm; what is found of its tensors goes to this object."""
@@ -181,6 +184,8 @@ class Rehash:
                 for number, start in enumerate(range(0, file.size, WINDOW)):
                     window = (one, other)[number % 2][: min(WINDOW, file.size - start)]
                     workspace.read(file, start, window)
+                    if self.watch:
+                        self.watch.look(file, start, window, workspace)
                     _wait(busy)
                     if self.stop.is_set():
                         break
@@ -195,7 +200,7 @@ class Rehash:
         name, tensor = item
         found, first = _Range(tensor.dtype), tensor.leaves()[0].file
         shard = self.names.get(first.path, first.name)
-        with closing(Workspace()) as workspace:
+        with closing(Workspace(watch=self.watch)) as workspace:
             try:
                 for start, stop in row_ranges(tensor, WINDOW):
                     if self.stop.is_set():
@@ -231,18 +236,19 @@ def rehash(
     algorithms: Sequence[str] = ("sha256",),
     jobs: int = 2,
     on_event: Callable[[Event], None] = lambda event: None,
+    watch: Watch | None = None,
 ) -> Reading:
     """Read `files`, by their names in messages, each once and `jobs` at a time, and digest the `tensors` that lie in them on the way.
 
-    Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`.
+    Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`. `watch`, one that accepts, sees every byte.
     """
     begun = {name: SourceFile.at(path) for name, path in files.items() if path.exists()}
     indexed = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
-    found = Rehash(algorithms, jobs, on_event).read(files, tensors)
+    found = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
     there = [file for file in (*begun.values(), *indexed) if file.remote or os.path.exists(file.path)]  # reading tells of the others
     if not (moved := touched(there)):
         return found
-    again = Rehash(algorithms, jobs, on_event).read(files, tensors)
+    again = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
     if again == found and all(map(same_header, moved)):
         return again
     names = {name for name, path in files.items() if os.path.abspath(path) in {file.path for file in moved}}

@@ -25,6 +25,7 @@ from queue import SimpleQueue
 from .buffers import one_thread
 from .errors import InputError, LlavaWeightsError, OutputError, shortage
 from .formats.safetensors import make_header
+from .holes import Watch
 from .integer_delta import ToInteger, write_integer_shard
 from .job import NOT_SUPPORTED, sync_folder
 from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
@@ -33,6 +34,7 @@ from .threads import Shield
 from .windows import Window, cut
 from .workspace import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
 
+MOST_HOLES = 64  # that one shard's journal line tells of
 SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
 
 
@@ -45,6 +47,7 @@ class ShardResult:
     sha256: str
     tensors: dict[str, str]  # name -> sha256 of the raw little-endian values
     tallies: dict[str, int]
+    holes: tuple[str, ...] | list[str] = ()  # sentences on zeros that were accepted; a list where the journal tells
 
 
 @one_thread()
@@ -62,8 +65,9 @@ def write_shard(
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
     result says what the inputs hold now.
     """
+    watch = shard.watch.fresh() if shard.watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
-        return _write_integer(shard, folder, settings, on_bytes, keep)
+        return _write_integer(shard, folder, settings, on_bytes, keep, watch)
     header, laid_out = make_header(shard.tensors, FORMAT)
     windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
     size = len(header) + sum(window.nbytes for window in windows)
@@ -71,7 +75,7 @@ def write_shard(
     try:
         with Sink(temporary, size, settings) if keep else Nowhere() as sink:
             sink.write(memoryview(header), 0)
-            job = Pipeline(header, windows, sink, settings, on_bytes)
+            job = Pipeline(header, windows, sink, settings, on_bytes, watch)
             job.run()
             for name, tensor in shard.tensors:
                 if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
@@ -85,7 +89,11 @@ def write_shard(
     finally:
         with suppress(OSError):  # the next run deletes it
             temporary.unlink(missing_ok=True)
-    return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies))
+    return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies), _accepted(watch))
+
+
+def _accepted(watch: Watch | None) -> tuple[str, ...]:
+    return tuple(hole.text for hole in sorted(watch.found)[:MOST_HOLES]) if watch else ()
 
 
 def temporary_path(folder: Path, name: str) -> Path:
@@ -93,11 +101,13 @@ def temporary_path(folder: Path, name: str) -> Path:
     return folder / f".{name}.{secrets.token_hex(4)}.part"
 
 
-def _write_integer(shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None], keep: bool) -> ShardResult:
+def _write_integer(
+    shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None], keep: bool, watch: Watch | None
+) -> ShardResult:
     items = [(name, tensor) for name, tensor in shard.tensors if isinstance(tensor, ToInteger)]
     temporary = temporary_path(folder, shard.name)
     try:
-        result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes)
+        result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes, watch=watch)
         if keep:
             os.rename(temporary, folder / shard.name)
             sync_folder(folder)
@@ -106,7 +116,7 @@ def _write_integer(shard: Shard, folder: Path, settings: Settings, on_bytes: Cal
     except OSError as error:
         raise output_error(error, folder / shard.name) from error
     tallies = {"raw": result.raw_nbytes, "packed": result.packed_nbytes}
-    return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies)
+    return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies, _accepted(watch))
 
 
 @dataclass
@@ -119,6 +129,7 @@ class Pipeline:
     sink: Sink | Nowhere
     settings: Settings
     on_bytes: Callable[[int], None]
+    watch: Watch | None = None
     tensor_digests: dict[str, str] = field(default_factory=dict)
     tallies: Counter[str] = field(default_factory=Counter)
 
@@ -132,7 +143,7 @@ class Pipeline:
         self.free: SimpleQueue[memoryview | None] = SimpleQueue()
         behind = DropBehind()
         self.stopping = threading.Event()
-        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping) for _ in range(self.settings.jobs)]
+        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
 
     def run(self) -> None:
         """Start the threads, wait for them, then judge what was read. Raises the first failure."""

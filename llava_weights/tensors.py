@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -84,16 +84,19 @@ class LazyTensor:
 class Stored(LazyTensor):
     """The only leaf: contiguous row-major values at `offset` in a file, whatever its format.
 
-    `record` is the zip member that the range lies in, if any: its CRC-32 is checked on the way.
+    `record` is the zip member that the range lies in, if any: its CRC-32 is checked on the way. `name` is what the file calls it.
     """
 
     file: SourceFile
     offset: int
     record: Record | None = None
+    name: str = field(default="", repr=False, compare=False)
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         at = self.offset + start * self.row_nbytes
         work.read(self.file, at, out)
+        if work.watch is not None:
+            work.watch.look(self.file, at, out, work)
         if self.record is not None:
             work.check(self.file, self.record, at, out)
 

@@ -26,7 +26,7 @@ from .findings import KIND, RULES, Finding, exit_code
 from .formats import is_text, listed, present, shown
 from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member, optional
 from .formats.strict_json import json_bytes
-from .health import APPLY, health
+from .health import APPLY, health, watch_over
 from .health import RULES as TABLES
 from .hub import HubSource, parse_source, source_text
 from .integer_delta import is_integer_delta
@@ -205,7 +205,8 @@ def _itself(
     """What the checkpoint shows by itself and beside its own records, in every mode."""
     chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
     algorithms, tensors = reference.algorithms if reference else ("sha256",), subject.tensors if everything else {}
-    reading = rehash(chosen, tensors, algorithms=algorithms, jobs=jobs, on_event=on_event)
+    watch = watch_over(subject.checkpoint) if tensors and subject.checkpoint else None
+    reading = rehash(chosen, tensors, algorithms=algorithms, jobs=jobs, on_event=on_event, watch=watch)
     findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject), part="structure")
     findings += _files(subject, reading, everything) + list(_recorded(subject)) + _health(subject)
     findings += _tensors(subject, reading) if everything else [_unread(subject)]
@@ -524,6 +525,7 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
             yield from (failed("L3", name, f"{shown(name)} can't be read: {why}") for name, why in reading.damaged.items())
         for file, names in reading.broken.items():
             yield failed("L3", file, f"{shown(file)} is damaged: the values of {listed(names)} do not match their CRC-32")
+        yield from (failed("L3", subject.place.name, text) for text in reading.holes)
         for name, count in reading.non_finite.items():
             yield failed("L3", name, f"{shown(name)} in {shown(reading.tensors[name].shard)} holds {counted(count, 'value')} inf or NaN")
         same = {name: name for name, entry in reading.tensors.items() if name in recorded and kind(entry) == kind(recorded[name])}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from .errors import InputError, shortage
 
@@ -109,6 +109,13 @@ class DropBehind:
                 drop_cache(fd, first, last - first)
 
 
+class Watcher(Protocol):
+    """Sees the values that are read (holes.py)."""
+
+    def look(self, file: SourceFile, offset: int, data: memoryview, work: Workspace) -> None:
+        """The bytes of `file` from `offset` on. Raises InputError where they can't be values."""
+
+
 @dataclass
 class Workspace:
     """Open files, scratch buffers, CRC pieces and tallies of one worker. Not shared between threads."""
@@ -116,6 +123,7 @@ class Workspace:
     drop_cache: bool = True
     behind: DropBehind = field(default_factory=DropBehind)  # shared by the workers of a file
     stopping: threading.Event = field(default_factory=threading.Event)  # set where waiting for a network has lost its purpose
+    watch: Watcher | None = None
     tallies: Counter[str] = field(default_factory=Counter)
     crc_pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
     _fds: dict[SourceFile, int] = field(default_factory=dict)

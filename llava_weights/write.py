@@ -26,7 +26,7 @@ from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
 from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove, sync_folder
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
-from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard
+from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard, accepted
 from .stream import ShardResult, output_error, write_shard
 from .threads import Shield, in_threads, interruption
 from .wording import size
@@ -416,6 +416,7 @@ class _Counter:
 
 def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
     """Small files, card, checksums, and last the manifest; after this the folder may get its name."""
+    plan = replace(plan, history=accepted(plan.history, sorted({hole for result in results.values() for hole in result.holes})))
     for name, data in plan.files.items():
         put_file(job.folder / name, small_bytes(name, data, LARGEST_SMALL_FILE))
     files = [FileEntry(shard.name, results[shard.name].nbytes, results[shard.name].sha256) for shard in plan.shards]

@@ -27,7 +27,7 @@ LAYERS = (
     "hub",
     "remote",
     "checkpoint",
-    "tokenizer diagnose integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
+    "tokenizer diagnose holes integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
     "chat_template",
     "config processor examine tower fast_tokenizer splice streamed projector",
     "adapter hf_config",

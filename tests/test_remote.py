@@ -130,6 +130,25 @@ def test_a_delta_without_either_side_on_disk(hub: HubServer, pair: Path, tmp_pat
     assert all(f"hf://owner/{side}@{hub.repos[f'owner/{side}'].refs['main']}/" in plan.identity["inputs"] for side in ("base", "delta"))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["a range", "a matrix"])
+def test_zeros_where_values_should_be(hub: HubServer, pair: Path, tmp_path: Path, whole: bool) -> None:
+    """Seen while they stream, and nothing is published."""
+    shutil.copytree(pair / "base", tmp_path / "base")
+    hub.add("owner/delta", pair / "delta")
+    tensor = open_checkpoint(tmp_path / "base").tensors["model.layers.1.mlp.down_proj.weight"]
+    start, size = (tensor.offset, tensor.nbytes) if whole else (tensor.offset + 1011, 9_000)
+    with open(tensor.file.path, "r+b") as file:
+        file.seek(start)
+        file.write(bytes(size))
+    hub.add("owner/base", tmp_path / "base")
+    merged = apply_delta(open_checkpoint("hf://owner/base"), open_checkpoint("hf://owner/delta"), accept_base=True)
+    with pytest.raises(InputError, match="zeros where values should be") as raised:
+        execute(make_plan(merged), tmp_path / "out")
+    assert "down_proj" in raised.value.what
+    assert not (tmp_path / "out").exists()
+    execute(make_plan(merged, accept_values=True), tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_all_that_is_transferred(hub: HubServer, tmp_path: Path) -> None:
     """Headers, small files and the samples of the checks included, of 300 MB no more than 2 % come twice."""
@@ -142,7 +161,7 @@ def test_all_that_is_transferred(hub: HubServer, tmp_path: Path) -> None:
     hub.add("owner/base", tmp_path / "base")
     hub.add("owner/delta", tmp_path / "delta")
     merged = apply_delta(open_checkpoint("hf://owner/base"), open_checkpoint("hf://owner/delta"), accept_base=True)
-    execute(make_plan(merged), tmp_path / "out")
+    execute(make_plan(merged, accept_values=True), tmp_path / "out")
     assert hub.sent <= 1.02 * sum(leaf.nbytes for tensor in merged.tensors.values() for leaf in tensor.leaves())
 
 
@@ -154,7 +173,7 @@ from llava_weights.plan import make_plan
 from llava_weights.write import execute
 
 base, delta, out = sys.argv[1:]
-plan = make_plan(apply_delta(open_checkpoint(base), open_checkpoint(delta), accept_base=True), max_memory="450MiB")
+plan = make_plan(apply_delta(open_checkpoint(base), open_checkpoint(delta), accept_base=True), max_memory="450MiB", accept_values=True)
 execute(plan, out)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, plan.memory)
 """

@@ -75,7 +75,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     portion = to_portion(run.shards) if run.shards else None
     target, make_job = job_at(output, reread=run.reread, on_event=console.on_event)
     sizes: Any = {"max_shard_size": run.max_shard_size, "max_memory": run.max_memory}
-    plan = make_plan(checkpoint, jobs=run.jobs, upload=is_address(output), **sizes)
+    plan = make_plan(checkpoint, jobs=run.jobs, upload=is_address(output), accept_values=run.accept_values, **sizes)
     rows, document = explain(plan, output)
     console.plan(rows, document)
     made = run.push is not None and _may_push(run.push, target, document, force=run.force)

@@ -23,6 +23,7 @@ Output = Annotated[
 ]
 Base = Annotated[str, typer.Option("--base", "--base-model-path", help="Original LLaMA: folder (HF or Meta's), file, or owner/name[@rev].")]
 AcceptBase = Annotated[bool, typer.Option("--accept-base", help="Go on although the base's values look wrong.")]
+AcceptValues = Annotated[bool, typer.Option("--accept-values", help="Go on although zeros stand where an input should have values.")]
 DryRun = Annotated[bool, typer.Option("-n", "--dry-run", help="Print the plan, write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output after the new one is complete.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Ignore the partial work of an earlier run; the default continues it.")]
@@ -124,6 +125,7 @@ class Layout:
 class Run:
     """How a checkpoint is written."""
 
+    accept_values: AcceptValues = False
     max_shard_size: ShardSize = "5GB"
     max_memory: Memory = None
     jobs: Jobs = 2

@@ -99,7 +99,7 @@ def _lay_out(path: Path, entries: dict[str, Any], file: SourceFile, start: int) 
             between = "overlaps the tensor before it" if begin < end else f"leaves a hole of {begin - end:,} bytes before it"
             raise _refusal(path, f"{shown(name)} {between}")
         dtype, shape = entries[name]["dtype"], tuple(entries[name]["shape"])
-        tensors[name] = Stored(dtype=dtype, shape=shape, file=file, offset=start + begin)
+        tensors[name] = Stored(dtype=dtype, shape=shape, file=file, offset=start + begin, name=name)
         end = stop
     if file.size != start + end:
         state = "is truncated" if file.size < start + end else "is too long"

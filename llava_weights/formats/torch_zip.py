@@ -314,6 +314,5 @@ def _stored(name: str, view: View, parts: dict[str, Member], source: SourceFile)
         raise Refused(f"contradicts itself about the size of {shown(name)}, {view.storage.numel * itemsize:,} or {member.size:,} bytes")
     if problem := view.problem():
         raise Refused(f"holds {shown(name)}, which {problem}")
-    return Stored(
-        dtype=view.storage.dtype, shape=view.shape, file=source, offset=member.offset + view.offset * itemsize, record=member.record
-    )
+    offset = member.offset + view.offset * itemsize
+    return Stored(dtype=view.storage.dtype, shape=view.shape, file=source, offset=offset, record=member.record, name=name)
