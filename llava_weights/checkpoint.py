@@ -131,7 +131,7 @@ def to_place(source: object, role: str) -> str | Path:
         hint = "give a path, `owner/name` of the Hub, or what `open_checkpoint` returned"
         raise UsageError(f"the {role} is {_kind_of(source)}, no path", hint=hint)
     if "\0" in os.fspath(source):
-        raise UsageError(f"the {role} has a NUL in its path", facts={"given": repr(source)})
+        raise UsageError(f"the {role} has a NUL in its path", facts={"given": repr(source)}, hint="give a path without it")
     return source if isinstance(source, str) else Path(source)
 
 

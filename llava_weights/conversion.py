@@ -86,7 +86,7 @@ def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str 
         elif key == "vocab_size":
             whole_number("vocab_size", value)
         elif not isinstance(value, str) or not value:
-            raise UsageError(f"`{key}` must be a text that is not empty", facts={"given": repr(value)})
+            raise UsageError(f"`{key}` must be a text that is not empty", facts={"given": repr(value)}, hint="give it, or leave it out")
     return to_dtype(dtype)
 
 

@@ -29,7 +29,7 @@ class LlavaWeightsError(Exception):
         self.what = redact(what)
         super().__init__(self.what)
         self.facts = {label: redact(str(value)) for label, value in (facts or {}).items()}
-        self.hint = hint and redact(hint)
+        self.hint: str | None = redact(hint) if hint else hint
         self.kept: str | None = None
 
     def __str__(self) -> str:
@@ -57,14 +57,14 @@ def whole_number(name: str, value: object, *, least: int = 1, most: int | None =
     """`value`, which must be a whole number within bounds. Raises UsageError where it is not."""
     if type(value) is not int or value < least or (most is not None and value > most):
         upper = f" to {most:,}" if most is not None else " on"
-        raise UsageError(f"`{name}` is {value!r}, it must be a whole number from {least:,}{upper}")
+        raise UsageError(f"`{name}` is {value!r}, it must be a whole number from {least:,}{upper}", hint="give a number in that range")
     return value
 
 
 def finite(name: str, value: object) -> float:
     """`value`, which must be a finite number. Raises UsageError where it is not."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"`{name}` is {value!r}, it must be a number")
+        raise UsageError(f"`{name}` is {value!r}, it must be a number", hint="give a finite number")
     return value
 
 

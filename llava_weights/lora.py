@@ -90,7 +90,7 @@ def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSo
     """Each adapter, opened, with its weight. Raises UsageError for what is none."""
     given: Sequence[Any] = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else list(adapters)
     if not given:
-        raise UsageError("no adapter was given to merge")
+        raise UsageError("no adapter was given to merge", hint="give one or more")
     found = []
     for one in given:
         source, weight = one if isinstance(one, tuple) and len(one) == 2 else (one, None)

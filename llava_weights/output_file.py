@@ -23,7 +23,7 @@ def check_file(
     for what is no regular file.
     """
     if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in str(path):
-        raise UsageError(f"{path!r} is no path of a file")
+        raise UsageError(f"{path!r} is no path of a file", hint="give the file's own name")
     path = Path(os.path.expanduser(path))
     name, facts = shown(path.name or str(path)), {"file": path.absolute()}
     try:

@@ -363,7 +363,7 @@ def smoke_test(
 def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[str, Any]:
     """Options of a comparison as its functions take them. Raises UsageError for a value that one of them can't have."""
     if atol is not None and finite("atol", atol) < 0:
-        raise UsageError(f"`atol` is {atol!r}, it must be a number from 0 on")
+        raise UsageError(f"`atol` is {atol!r}, it must be a number from 0 on", hint="leave it out for the usual limits")
     device, dtype = check_forward(device, dtype)
     return {"device": device, "dtype": dtype, "atol": atol}
 

@@ -71,7 +71,9 @@ def execute(
     if not isinstance(plan, Plan):
         raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
     if pool is not None and not isinstance(pool, Executor):
-        raise UsageError(f"the pool is of the type `{type(pool).__name__}`, no `concurrent.futures.Executor`")
+        raise UsageError(
+            f"the pool is of the type `{type(pool).__name__}`, no `concurrent.futures.Executor`", hint="pass one, or leave it out"
+        )
     target = Path(os.path.abspath(to_place(out, "output")))
     preflight(plan, target, force=force, make_job=make_job)
     try:
@@ -370,9 +372,9 @@ def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResu
 
 def _result(entry: Mapping[str, Any]) -> ShardResult | None:
     """A line of the journal; None for one that no run of this version wrote."""
-    kinds = {"name": str, "nbytes": int, "sha256": str, "tensors": dict, "tallies": dict}
+    kinds = {"name": str, "nbytes": int, "sha256": str, "tensors": dict, "tallies": dict, "holes": list}
     sound = entry.keys() == kinds.keys() and all(type(entry[key]) is kind for key, kind in kinds.items())
-    sound = sound and {type(digest) for digest in entry["tensors"].values()} <= {str}
+    sound = sound and {type(text) for text in (*entry["tensors"].values(), *entry["holes"])} <= {str}
     return ShardResult(**entry) if sound and {type(count) for count in entry["tallies"].values()} <= {int} else None
 
 

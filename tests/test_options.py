@@ -110,6 +110,8 @@ class Elsewhere:
 MEMORY = Elsewhere("test_write.py", "test_same_bytes_whatever_the_settings")
 GPU = Elsewhere("test_gpu.py", "test_float32_is_the_same_as_on_the_processor")
 RAY = Elsewhere("test_executors.py", "test_the_contract_of_an_executor_on_ray")
+STRICT = Elsewhere("test_verdicts.py", "test_strict_and_allow")
+ZEROS = Elsewhere("test_holes.py", "test_every_input_of_every_command")
 ACCEPTED = Elsewhere("test_tower.py", "test_a_published_tower_that_is_not_the_named_one_is_refused")
 THREADS = Elsewhere("test_comparison.py", "test_jobs_change_no_number_and_windows_stay_small")
 BATCH = Elsewhere("test_batch.py", "test_a_table_runs_once")
@@ -137,6 +139,7 @@ def writing(context: str) -> dict[str, list[Case]]:
         "--ray-address": [Refused(plan, "--ray-address auto"), RAY],
         "--shards": [Changes(context, "--shards 1/2"), Refused(plan, "--shards 3/2")],
         "--finish": [Changes(context, "--finish"), Refused(plan, "--finish --shards 1/2")],
+        "--accept-values": [ZEROS],
         "--json": [Changes(context, "--json")],
         "--quiet": [Changes(context, "--quiet")],
         "--verbose": [Changes(context, "--verbose")],
@@ -250,7 +253,13 @@ CASES: dict[str, dict[str, list[Case]]] = {
             Refused("verify a delta", f"--vision-tower {CLIP}"),
             Refused("verify", f"--published --delta {DELTA} --vision-tower {CLIP}"),
         ],
-        "--accept-tower": [Refused("verify", "--accept-tower"), ACCEPTED],
+        "--accept-tower": [
+            Refused("verify", "--accept-tower"),
+            Refused("verify", f"--against {BASE} --vision-tower {CLIP} --accept-tower"),
+            ACCEPTED,
+        ],
+        "--strict": [STRICT],
+        "--allow": [STRICT, Refused("verify", "--allow weight-files"), Refused("verify", "--strict --allow no-such-rule")],
         "--jobs": [Refused("verify", "--jobs 0"), THREADS],
         "--junit": [Changes("verify", "--junit new.xml"), Refused("verify", "--junit new.xml --summary new.xml")],
         "--summary": [Changes("verify", "--summary new.md")],

@@ -228,4 +228,4 @@ def test_a_users_type_checker_sees_real_types(tmp_path: Path) -> None:
 def test_importing_stays_light() -> None:
     script = "import sys, llava_weights; from llava_weights import UsageError; print(sorted(m for m in sys.modules if 'llava' in m))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "['llava_weights', 'llava_weights.errors']"
+    assert done.stdout.strip() == "['llava_weights', 'llava_weights.errors', 'llava_weights.events', 'llava_weights.wording']"
