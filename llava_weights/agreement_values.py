@@ -18,6 +18,7 @@ from .config import sensible
 from .families import COLOURS, KNOWN_TOWERS, LLAMA_SIZES, LONGEST_LLAMA, QUANTIZED_NAMES, QUANTIZERS, TOWER_DEFAULTS, KnownTower
 from .formats import shown
 from .hf_config import TEXT_MODELS
+from .processor import LARGEST
 from .sidecars import CONFIG, CORRECT, PROCESSOR, Json, Rule, Sidecars, said, vision
 from .tensors import FLOATS
 from .tokenizer import CONFIG as TOKENIZER
@@ -126,7 +127,8 @@ def _activation(s: Sidecars) -> Iterator[str]:
 def _family_values(s: Sidecars) -> Iterator[str]:
     text = _text(s)
     kind = str(text.get("model_type", "llama"))
-    if (kind in TEXT_MODELS or kind.startswith("llava")) and text.get("hidden_act", "silu") in set(ACTIVATIONS) - {"silu", "swish"}:
+    usual = text.get("hidden_act", "silu") in ("silu", "swish")
+    if (kind in TEXT_MODELS or kind.startswith("llava")) and not usual and text["hidden_act"] in ACTIVATIONS:
         yield f"`hidden_act` is {said(text['hidden_act'])}, every published LLaMA, Mistral and Qwen2 has silu"
     eps = text.get("rms_norm_eps")
     if isinstance(eps, float) and not any(math.isclose(eps, usual, rel_tol=1e-3) for usual in EPS):
@@ -204,9 +206,9 @@ def _tower_values(s: Sidecars) -> Iterator[str]:
     if not fitting:
         return
     heads, act = config.get("num_attention_heads", defaults["num_attention_heads"]), config.get("hidden_act", defaults["hidden_act"])
-    if heads not in {known.heads for known in fitting}:
+    if heads not in [known.heads for known in fitting]:
         yield f"`vision_config.num_attention_heads` is {said(heads)}, {fitting[0].repo} of the same widths has {fitting[0].heads}"
-    if act not in {known.activation for known in fitting} and act in TOWER_ACTIVATIONS:
+    if act not in [known.activation for known in fitting] and act in TOWER_ACTIVATIONS:
         yield f"`vision_config.hidden_act` is {said(act)}, {fitting[0].repo} of the same widths has {fitting[0].activation}"
 
 
@@ -222,12 +224,12 @@ def _colours(s: Sidecars) -> Iterator[tuple[bool, str]]:
     if not kind or not settings:
         return
     rescale = settings.get("rescale_factor", 1 / 255)
-    scale = 255 * rescale if type(rescale) in (int, float) and 0 < rescale < 1e6 else 1.0
+    scale = 255 * rescale if type(rescale) in (int, float) and 0 < rescale <= LARGEST else 1.0
     usual = [row.values for row in COLOURS if row.kind == kind and row.activation in ("", vision(s.objects).get("hidden_act", ""))]
     told = 0
     for place, key in enumerate(("image_mean", "image_std")):
         given = settings.get(key)
-        if not isinstance(given, list) or len(given) != 3 or not all(type(x) in (int, float) for x in given):
+        if not isinstance(given, list) or len(given) != 3 or not all(type(x) in (int, float) and abs(x) <= LARGEST for x in given):
             continue  # missing, or refused by `read_image_settings`
         values = [x / scale for x in given]
         told += 1

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +149,10 @@ def read_sidecars(checkpoint: Checkpoint) -> tuple[Sidecars, list[Finding]]:
 def check(rules: Iterable[Rule], sidecars: Sidecars) -> list[Finding]:
     """What the rules find, and for each file without fault one `ok` with what was checked. Rules on unreadable files are left out."""
     findings: list[Finding] = []
-    for file, group in groupby(rules, key=lambda rule: rule.file):
-        every = list(group)
+    groups: dict[str, list[Rule]] = {}
+    for rule in rules:
+        groups.setdefault(rule.file, []).append(rule)
+    for file, every in groups.items():
         absent = file.endswith(".json") and file not in sidecars.objects
         if absent and sidecars.has(file):
             continue

@@ -238,6 +238,15 @@ def test_a_towers_heads_and_activation_are_those_of_the_published_one(copy: Copy
     assert ["has 16" in text or "has quick_gelu" in text for text in texts] == [True, True], texts
 
 
+@pytest.mark.parametrize("value", [[], {}, 10**400, 1e308, "x", True])
+def test_no_value_is_too_odd(copy: Copy, value: Any) -> None:
+    wide = both(config("vision_config", "hidden_size", to=1024), config("vision_config", "intermediate_size", to=4096))
+    eye = both(*(config("vision_config", key, to=value) for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")))
+    text = both(*(config("text_config", key, to=value) for key in ("hidden_act", "rope_scaling", "rope_theta", "rms_norm_eps")))
+    image = both(config("image_mean", to=[value] * 3, file=PRE), config("image_processor_type", to=value, file=PRE))
+    assert told(copy("hf", wide, eye, text, image, config("quantization_config", to=value)), "failed")
+
+
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "torch_dtype": "float16",
