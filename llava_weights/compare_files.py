@@ -386,7 +386,7 @@ def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     for file in mine.keys() & other.keys():
         found.values(file, {key: mine[file][key] for key in mine[file] if key in other[file]},
                      {key: other[file][key] for key in other[file] if key in mine[file]})  # fmt: skip
-    meta = not ours.has(CONFIG)  # whose programs read none of these
+    meta = ours.checkpoint.origin.container == "meta"  # whose programs read none of these
     if found.there(TOKENIZER, ours.has(TOKENIZER), theirs.has(TOKENIZER), instead=meta):
         found.values(TOKENIZER, _settings(ours), _settings(theirs))
         _flags(TOKENIZER, _decoder(ours, theirs), _decoder(theirs, ours), found)
