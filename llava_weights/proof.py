@@ -100,7 +100,12 @@ def markdown(name: str, findings: Sequence[Finding], code: int) -> str:
     rows = [
         f"| {MARKS[f.verdict]} | {f.level} | {markdown_text(_text(f))} | {markdown_text(f.remedy)} |" for f in sorted(findings, key=_rank)
     ]
-    head = [f"## {markdown_text(name)}: {markdown_text(verdict(findings, code))}", "", "| | level | finding | remedy |", "|---|---|---|---|"]
+    head = [
+        f"## {markdown_text(name)}: {markdown_text(verdict(findings, code))}",
+        "",
+        "| | level | finding | remedy |",
+        "|---|---|---|---|",
+    ]
     return "\n".join([*head, *rows, ""]) + "\n"
 
 
