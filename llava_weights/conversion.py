@@ -26,7 +26,7 @@ from .processor import processor_files, read_image_settings
 from .projector import FORMS, NAMES, paired, single
 from .resize import resized
 from .tokenizer import SpecialIds
-from .tower import check_tower, holds_tower, tower_shapes
+from .tower import check_tower, tower_shapes
 
 TARGETS = ("llava-hf", "llava")
 # The options of llava-hf, with the values of those that have a few.
@@ -34,7 +34,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
-NO_TOWER = "leave the vision tower out"
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 MULTIPLE = 64  # transformers' converters pad the vocabulary to it, for speed
 
@@ -111,8 +110,6 @@ def to_llava_hf(
     a published tower that is not the published one that the config names, unless `accept_tower`, UsageError for an option that can
     change nothing of this checkpoint.
     """
-    if tower and checkpoint.layout == "llava-hf" and holds_tower(checkpoint):
-        raise UsageError(f"`{checkpoint.origin.name}` holds its own vision tower, another can't take its place", hint=NO_TOWER)
     model = take_apart(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
     tiles = pinpoints(model.config, model.tower.image_size) if _is_tiled(model) else None
     parts, activation, form = _two_layers(model, projector_form)
@@ -157,8 +154,6 @@ def to_llava(
     The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. `tower_name` is what
     the config names then, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
     """
-    if tower and checkpoint.layout == "llava-hf" and holds_tower(checkpoint):
-        raise UsageError(f"`{checkpoint.origin.name}` holds its own vision tower, another can't take its place", hint=NO_TOWER)
     model = take_apart(checkpoint, tower, None, dtype, accept_tower=accept_tower)
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
     parts, projector = dict(model.parts), "linear"

@@ -23,7 +23,7 @@ from .processor import original_vision_settings
 from .projector import NAMES
 from .tensors import LazyTensor, cast
 from .tokenizer import SpecialIds
-from .tower import Doubts, Tower, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
+from .tower import Doubts, Tower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
 
 LINEAR = ("projector.weight", "projector.bias")
 
@@ -72,6 +72,8 @@ def take_apart(
     chosen = own or given
     assert chosen is not None
     doubts = check_tower(checkpoint, chosen, accept=accept_tower) if own is None else Doubts()
+    if hub and own and given:
+        doubts = Doubts(notes=(check_kept(own, given, checkpoint.origin.name),))
     main = dtype or main_dtype(checkpoint.parameters())
     parts = {name: tensor for name, tensor in parts.items() if not name.startswith("tower.")}
     parts |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}

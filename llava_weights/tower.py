@@ -250,6 +250,16 @@ def _lost_training(model: Checkpoint, given: Tower) -> tuple[str, ...]:
     return ("`unfreeze_mm_vision_tower` is true in config.json, so the vision tower was trained too, and the given one was not",)
 
 
+def check_kept(own: Tower, given: Tower, holder: str) -> str:
+    """A note that the tower inside `holder` is kept, though one was given. Raises MismatchError where that is another one by its facts."""
+    label = shown(given.origin.name if given.origin else holder)
+    if any(own.config[key] != given.config[key] for key in COMPARED):
+        facts = {f"inside {shown(holder)}": _described(own.config), f"{label}, as given": _described(given.config)}
+        what = f"{shown(holder)} holds its own vision tower, and the one given is another"
+        raise MismatchError(what, facts=facts, hint="leave `--vision-tower` out: the one inside was trained with the model")
+    return f"the vision tower inside is kept; {label} is of the same kind and sizes, its values are not used"
+
+
 def _described(config: Mapping[str, Any]) -> str:
     kind, hidden, _, patch, image, layers, activation = (config[key] for key in COMPARED)
     return f"{str(kind).partition('_')[0]}, {image} pixels in patches of {patch}, {layers} layers of {hidden}, {activation}"

@@ -167,7 +167,7 @@ def test_inspect(cli: Cli, fixtures: Path) -> None:
 
 
 def test_demo_and_env_and_version(cli: Cli) -> None:
-    assert cli("--version").stdout == "llava-weights 0.1.0\n"
+    assert cli("--version").stdout == "llava-weights 0.2.0.dev0\n"
     assert "torch" in cli("env").stdout
 
 

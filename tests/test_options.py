@@ -203,7 +203,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         **{flag: [Refused("convert, plan", words), Changes("convert a LoRA", words)] for flag, words in MERGING.items()},
         "--vision-tower": [
             Changes("convert a blind one", f"--vision-tower {CLIP_42}"),
-            Refused("convert llava-hf", f"--vision-tower {CLIP_42}"),
+            Changes("convert llava-hf", f"--vision-tower {CLIP_42}"),
             Changes("convert to llava", "--vision-tower some/name"),
             Changes("convert to llava", f"--vision-tower {CLIP_42}"),
         ],

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from llava_weights.checkpoint import Checkpoint, Origin, open_checkpoint
 from llava_weights.conversion import convert
-from llava_weights.errors import InputError, MismatchError, UsageError
+from llava_weights.errors import InputError, MismatchError
 from llava_weights.families import TOWER_DEFAULTS
 from llava_weights.tensors import LazyTensor, read_rows
 from llava_weights.tower import CLIP, Tower, complete_config, open_tower, own_tower, tower_shapes
@@ -502,8 +502,13 @@ def test_a_tower_inside_is_not_doubted_but_a_name_given_for_it_is() -> None:
 
 
 def test_another_tower_can_not_take_the_place_of_the_one_inside_of_a_llava_hf() -> None:
-    with pytest.raises(UsageError, match="holds its own vision tower"):
-        convert(CONVERTED, "llava-hf", tower=CLIP_28)
+    """One of the same facts is named as not used, another one is refused."""
+    for to in ("llava-hf", "llava"):
+        with pytest.raises(MismatchError, match="holds its own vision tower"):
+            convert(CONVERTED, to, tower=CLIP_28)
+        kept = convert(CONVERTED, to, tower=CLIP_42)
+        assert "the vision tower inside is kept" in " ".join(kept.history[-1].notes)
+        assert kept.tensors.keys() == convert(CONVERTED, to).tensors.keys()
 
 
 @pytest.fixture
