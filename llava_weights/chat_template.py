@@ -50,6 +50,7 @@ NUMBERS = _words("abs count float int length round wordcount")  # filters that g
 PARTS = _words("d default dictsort first items last list max min reverse slice batch sort unique map select selectattr reject rejectattr")
 PART_METHODS = _words("copy get items keys values pop split rsplit splitlines strip lstrip rstrip partition rpartition")
 BY_NAME = _words("map selectattr rejectattr groupby sort sum unique min max")  # filters that take the name of an attribute
+INTO = _words("append extend insert update setdefault")  # methods that put their arguments into what they belong to
 LOOP_NUMBERS = _words("index index0 revindex revindex0 length depth depth0")
 
 
@@ -102,6 +103,7 @@ class _Reader:
 
     tree: nodes.Template
     macros: set[str] = field(default_factory=set)
+    own: set[str] = field(default_factory=set)  # names that the template gives a value to
     values: defaultdict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     built: set[str] = field(default_factory=set)  # names whose value may be a text that the template puts together
     numeric: set[str] = field(default_factory=set)
@@ -121,7 +123,7 @@ class _Reader:
             elif isinstance(node, nodes.Keyword | nodes.NSRef):
                 yield from self._name(node.key if isinstance(node, nodes.Keyword) else node.attr)
             elif isinstance(node, nodes.Name):
-                known = node.name in self.values or node.name in self.macros
+                known = node.name in self.own or node.name in self.macros
                 if node.ctx == "load" and not known and (internal(node.name) or node.name in ("self", "super", "lipsum")):
                     yield shown(node.name)
             elif isinstance(node, nodes.Filter):
@@ -140,6 +142,8 @@ class _Reader:
         for macro in macros:
             for argument in macro.args:  # whatever any call gives to the macro
                 self.values[argument.name].append(nodes.Name(f"{macro.name}()", "load"))
+            for rest in ("varargs", "kwargs"):
+                self.values[rest].append(nodes.Name(f"{macro.name}()", "load"))
             self.values[f"{macro.name}()"] += macro.defaults
         for node in _walk(self.tree):
             match node:
@@ -162,6 +166,10 @@ class _Reader:
                         self.values[f".{keyword.key}"].append(keyword.value)
                 case nodes.Call(node=nodes.Name() as called):
                     self.values[f"{called.name}()"] += _given(node)
+        self.own = {*self.values}
+        for node in _walk(self.tree):
+            if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in INTO:
+                self._put(node.node.node, nodes.List(_given(node)))
         self.numeric = {name for name, values in self.values.items() if values}
         for _ in range(PASSES):
             lost = {name for name in self.numeric if not all(map(self._number, self.values[name]))}
@@ -180,6 +188,15 @@ class _Reader:
                 self._assign(item, value)
         else:
             self.values[f".{target.attr}" if isinstance(target, nodes.NSRef) else target.name].append(value)
+
+    def _put(self, target: Any, value: Any) -> None:
+        """A list or dict gets `value` into it."""
+        from jinja2 import nodes
+
+        while isinstance(target, nodes.Getitem):
+            target = target.node
+        if isinstance(target, nodes.Name | nodes.Getattr):
+            self.values[target.name if isinstance(target, nodes.Name) else f".{target.attr}"].append(value)
 
     def _name(self, name: str) -> Iterator[str]:
         if internal(name):
@@ -208,8 +225,9 @@ class _Reader:
                 yield f"{'the filter' if node.name == 'map' else 'the test'} {_text(first)}"
             if node.name == "map" and isinstance(first, nodes.Const) and first.value in BY_NAME:
                 keys += node.args[1:]
-        elif node.name in BY_NAME:
-            keys += node.args
+            keys += node.args[2:] if isinstance(first, nodes.Const) and first.value == "join" else []
+        elif node.name in BY_NAME or node.name == "join":
+            keys += node.args[node.name == "join" :]
         if node.name in ("selectattr", "rejectattr") and len(node.args) > 1:
             keys = node.args[:1]
             if not isinstance(node.args[1], nodes.Const) or node.args[1].value not in TESTS:
@@ -268,11 +286,12 @@ class _Reader:
             case nodes.Const():
                 return isinstance(node.value, str) and ("__" in node.value or internal(node.value))
             case nodes.Name():  # the special tokens come from the files of the model
-                return node.name in self.built or (node.name.endswith("_token") and node.name not in self.values)
+                return node.name in self.built | self.macros or (node.name.endswith("_token") and node.name not in self.values)
             case nodes.Getattr():
                 return f".{node.attr}" in self.built or self._built(node.node)
             case nodes.Getitem():
-                return self._built(node.node) or self._own_text(node.node)
+                key = f".{node.arg.value}" if isinstance(node.arg, nodes.Const) else ""
+                return key in self.built or self._built(node.node) or self._own_text(node.node)
             case nodes.Tuple() | nodes.List():
                 return any(map(self._built, node.items))
             case nodes.Add() if any(isinstance(side, nodes.List) for side in (node.left, node.right)):
@@ -286,7 +305,8 @@ class _Reader:
             case nodes.Compare() | nodes.Not() | nodes.Test():
                 return False
             case nodes.Filter():
-                return node.name not in PARTS or any(map(self._built, (node.node, *_given(node))))
+                turned = node.name == "reverse" and self._own_text(node.node)
+                return turned or node.name not in PARTS or any(map(self._built, (node.node, *_given(node))))
             case nodes.Call(node=nodes.Getattr() as called):
                 own = called.attr not in PART_METHODS or self._own_text(called.node)
                 return own or any(map(self._built, (called.node, *_given(node))))

@@ -17,6 +17,7 @@ from .conversation import CONVERSATIONS, chat_template, choose, example
 from .errors import InputError, UsageError, one_of, whole_number
 from .families import PROCESSOR_FILES
 from .fast_tokenizer import original_tokenizer
+from .formats import is_text
 from .formats.strict_json import json_bytes
 from .hf_config import Tokens, is_next, llava_hf_config, pinpoints
 from .naming import TABLES, canonical, spelled
@@ -84,7 +85,7 @@ def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str 
             one_of(key.replace("_", " "), value, choices)
         elif key == "vocab_size":
             whole_number("vocab_size", value)
-        elif not isinstance(value, str) or not value:
+        elif not isinstance(value, str) or not value or not is_text(value):
             raise UsageError(f"`{key}` must be a text that is not empty", facts={"given": repr(value)}, hint="give it, or leave it out")
     return to_dtype(dtype)
 

@@ -88,7 +88,8 @@ def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | No
 
 def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:
     """Each adapter, opened, with its weight. Raises UsageError for what is none."""
-    given: Sequence[Any] = [adapters] if isinstance(adapters, Adapter | str | os.PathLike) else list(adapters)
+    given = adapters if isinstance(adapters, Iterable) and not isinstance(adapters, str | bytes | os.PathLike) else [adapters]
+    given = list(given)
     if not given:
         raise UsageError("no adapter was given to merge", hint="give one or more")
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -99,7 +100,12 @@ def markdown(name: str, findings: Sequence[Finding], code: int) -> str:
     rows = [
         f"| {MARKS[f.verdict]} | {f.level} | {markdown_text(_text(f))} | {markdown_text(f.remedy)} |" for f in sorted(findings, key=_rank)
     ]
-    head = [f"## {markdown_text(name)}: {verdict(findings, code)}", "", "| | level | finding | remedy |", "|---|---|---|---|"]
+    head = [
+        f"## {markdown_text(name)}: {markdown_text(verdict(findings, code))}",
+        "",
+        "| | level | finding | remedy |",
+        "|---|---|---|---|",
+    ]
     return "\n".join([*head, *rows, ""]) + "\n"
 
 
@@ -108,7 +114,8 @@ def _rank(finding: Finding) -> int:
 
 
 def _text(finding: Finding) -> str:
-    return finding.text if finding.subject in finding.text else f"{finding.subject}: {finding.text}"
+    named = re.search(rf"(?<![\w./-]){re.escape(finding.subject)}(?![\w/-]|\.\w)", finding.text)  # and not a piece of another name
+    return finding.text if named else f"{finding.subject}: {finding.text}"
 
 
 def _clean(text: str) -> str:

@@ -20,6 +20,7 @@ applied beside the weights, so that weights that were rounded after its merge ar
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import secrets
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from .buffers import to_dtype
-from .checkpoint import Checkpoint, Source, main_dtype, opened
+from .checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from .errors import InputError, UsageError
 from .events import Event, Note
 from .formats import shown
@@ -240,8 +241,10 @@ def _arrays(one: Recorded) -> dict[str, np.ndarray]:
     return {key: np.ascontiguousarray(value, kind) for key, (value, kind) in found.items() if value is not None}
 
 
-def read_recording(path: Path) -> Recording:
-    """The recording in a file. Raises InputError unless it is one, whole, and every part of it fits the others."""
+def read_recording(path: str | os.PathLike[str]) -> Recording:
+    """The recording in a file. Raises UsageError for what is no path, InputError unless it is one, whole, and every part of it fits the
+    others."""
+    path = Path(to_place(path, "recording"))
     tensors, metadata = index_safetensors(path)
     if metadata.get("schema") != SCHEMA:
         facts = {"schema": shown(metadata.get("schema", "none")), "expected": SCHEMA}

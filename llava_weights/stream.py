@@ -350,6 +350,11 @@ def output_error(error: OSError, path: Path) -> LlavaWeightsError:
         return known
     named = error.filename2 or error.filename
     path = Path(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else path
-    hints = {errno.ENOSPC: "free some space, then run the same command to continue", errno.EDQUOT: "the disk quota is used up"}
+    hints = {
+        errno.ENOSPC: "free some space, then run the same command to continue",
+        errno.EDQUOT: "the disk quota is used up: free some space, then run the same command to continue",
+        errno.ENAMETOOLONG: "give a shorter name",
+    }
+    hint = hints.get(error.errno or 0, "check its folder's permissions and the disk, then run the same command again")
     name = re.sub(r"(\.[0-9a-f]{8})?\.part$", "", path.name).lstrip(".")
-    return OutputError(f"can't write `{name}`: {error.strerror or error}", facts={"file": path}, hint=hints.get(error.errno or 0))
+    return OutputError(f"can't write `{name}`: {error.strerror or error}", facts={"file": path}, hint=hint)

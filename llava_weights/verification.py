@@ -180,7 +180,9 @@ def _check_options(
         raise UsageError("the vision tower serves what was made again, or a comparison", hint="pass `--base` or `--against` too")
     if accept_tower and not (tower and base):
         raise UsageError("`--accept-tower` belongs to `--base` and `--vision-tower`", hint="pass both, or leave it out")
-    if unknown := sorted({*allow} - {*rules()}):
+    if isinstance(allow, str) or not isinstance(allow, Iterable):
+        raise UsageError(f"`allow` is {allow!r}, no list of rules", hint='give it as `allow=["weight-files"]`')
+    if unknown := sorted(str(rule) for rule in allow if rule not in rules()):
         raise UsageError(f"there is no rule {listed(unknown)}", hint=f"the rules are {', '.join(rules())}")
     if allow and not strict:
         raise UsageError("`--allow` takes a rule out of `--strict`", hint="pass `--strict` too")
@@ -356,8 +358,8 @@ def open_subject(path: str | Path) -> Subject:
 
 
 def _holds_a_checkpoint(place: Path) -> bool:
-    if not place.is_dir():
-        return place.is_file() and place.suffix in SUFFIXES
+    if not os.path.isdir(place):
+        return os.path.isfile(place) and place.suffix in SUFFIXES
     with suppress(OSError):
         names = os.listdir(place)
         below = [inner for name in names if re.fullmatch(META_SIZE, name) and (place / name).is_dir() for inner in os.listdir(place / name)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 from urllib.parse import quote
 
@@ -18,8 +19,8 @@ UNITS = ((10**15, "PB"), (10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "
 # fragments are where signed addresses (Amazon's, Google's, Azure's; the Hub redirects to such) and logins keep their secrets.
 SECRET_VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN",
-    "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "GH_TOKEN", "ACTIONS_RUNTIME_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "FSSPEC_S3_SECRET",
-    "FSSPEC_S3_TOKEN",
+    "AZURE_STORAGE_CONNECTION_STRING", "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "GH_TOKEN", "ACTIONS_RUNTIME_TOKEN",
+    "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "FSSPEC_S3_SECRET", "FSSPEC_S3_TOKEN",
 )  # fmt: skip
 # Names of parameters that hold one, at the end of a longer name too: `X-Amz-Signature`, `access_token`.
 SECRET_NAME = (
@@ -34,10 +35,14 @@ SECRETS = (
     (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{16,}"), r"\1 ***"),
     (re.compile(rf"(?i)([?&#;](?:{SECRET_NAME})=)[^\s&;`'\"<>]+"), r"\1***"),
     (re.compile(r"(?i)\b(x-(?:amz|goog)-(?:signature|credential|security-token)|signature|key-pair-id|sig)=[^\s&`'\"]+"), r"\1=***"),
-    (re.compile(rf"\b((?:{'|'.join(SECRET_VARIABLES)})\s{{0,5}}[=:]\s{{0,5}})[^\s`'\",]+"), r"\1***"),
+    (re.compile(rf"\b((?:{'|'.join(SECRET_VARIABLES)})['\"]?\s{{0,5}}[=:]\s{{0,5}}['\"]?)[^\s`'\",]+"), r"\1***"),
+    (re.compile(r"(?i)\b(password|access_?token|client_?secret|accountkey|sharedaccess(?:key|signature))=[^\s&;`'\"]+"), r"\1=***"),
+    # An address that went through a `Path`, which makes one slash of two.
+    (re.compile(r"([A-Za-z0-9]:/)(?!/)[^\s/@:`'\"]{0,100}:[^\s@`'\"]{1,200}@"), r"\1***@"),
 )
 HUB_TOKEN = re.compile(r"(hf|api_org)_([A-Za-z0-9]{16,})")
 HUB_TOKEN_LENGTH = 34
+CUT = 16  # characters of a secret that are one still
 WORD = re.compile(r"[^\s\"`<>]+")  # an address ends where one of these comes
 HOST_AND_PORT = re.compile(r"(?:localhost|[^:@.]*\.[^:@]*|\[[^\]@]*\]):\d{1,5}")
 CLOSING = "'),.;]}"  # what follows an address in a sentence
@@ -187,13 +192,30 @@ def redact(text: str) -> str:
     for variable in SECRET_VARIABLES:
         secret = os.environ.get(variable, "").strip()
         if len(secret) >= 8:
-            text = text.replace(secret, "***").replace(quote(secret, safe=""), "***")
+            text = _without(text, secret)
     text = HUB_TOKEN.sub(lambda found: f"{found[1]}_***" if _may_be_token(found[2]) else found[0], text)
     if "://" in text:
         text = WORD.sub(lambda found: _address(found[0]) if "://" in found[0] else found[0], text)
     for pattern, replacement in SECRETS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _without(text: str, secret: str) -> str:
+    """`text` with *** for `secret`, as it is or as an address, a JSON file or a header spells it, and for what is left where it is cut."""
+    encoded = base64.b64encode(secret.encode(errors="surrogateescape")).decode()
+    for form in dict.fromkeys((secret, quote(secret, safe=""), quote(secret), secret.replace("/", "\\/"), encoded)):
+        text = text.replace(form, "***")
+        begin = form[:CUT]
+        if len(form) > CUT and begin in text:
+            first, *others = text.split(begin)
+            text = first + "".join("***" + other[_shared(form[CUT:], other) :] for other in others)
+    return text
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _may_be_token(letters: str) -> bool:

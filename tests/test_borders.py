@@ -89,7 +89,9 @@ def test_code_stays_code_in_markdown() -> None:
 
 
 FINDINGS = [
-    Finding("L0", verdict, text, f"found {text}", f"do {text}") for text in HOSTILE for verdict in ("failed", "ok", "unchecked", "warning")
+    Finding("L0", verdict, text, f"found {text}", f"do {text}", part=f"unchecked: {text}")
+    for text in HOSTILE
+    for verdict in ("failed", "ok", "unchecked", "warning")
 ]  # type: ignore[arg-type]
 
 

@@ -147,6 +147,19 @@ def test_our_own_are_no_alarm(name: str) -> None:
 
 
 HOSTILE = {
+    "{% macro f() %}{{ x[varargs[0]] }}{% endmacro %}{{ f('__class__') }}": "puts together",
+    "{% macro f() %}{{ x[kwargs['a']] }}{% endmacro %}{{ f(a='__class__') }}": "puts together",
+    "{% macro __class__() %}{% endmacro %}{{ x[__class__.name] }}": "puts together",
+    "{% macro f(__class__) %}{% endmacro %}{{ x[f.arguments[0]] }}": "puts together",
+    "{% set d = {} %}{% set _ = d.update({'k': '__class__'}) %}{{ x[d['k']] }}": "puts together",
+    "{% set l = [] %}{% set _ = l.append('__class__') %}{{ x[l[0]] }}": "puts together",
+    "{% set l = [[]] %}{% set _ = l[0].append('__class__') %}{% for k in l[0] %}{{ x[k] }}{% endfor %}": "puts together",
+    "{% set n = namespace(l=[]) %}{% set _ = n.l.append('__class__') %}{{ x[n.l[0]] }}": "puts together",
+    "{% set n = namespace() %}{% set n.k = '__class__' %}{{ x[n['k']] }}": "puts together",
+    "{{ x|join(',', '__class__') }}": "`__class__`",
+    "{{ x|map('join', ',', '__class__')|list }}": "`__class__`",
+    "{{ x['slabolg_'|reverse] }}": "puts together",
+    "{{ lipsum.append('x') }}": "`lipsum`",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}": "`__class__`",
     r"""{{ messages | attr("\x5f\x5finit\x5f\x5f") }}""": "the filter `attr`",
     r"""{{ messages["\x5f\x5fclass\x5f\x5f"] }}""": "`__class__`",

@@ -93,3 +93,16 @@ def test_diff(cli: Any, model: Path, fixtures: Path, tmp_path: Path) -> None:
     ElementTree.parse(tmp_path / "change.svg")
     assert cli("diff", model, model).code == 0
     assert cli("diff", model, model, "--plot", "change.gif").code == 2
+
+
+@pytest.mark.parametrize(
+    ("subject", "text", "told"),
+    [
+        ("processor_config.json", "right: as preprocessor_config.json", "processor_config.json: right: as preprocessor_config.json"),
+        ("tokenizer", "right: tokenizer.json as tokenizer.model", "tokenizer: right: tokenizer.json as tokenizer.model"),
+        ("config.json", "`config.json` says nothing", "`config.json` says nothing"),
+        ("lm_head.weight", "the rows of lm_head.weight.", "the rows of lm_head.weight."),
+    ],
+)
+def test_a_line_names_what_it_is_about(subject: str, text: str, told: str) -> None:
+    assert proof.lines("x", [Finding("L0", "ok", subject, text)], 0)[1].endswith(f"L0        {told}")

@@ -51,6 +51,12 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "convert back with a form": (lambda: lib.convert(NOWHERE, "llava", projector_form="relu"), "takes no `--projector-form`"),
     "convert with a name": (lambda: lib.convert(NOWHERE, "llava-hf", tower_name="a/b"), "takes no `--tower-name`"),
     "convert with a tower of no type": (lambda: lib.convert(ORIGINAL, "llava-hf", tower=3), "the tower is of the type `int`"),
+    "convert with a token of no text": (lambda: lib.convert(NOWHERE, "llava-hf", image_token="\udcff"), "`image_token` must be a text"),
+    "merge_lora of no list": (lambda: lib.merge_lora(VICUNA, 3), "the adapter is of the type `int`"),
+    "verify with a rule of no list": (lambda: lib.verify(CLIP, strict=True, allow=3), "`allow` is 3, no list of rules"),
+    "verify with one rule": (lambda: lib.verify(CLIP, strict=True, allow="values"), "no list of rules"),
+    "verify with a rule of no text": (lambda: lib.verify(CLIP, strict=True, allow=[None]), "there is no rule `None`"),
+    "read_recording of a number": (lambda: lib.read_recording(7), "the recording is of the type `int`"),
     "make_plan of nothing": (lambda: lib.make_plan(None), "the checkpoint is of the type `NoneType`"),
     "make_plan without jobs": (lambda: lib.make_plan(NOWHERE, jobs=0), "`jobs` is 0"),
     "make_plan of true jobs": (lambda: lib.make_plan(NOWHERE, jobs=True), "`jobs` is True"),
@@ -229,3 +235,17 @@ def test_importing_stays_light() -> None:
     script = "import sys, llava_weights; from llava_weights import UsageError; print(sorted(m for m in sys.modules if 'llava' in m))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "['llava_weights', 'llava_weights.errors', 'llava_weights.events', 'llava_weights.wording']"
+
+
+def test_a_recording_is_named_by_a_text_too() -> None:
+    with pytest.raises(lw.InputError, match="does not exist"):
+        lw.read_recording("/no/where")
+
+
+def test_a_name_that_is_too_long_is_no_path(tmp_path: Path) -> None:
+    with pytest.raises(lw.LlavaWeightsError) as told:
+        lw.verify("x" * 5000)
+    assert told.value.hint
+    with pytest.raises(lw.OutputError) as refused:
+        lw.record(HUB, tmp_path / ("x" * 5000))
+    assert refused.value.hint == "give a shorter name"

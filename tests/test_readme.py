@@ -106,6 +106,31 @@ def test_every_command_runs(shelf: Path, document: str) -> None:
     assert not (shelf / WRONG).exists()
 
 
+def shown_below(command: str) -> list[str]:
+    """The lines of the README that stand below `$ command`, but for those that stand for others."""
+    block = read("README.md").split(f"$ {command}\n")[1].split("```")[0].split("\n$ ")[0]
+    return [line for line in block.splitlines() if line.strip() != "..."]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "llava-weights convert llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 -o llava-v1.5-7b-hf",
+        "llava-weights verify llava-v1.5-7b-hf --deep",
+    ],
+)
+def test_what_is_shown_is_what_is_printed(shelf: Path, command: str) -> None:
+    """Line by line; numbers and names of folders are others, and `...` stands for anything."""
+    if "verify" in command:
+        convert_one(shelf)
+    code, output = run_here(command, shelf)
+    assert code == 0
+    printed = [re.sub(r"\d[\d.,]*", "0", line) for line in output.splitlines()]
+    for line in shown_below(command):
+        pattern = re.escape(re.sub(r"\d[\d.,]*", "0", line)).replace(r"\.\.\.", ".*")
+        assert any(re.fullmatch(pattern, each) for each in printed), f"{line}\n{output}"
+
+
 def convert_one(shelf: Path) -> None:
     made = run("llava-weights convert llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 -o llava-v1.5-7b-hf -q", shelf)
     assert made.returncode == 0, made.stderr

@@ -96,6 +96,25 @@ def test_a_secret_of_a_variable_is_found_where_it_is_quoted(monkeypatch: pytest.
     assert redact("x ab/cd+ef/gh12 y ab%2Fcd%2Bef%2Fgh12 z") == "x *** y *** z"
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        "wJalr/XUtnFEMI+K7MDENG=bPxRfi", "wJalr/XUtnFEMI%2BK7MDENG%3DbPxRfi", "wJalr\\/XUtnFEMI+K7MDENG=bPxRfi", "wJalr/XUtnFEMI+K7MD",
+        "d0phbHIvWFV0bkZFTUkrSzdNREVORz1iUHhSZmk=",
+    ],
+)  # fmt: skip
+def test_a_secret_of_a_variable_is_found_encoded_and_cut(monkeypatch: pytest.MonkeyPatch, spelled: str) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalr/XUtnFEMI+K7MDENG=bPxRfi")
+    assert redact(f"x {spelled}... {spelled}") == "x ***... ***"
+
+
+@pytest.mark.parametrize(
+    "text", ["HF_TOKEN='hidden-one'", '"HF_TOKEN": "hidden-one"', "AccountName=a;AccountKey=hidden-one;", "s3:/user:hidden-one@bucket/x"]
+)
+def test_a_secret_behind_a_quote_or_in_a_path_is_not_shown(text: str) -> None:
+    assert "hidden" not in redact(text)
+
+
 @pytest.mark.parametrize("kind", [LlavaWeightsError, UsageError, InputError, HubError])
 def test_an_error_holds_no_secret(kind: type[LlavaWeightsError]) -> None:
     """In a program that uses the library nothing else stands between an error and a log."""

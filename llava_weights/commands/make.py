@@ -114,7 +114,7 @@ def convert(
     non_lora: NonLora = None,
     layout: Layout,
     dtype: Dtype = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a SRC on the Hub.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of SRC on the Hub.")] = None,
     run: Run,
     show: Show,
 ) -> None:
