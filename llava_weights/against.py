@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .checkpoint import Checkpoint, Origin, open_checkpoint
+from .checkpoint import Checkpoint, Origin, layout_of, open_checkpoint
 from .compare_files import KNOWN, compare_files
 from .config import few
 from .errors import InputError
@@ -22,6 +22,7 @@ from .formats.strict_json import load_object
 from .hub import HubSource, parse_source, source_text
 from .manifest import TensorEntry, digest_file
 from .naming import TABLES, Names, canonical
+from .projector import NAMES, ONE, paired, single
 from .published import recognise
 from .records import Manifest, Sum, find_manifest, hub_sums, read_manifest, read_sums
 from .rehash import Reading, digests, rehash, size_of
@@ -30,6 +31,7 @@ from .tensors import LazyTensor, cast
 from .tower import open_tower
 
 PUBLISHED = "published"  # as the name of a reference: the table in published.py
+SINGLE = ("projector.weight", "projector.bias")
 SHOWN = 20  # failures of one level that are listed one by one
 PROVED = "equal to"  # how the reason of an explained tensor begins that another comparison proved
 LARGEST_SMALL = 64 << 20  # bytes of a small file
@@ -53,6 +55,11 @@ class Reference:
     def algorithms(self) -> tuple[str, ...]:
         md5 = ("md5",) if self.label == PUBLISHED else ()
         return tuple(dict.fromkeys(("sha256", *md5, *(entry.algorithm for entry in self.sums))))
+
+    @property
+    def has_values(self) -> bool:
+        """Whether its tensors can be read, and are not digests in a manifest."""
+        return self.checkpoint is not None and bool(self.checkpoint.origin.files)
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +151,7 @@ def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = N
         return list(_published(subject))
     if reference.tensors is None:
         return list(_by_files(subject, reference))
-    findings = list(_by_tensors(subject, reference.tensors, reference.label, jobs))
+    findings = list(_by_tensors(subject, reference, jobs))
     if reference.files and (told := _by_recorded_files(subject, reference)):
         return findings + told
     if reference.checkpoint and subject.checkpoint:
@@ -178,48 +185,98 @@ def compare_tower(
     return findings, {} if wrong else dict.fromkeys(found, f"{PROVED} the vision tower {label}")
 
 
-def _by_tensors(subject: Side, theirs: Mapping[str, TensorEntry], label: str, jobs: int) -> Iterator[Finding]:
-    ours = subject.reading.tensors
-    pairs, alone = _paired(ours, theirs)
+def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Finding]:
+    label, theirs = reference.label, reference.tensors or {}
+    ours = _in_form_of(subject, theirs, jobs)
+    pairs, alone = Names(theirs).match(ours)
     taken = set(pairs.values())
     there = [name for name in theirs if name not in taken]
     unlike = {name: other for name, other in pairs.items() if kind(ours[name]) != kind(theirs[other])}
     alike = {name: other for name, other in pairs.items() if name not in unlike and not re.fullmatch(DROPPED, name)}
     buffers = dict.fromkeys(name for name in (*alone, *there, *pairs) if re.fullmatch(DROPPED, name))
     grown = {name: other for name, other in unlike.items() if _is_grown(name, ours[name], theirs[other])}
-    heads = _heads(subject, {name: theirs[other].shape[0] for name, other in grown.items()}, jobs)
+    layouts = (subject.checkpoint.layout if subject.checkpoint else "", layout_of(theirs))
+    source = layouts == ("llava", "llava-hf")  # which the reference was converted from
+    shorter = {name: other for name, other in unlike.items() if source and _is_grown(name, theirs[other], ours[name])}
+    heads = _heads(subject.checkpoint, ours, {name: theirs[other].shape[0] for name, other in grown.items()}, jobs)
+    rows = {other: ours[name].shape[0] for name, other in shorter.items()} if reference.has_values else {}
+    their_heads = _heads(reference.checkpoint, theirs, rows, jobs)
+    compared = {**alike, **grown, **{name: other for name, other in shorter.items() if other in their_heads}}
+    within = source and not any(canonical(name).startswith("tower.") for name in ours)  # named there, and not held
+    towers = [name for name in there if within and canonical(name).startswith("tower.") and name not in buffers]
 
     def wrong() -> Iterator[Finding]:
         for name, other in unlike.items():
-            if name not in buffers and name not in grown:
+            if name not in (*buffers, *grown, *shorter):
                 yield failed("against", name, f"{shown(name)} is {kind(ours[name])}, in {label} it is {kind(theirs[other])}")
-        if lacking := [name for name in there if name not in buffers]:
+        if lacking := [name for name in there if name not in buffers and name not in towers]:
             yield failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} only in {label}: {few(lacking)}")
-        yield from differing("against", {**ours, **heads}, theirs, {**alike, **grown}, f"{label} has")
+        yield from differing("against", {**ours, **heads}, {**theirs, **their_heads}, compared, f"{label} has")
 
     if buffers:
         yield Finding("against", "unchecked", label, f"buffers that no program reads were left out: {listed(buffers)}")
-    rows = "".join(f", {theirs[other].shape[0]:,} rows of {shown(name)}" for name, other in grown.items())
-    text = f"{counted(len(alike), 'tensor')}{rows} equal to {label}" if alike or grown else ""
-    yield from folded("against", label, wrong(), text, part=f"values of {counted(len(alike) + len(grown), 'tensor')} (by {label})")
+    lengths = {name: heads[name].shape[0] if name in heads else ours[name].shape[0] for name in compared if name not in alike}
+    told_rows = "".join(f", {count:,} rows of {shown(name)}" for name, count in lengths.items())
+    text = f"{counted(len(alike), 'tensor')}{told_rows} equal to {label}" if compared else ""
+    yield from folded("against", label, wrong(), text, part=f"values of {counted(len(compared), 'tensor')} (by {label})")
     for name, other in grown.items():
         count = ours[name].shape[0] - theirs[other].shape[0]
         told = f"{shown(name)} has {counted(count, 'row')} more than in {label}, which were not compared"
         yield Finding("against", "unchecked", name, told, part=f"unchecked: {counted(count, 'row')} of {shown(name)}")
+    for name, other in shorter.items():
+        count = theirs[other].shape[0] - ours[name].shape[0]
+        if name in compared:
+            told = f"{shown(name)} has {counted(count, 'row')} less than in {label}, which a conversion adds"
+            yield Finding("against", "unchecked", name, told, part=f"unchecked: {counted(count, 'row')} of {label}")
+        else:
+            told = f"{shown(name)} has {counted(count, 'row')} less than in {label}, whose digest is of all of them"
+            yield Finding("against", "unproved", name, told, part=f"{shown(name)} not compared")
+    if towers:
+        told = (
+            f"the {counted(len(towers), 'tensor')} of a vision tower in {label} were not compared: the original layout only names its tower"
+        )
+        yield Finding("against", "unchecked", label, told, part=f"unchecked: the vision tower of {label}")
     yield from _without_counterpart([name for name in alone if name not in buffers], subject.explained, label)
 
 
-def _paired(ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry]) -> tuple[dict[str, str], list[str]]:
-    """Our name -> their name, and our names without one. A linear projector is the first of two layers in llava-hf."""
-    pairs, alone = Names(theirs).match(ours)
-    taken = set(pairs.values())
-    for part in ("weight", "bias"):
-        name = next((name for name in alone if canonical(name) == f"projector.0.{part}"), None)
-        other = next((name for name in theirs if name not in taken and canonical(name) == f"projector.{part}"), None)
-        if name and other:
-            pairs[name] = other
-            alone.remove(name)
-    return pairs, alone
+def _in_form_of(subject: Side, theirs: Mapping[str, TensorEntry], jobs: int) -> Mapping[str, TensorEntry]:
+    """What was read of `subject`; where one side has the single Linear of a projector and the other the two layers that stand for it in
+    llava-hf, then with that Linear, or those layers, under the names of `theirs`. As it is where ours are no such layers."""
+    ours, checkpoint = subject.reading.tensors, subject.checkpoint
+    mine, other = ({canonical(name): name for name in side if canonical(name).startswith("projector.")} for side in (ours, theirs))
+    if checkpoint is None or not ((_is_single(mine) and _is_pair(other)) or (_is_pair(mine) and _is_single(other))):
+        return ours
+    parts = {part: checkpoint.tensors[name] for part, name in mine.items()}
+    if any(each.dtype not in ONE or len(each.shape) != (1 if part.endswith("bias") else 2) for part, each in parts.items()):
+        return ours
+    made: list[dict[str, LazyTensor]] = []
+    try:
+        if _is_single(mine):
+            made += [paired(parts[SINGLE[0]], parts[SINGLE[1]], "identity")]
+            made += [paired(parts[SINGLE[0]], parts[SINGLE[1]], "relu")]
+        elif found := single(parts, str(checkpoint.config.get("projector_hidden_act", "gelu"))):
+            made.append(dict(zip(SINGLE, found, strict=True)))
+    except InputError:  # no such form, or no room for it
+        pass
+    rest = {name: entry for name, entry in ours.items() if name not in mine.values()}
+    found_forms = [
+        {
+            other[part]: TensorEntry(other[part], dtype, shape, form[part].nbytes, digest, ours[next(iter(mine.values()))].shard)
+            for part, (dtype, shape, digest) in digests(form, jobs=jobs).items()
+        }
+        for form in made
+    ]
+    if not found_forms:
+        return ours
+    return rest | max(found_forms, key=lambda form: sum(entry.sha256 == theirs[name].sha256 for name, entry in form.items()))
+
+
+def _is_single(parts: Mapping[str, str]) -> bool:
+    return {*parts} == {*SINGLE}
+
+
+def _is_pair(parts: Mapping[str, str]) -> bool:
+    return {*parts} == {*NAMES}
 
 
 def _is_grown(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
@@ -228,12 +285,12 @@ def _is_grown(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
     return canonical(name) in TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
 
 
-def _heads(subject: Side, rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:
+def _heads(checkpoint: Checkpoint | None, entries: Mapping[str, TensorEntry], rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:
     """Digests of the first rows of these tables."""
-    tensors = subject.checkpoint.tensors if subject.checkpoint else {}
+    tensors = checkpoint.tensors if checkpoint else {}
     heads = {name: resized(tensors[name], count) for name, count in rows.items()}
     return {
-        name: replace(subject.reading.tensors[name], shape=shape, nbytes=heads[name].nbytes, sha256=digest)
+        name: replace(entries[name], shape=shape, nbytes=heads[name].nbytes, sha256=digest)
         for name, (_, shape, digest) in digests(heads, jobs=jobs).items()
     }
 

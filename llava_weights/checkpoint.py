@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if not re.fullmatch(DROPPED, name)}
 
 
-def layout_of(tensors: Mapping[str, LazyTensor]) -> str:
+def layout_of(tensors: Iterable[str]) -> str:
     """The first entry of `families.LAYOUTS` that fits these names, or "unknown"."""
 
     def some(pattern: str) -> bool:

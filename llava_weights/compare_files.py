@@ -45,6 +45,7 @@ TOKENIZER_IGNORED = (
     r"model_max_length|max_length|(padding|truncation)_side|truncation_strategy|stride|pad_to_multiple_of|backend|is_local|"
     r"clean_up_tokenization_spaces|spaces_between_special_tokens|use_default_system_prompt|sp_model_kwargs|use_fast|model_input_names"
 )
+BYTE_LEVEL = ("vocab.json", "merges.txt")  # the slow tokenizer of Qwen 2
 # How much of a text is read, on which side it is padded, how ids become text again: the default is another in each class and version.
 HABITS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "spaces_between_special_tokens")
 # Compared where both sides say them: what stands there where one does not is the reader's choice.
@@ -85,7 +86,7 @@ class _Compared:
 
     label: str
     wrong: list[tuple[str, str]] = field(default_factory=list)  # file, sentence
-    open: list[str] = field(default_factory=list)
+    open: list[tuple[str, str]] = field(default_factory=list)  # in a word, sentence
     files: list[str] = field(default_factory=list)
     text_only: bool = False  # of the other side nothing but the text model's config is known
 
@@ -97,21 +98,21 @@ class _Compared:
                 if not _same(ours[key], theirs[key]):
                     self.wrong.append((file, f"`{key}` of {shown(file)} is {told(ours[key])}, in {self.label} it is {told(theirs[key])}"))
             elif (ours if key in ours else theirs)[key] is not None and not re.fullmatch(BOTH, key):
-                self.open.append(f"`{key}` of {shown(file)} {'here' if key in ours else f'in {self.label}'} only")
+                self.open.append((shown(key), f"{shown(key)} of {shown(file)} {'here' if key in ours else f'in {self.label}'} only"))
 
     def there(self, file: str, ours: bool, theirs: bool, *, instead: bool = False) -> bool:
-        """Whether both sides have the file; `instead`: another file here tells the same."""
+        """Whether both sides have the file. `instead`: its programs do without it, since another file here tells the same."""
         if theirs and not ours and not instead:
             self.wrong.append((file, f"{shown(file)} is in {self.label}, and is not here"))
         elif ours != theirs:
-            self.open.append(f"{shown(file)} {'here' if ours else f'in {self.label}'} only")
+            self.open.append((shown(file), f"{shown(file)} {'here' if ours else f'in {self.label}'} only"))
         return ours and theirs
 
 
 def compare_files(ours: Checkpoint, theirs: Checkpoint, label: str, level: str, *, tower: Checkpoint | None = None) -> list[Finding]:
     """Findings of `level` on the small files of `ours` beside those of `theirs`, which messages call `label`.
 
-    Across the layouts llava and llava-hf, `theirs` is converted first (`tower` serves it where it holds none). Raises nothing for
+    Across the layouts llava and llava-hf, the original is converted first (`tower` serves it where it holds none). Raises nothing for
     what is damaged: the rules on one checkpoint say that.
     """
     if not (ours.config or ours.files) or not (theirs.config or theirs.files):
@@ -120,13 +121,15 @@ def compare_files(ours: Checkpoint, theirs: Checkpoint, label: str, level: str, 
         text = f"the small files were not compared: {label} has none"
         return [Finding(level, "unchecked", label, text, rule="small-files", part="small files not compared")]
     found = _Compared(label)
-    if {ours.layout, theirs.layout} == {"llava", "llava-hf"}:
-        theirs = _converted(ours, theirs, tower, found)
+    if (ours.layout, theirs.layout) == ("llava-hf", "llava"):
+        theirs = _converted(theirs, ours, tower, found)
+    elif (ours.layout, theirs.layout) == ("llava", "llava-hf"):
+        ours = _converted(ours, theirs, tower, found)
     mine, other = read_sidecars(ours)[0], read_sidecars(theirs)[0]
     try:
         _compare(mine, other, found)
     except InputError as error:
-        found.open.append(error.what)
+        found.open.append(("small files", error.what))
     return _findings(found, level)
 
 
@@ -137,29 +140,39 @@ def _findings(found: _Compared, level: str) -> list[Finding]:
         text = f"small files say the same as {found.label}: {listed(names)}"
         findings.append(Finding(level, "ok", found.label, text, rule="small-files", part=f"small files (by {found.label})"))
     if found.open:
-        text = f"not compared: {'; '.join(found.open[:8])}" + (f"; and {len(found.open) - 8} more" if len(found.open) > 8 else "")
-        what = f"{len(found.open)} setting{'s' if len(found.open) > 1 else ''} of small files"
+        names, texts = (list(dict.fromkeys(every)) for every in zip(*found.open, strict=True))
+        text = f"not compared: {'; '.join(texts[:8])}" + (f"; and {len(texts) - 8} more" if len(texts) > 8 else "")
+        what = ", ".join(names[:3]) + (f" and {len(names) - 3} more of small files" if len(names) > 3 else "")
         findings.append(Finding(level, "unchecked", found.label, text, rule="small-files", part=f"unchecked: {what}"))
     return findings
 
 
-def _converted(ours: Checkpoint, theirs: Checkpoint, tower: Checkpoint | None, found: _Compared) -> Checkpoint:
-    """`theirs` as the converter would write it in the layout of `ours`; cut to the text model's config where it can't."""
-    options: dict[str, Any] = {}
-    if ours.layout == "llava-hf":
-        forms = {act: form for form, act in FORMS.items()}
-        rows = next((tensor.rows for name, tensor in ours.tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
-        single = any(canonical(name) == "projector.weight" for name in theirs.tensors)  # which alone has forms
-        options = {"projector_form": forms.get(str(ours.config.get("projector_hidden_act"))) if single else None, "vocab_size": rows}
-    if tower is None and not any(canonical(name).startswith("tower.") for name in theirs.tensors):
-        tower = _tower_of(ours)
-        found.open.append(f"`vision_config` and {shown(PREPROCESSOR)}: {found.label} holds no vision tower, and none was given")
+def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None, found: _Compared) -> Checkpoint:
+    """`original` as the converter would write it for llava-hf, with the options of `like`; cut to the text model's config if it can't."""
+    name = shown(original.origin.name)
+    forms = {act: form for form, act in FORMS.items()}
+    rows = next((tensor.rows for name, tensor in like.tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
+    single = any(canonical(name) == "projector.weight" for name in original.tensors)  # which alone has forms
+    options: dict[str, Any] = {"vocab_size": rows}
+    options["projector_form"] = forms.get(str(like.config.get("projector_hidden_act"))) if single else None
+    if tower is None and not any(canonical(name).startswith("tower.") for name in original.tensors):
+        tower = _tower_of(like)
+        text = f"`vision_config` and {shown(PREPROCESSOR)}: {name} holds no vision tower, and none was given"
+        found.open.append(("the tower's settings", text))
     try:
-        return convert(theirs, ours.layout, tower=tower, accept_tower=True, **options)
+        try:
+            return convert(original, "llava-hf", tower=tower, accept_tower=True, **options)
+        except InputError:  # the tower that it holds may need a config
+            if tower is not None or (tower := _tower_of(like)) is None:
+                raise
+            result = convert(original, "llava-hf", tower=tower, accept_tower=True, **options)
+            found.open.append(("the tower's settings", f"`vision_config`: nothing in {name} tells it"))
+            return result
     except (InputError, UsageError) as error:
-        found.open.append(f"all but the text model's config: {found.label} can't be converted, {error.what}")
+        what = "all but the text model's config"
+        found.open.append((what, f"{what}: {name} can't be converted, {error.what}"))
         found.text_only = True
-        return theirs
+        return original
 
 
 def _tower_of(checkpoint: Checkpoint) -> Checkpoint | None:
@@ -182,6 +195,7 @@ def _compare(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
                 each.pop("unfreeze_mm_vision_tower", None)
         found.values(CONFIG, mine, other)
         _names(ours, theirs, found)
+    found.there(GENERATION, ours.has(GENERATION), theirs.has(GENERATION), instead=True)  # values that are not the defaults differ below
     if ours.has(GENERATION) or theirs.has(GENERATION):
         found.values(GENERATION, _generation(ours), _generation(theirs))
     if found.there(PREPROCESSOR, bool(_image(ours)), bool(_image(theirs))):
@@ -338,20 +352,25 @@ def _templates(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     elif other and mine - other:
         found.wrong.append((TEMPLATE, f"the chat template is not that of {found.label}"))
     elif mine != other:
-        found.open.append("a chat template here only" if not other else f"one more chat template in {found.label}")
+        text = "a chat template here only" if not other else f"one more chat template in {found.label}"
+        found.open.append(("a chat template", text))
     elif mine:
         found.files.append("chat template")
+        for name in (TEMPLATE, JINJA):
+            found.there(name, ours.has(name), theirs.has(name), instead=True)
 
 
 # --- the tokenizer --------------------------------------------------------------------------------------------------
 
 
 def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
-    if found.there(FAST, ours.has(FAST), theirs.has(FAST), instead=ours.has(MODEL)):
+    slow = ours.has(MODEL) or all(map(ours.has, BYTE_LEVEL))
+    if found.there(FAST, ours.has(FAST), theirs.has(FAST), instead=slow):
         _fast(ours.of(FAST), theirs.of(FAST), found)
-    if found.there(MODEL, ours.has(MODEL), theirs.has(MODEL), instead=ours.has(FAST)):
+    # LLaVA's own code asks for the slow tokenizer, transformers takes what there is.
+    if found.there(MODEL, ours.has(MODEL), theirs.has(MODEL), instead=ours.has(FAST) and ours.checkpoint.layout != "llava"):
         _pieces(ours.checkpoint, theirs.checkpoint, found)
-    for name in ("vocab.json", "merges.txt"):
+    for name in BYTE_LEVEL:
         both = found.there(name, ours.has(name), theirs.has(name), instead=ours.has(FAST))
         same = both and (_bytes(ours.checkpoint, name) == _bytes(theirs.checkpoint, name) or _is_json_alike(ours, theirs, name))
         if both and not same:
@@ -359,12 +378,16 @@ def _tokenizer(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     if not any(side.has(name) for side in (ours, theirs) for name in TOKENIZER_FILES):
         return
     _added(ours, theirs, found)
+    for name in (ADDED, SPECIAL):  # what they tell is compared from whatever file tells it
+        found.there(name, ours.has(name), theirs.has(name), instead=True)
     found.values("special tokens", _roles(ours), _roles(theirs))
+    _more_special(ours, theirs, found)
     mine, other = _named_roles(ours), _named_roles(theirs)  # programs differ in which file they ask first
     for file in mine.keys() & other.keys():
         found.values(file, {key: mine[file][key] for key in mine[file] if key in other[file]},
                      {key: other[file][key] for key in other[file] if key in mine[file]})  # fmt: skip
-    if ours.has(TOKENIZER) or theirs.has(TOKENIZER):
+    meta = ours.checkpoint.origin.container == "meta"  # whose programs read none of these
+    if found.there(TOKENIZER, ours.has(TOKENIZER), theirs.has(TOKENIZER), instead=meta):
         found.values(TOKENIZER, _settings(ours), _settings(theirs))
         _flags(TOKENIZER, _decoder(ours, theirs), _decoder(theirs, ours), found)
         mine, other = _habits(ours), _habits(theirs)
@@ -453,20 +476,42 @@ def _added(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     for name, i in mine:
         known = every[1].get(name)
         if known is None and not (theirs.rows and i >= theirs.rows):
-            _unknown(theirs, f"the added token {shown(name)} ({i}) is not in {found.label}", found)
+            text = f"the added token {shown(name)} ({i}) is not in {found.label}"
+            if theirs.has(FAST) or theirs.has(ADDED):  # which list such tokens
+                found.wrong.append((ADDED, text))
+            else:
+                found.open.append((shown(name), text))
         elif known not in (None, i):
             found.wrong.append((ADDED, f"the added token {shown(name)} has the id {i}, in {found.label} {known}"))
     for name, i in other:
         if name not in every[0]:
-            _unknown(ours, f"the added token {shown(name)} ({i}) of {found.label} is missing", found)
+            found.wrong.append((ADDED, f"the added token {shown(name)} ({i}) of {found.label} is missing"))
 
 
-def _unknown(side: Sidecars, text: str, found: _Compared) -> None:
-    """A token that `side` does not list: with tokenizer.json or an own list of added tokens it would."""
-    if side.has(FAST) or side.has(ADDED):
-        found.wrong.append((ADDED, text))
-    else:
-        found.open.append(text)
+def _more_special(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
+    """Tokens that a file calls special beside those with a role: cut out of every text before it is split, and left out of answers."""
+    mine, other = _special(ours), _special(theirs)
+    for text in (mine | other) - (mine & other):
+        side, without = (ours, theirs) if text in mine else (theirs, ours)
+        ids = {**_ids(side), **side.tokens}
+        places = {file for file, name, _ in listings(without.objects) if name == text}
+        if places == {ADDED}:  # which has no flags: the program that loads it may set them
+            found.open.append((shown(text), f"whether {shown(text)} is a special token, which {ADDED} does not tell"))
+        elif text in other or places or not (theirs.rows and ids.get(text, -1) >= theirs.rows):  # a new one has a row that theirs lacks
+            here, there = ("a special token", "none") if text in mine else ("no special token", "one")
+            found.wrong.append((SPECIAL, f"{shown(text)} is {here} here, in {found.label} it is {there}"))
+
+
+def _special(side: Sidecars) -> set[str]:
+    lists: list[Any] = []
+    for file in (TOKENIZER, SPECIAL):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            given = side.of(file).get(key)
+            lists += given.values() if isinstance(given, dict) else given if isinstance(given, list) else []
+    decoder = side.of(TOKENIZER).get("added_tokens_decoder")
+    entries = [*(decoder.values() if isinstance(decoder, dict) else ()), *added_tokens(dict(side.of(FAST))).values()]
+    lists += [entry for entry in entries if isinstance(entry, dict) and entry.get("special") is True]
+    return {text for each in (*lists, *_roles(side).values()) if (text := content(each)) is not None}
 
 
 def _decoder(side: Sidecars, other: Sidecars) -> dict[int, Said]:

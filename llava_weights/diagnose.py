@@ -11,13 +11,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
 import numpy as np
 
+from .checkpoint import Checkpoint
+from .errors import InputError
 from .tensors import FLOATS, LazyTensor, each, read_rows
 from .workspace import Workspace
 
@@ -47,6 +49,7 @@ ENOUGH_OF_ONE, FAILING_OF_ONE = 256, 8  # to call one matrix bad: fewer is binom
 PLAUSIBLE = 0.5  # |delta| / |base|: at most. Expected 0.005 to 0.3, measured 0.0005 to 0.1 for changes of 1e-5 to 2e-3
 SAME_SIZE = (0.5, 2.0)
 ALIGNED = 0.8  # |cosine|. tuned vs. base: > 0.95; unrelated model - base: -0.71
+MODELS = ("llama", "llava", "llava-hf")  # layouts that hold RMSNorm vectors to judge by
 EXTRA = (0.1, 10.0)  # standard deviation of added rows, as a multiple of the trained rows'
 LLAMA1_EPS_1E6 = (4096, 5120, 6656)  # hidden sizes of LLaMA 1 with rms_norm_eps 1e-6; 65B has 1e-5 (facts: llava-original 4.1)
 
@@ -141,6 +144,16 @@ def state(tensors: Tensors) -> State:
         f"matrix values have a standard deviation of {matrix_std:.2g}",
     )
     return State(verdict, len(norms), median(shares or [0.0]), typical, matrix_std, evidence)
+
+
+def role_of(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is to `holes.Watch`, by its names and values: "lora" or "delta" for differences, "" for values."""
+    if checkpoint.layout == "adapter":
+        return "lora"
+    with suppress(InputError):  # which reading the values tells
+        if checkpoint.layout in MODELS and state(checkpoint.parameters()).verdict == "delta":
+            return "delta"
+    return ""
 
 
 @np.errstate(all="ignore")

@@ -25,7 +25,7 @@ from .agreement_values import ACTIVATIONS
 from .chat_template import asks_for
 from .checkpoint import Checkpoint, small_text
 from .config import few, fold_names
-from .diagnose import LARGEST_ROW, LONGEST_NORM, bf16_damaged, is_llama1, state
+from .diagnose import LARGEST_ROW, LONGEST_NORM, MODELS, bf16_damaged, is_llama1, role_of, state
 from .errors import InputError
 from .findings import Finding
 from .formats import listed, present
@@ -38,7 +38,6 @@ from .tensors import FLOATS, LazyTensor, read_rows
 from .wording import size
 from .workspace import Workspace
 
-MODELS = ("llama", "llava", "llava-hf")
 RULES: Mapping[str, tuple[Rule, ...]] = {"llama": agreement.LLAMA, "llava": agreement.LLAVA, "llava-hf": agreement_hf.RULES}
 MORE_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
 TEMPLATES_FROM = "take the template from the authors of the model"
@@ -291,12 +290,8 @@ def _holes(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def watch_over(checkpoint: Checkpoint) -> Watch:
     """What collects holes in a checkpoint that is looked at, in the role that its names and values tell."""
-    role = "lora" if checkpoint.layout == "adapter" else ""
-    with suppress(InputError):  # which reading the values tells
-        if checkpoint.layout in MODELS and state(checkpoint.parameters()).verdict == "delta":
-            role = "delta"
     leaves = ((name, leaf) for name, tensor in checkpoint.parameters().items() for leaf in tensor.leaves())
-    return Watch(leaves, {file.path: role for file in checkpoint.origin.files}, accept=True)
+    return Watch(leaves, dict.fromkeys((file.path for file in checkpoint.origin.files), role_of(checkpoint)), accept=True)
 
 
 def _constant(samples: Mapping[str, Sample]) -> Iterator[Finding]:

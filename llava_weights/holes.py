@@ -1,9 +1,10 @@
 """Zeros where values should be: what a preallocated, half-downloaded file or a lost block of a disk leaves.
 
-A hole is a run of zero bytes that covers at least two whole rows of matrices and ends where no writer of rows would end it: inside
-a row, or on a 4 KiB border of the file. Or a matrix that is zero as a whole while its siblings in other layers are not. Zero rows
-that end on row borders are none: padding and never-seen tokens of a vocabulary, frozen modules in a delta. Neither is chance: the
-zeros in the broken row must be too many for their number elsewhere in the tensor.
+A hole is a run of zero bytes that covers whole rows of matrices and ends where no writer of rows would end it: inside a row, or, if
+they are several, on a 4 KiB border of the file. Or one that covers a matrix and goes on in another. Or a matrix that is zero as a
+whole while its siblings in other layers are not. Other zero rows that end on row borders are none: padding and never-seen tokens of a
+vocabulary, frozen modules in a delta. Neither is chance: the zeros in the broken row must be too many for their number elsewhere in
+the tensor.
 
 `Watch.survey` looks at local files before anything is written: holes of the file system, 256 samples a file, one row of each matrix;
 files up to 16 MiB whole. `Watch.look` sees every byte while it streams, and costs one comparison a row.
@@ -32,7 +33,8 @@ from .tensors import FLOATS, Stored
 from .workspace import Record, SourceFile, Workspace, check_crcs
 
 PAGE = 4096  # bytes: what file systems, block devices and downloaders write at once
-TELLING = -9.0  # log10 of the chance of such an end: a 13B has 1e6 rows, so one run in a thousand would be refused by chance
+# log10 of the chance that the ends of a run are those of values: a delta of a 13B may have 1e6 runs of zero rows, a model a thousand.
+TELLING_DELTA, TELLING = -9.0, -6.0
 NEAR = 16 << 10  # bytes, or three rows if they are more, that are read around a run to find its ends
 WHOLE = 16 << 20  # bytes of a file that are all read beforehand, where no more of it are used
 SAMPLES = 256  # of a larger file: a contiguous hole of 1 % is hit at least twice
@@ -114,6 +116,10 @@ class Watch:
         role = self.roles.get(file.path, "")
         return role != "delta" and not role.startswith("lora")
 
+    def _least(self, file: SourceFile) -> int:
+        """Whole rows in a run that is judged: among differences single ones are too many."""
+        return 1 if self.holds_values(file) else 2
+
     def fresh(self) -> Watch:
         """The same with nothing found, for another piece of the work."""
         other = copy(self)
@@ -142,11 +148,12 @@ class Watch:
         if not zero.any():
             return
         rows = np.frombuffer(data, np.uint8, count * width, at).reshape(count, width)
+        least = self._least(leaf.file)
         for begin, end in _groups(zero):
-            if end - begin > 1 or begin == 0 or end == count:
+            if end - begin >= least or begin == 0 or end == count:
                 for low, high in _groups(rows[begin:end].max(axis=1) == 0):
                     low, high = begin + low, begin + high
-                    if high - low > 1 or low == 0 or high == count:
+                    if high - low >= least or low == 0 or high == count:
                         self._weigh(name, leaf, first + low, first + high, offset, data, work)
 
     def _weigh(self, name: str, leaf: Stored, low: int, high: int, offset: int, data: memoryview, work: Workspace) -> None:
@@ -223,21 +230,32 @@ class Watch:
         if self._known(file, start, stop):
             return
         width = max((row_width(leaf) for _, leaf in self._around(file, start, stop) if is_matrix(leaf)), default=0)
-        enough = sum(high - low for _, low, high in self._rows_in(file, start, stop)) > 1
+        least = self._least(file)
+        enough = sum(high - low for *_, low, high in self._rows_in(file, start, stop)) >= least
         reach = width if file.remote and enough else max(NEAR, 3 * width)
         start, begun = _backward(file, start, reach, work)
         stop, ended = _forward(file, stop, reach, work)
-        if sum(high - low for _, low, high in self._rows_in(file, start, stop)) < 2:
+        count = sum(high - low for *_, low, high in self._rows_in(file, start, stop))
+        if count < least:
             return
         left, page_before = self._end(file, start, False, work) if begun else (0.0, False)
         right, page_after = self._end(file, stop, True, work) if ended else (0.0, False)
-        if left + right <= TELLING:
+        if left + right <= (TELLING if self.holds_values(file) else TELLING_DELTA):
             why = "they end inside a row"
-        elif page_before or page_after:
+        elif count > 1 and (page_before or page_after):
             why = "they end on a 4 KiB border of the file"
+        elif self.holds_values(file) and self._runs_over(file, start, stop):
+            why = "they cover one matrix and end in another"
         else:
             return
         self._report(self._hole(file, start, stop, why, work))
+
+    def _runs_over(self, file: SourceFile, start: int, stop: int) -> bool:
+        """Whether they cover a matrix from its first row to its last, and a part of another one that is no vocabulary table."""
+        covered = [
+            (name, leaf, (low, high) == (0, leaf.nbytes // row_width(leaf))) for name, leaf, low, high in self._rows_in(file, start, stop)
+        ]
+        return any(whole for *_, whole in covered) and any(not whole and not is_table(name) for name, _, whole in covered)
 
     def _known(self, file: SourceFile, start: int, stop: int) -> bool:
         return any(hole.path == file.path and hole.start <= start and stop <= hole.stop for hole in self.found)
@@ -249,7 +267,7 @@ class Watch:
                 start, stop = min(start, low), max(stop, high)
         if not file.remote:
             start, stop = _backward(file, start, file.size, work)[0], _forward(file, stop, file.size, work)[0]
-        rows = [f"rows {low:,} to {high:,} of `{name}`" for name, low, high in self._rows_in(file, start, stop)]
+        rows = [f"rows {low:,} to {high:,} of `{name}`" for name, _, low, high in self._rows_in(file, start, stop)]
         more = f" and in {len(rows) - 3:,} more tensors" if len(rows) > 3 else ""
         return Hole(file.path, start, stop, "in " + ", ".join(rows[:3]) + more, why)
 
@@ -379,14 +397,14 @@ class Watch:
             if leaf.offset > stop:
                 return
 
-    def _rows_in(self, file: SourceFile, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    def _rows_in(self, file: SourceFile, start: int, stop: int) -> Iterator[tuple[str, Stored, int, int]]:
         """The matrices of which whole rows lie in [start, stop), with the first such row and the one behind the last."""
         for name, leaf in self._around(file, start, stop):
             width = row_width(leaf)
             low = max(-(-(start - leaf.offset) // width), 0)
             high = min(stop - leaf.offset, leaf.nbytes) // width
             if is_matrix(leaf) and high > low:
-                yield name, low, high
+                yield name, leaf, low, high
 
 
 def told(texts: Iterable[str]) -> tuple[str, ...]:

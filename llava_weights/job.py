@@ -291,7 +291,7 @@ def _is_ours(partial: Path) -> bool:
     known = {name for name in names if name == "lock" or name.startswith(f".{MARKER}.")}
     if "lock" in known:  # of a run that died before it marked the folder, or of 0.1.0: a process id, or "portions"
         written = _small_file(partial / "lock")
-        if written is None or not re.fullmatch(rb"[\0\n]*|\d+\n|portions\n", written):
+        if written is None or not re.fullmatch(rb"[\d\n\0]*|[portions\n\0]*", written):  # a power cut leaves a part, or zeros
             return False
     return known == names or ("lock" in known and {"version", "tensors"} <= (_read_plan(partial / "plan.json") or {}).keys())
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import Checkpoint, Source, Step, opened, small_bytes
+from .diagnose import role_of
 from .errors import MOST_JOBS, UsageError, whole_number
 from .formats import legible
 from .formats.strict_json import json_bytes
@@ -142,7 +143,10 @@ def make_plan(
 
 
 def _watch(checkpoint: Checkpoint, accept: bool) -> Watch:
-    roles = {file.path: role for step in checkpoint.history for role, origin in step.inputs for file in origin.files}
+    if checkpoint.history:
+        roles = {file.path: role for step in checkpoint.history for role, origin in step.inputs for file in origin.files}
+    else:  # as it was opened, to cut it anew
+        roles = dict.fromkeys((file.path for file in checkpoint.origin.files), role_of(checkpoint))
     leaves = ((name, leaf) for name, tensor in checkpoint.tensors.items() for leaf in tensor.leaves())
     return Watch(leaves, roles, accept=accept)
 

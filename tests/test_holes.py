@@ -220,6 +220,29 @@ def test_a_matrix_that_is_zero_as_a_whole(own: Path) -> None:
     assert "3 of the same name" in raised.value.facts["evidence"]
 
 
+def start_of(path: Path, name: str) -> int:
+    entry = json.loads(path.read_bytes()[8 : data_start(path)])[name]
+    return data_start(path) + int(entry["data_offsets"][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        pytest.param("model.layers.1.mlp.down_proj.weight", (12.63, 14.66), id="one whole row between two broken ones"),
+        pytest.param("model.embed_tokens.weight", (100.969, 120.0), id="two values of a row"),
+        pytest.param("model.layers.1.self_attn.q_proj.weight", (0, 64 + 10), id="a matrix, and rows of the next"),
+    ],
+)
+def test_short_and_even_ones(own: Path, name: str, rows: tuple[float, float]) -> None:
+    path = own / "base" / "model.safetensors"
+    width = 512 if "down_proj" in name else 128
+    start, stop = (int(start_of(path, name) + row * width) for row in rows)
+    zero(path, start, stop - start)
+    with pytest.raises(lw.InputError) as raised:
+        lw.make_plan(applied(own))
+    assert is_hole(raised.value)
+
+
 def test_a_model_of_zeros(own: Path) -> None:
     change(own / "base", {"": np.zeros_like})
     with pytest.raises(lw.InputError) as raised:
@@ -370,6 +393,13 @@ def test_zeros_of_a_delta_are_differences(own: Path, tmp_path: Path, zeros: str)
     as_safetensors(own / "delta", DELTAS[zeros])
     lw.execute(lw.make_plan(applied(own)), tmp_path / "out")
     assert not any("zeros" in warning for warning in lw.make_plan(applied(own)).history[-1].warnings)
+
+
+@pytest.mark.parametrize("zeros", ["all but the norms", "rows", "99 % of the values"])
+def test_a_delta_that_is_only_cut_anew(own: Path, tmp_path: Path, zeros: str) -> None:
+    """Without a history, its values tell what it is."""
+    as_safetensors(own / "delta", DELTAS[zeros])
+    lw.execute(lw.make_plan(opened(own, "delta"), max_shard_size="100KB"), tmp_path / "out")
 
 
 def identity(values: np.ndarray) -> np.ndarray:

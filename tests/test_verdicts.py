@@ -212,7 +212,7 @@ def test_the_same_checkpoint_passes_with_or_without_records(good: Path, model: P
         "base": {"base": fixtures / BASE, "vision_tower": fixtures / TOWER},
     }
     found = verify(model, **references[mode])
-    assert (found.exit_code, said(found, "warning")) == (0, "")
+    assert found.exit_code == 0, said(found, "failed")
     assert "values of 64 tensors and small files (by " in headline(found)
 
 
@@ -513,3 +513,89 @@ def test_options_that_mean_nothing_together(model: Path, fixtures: Path) -> None
     ):
         with pytest.raises(UsageError):
             verify(model, **options)  # type: ignore[arg-type]
+
+
+# --- the original beside what was converted from it ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def linear(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An original with a single linear projector, and what it is in llava-hf, by form. Not to be changed."""
+    folder = tmp_path_factory.mktemp("linear")
+    original = lw.apply_delta(lw.open_checkpoint(fixtures / "A-delta-v0/base-hf-bin"), lw.open_checkpoint(fixtures / DELTA))
+    lw.execute(lw.make_plan(original), folder / "original")
+    tower = lw.open_checkpoint(fixtures / SMALL)
+    for form in ("identity", "gelu"):
+        lw.execute(lw.make_plan(lw.convert(original, "llava-hf", tower=tower, projector_form=form)), folder / form)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("record", ["", MANIFEST])
+@pytest.mark.parametrize("form", ["identity", "gelu"])
+def test_a_single_projector_is_compared_by_what_it_computes(linear: dict[str, Path], form: str, record: str) -> None:
+    for one, other in ((form, "original"), ("original", form)):
+        found = verify(linear[one], against=linear[other] / record)
+        assert (found.exit_code, "tower" in headline(found) or "39 tensors" in headline(found)) == (0, True), said(found, "failed")
+
+
+@pytest.mark.parametrize("name", ["linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias"])
+def test_another_projector_is_none_of_its_forms(linear: dict[str, Path], tmp_path: Path, name: str) -> None:
+    for form in ("identity", "gelu"):
+        folder = Path(shutil.copytree(linear[form], tmp_path / form))
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"multi_modal_projector.{name}"].flat[1] += 0.5
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        lw.checksum(folder, force=True)
+        assert verify(folder, against=linear["original"]).exit_code == 4
+        assert verify(linear["original"], against=folder).exit_code == 4
+        assert verify(linear["original"], against=folder / MANIFEST).exit_code == 4
+
+
+def test_an_original_beside_its_conversion(fixtures: Path, good: Path, model: Path) -> None:
+    found = verify(fixtures / BASE, against=good)
+    assert found.exit_code == 0, said(found, "failed")
+    assert f"unchecked: 16 rows of `{good.name}`, the vision tower of `{good.name}`" in headline(found)
+    found = verify(fixtures / BASE, against=good / MANIFEST)  # whose digests are of tables with more rows
+    assert (found.exit_code, "not compared" in headline(found)) == (3, True)
+    edit("config.json", text_config__rope_theta=5000.0)(model)
+    assert "rope_theta" in said(verify(fixtures / BASE, against=model), "failed")
+
+
+# --- a small file that is not there -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("generation_config.json", 0), ("special_tokens_map.json", 0), ("added_tokens.json", 4), ("tokenizer.model", 4),
+     ("tokenizer_config.json", 4)],
+)  # fmt: skip
+def test_a_small_file_that_is_gone_fails_or_is_named(linear: dict[str, Path], tmp_path: Path, name: str, code: int) -> None:
+    folder = Path(shutil.copytree(linear["original"], tmp_path / "x"))
+    without_records(folder)
+    (folder / name).unlink()
+    found = verify(folder, against=linear["original"])
+    assert found.exit_code == code, headline(found)
+    assert code or f"unchecked: `{name}`" in headline(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "chat_template.json", "tokenizer.model", "tokenizer.json", "special_tokens_map.json"]
+)
+def test_a_small_file_whose_content_stands_elsewhere_is_named(good: Path, model: Path, name: str) -> None:
+    without_records(model)
+    (model / name).unlink()
+    found = verify(model, against=good)
+    assert (found.exit_code, f"unchecked: `{name}`" in headline(found)) == (0, True), said(found, "failed")
+
+
+def test_one_more_special_token_is_another_tokenizer(good: Path, model: Path) -> None:
+    edit("special_tokens_map.json", additional_special_tokens=["ab"])(model)
+    assert "`ab` is a special token here" in said(verify(model, against=good), "failed", rule="small-files")
+    assert "`ab` is no special token here" in said(verify(good, against=model), "failed", rule="small-files")
+
+
+def test_a_setting_that_no_table_knows_is_named_in_the_headline(good: Path, model: Path) -> None:
+    edit("config.json", new_switch=True)(model)
+    without_records(model)
+    found = verify(model, against=good)
+    assert (found.exit_code, "unchecked: `new_switch`" in headline(found)) == (0, True)

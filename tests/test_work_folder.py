@@ -216,6 +216,15 @@ def test_work_of_0_1_0_is_refused_in_plain_words(tmp_path: Path, lock: str) -> N
     assert len(list(out.glob("*.safetensors"))) == 3
 
 
+@pytest.mark.parametrize("lock", [b"43", b"4\0\0\0\0", b"portio", b"\0" * 9])
+def test_a_lock_that_a_power_cut_left(tmp_path: Path, lock: bytes) -> None:
+    """It is never synced, so any part of it may be on the disk, with zeros for the rest."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/lock").write_bytes(lock)
+    execute(plan_of(make_source(tmp_path / "source")), tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.parametrize("lock", ["held by another program\n", "\n\nx", "link"])
 def test_a_lock_of_another_program(tmp_path: Path, lock: str) -> None:
     """A folder of that name with nothing but a lock that is not of ours."""
