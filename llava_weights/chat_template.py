@@ -6,6 +6,7 @@ templates in a sandbox, others may not, and a sandbox has had holes: a name that
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -89,12 +90,12 @@ def _environment() -> Environment:
 
 
 def internal(name: str) -> bool:
-    """Whether an attribute leads out of the data: into Python's own objects."""
+    """Whether an attribute, or one of several as a filter takes them, leads out of the data: into Python's own objects."""
     from jinja2 import sandbox
 
     own = sandbox.UNSAFE_FUNCTION_ATTRIBUTES | sandbox.UNSAFE_METHOD_ATTRIBUTES | sandbox.UNSAFE_GENERATOR_ATTRIBUTES
     own = own | sandbox.UNSAFE_COROUTINE_ATTRIBUTES | sandbox.UNSAFE_ASYNC_GENERATOR_ATTRIBUTES
-    return any(part.startswith("_") or part in own or part in ("mro", "format_map") for part in name.split("."))
+    return any(part.startswith("_") or part in own or part in ("mro", "format_map") for part in re.split("[.,]", name))
 
 
 @dataclass
@@ -153,6 +154,8 @@ class _Reader:
                     self._assign(node.target, nodes.Concat([]))
                 case nodes.For():
                     self._assign(node.target, node.iter)
+                    self.values[".previtem"].append(node.iter)
+                    self.values[".nextitem"].append(node.iter)
                     if node.recursive:
                         self._assign(node.target, nodes.Name("loop()", "load"))
                 case nodes.With():

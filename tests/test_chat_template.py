@@ -130,6 +130,12 @@ HONEST = {
         message.tool_calls[-1].function.name %}
         {%- for k, v in _args|items if false %}{% endfor %}{%- set _args = message.arguments %}{%- endfor -%}{{ "%s|%d" | format("a", 3)
         }}""",
+    "lists and dicts that are filled": """{% set seen = [] %}{% set by = {} %}{% for m in messages|reverse %}
+        {% if m.name not in seen %}{% set _ = seen.append(m.name) %}{% set _ = by.update({m.id: m.content ~ ' '}) %}{% endif %}{% endfor %}
+        {% for s in seen %}{{ tools[s] }}{% endfor %}{{ seen[-1] }}{{ by['x'] }}{{ messages|join(', ', 'role') }}
+        {% macro f() %}{{ varargs|join(', ') }}{{ varargs[0] }}{% endmacro %}{{ f('a') }}
+        {% for m in messages %}{% if loop.previtem is defined and loop.previtem.role == m.role %}{{ m['content'] }}{% endif %}
+        {% endfor %}""",
     "words with underscores in the text": """The __init__ method of ''.__class__ {# {{ x.__class__ }} #}{{ "__init__ is" ~ ' "__class__"'
         }}""",
     "nothing": "",
@@ -156,6 +162,8 @@ HOSTILE = {
     "{% set l = [[]] %}{% set _ = l[0].append('__class__') %}{% for k in l[0] %}{{ x[k] }}{% endfor %}": "puts together",
     "{% set n = namespace(l=[]) %}{% set _ = n.l.append('__class__') %}{{ x[n.l[0]] }}": "puts together",
     "{% set n = namespace() %}{% set n.k = '__class__' %}{{ x[n['k']] }}": "puts together",
+    "{% for k in ['__class__', 'a'] %}{{ x[loop.previtem] }}{% endfor %}": "puts together",
+    "{{ x|sort(attribute='role,__class__') }}": "`role,__class__`",
     "{{ x|join(',', '__class__') }}": "`__class__`",
     "{{ x|map('join', ',', '__class__')|list }}": "`__class__`",
     "{{ x['slabolg_'|reverse] }}": "puts together",
