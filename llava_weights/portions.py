@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoint import to_place
 from .errors import OutputError, UsageError
 from .events import Note
 from .job import Job, lock, open_job, remove
 from .plan import Plan
 from .stream import output_error
-from .write import Listener, Report, execute, keeping, note_sources, preflight, trusted, write_shards
+from .write import Listener, Report, execute, keeping, note_sources, preflight, to_folder, trusted, write_shards
 
 LARGEST_COUNT = 99999  # the numbers have five digits, as in the names of shards
 
@@ -69,7 +68,7 @@ def execute_portion(
     """
     if not isinstance(plan, Plan) or not isinstance(portion, Portion):
         raise UsageError("a portion is made of a plan", hint="give what `make_plan` and `to_portion` return")
-    target, own = Path(os.path.abspath(to_place(out, "output"))), portion.of(plan)
+    target, own = to_folder(out), portion.of(plan)
     preflight(plan, target, force=force)
     try:
         with open_job(target, shared=True) as job, _held(job, portion):

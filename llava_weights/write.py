@@ -17,6 +17,7 @@ from typing import Any
 
 from .card import make_card
 from .checkpoint import small_bytes, to_place
+from .destination import is_address
 from .errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
 from .events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from .executors import completed
@@ -74,7 +75,7 @@ def execute(
         raise UsageError(
             f"the pool is of the type `{type(pool).__name__}`, no `concurrent.futures.Executor`", hint="pass one, or leave it out"
         )
-    target = Path(os.path.abspath(to_place(out, "output")))
+    target = to_folder(out)
     preflight(plan, target, force=force, make_job=make_job)
     try:
         with open_job(target, make_job) as job:
@@ -197,6 +198,15 @@ def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str,
             results[result.name] = result  # from here on it is kept
             job.shard_done(asdict(result))
             on_event(ShardDone(result.name, indices[result.name], len(plan.shards), result.nbytes, result.sha256))
+
+
+def to_folder(out: str | Path) -> Path:
+    """The folder to write, whole. Raises UsageError for an address, which would become a local folder of that name."""
+    place = to_place(out, "output")
+    if is_address(str(place)):
+        hint = "give a folder; the command line writes to addresses"
+        raise UsageError("the output is an address, and no folder", facts={"output": str(place)}, hint=hint)
+    return Path(os.path.abspath(place))
 
 
 @contextmanager

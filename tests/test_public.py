@@ -71,6 +71,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "execute to an empty name": (lambda: lib.execute(lw.make_plan(BASE), ""), "the output is an empty text"),
     "execute to a NUL": (lambda: lib.execute(lw.make_plan(BASE), "a\0b"), "the output has a NUL"),
     "open_checkpoint of a NUL": (lambda: lib.open_checkpoint("a\0b"), "the source has a NUL"),
+    "execute to an address": (lambda: lib.execute(lw.make_plan(BASE), "s3://bucket/out"), "the output is an address"),
+    "a portion to an address": (
+        lambda: lib.execute_portion(lw.make_plan(BASE), Path("HF://a/b"), lw.to_portion("1/2")),
+        "the output is an address",
+    ),
     "execute on a pool of no kind": (lambda: lib.execute(lw.make_plan(BASE), "out", pool=4), "concurrent.futures.Executor"),
     "verify of nothing": (lambda: lib.verify(None), "the checkpoint is of the type `NoneType`"),
     "verify against nothing": (lambda: lib.verify(BASE, against=""), "the reference is an empty text"),
