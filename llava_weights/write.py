@@ -200,7 +200,7 @@ def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str,
             on_event(ShardDone(result.name, indices[result.name], len(plan.shards), result.nbytes, result.sha256))
 
 
-def to_folder(out: str | Path) -> Path:
+def to_folder(out: str | os.PathLike[str]) -> Path:
     """The folder to write, whole. Raises UsageError for an address, which would become a local folder of that name."""
     place = to_place(out, "output")
     if is_address(str(place)):
