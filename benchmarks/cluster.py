@@ -28,7 +28,7 @@ from llava_weights.checkpoint import open_checkpoint
 from llava_weights.delta import apply_delta
 from llava_weights.events import Event, ShardDone
 from llava_weights.executors import open_executor
-from llava_weights.families import LLAMA_SIZES
+from llava_weights.families.decoders import LLAMA_SIZES
 from llava_weights.plan import Plan, make_plan
 from llava_weights.write import execute
 

@@ -13,7 +13,7 @@ from inputs import SIZES
 from measure import measure
 from synthetic import SHARD, TINY, cut_to, shapes, write_base, write_delta, write_lora
 
-from llava_weights.families import Size
+from llava_weights.families.decoders import Size
 
 HEAD = 128  # channels of a head in every LLaMA
 RANK = 64

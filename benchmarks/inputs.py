@@ -12,7 +12,7 @@ from pathlib import Path
 
 from synthetic import CLIP, TINY, TINY_CLIP, Clip, cut_to, write_base, write_bin, write_clip, write_delta, write_llava, write_lora
 
-from llava_weights.families import LLAMA_SIZES, Size
+from llava_weights.families.decoders import LLAMA_SIZES, Size
 
 SIZES = {size.name: size for size in (*LLAMA_SIZES, TINY)}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_weights.families import LLAMA_SIZES, Size
+from llava_weights.families.decoders import LLAMA_SIZES, Size
 from llava_weights.formats.safetensors import make_header
 from llava_weights.tensors import LazyTensor
 from llava_weights.tower import tower_shapes

@@ -19,7 +19,8 @@ from .adapter_names import Contents, bare, parameter_names, sort_names
 from .checkpoint import Origin, to_place
 from .config import few
 from .errors import InputError
-from .families import TOKENIZER_FILES, VOCABULARY
+from .families.files import ADAPTER_FILES, PROJECTOR_FILES, TOKENIZER_FILES, TRAINED_BESIDE
+from .families.layouts import VOCABULARY
 from .formats import legible, listed, present, shown, unreadable
 from .formats.folder import index_file, member, optional
 from .formats.safetensors import index_safetensors
@@ -32,9 +33,6 @@ from .workspace import SourceFile
 
 Kind = Literal["linear", "embedding", "conv", "parameter"]
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT's own order of preference
-PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-NON_LORA = "non_lora_trainables.bin"
 PROJECTOR_NAME = r"model\.mm_projector\.(\d\.)?(weight|bias)"
 # The parts that a module has, those that it needs and those that it may have.
 SLOTS = (({"A", "B"}, {"A", "B", "magnitude", "bias"}), ({"embedding_A", "embedding_B"}, {"embedding_A", "embedding_B", "magnitude"}))
@@ -242,7 +240,9 @@ def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Pa
     """With what `non_lora_trainables.bin` replaces, and the config that was written with it."""
     path = given or _find_non_lora(folder, adapter.config)
     if path is None and (folder / "trainer_state.json").exists():
-        note = f"this is a checkpoint of the Trainer; if LLaVA's, the projector of that step is not in it: give `--non-lora {NON_LORA}`"
+        note = (
+            f"this is a checkpoint of the Trainer; if LLaVA's, the projector of that step is not in it: give `--non-lora {TRAINED_BESIDE}`"
+        )
         return replace(adapter, notes=(*adapter.notes, note))
     if path is None:
         return adapter
@@ -271,18 +271,18 @@ def _find_non_lora(folder: Path, config: Mapping[str, Any]) -> Path | None:
     train.py writes it, and config.json, once at the end: not into the Trainer's `checkpoint-N` (LLaVA #742, #1200, #1245),
     which is known by its trainer_state.json and the config.json above it.
     """
-    if present(folder / NON_LORA):
-        return member(folder, NON_LORA)
+    if present(folder / TRAINED_BESIDE):
+        return member(folder, TRAINED_BESIDE)
     above = folder.absolute().parent
     checkpoint = not config and (folder / "trainer_state.json").exists() and _is_llava(_config_in(above))
     if not _is_llava(config) and not checkpoint:
         return None
     facts = {"folder": folder, "what it holds": "the projector, and what else was trained besides the LoRA"}
     hint = "training writes it when it ends; before that, get it from the `global_stepN` folder with DeepSpeed's `zero_to_fp32.py`"
-    if (above / NON_LORA).exists():
-        facts["there is one above"] = f"{above / NON_LORA}, of the end of the training"
-        hint = f"if that one will do, give `--non-lora {above / NON_LORA}`"
-    raise InputError(f"this adapter of LLaVA lacks its `{NON_LORA}`", facts=facts, hint=hint)
+    if (above / TRAINED_BESIDE).exists():
+        facts["there is one above"] = f"{above / TRAINED_BESIDE}, of the end of the training"
+        hint = f"if that one will do, give `--non-lora {above / TRAINED_BESIDE}`"
+    raise InputError(f"this adapter of LLaVA lacks its `{TRAINED_BESIDE}`", facts=facts, hint=hint)
 
 
 def _is_llava(config: Mapping[str, Any]) -> bool:
@@ -304,7 +304,7 @@ def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
         names = {name: short.removeprefix("model.") for name, short in names.items()}
     counts = Counter(names.values())
     twice = [name for name, short in names.items() if counts[short] > 1]
-    _refuse_unplaced(twice, NON_LORA)
+    _refuse_unplaced(twice, TRAINED_BESIDE)
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 

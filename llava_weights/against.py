@@ -14,15 +14,16 @@ from .compare_files import KNOWN, compare_files
 from .config import few
 from .errors import InputError
 from .events import Event
-from .families import CONFIG_FILES, DROPPED
+from .families.files import CONFIG_FILES, WEIGHT_SUFFIXES
+from .families.layouts import DROPPED, TABLES, Names, canonical
+from .families.projectors import NAMES
 from .findings import Finding, Verdict
 from .formats import listed, shown
-from .formats.folder import SUFFIXES, member
+from .formats.folder import member
 from .formats.strict_json import load_object
 from .hub import HubSource, parse_source, source_text
 from .manifest import TensorEntry, digest_file
-from .naming import TABLES, Names, canonical
-from .projector import NAMES, ONE, paired, single
+from .projector import ONE, paired, single
 from .published import recognise
 from .records import Manifest, Sum, find_manifest, hub_sums, read_manifest, read_sums
 from .rehash import Reading, digests, rehash, size_of
@@ -100,7 +101,7 @@ def find_reference(against: str | Path) -> Reference:
         manifest = read_manifest(path)
         files = {name: entry.sha256 for name, entry in manifest.files.items()}
         return Reference(label, manifest.tensors, files, checkpoint=_recorded_checkpoint(manifest))
-    if not path.is_dir() and path.suffix not in SUFFIXES:
+    if not path.is_dir() and path.suffix not in WEIGHT_SUFFIXES:
         return Reference(label, sums=read_sums(path), source=path.absolute())
     return Reference(label, checkpoint=open_checkpoint(path))
 

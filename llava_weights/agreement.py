@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from . import agreement_tokenizer, agreement_values
 from .agreement_tokenizer import RIGHT_TOKENIZER
-from .families import VOCABULARY
+from .families.layouts import VOCABULARY
+from .families.projectors import projector_type, projector_weights
 from .formats import shown
 from .sidecars import CONFIG, Rule, Sidecars, content, listings, said
 from .tokenizer import CONFIG as TOKENIZER
@@ -116,10 +117,9 @@ def _model_type(s: Sidecars) -> Iterator[str]:
 
 
 def _projector(s: Sidecars) -> Iterator[str]:
-    weights = sorted(name for name in s.parts if re.fullmatch(r"projector\.(\d+\.)?weight", name))
+    weights, kind = projector_weights(s.parts), projector_type(s.parts)
     if not weights:
         return
-    kind = "linear" if weights == ["projector.weight"] else f"mlp{len(weights)}x_gelu"
     if (told := s.of(CONFIG).get("mm_projector_type", "linear")) != kind:
         yield f"`mm_projector_type` is {said(s.of(CONFIG).get('mm_projector_type'))}, taken for {said(told)}: the tensors are {kind}"
     *_, width = s.parts[weights[0]].shape or (0,)

@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from . import agreement_values
 from .agreement import GENERATION, REPAIR, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
 from .agreement_tokenizer import RIGHT_TOKENIZER, odd_form
-from .agreement_values import ACTIVATIONS, PREPROCESSOR, image_settings
+from .agreement_values import PREPROCESSOR, image_settings
 from .checkpoint import small_text
 from .config import check_structure, few
-from .families import DROPPED
+from .families.decoders import ACTIVATIONS
+from .families.decoders import BY_TYPE as DECODERS
+from .families.layouts import DROPPED, PART, STYLES, canonical, spelled
+from .families.projectors import ACTIVATION
+from .families.targets import BY_TYPE as TARGETS
+from .families.targets import DEFAULTS, STRATEGIES
 from .formats import shown
-from .hf_config import MODELS, TEXT_MODELS, pinpoints
-from .naming import canonical, spelled
+from .hf_config import pinpoints
 from .processor import read_image_settings
 from .sidecars import CONFIG, PROCESSOR, Rule, Sidecars, said, vision
 from .tokenizer import CONFIG as TOKENIZER
@@ -25,40 +29,29 @@ from .tokenizer import FAST
 from .tower import own_tower
 
 TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
-# What LlamaConfig, MistralConfig and Qwen2Config assume where the key is missing.
-LLAMA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-MISTRAL = {**LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8}
-MISSING = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": {**LLAMA, "vocab_size": 151936, "intermediate_size": 22016}}
 IMAGE_KEYS = (
     "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "image_mean", "image_std", "rescale_factor",
     "resample", "image_grid_pinpoints",
 )  # fmt: skip
-# Names that are not those of the Hub, and who can't read them (load matrix: facts, llava-hf 2.2). The first that matches some name.
-STYLES = (
-    (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),
-    (
-        r"model\.vision_tower\.(?!vision_model\.).*",
-        "transformers 5.6 and later: earlier ones miss the vision tower, before 4.52 nearly all",
-    ),
-    (r"model\.language_model\..*", "transformers 4.52 and later: earlier ones miss the whole text model"),
-    (r"vision_tower\.(?!vision_model\.).*", "a save by transformers 5.23: 4.57 and earlier, and vLLM, miss the vision tower"),
-)
 
 
 def _vocabulary(s: Sidecars) -> Iterator[str]:
-    text = MISSING.get(s.text["model_type"], LLAMA) | s.text
-    config = {"vocab_size": s.of(CONFIG).get("vocab_size", text["vocab_size"]), "text_config.vocab_size": text["vocab_size"]}
-    yield from (f"`{key}` is {said(rows)}, but the embedding table has {s.rows:,} rows" for key, rows in config.items() if rows != s.rows)
+    decoder = DECODERS.get(s.text["model_type"])
+    inner = s.text.get("vocab_size", decoder.defaults["vocab_size"] if decoder else None)
+    config = {"vocab_size": s.of(CONFIG).get("vocab_size", inner), "text_config.vocab_size": inner}
+    told = {key: rows for key, rows in config.items() if rows is not None}
+    yield from (f"`{key}` is {said(rows)}, but the embedding table has {s.rows:,} rows" for key, rows in told.items() if rows != s.rows)
 
 
 def _structure(s: Sidecars) -> Iterator[str]:
-    if unknown := [name for name in s.checkpoint.parameters() if not re.match(r"(text|head|tower|projector)\.|newline$", canonical(name))]:
+    if unknown := [name for name in s.checkpoint.parameters() if not re.match(PART, canonical(name))]:
         yield f"{len(unknown):,} tensors are of no part of a LLaVA: {few(unknown)}"
     if len(s.parts) < len(s.checkpoint.parameters()):
         yield "some tensors are there twice, under names of two key styles"
-    if s.text["model_type"] in TEXT_MODELS:
+    if decoder := DECODERS.get(s.text["model_type"]):
         tied = (s.text.get("tie_word_embeddings") or s.of(CONFIG).get("tie_word_embeddings")) and "head.weight" not in s.parts
-        text = {**MISSING[s.text["model_type"]], **s.text, "vocab_size": s.rows, "tie_word_embeddings": tied is True}
+        told = {key: value for key, value in s.text.items() if key != "architectures"}  # which no reader of a nested config asks for
+        text = {**decoder.defaults, **told, "vocab_size": s.rows, "tie_word_embeddings": tied is True}
         check_structure(text, {spelled(x, "llava"): t.shape for x, t in s.parts.items() if x.startswith(("text.", "head."))})
 
 
@@ -68,12 +61,12 @@ def _tower(s: Sidecars) -> Iterator[str]:
 
 
 def _projector(s: Sidecars) -> Iterator[str]:
-    if (act := s.of(CONFIG).get("projector_hidden_act", "gelu")) not in ACTIVATIONS:
+    if (act := s.of(CONFIG).get("projector_hidden_act", ACTIVATION)) not in ACTIVATIONS:
         yield f"`projector_hidden_act` is {said(act)}, which transformers does not know"
     if not s.tower or not s.rows:
         return
     *_, hidden = s.parts["text.embed_tokens.weight"].shape or (0,)
-    layers = s.of(CONFIG).get("vision_feature_layer", -2)
+    layers = s.of(CONFIG).get("vision_feature_layer", DEFAULTS["vision_feature_layer"])
     width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}
@@ -85,7 +78,7 @@ def _projector(s: Sidecars) -> Iterator[str]:
 
 def _image_id(s: Sidecars) -> Iterator[str]:
     config = s.of(CONFIG)
-    image = config.get("image_token_index", config.get("image_token_id", 32000))
+    image = config.get("image_token_index", config.get("image_token_id", DEFAULTS["image_token_index"]))
     wanted = s.tokens.get(s.image_token)
     if config.get("image_token_id", image) != image:
         yield f"`image_token_index` is {said(image)}, `image_token_id` {said(config['image_token_id'])}"
@@ -104,7 +97,7 @@ def _image_length(s: Sidecars) -> Iterator[str]:
     if not s.tower:
         return
     whole = s.tower.class_token and s.of(CONFIG).get("vision_feature_select_strategy") == "full"
-    length, wanted = s.of(CONFIG).get("image_seq_length", 576), s.tower.patches + whole
+    length, wanted = s.of(CONFIG).get("image_seq_length", DEFAULTS["image_seq_length"]), s.tower.patches + whole
     if length != wanted:
         yield (
             f"`image_seq_length` is {said(s.of(CONFIG).get('image_seq_length'))}, but an image of {s.tower.image_size} pixels in patches "
@@ -113,34 +106,39 @@ def _image_length(s: Sidecars) -> Iterator[str]:
 
 
 def _layer(s: Sidecars) -> Iterator[str]:
-    layer = s.of(CONFIG).get("vision_feature_layer", -2)
+    layer = s.of(CONFIG).get("vision_feature_layer", DEFAULTS["vision_feature_layer"])
     count = int(s.tower.config["num_hidden_layers"]) if s.tower else 0
     for number in layer if isinstance(layer, list) else [layer]:
         if type(number) is not int or (count and not -count - 1 <= number <= count):
             yield f"`vision_feature_layer` is {said(layer)}, the vision tower has {count} layers"
-    if (strategy := s.of(CONFIG).get("vision_feature_select_strategy", "default")) not in ("default", "full"):
-        yield f"`vision_feature_select_strategy` is {said(strategy)}, not default or full"
+    if (
+        strategy := s.of(CONFIG).get("vision_feature_select_strategy", DEFAULTS["vision_feature_select_strategy"])
+    ) not in STRATEGIES.values():
+        yield f"`vision_feature_select_strategy` is {said(strategy)}, not {' or '.join(STRATEGIES.values())}"
 
 
 def _kind(s: Sidecars) -> Iterator[str]:
     kind, named = str(s.of(CONFIG).get("model_type")), s.of(CONFIG).get("architectures")
-    if kind not in MODELS:
-        yield f"`model_type` is {said(s.of(CONFIG).get('model_type'))}, not {' or '.join(MODELS)}"
-    elif named != [MODELS[kind]]:
-        yield f"`architectures` is {said(named)}, but `{MODELS[kind]}` belongs to `{kind}`: vLLM and llama.cpp choose by it"
+    if kind not in TARGETS:
+        yield f"`model_type` is {said(s.of(CONFIG).get('model_type'))}, not {' or '.join(TARGETS)}"
+    elif named != [TARGETS[kind].architecture]:
+        yield f"`architectures` is {said(named)}, but `{TARGETS[kind].architecture}` belongs to `{kind}`: vLLM and llama.cpp choose by it"
 
 
 def _newline(s: Sidecars) -> Iterator[str]:
-    if s.next and "newline" not in s.parts and s.of(CONFIG).get("use_image_newline_parameter") is not False:
-        yield "`model_type` is llava_next, but there is no tensor `image_newline`"
-    if s.of(CONFIG).get("model_type") == "llava" and "newline" in s.parts:
-        yield "there is a tensor `image_newline`, which belongs to llava_next: `model_type` is llava"
+    if not (target := s.target):
+        return
+    if target.tiles and "newline" not in s.parts and s.of(CONFIG).get("use_image_newline_parameter") is not False:
+        yield f"`model_type` is {target.model_type}, but there is no tensor `image_newline`"
+    if not target.tiles and "newline" in s.parts:
+        tiled = " or ".join(row.model_type for row in TARGETS.values() if row.tiles)
+        yield f"there is a tensor `image_newline`, which belongs to {tiled}: `model_type` is {target.model_type}"
 
 
 def _pinpoints(s: Sidecars) -> Iterator[str]:
-    if s.next and not s.of(CONFIG).get("image_grid_pinpoints"):
+    if s.tiles and not s.of(CONFIG).get("image_grid_pinpoints"):
         yield "`image_grid_pinpoints` is missing: transformers then takes those for 336 pixels"
-    elif s.next and s.tower:
+    elif s.tiles and s.tower:
         pinpoints(s.of(CONFIG), s.tower.image_size)
 
 
@@ -225,10 +223,12 @@ def _processor_missing(s: Sidecars) -> Iterator[str]:
 def _processor(s: Sidecars) -> Iterator[str]:
     if not s.has(PROCESSOR):
         return
-    wanted = {"vision_feature_select_strategy": s.of(CONFIG).get("vision_feature_select_strategy", "default")}
+    wanted = {
+        "vision_feature_select_strategy": s.of(CONFIG).get("vision_feature_select_strategy", DEFAULTS["vision_feature_select_strategy"])
+    }
     if s.tower:
         wanted |= {"num_additional_image_tokens": int(s.tower.class_token), "patch_size": s.tower.patch_size}
-    wanted["processor_class"] = "LlavaNextProcessor" if s.next else "LlavaProcessor"
+    wanted |= {"processor_class": s.target.processor} if s.target else {}
     for key, value in wanted.items():
         if (found := s.of(PROCESSOR).get(key)) != value:
             yield f"`{key}` is {said(found)}, the model needs {said(value)}: image tokens in the prompt do not fit its features then"
@@ -254,9 +254,9 @@ def _preprocessor(s: Sidecars) -> Iterator[str]:
         yield "it is missing: nothing says how an image becomes pixels"
         return
     if s.tower:
-        read_image_settings(settings, size=s.tower.image_size, patch=s.tower.patch_size, siglip=s.tower.kind == "siglip")
+        read_image_settings(settings, tower=s.tower.row, size=s.tower.image_size, patch=s.tower.patch_size)
     ours, theirs = s.of(CONFIG).get("image_grid_pinpoints"), settings.get("image_grid_pinpoints")
-    if s.next and ours and ours != theirs:
+    if s.tiles and ours and ours != theirs:
         differ = "is missing" if theirs is None else f"is {said(theirs)}, in config.json {said(ours)}"
         yield f"`image_grid_pinpoints` {differ}: the processor and the model cut images differently"
 

@@ -14,25 +14,20 @@ from typing import Any
 from .buffers import TORCH_DTYPE
 from .checkpoint import main_dtype
 from .config import GENERATION as SAMPLING
-from .config import sensible
-from .families import COLOURS, KNOWN_TOWERS, LLAMA_SIZES, LONGEST_LLAMA, QUANTIZED_NAMES, QUANTIZERS, TOWER_DEFAULTS, KnownTower
+from .config import known_decoder, sensible
+from .families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, ROPE_TYPES
+from .families.layouts import QUANTIZED_NAMES, QUANTIZERS
+from .families.towers import BY_TYPE as TOWERS_BY_TYPE
+from .families.towers import KNOWN_TOWERS, TOWERS, KnownTower, Pixels, Tower
 from .formats import shown
-from .hf_config import TEXT_MODELS
 from .processor import LARGEST
 from .sidecars import CONFIG, CORRECT, PROCESSOR, Json, Rule, Sidecars, said, vision
 from .tensors import FLOATS
 from .tokenizer import CONFIG as TOKENIZER
 from .tower import ACTIVATIONS as TOWER_ACTIVATIONS
+from .tower import row_of
 
 PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
-# transformers.activations.ACT2FN of 4.37 and 4.57. `identity` is not among them.
-ACTIVATIONS = (
-    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh", "laplace",
-    "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh", "xielu",
-)  # fmt: skip
-# ROPE_INIT_FUNCTIONS of transformers 4.43 to 5.23, and the names that models brought along.
-ROPE = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional", "su", "mrope", "ntk")
-EPS = (1e-5, 1e-6)  # rms_norm_eps of every published LLaMA, Mistral, Qwen2, Phi-3 and Gemma
 STEERING = (
     "bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
     "suppress_tokens",
@@ -86,8 +81,7 @@ def _quantized_otherwise(s: Sidecars) -> Iterator[str]:
 
 def _rope(s: Sidecars) -> Iterator[str]:
     """One rope in one config: transformers 4 reads `rope_theta` and `rope_scaling`, 5 reads `rope_parameters`."""
-    kind = str(_text(s).get("model_type", "llama"))
-    if kind not in TEXT_MODELS and not kind.startswith("llava"):
+    if known_decoder(_text(s)) is None:
         return
     for prefix, config in _nested(s.of(CONFIG)):
         if prefix == "vision_config.":
@@ -101,7 +95,7 @@ def _rope(s: Sidecars) -> Iterator[str]:
         for key, found in (("rope_scaling", scaling), ("rope_parameters", rope)):
             rope_type = found.get("rope_type", found.get("type", "default")) if isinstance(found, dict) else ""
             per_layer = isinstance(found, dict) and any(isinstance(value, dict) for value in found.values())
-            if found is not None and rope_type not in ROPE and not per_layer:
+            if found is not None and rope_type not in ROPE_TYPES and not per_layer:
                 yield f"`{prefix}{key}` is {said(found)}, which transformers does not know"
 
 
@@ -126,10 +120,11 @@ def _activation(s: Sidecars) -> Iterator[str]:
 
 def _family_values(s: Sidecars) -> Iterator[str]:
     text = _text(s)
-    kind = str(text.get("model_type", "llama"))
-    usual = text.get("hidden_act", "silu") in ("silu", "swish")
-    if (kind in TEXT_MODELS or kind.startswith("llava")) and not usual and text["hidden_act"] in ACTIVATIONS:
-        yield f"`hidden_act` is {said(text['hidden_act'])}, every published LLaMA, Mistral and Qwen2 has silu"
+    decoder, act = known_decoder(text), text.get("hidden_act")
+    usual = decoder.defaults["hidden_act"] if decoder else act
+    same = {"swish": "silu"}  # two names of one function
+    if act in ACTIVATIONS and same.get(act, act) != usual:
+        yield f"`hidden_act` is {said(act)}, every published {decoder.model_type if decoder else ''} has {usual}"
     eps = text.get("rms_norm_eps")
     if isinstance(eps, float) and not any(math.isclose(eps, usual, rel_tol=1e-3) for usual in EPS):
         yield f"`rms_norm_eps` is {said(eps)}, published models have 1e-05 or 1e-06"
@@ -176,12 +171,12 @@ SELECTED = ("patch", "cls_patch", "slicefour_patch", "slicefour_cls_patch", "sli
 # --- the vision tower, and images for it -----------------------------------------------------------------------------
 
 
-def _kind(s: Sidecars) -> str:
-    """ "clip", "siglip", or nothing where neither the tensors nor a name of a published tower tell."""
-    if any(name.startswith("tower.embeddings.") for name in s.parts):
-        return "clip" if "tower.embeddings.class_embedding" in s.parts else "siglip"
+def _row(s: Sidecars) -> Tower | None:
+    """What is known of the tower, None where neither the tensors nor a name of a published tower tell its kind."""
+    if inside := {name.removeprefix("tower.") for name in s.parts if name.startswith("tower.embeddings.")}:
+        return row_of(inside)
     known = _named(s)
-    return known.model_type.partition("_")[0] if known else ""
+    return TOWERS_BY_TYPE[known.model_type] if known else None
 
 
 def _named(s: Sidecars) -> KnownTower | None:
@@ -192,15 +187,15 @@ def _named(s: Sidecars) -> KnownTower | None:
 
 def _tower_values(s: Sidecars) -> Iterator[str]:
     """What no shape tells of a tower, beside what its kind has, or the published one of its widths."""
-    config, kind = vision(s.objects), _kind(s)
-    if not kind or not config:
+    config, row = vision(s.objects), _row(s)
+    if not row or not config:
         return
-    defaults, name = TOWER_DEFAULTS[f"{kind}_vision_model"], f"{kind}_vision_model"
+    defaults = row.defaults
     eps = config.get("layer_norm_eps", defaults["layer_norm_eps"])
     if eps != defaults["layer_norm_eps"]:
-        yield f"`vision_config.layer_norm_eps` is {said(eps)}, every {kind.upper()} has {defaults['layer_norm_eps']}"
+        yield f"`vision_config.layer_norm_eps` is {said(eps)}, every {row.title} has {defaults['layer_norm_eps']}"
     widths = (config.get("hidden_size"), config.get("intermediate_size"))
-    fitting = [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == (name, *widths)]
+    fitting = [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == (row.model_type, *widths)]
     named = _named(s)
     fitting = [named] if named in fitting else fitting
     if not fitting:
@@ -220,12 +215,13 @@ def image_settings(s: Sidecars) -> Json:
 
 def _colours(s: Sidecars) -> Iterator[tuple[bool, str]]:
     """(certain, sentence) for mean and deviation of the pixels. Certain: of the other kind of tower, or of no range of pixels at all."""
-    settings, kind = image_settings(s), _kind(s)
-    if not kind or not settings:
+    settings, row = image_settings(s), _row(s)
+    if not row or not settings:
         return
     rescale = settings.get("rescale_factor", 1 / 255)
     scale = 255 * rescale if type(rescale) in (int, float) and 0 < rescale <= LARGEST else 1.0
-    usual = [row.values for row in COLOURS if row.kind == kind and row.activation in ("", vision(s.objects).get("hidden_act", ""))]
+    usual = [_pair(pixels) for pixels in row.pixels if pixels.activation in ("", vision(s.objects).get("hidden_act", ""))]
+    foreign = [(other, _pair(pixels)) for other in TOWERS if other is not row for pixels in other.pixels]
     told = 0
     for place, key in enumerate(("image_mean", "image_std")):
         given = settings.get(key)
@@ -233,16 +229,20 @@ def _colours(s: Sidecars) -> Iterator[tuple[bool, str]]:
             continue  # missing, or refused by `read_image_settings`
         values = [x / scale for x in given]
         told += 1
-        if any(_close(values, row[place]) for row in usual):
+        if any(_close(values, pair[place]) for pair in usual):
             continue
-        other = next((row.kind.upper() for row in COLOURS if row.kind != kind and _close(values, row.values[place])), "")
+        other = next((tower.title for tower, pair in foreign if _close(values, pair[place])), "")
         outside = not all(0 <= x <= 1 for x in values)
         what = f"those of {other}" if other else "of no range of pixels" if outside else "of no known tower"
         scaled = "" if math.isclose(scale, 1, rel_tol=1e-3) else f" with a `rescale_factor` of {said(rescale)}"
-        wanted = f"the tower is a {kind.upper()}, which takes {said(list(usual[0][place]))}"
+        wanted = f"the tower is a {row.title}, which takes {said(list(usual[0][place]))}"
         yield bool(other or outside or scaled), f"`{key}` is {said(given)}{scaled}, {what}; {wanted}"
     if not told and not math.isclose(scale, 1, rel_tol=1e-3):
         yield True, f"`rescale_factor` is {said(rescale)}, not 1/255: pixels leave the range that the tower was trained with"
+
+
+def _pair(pixels: Pixels) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return pixels.mean, pixels.std
 
 
 def _close(one: list[float], other: tuple[float, ...]) -> bool:
@@ -254,22 +254,21 @@ def _image_values(s: Sidecars) -> Iterator[str]:
 
 
 def _image_unusual(s: Sidecars) -> Iterator[str]:
-    settings, kind = image_settings(s), _kind(s)
+    settings, row = image_settings(s), _row(s)
     yield from (text for certain, text in _colours(s) if not certain)
     if settings.get("do_convert_rgb") is False:
         yield "`do_convert_rgb` is false: grey images and those with transparency are no input then"
-    if kind == "clip" and settings.get("resample", 3) != 3:
-        yield f"`resample` is {said(settings['resample'])}, every CLIP was trained with 3 (bicubic)"
+    if row and row.resample is not None and settings.get("resample", row.resample) != row.resample:
+        yield f"`resample` is {said(settings['resample'])}, every {row.title} was trained with {row.resample} (PIL's bicubic)"
 
 
 def _image_class(s: Sidecars) -> Iterator[str]:
     """The image processor's class and its crop, against the model's."""
     settings, named = image_settings(s), str(image_settings(s).get("image_processor_type", ""))
-    kind = s.of(CONFIG).get("model_type")
     tiles = named.startswith(("LlavaNext", "LlavaOnevision"))
-    if named and s.checkpoint.layout == "llava-hf" and kind in ("llava", "llava_next") and s.next != tiles:
-        why = "images come without their sizes" if s.next else "images come in tiles, which it does not take"
-        yield f"`image_processor_type` is {said(named)}, but the model is a {kind}: {why}"
+    if named and s.checkpoint.layout == "llava-hf" and s.target and s.tiles != tiles:
+        why = "images come without their sizes" if s.tiles else "images come in tiles, which it does not take"
+        yield f"`image_processor_type` is {said(named)}, but the model is a {s.target.model_type}: {why}"
     square = isinstance(size := settings.get("size"), dict) and "shortest_edge" not in size
     if settings.get("do_center_crop") is False and not square and named.startswith("CLIP"):
         yield "`do_center_crop` is false: images that are not square become inputs that the tower does not take"

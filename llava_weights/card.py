@@ -8,10 +8,10 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import Origin, Step
+from .families.projectors import CONSUMERS
 from .hub import REPO
 from .manifest import FileEntry, TensorEntry, root_of_tensors
 from .plan import Plan
-from .projector import CONSUMERS
 from .wording import markdown_text, redact, visible
 
 PROMPTS = {  # llava/conversation.py at 8959d5c: `v0` turns end in ###, `v1` assistant turns in </s>

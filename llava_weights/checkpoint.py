@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, UsageError
-from .families import CONFIG_FILES, DROPPED, LAYOUTS, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, VOCABULARY, size_name
+from .families.decoders import size_name
+from .families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES
+from .families.layouts import DROPPED, LAYOUTS, VOCABULARY
 from .formats import DOWNLOAD_AGAIN, legible, listed, open_regular, unreadable
 from .formats.folder import index_file, index_folder, member, optional
 from .formats.strict_json import load_object, parse_json, read_exactly

@@ -12,21 +12,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .agreement import GENERATION
-from .agreement_hf import JINJA, MISSING, TEMPLATE
+from .agreement_hf import JINJA, TEMPLATE
 from .agreement_values import PREPROCESSOR, STEERING
 from .checkpoint import Checkpoint, small_bytes, small_text
-from .config import LLAMA_DEFAULTS, LLAVA_DEFAULTS, SAMPLING
+from .config import SAMPLING, known_decoder
 from .conversion import convert
 from .errors import InputError, UsageError
-from .families import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
+from .families.decoders import DECODERS, LLAVA_DEFAULTS
+from .families.files import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
+from .families.layouts import canonical
+from .families.projectors import FORMS
+from .families.targets import DEFAULTS
+from .families.towers import TOWERS
 from .findings import Finding
 from .formats import listed, shown
 from .formats.sentencepiece import read_sentencepiece
 from .formats.tokenizer_json import added_token, added_tokens
-from .hf_config import TEXT_MODELS, flat_config, text_type
-from .naming import canonical
-from .processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, STEPS
-from .projector import FORMS
+from .hf_config import flat_config
+from .processor import STEPS
 from .sidecars import CONFIG, PROCESSOR, Sidecars, content, listings, read_sidecars, said, vision
 from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length
 from .tokenizer import CONFIG as TOKENIZER
@@ -55,17 +58,12 @@ CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_inter
 WRITTEN = ("architectures", "model_type", "vocab_size", "pad_token_id")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What the classes assume (LlavaConfig and LlavaNextConfig of transformers 4.37 to 5.23; LLaVA's own code at c121f04).
-HUB = {
-    "ignore_index": -100, "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default", "image_seq_length": 576, "multimodal_projector_bias": True,
-    "tie_word_embeddings": False, "image_grid_pinpoints": None, "use_image_newline_parameter": True, **CODE,
-}  # fmt: skip
+HUB = {**DEFAULTS, **CODE}
 FLAT = {
     **LLAVA_DEFAULTS, "mm_projector_type": "linear", "mm_use_im_start_end": False, "mm_use_im_patch_token": True,
     "mm_patch_merge_type": "flat", "mm_vision_select_layer": -2, "unfreeze_mm_vision_tower": False, "image_grid_pinpoints": None,
 }  # fmt: skip
 MODEL_TYPES = {"llava_llama": "llava"}  # two names of one class in LLaVA's own code
-IDS_OF = {"llama": (1, 2, None), "mistral": (1, 2, None), "qwen2": (None, None, None)}
 # GenerationConfig of transformers 4.37 to 5.23.
 SAMPLED = {
     **SAMPLING, **dict.fromkeys(STEERING), "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_length": 20,
@@ -218,26 +216,19 @@ def _same(one: Any, other: Any) -> bool:
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 
-def _text_kind(config: Said) -> str:
-    try:
-        return text_type(config)
-    except InputError:
-        return "llama"
-
-
 def _text(side: Sidecars) -> dict[str, Any]:
     """The decoder's config, whole."""
     flat = side.of(CONFIG)
     hub = isinstance(flat.get("text_config"), dict)
     given = flat_config(flat if hub else {"text_config": flat})
-    kind = _text_kind(given if hub else flat)
-    defaults = {**LLAMA_DEFAULTS, **TEXT_MODELS[kind].defaults, **MISSING[kind], **dict(zip(IDS, IDS_OF[kind], strict=True)), **CODE}
+    decoder = known_decoder(given if hub else flat) or DECODERS[0]  # for what both sides leave out; the rules name an unknown one
+    defaults = {**decoder.defaults, **CODE}
     text = {**defaults, **{key: value for key, value in given.items() if value is not None or key in defaults}}
     old = text.pop("max_sequence_length", None)  # its name before transformers 4.28
     if old is not None and given.get("max_position_embeddings") is None:
         text["max_position_embeddings"] = old
     heads = text.get("num_attention_heads")
-    if given.get("num_key_value_heads") is None and kind != "mistral":
+    if text.get("num_key_value_heads") is None:
         text["num_key_value_heads"] = heads
     if text.get("head_dim") is None and type(heads) is int and type(text.get("hidden_size")) is int and heads > 0:
         text["head_dim"] = text["hidden_size"] // heads
@@ -252,7 +243,7 @@ def _config(side: Sidecars) -> dict[str, Any]:
         return _text(side) if side.checkpoint.layout != "llava" else _text(side) | _filled(config, FLAT, keys=FLAT)
     text = _text(side)
     ids = {key: text[key] for key in IDS}
-    top = {**config, "image_token_index": config.get("image_token_index", config.get("image_token_id", 32000))}
+    top = {**config, "image_token_index": config.get("image_token_index", config.get("image_token_id", DEFAULTS["image_token_index"]))}
     top = {key: value for key, value in top.items() if key not in ("text_config", "vision_config", "image_token_id")}
     try:
         tower: dict[str, Any] = complete_config(vision(side.objects))
@@ -309,17 +300,17 @@ def _image(side: Sidecars) -> Said:
 
 def _preprocessor(given: Said) -> dict[str, Any]:
     kind = str(given.get("image_processor_type") or given.get("feature_extractor_type") or "CLIPImageProcessor")
-    siglip = kind.startswith("Siglip")
-    mean, std = (SIGLIP_MEAN, SIGLIP_STD) if siglip else (CLIP_MEAN, CLIP_STD)
+    row = next((row for row in TOWERS if kind.startswith(row.image_processor.removesuffix("ImageProcessor"))), TOWERS[0])
     defaults: dict[str, Any] = {
-        **dict.fromkeys((*STEPS, "do_convert_rgb"), True), "do_pad": False, "do_center_crop": not siglip, "resample": 3,
-        "rescale_factor": 1 / 255, "image_mean": list(mean), "image_std": list(std), "size": 224, "image_grid_pinpoints": None, **CODE,
+        **dict.fromkeys((*STEPS, "do_convert_rgb"), True), "do_pad": False, "do_center_crop": row.crops, "resample": 3,
+        "rescale_factor": 1 / 255, "image_mean": list(row.pixels[0].mean), "image_std": list(row.pixels[0].std), "size": 224,
+        "image_grid_pinpoints": None, **CODE,
     }  # fmt: skip
     whole = {**_filled(given, defaults, ignored=f"{IGNORED}|feature_extractor_type"), "image_processor_type": kind}
     whole["image_processor_type"] = re.sub("FeatureExtractor$", "ImageProcessor", kind.removesuffix("Fast"))
     for key in ("size", "crop_size"):  # a number is how 2022 wrote them
         if type(edge := whole.get(key)) is int:
-            whole[key] = {"shortest_edge": edge} if key == "size" and not siglip else {"height": edge, "width": edge}
+            whole[key] = {"shortest_edge": edge} if key == "size" and row.crops else {"height": edge, "width": edge}
     return whole
 
 

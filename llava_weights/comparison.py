@@ -22,8 +22,8 @@ from .checkpoint import Source, opened
 from .config import fold_names
 from .errors import MOST_JOBS, UsageError, finite, whole_number
 from .events import Event, Progress, Started
+from .families.layouts import TABLES, Names, canonical
 from .formats.folder import same_header
-from .naming import TABLES, Names, canonical
 from .tensors import FLOATS, LazyTensor
 from .threads import in_threads
 from .windows import row_ranges

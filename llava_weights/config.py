@@ -14,7 +14,11 @@ from typing import Any
 
 from .buffers import TORCH_DTYPE
 from .errors import InputError
-from .families import DROPPED, LLAMA_SIZES, MULTIMODAL, PROJECTOR, VOCABULARY
+from .families.decoders import AFTER, BEFORE, BY_TYPE, DECODERS, HEAD, LLAMA_SIZES, LLAVA_DEFAULTS, MAX_LAYERS, Decoder
+from .families.layouts import DROPPED, MULTIMODAL, VOCABULARY, canonical, spelled
+from .families.projectors import projector_type, projector_weights
+from .families.shapes import length
+from .families.shapes import shapes as shapes_of
 from .formats import listed, shown
 from .tokenizer import SpecialIds
 
@@ -23,28 +27,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Keys that make a reader run code, download, or load other weights than these; besides every key that starts with `_`.
 REFUSED = r"_.*|auto_map|trust_remote_code|quantization_config|attn_implementation.*"
 NESTED = ("rope_scaling", "rope_parameters")
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "llava": "LlavaLlamaForCausalLM", "llava_llama": "LlavaLlamaForCausalLM"}
-# What transformers 4.28 assumes where the key is missing.
-LLAMA_DEFAULTS = {"hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-# What LLaVA's code of 2023 did before these keys existed: CLS dropped, images resized and cropped to a square.
-LLAVA_DEFAULTS = {"image_aspect_ratio": "square", "mm_vision_select_feature": "patch", "use_mm_proj": True}
-MAX_LAYERS = 1024
+FILLED = ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # written out where a config leaves them out
 RIGHT_CONFIG = "give the config.json that belongs to these weights"
-
-# The tensors of a layer: rows, columns, in terms of the sizes that `expected_shapes` reads.
-LAYER = {
-    "self_attn.q_proj.weight": ("query", "hidden"),
-    "self_attn.k_proj.weight": ("key", "hidden"),
-    "self_attn.v_proj.weight": ("key", "hidden"),
-    "self_attn.o_proj.weight": ("hidden", "query"),
-    "mlp.gate_proj.weight": ("intermediate", "hidden"),
-    "mlp.up_proj.weight": ("intermediate", "hidden"),
-    "mlp.down_proj.weight": ("hidden", "intermediate"),
-    "input_layernorm.weight": ("hidden",),
-    "post_attention_layernorm.weight": ("hidden",),
-}
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # What may stand in generation_config.json beside the ids: type, least value (itself excluded for fractions), greatest.
 GENERATION = {
@@ -70,12 +54,14 @@ def repair_config(
         if new.get("max_position_embeddings") is None:
             new["max_position_embeddings"] = old
         notes.append(f"config: `max_sequence_length` {_text(old)} -> `max_position_embeddings` {_text(new['max_position_embeddings'])}")
-    projector = any(re.fullmatch(PROJECTOR, name) for name in shapes)
-    changes: dict[str, Any] = {**LLAMA_DEFAULTS, **(LLAVA_DEFAULTS if projector else {})}
+    projector = any(canonical(name).startswith("projector.") for name in shapes)
+    kind = _kind(new, projector)
+    decoder = decoder_of({**new, **kind})
+    changes: dict[str, Any] = {key: decoder.defaults[key] for key in FILLED} | (LLAVA_DEFAULTS if projector else {})
     changes = {key: value for key, value in changes.items() if new.get(key) is None}
     changes |= dict.fromkeys(["torch_dtype", "dtype"] if "dtype" in new else ["torch_dtype"], TORCH_DTYPE[dtype])
     changes |= {"tie_word_embeddings": False} if VOCABULARY[1] in shapes else {}
-    changes |= _facts(new, shapes) | _kind(new, projector) | (_multimodal(new, shapes, special_ids) if projector else {})
+    changes |= _facts(new, shapes) | kind | (_multimodal(new, shapes, special_ids) if projector else {})
     notes += _apply(new, changes)
     _check_numbers(new)
     tower = new.get("mm_vision_tower")
@@ -104,36 +90,68 @@ def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: 
     return dict(sorted({**new, **ids}.items())), tuple(notes)
 
 
-def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the LLaMA that `config` describes, grouped-query attention included, in storage order.
+def decoder_of(config: Mapping[str, Any]) -> Decoder:
+    """The row of `families.decoders` that `model_type` and `architectures` name; LLaMA where a config has neither, as LlavaConfig assumes.
 
-    Raises InputError for a size that is missing or absurd.
+    Raises InputError, by name, for a decoder that no row describes.
     """
-    layers, rows = _size(config, "num_hidden_layers"), _size(config, "vocab_size")
-    if layers > MAX_LAYERS:
+    found = known_decoder(config)
+    if found is None:
+        facts = {key: shown(str(config[key])) for key in ("model_type", "architectures") if config.get(key) is not None}
+        known = ", ".join(row.model_type for row in DECODERS)
+        name = next((name for name in _named(config) if not _rows(name)), "several decoders at once")
+        raise InputError(f"no decoder is known by the name of {shown(name)}", facts=facts, hint=f"decoders that are known: {known}")
+    return found
+
+
+def known_decoder(config: Mapping[str, Any]) -> Decoder | None:
+    """As `decoder_of`, None where no row has the names that the config gives, or two rows have them."""
+    named = _named(config)
+    rows = [_rows(name) for name in named]
+    if not named:
+        return DECODERS[0]
+    return next((row for row in DECODERS if all(row in fitting for fitting in rows)), None)
+
+
+def _named(config: Mapping[str, Any]) -> list[str]:
+    """Every name that says what the decoder of a flat config is; that of the class of a LLaVA says nothing of it."""
+    given = config.get("architectures")
+    named = [config.get("model_type"), *(given if isinstance(given, list) else [given])]
+    return [name for name in named if isinstance(name, str) and name]
+
+
+def _rows(name: str) -> list[Decoder]:
+    return [row for row in DECODERS if name in row.types or name in row.architectures]
+
+
+def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that shapes are made of, by config key, and the switches that say which tensors there are.
+
+    Raises InputError for a size that is missing or absurd, and as `decoder_of`.
+    """
+    decoder = decoder_of(config)
+    told = {
+        key: _size(config, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    }
+    if told["num_hidden_layers"] > MAX_LAYERS:
+        layers = told["num_hidden_layers"]
         raise InputError(f"`num_hidden_layers` is {layers:,} in config.json, at most {MAX_LAYERS:,} are read", hint=RIGHT_CONFIG)
-    heads = _size(config, "num_attention_heads")
-    sizes = {"hidden": _size(config, "hidden_size"), "intermediate": _size(config, "intermediate_size")}
-    head = _optional_size(config, "head_dim") or sizes["hidden"] // heads
-    sizes |= {"query": heads * head, "key": (_optional_size(config, "num_key_value_heads") or heads) * head}
-    expected: dict[str, tuple[int, ...]] = {VOCABULARY[0]: (rows, sizes["hidden"])}
-    for number in range(layers):
-        expected |= {f"model.layers.{number}.{name}": tuple(sizes[size] for size in shape) for name, shape in _layer(config).items()}
-    expected["model.norm.weight"] = (sizes["hidden"],)
-    if config.get("tie_word_embeddings") is not True:
-        expected[VOCABULARY[1]] = (rows, sizes["hidden"])
-    return expected
+    for key, axis in decoder.derived.items():
+        told[key] = _optional_size(config, key) or length(axis, told)
+    return {**config, **told}
 
 
-def _layer(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """The tensors of a layer, with the attention biases that Qwen always has and a LLaMA where its config says so."""
-    biased = ATTENTION if config.get("attention_bias") is True else ATTENTION[:3] if is_qwen(config) else ()
-    return {**LAYER, **{f"self_attn.{name}.bias": LAYER[f"self_attn.{name}.weight"][:1] for name in biased}}
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the decoder that `config` describes, grouped-query attention included, in storage order.
 
-
-def is_qwen(config: Mapping[str, Any]) -> bool:
-    """Whether the text model is a Qwen2 (of 1.5 or 2), by `model_type` and architecture."""
-    return any("qwen" in str(config.get(key, "")).lower() for key in ("model_type", "architectures"))
+    Raises InputError for a size that is missing or absurd, and as `decoder_of`.
+    """
+    decoder, sizes = decoder_of(config), sizes_of(config)
+    expected = shapes_of(BEFORE, sizes)
+    for number in range(sizes["num_hidden_layers"]):
+        expected |= shapes_of(decoder.layer, sizes, before=f"model.layers.{number}.")
+    expected |= shapes_of(AFTER, sizes)
+    return expected if config.get("tie_word_embeddings") is True else expected | shapes_of(HEAD, sizes)
 
 
 def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_rows: int | None = None) -> None:
@@ -258,11 +276,12 @@ def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes
 
 
 def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
-    """`model_type` and architecture: LLaVA where there is a projector. Types of other families stay."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or (projector and kind == "llama") or (not projector and kind.startswith("llava")):
-        kind = "llava" if projector else "llama"
-    return {"model_type": kind} | ({"architectures": [ARCHITECTURES[kind]]} if kind in ARCHITECTURES else {})
+    """`model_type` and architecture: LLaVA where there is a projector. Types of other decoders stay."""
+    kind, llama = config.get("model_type"), BY_TYPE["llama"]
+    if not isinstance(kind, str) or (projector and kind == llama.model_type) or (not projector and kind.startswith("llava")):
+        kind = llama.original_types[0] if projector else llama.model_type
+    named = {llama.model_type: llama.architecture, **dict.fromkeys(llama.original_types[:2], llama.original_architectures[0])}
+    return {"model_type": kind} | ({"architectures": [named[kind]]} if kind in named else {})
 
 
 def _multimodal(config: Mapping[str, Any], shapes: Shapes, ids: SpecialIds) -> dict[str, Any]:
@@ -270,22 +289,13 @@ def _multimodal(config: Mapping[str, Any], shapes: Shapes, ids: SpecialIds) -> d
     found: dict[str, Any] = {}
     if not isinstance(config.get("mm_use_im_patch_token"), bool):  # LLaVA's code takes its absence for true, and adds the token
         found["mm_use_im_patch_token"] = "<im_patch>" in ids.added
-    weights = _projector_weights(shapes)
-    if not weights:
-        return found  # of a kind that this table does not know: the config's word stands
+    weights = [spelled(name, "llava") for name in projector_weights(map(canonical, shapes))]
+    if not weights or not all(len(shapes[name]) == 2 for name in weights):
+        return found  # of a kind that no row describes: the config's word stands
     hidden = shapes[VOCABULARY[0]][1]
     if shapes[weights[-1]][0] != hidden:
         raise InputError(f"`{weights[-1]}` has shape {list(shapes[weights[-1]])}, but the decoder is {hidden} wide", hint=RIGHT_CONFIG)
-    kind = "linear" if weights == ["model.mm_projector.weight"] else f"mlp{len(weights)}x_gelu"
-    return {**found, "mm_projector_type": kind, "mm_hidden_size": shapes[weights[0]][1]}
-
-
-def _projector_weights(shapes: Shapes) -> list[str]:
-    """The projector's matrices, first to last: one Linear, or those at the even places of a Sequential. Empty for other kinds."""
-    names = sorted(name for name in shapes if re.fullmatch(PROJECTOR, name) and name.endswith(".weight"))
-    stack = [f"model.mm_projector.{2 * place}.weight" for place in range(len(names))]
-    known = names in (["model.mm_projector.weight"], stack) and all(len(shapes[name]) == 2 for name in names)
-    return names if known and len(names) < 6 else []
+    return {**found, "mm_projector_type": projector_type(map(canonical, shapes)), "mm_hidden_size": shapes[weights[0]][1]}
 
 
 def _apply(new: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:

@@ -13,17 +13,20 @@ from typing import Any
 from .buffers import TORCH_DTYPE, to_dtype
 from .checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened, small_object, small_text
 from .config import expected_shapes, repair_generation_config
-from .conversation import CONVERSATIONS, chat_template, choose, example
+from .conversation import chat_template, choose, example
 from .errors import InputError, UsageError, one_of, whole_number
-from .families import PROCESSOR_FILES
+from .families.files import PROCESSOR_FILES
+from .families.layouts import TABLES, canonical, spelled
+from .families.projectors import FORMS, LINEAR, NAMES, projector_type
+from .families.prompts import CONVERSATIONS
+from .families.targets import MULTIPLE
 from .fast_tokenizer import original_tokenizer
 from .formats import is_text
 from .formats.strict_json import json_bytes
-from .hf_config import Tokens, is_next, llava_hf_config, pinpoints
-from .naming import TABLES, canonical, spelled
-from .parts import LINEAR, Model, Parts, take_apart
+from .hf_config import Tokens, llava_hf_config, pinpoints
+from .parts import Model, Parts, take_apart
 from .processor import processor_files, read_image_settings
-from .projector import FORMS, NAMES, paired, single
+from .projector import paired, single
 from .resize import resized
 from .tokenizer import SpecialIds
 from .tower import check_tower, tower_shapes
@@ -35,7 +38,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
-MULTIPLE = 64  # transformers' converters pad the vocabulary to it, for speed
 
 
 def convert(
@@ -111,7 +113,7 @@ def to_llava_hf(
     change nothing of this checkpoint.
     """
     model = take_apart(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
-    tiles = pinpoints(model.config, model.tower.image_size) if _is_tiled(model) else None
+    tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
     parts, activation, form = _two_layers(model, projector_form)
     notes = list(model.tower.notes)
     if tiles:
@@ -121,7 +123,9 @@ def to_llava_hf(
     rows = _rows(model, vocab_size, bool(tiles))
     parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
     tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
-    config = llava_hf_config(model.config, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles)
+    config = llava_hf_config(
+        model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
+    )
     if unpadded := _unpadded(checkpoint, model):
         config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
     prompt = _prompt(checkpoint, model, conv_mode)
@@ -156,12 +160,10 @@ def to_llava(
     """
     model = take_apart(checkpoint, tower, None, dtype, accept_tower=accept_tower)
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
-    parts, projector = dict(model.parts), "linear"
-    if NAMES[0] in parts:
-        if (one := single(parts, model.activation)) is None:
-            projector = "mlp2x_gelu"
-        else:
-            parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
+    parts = dict(model.parts)
+    if NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
+        parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
+    projector = projector_type(parts)
     files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
     rows = _unpadded(checkpoint, model) or rows
     parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
@@ -180,10 +182,6 @@ def to_llava(
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,))),
     )
     return _assembled(checkpoint, model, parts, "llava", config, files, step)
-
-
-def _is_tiled(model: Model) -> bool:
-    return model.tower.kind == "clip" and is_next(model.config, "newline" in model.parts)
 
 
 def _two_layers(model: Model, form: str | None) -> tuple[Parts, str, str]:
@@ -242,7 +240,7 @@ def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prom
         listed = (small_object(checkpoint.files, "chat_template.json") or {}).get("chat_template")
         if kept := small_text(checkpoint.files, "chat_template.jinja") or listed:
             return Prompt("", str(kept), "its own chat template")
-    conversation, evidence = choose(model.config, model.tokenizer.specials, name=conv_mode)
+    conversation, evidence = choose(model.config, model.tokenizer.specials, model.families, name=conv_mode)
     token = model.tokenizer.image_token
     image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
     told = f"{conversation.title} ({evidence})"
@@ -250,16 +248,16 @@ def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prom
 
 
 def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
-    if aspect is not None and "image_grid_pinpoints" in config:
+    if aspect is not None and model.target.tiles:
         raise UsageError("images of this model are cut into tiles, so `--image-aspect` can change nothing", hint="leave it out")
     tower, pads = model.tower, model.config.get("image_aspect_ratio") == "pad"
     own = small_object(checkpoint.files, "preprocessor_config.json") or {}
-    if aspect is None and str(own.get("image_processor_type")).startswith("LlavaImageProcessor"):
+    if aspect is None and str(own.get("image_processor_type")).startswith(model.target.padding_processor):
         aspect = "pad"
-    settings = read_image_settings(tower.preprocessor or own, size=tower.image_size, patch=tower.patch_size, siglip=tower.kind == "siglip")
+    settings = read_image_settings(tower.preprocessor or own, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
     return processor_files(
         settings,
-        next="image_grid_pinpoints" in config,
+        target=model.target,
         image_token=model.tokenizer.image_token,
         select_strategy=config["vision_feature_select_strategy"],
         aspect=aspect or "square",

@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint, Source, Step, main_dtype, opened, small_obje
 from .config import few, repair_config, repair_generation_config
 from .errors import InputError, MismatchError, one_of
 from .examine import Examination, examine_apply, examine_integer, examine_make
-from .families import MULTIMODAL, PROJECTOR, VOCABULARY
+from .families.layouts import MULTIMODAL, PROJECTOR, VOCABULARY
 from .formats.strict_json import json_bytes
 from .integer_delta import AddInteger, ToInteger, index_integer_delta, is_integer_delta
 from .tensors import FLOATS, Add, LazyTensor, Subtract, cast

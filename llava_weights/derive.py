@@ -9,17 +9,17 @@ from typing import Any, get_args
 
 from .against import failed, folded
 from .checkpoint import Checkpoint
-from .conversation import CONVERSATIONS
 from .conversion import TARGETS, convert
 from .delta import apply_delta
 from .errors import InputError, UsageError
 from .events import Event
+from .families.projectors import FORMS
+from .families.prompts import CONVERSATIONS
 from .findings import Finding
 from .formats import shown
 from .lora import merge_lora, open_weighted
 from .low_rank import Arithmetic
 from .manifest import TensorEntry
-from .projector import FORMS
 from .records import find_manifest
 from .rehash import digests
 from .tensors import FLOATS

@@ -16,7 +16,8 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .diagnose import Bf16, RoundTrip, bf16_damaged, extra_rows, llama2_hints, non_finite, pair, round_trip, state
 from .errors import InputError, MismatchError
-from .families import PROJECTOR, VOCABULARY, known_delta
+from .families.deltas import known_delta
+from .families.layouts import PROJECTOR, VOCABULARY
 from .tensors import LazyTensor, wrong_digest
 from .tokenizer import read_special_ids
 from .workspace import Workspace

@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Checkpoint
+from .config import known_decoder
 from .errors import InputError
+from .families.decoders import DECODERS
+from .families.layouts import canonical
+from .families.targets import DEFAULT_PARTS, TARGETS
+from .families.towers import TOWERS
 from .formats import shown
-from .naming import canonical
 from .splice import IMAGE, Splice
 from .streamed import Streamed
 from .tensors import FLOATS, LazyTensor
@@ -30,17 +34,13 @@ if TYPE_CHECKING:
 
 # model_type -> configuration and model class of transformers. Built explicitly: no Auto class looks at an input's config.
 CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": ("MistralConfig", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
-    "llava": ("LlavaConfig", "LlavaForConditionalGeneration"),
-    "llava_next": ("LlavaNextConfig", "LlavaNextForConditionalGeneration"),
-    "clip_vision_model": ("CLIPVisionConfig", "CLIPVisionModel"),
+    **{row.model_type: (row.config_class, row.architecture) for row in DECODERS if row.runs},
+    **{row.model_type: (row.config_class, row.architecture) for row in TARGETS if row.runs},
+    **{row.model_type: (row.config_class, row.model_class) for row in TOWERS if row.runs},
 }
-KINDS = {"llama": ("llama", "mistral", "qwen2"), "llava-hf": ("llava", "llava_next")}  # layout -> what its config may say
-PARTS = {"text_config": KINDS["llama"], "vision_config": ("clip_vision_model",)}
-# model_type of an original LLaVA -> its decoder.
-DECODERS = {"llama": "llama", "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+# Layout, and part of a nested config -> what its `model_type` may say.
+KINDS = {"llama": tuple(row.model_type for row in DECODERS if row.runs), "llava-hf": tuple(row.model_type for row in TARGETS if row.runs)}
+PARTS = {"text_config": KINDS["llama"], "vision_config": tuple(row.model_type for row in TOWERS if row.runs)}
 RIGHT = "give the config.json that belongs to these weights"
 # Keys of a config that change no product, only what code runs, how it is stored or what comes back.
 IGNORED = re.compile(
@@ -144,13 +144,14 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     stream = Streamed(dtype=dtype, device=device, resident=resident)
     tensors = _by_place(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
+    tiles = any(row.model_type == kind and row.tiles for row in TARGETS)
     stream.attach(model, tensors, canonical)
 
     def enter(probe: Probe) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": torch.tensor(probe.ids, device=device)[None]}
         if probe.pixel_values is not None:
             inputs["pixel_values"] = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
-            if probe.image_sizes is not None and kind == "llava_next":
+            if probe.image_sizes is not None and tiles:
                 inputs["image_sizes"] = torch.tensor(probe.image_sizes, device=device)
         return inputs
 
@@ -168,8 +169,8 @@ def load_original(
     """
     import torch
 
-    kind = DECODERS.get(str(checkpoint.config.get("model_type", "llama")))
-    if checkpoint.layout != "llava" or kind is None:
+    known = known_decoder(checkpoint.config)
+    if checkpoint.layout != "llava" or known is None or not known.runs:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
         raise InputError(
             f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout",
@@ -181,7 +182,7 @@ def load_original(
     for place, tensor in _by_place(checkpoint).items():
         part = place.partition(".")[0]
         parts.setdefault(part if part in parts else "decoder", {})[place] = tensor
-    decoder = _build(checkpoint.config, kind, len(parts["decoder"]))
+    decoder = _build(checkpoint.config, known.model_type, len(parts["decoder"]))
     stream.attach(decoder, parts["decoder"], canonical)
     vision, side = _vision(checkpoint, tower, stream)
     projector = _projector(parts["projector"])
@@ -209,9 +210,9 @@ def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) 
     tower = own_tower(checkpoint.tensors, vision_config=None, model=checkpoint, reference=reference) or reference
     if tower is None:
         return None, 0
-    if not tower.class_token:
+    if not tower.row.original_runs:
         raise InputError(
-            f"the vision tower of {shown(checkpoint.origin.name)} is no CLIP, which LLaVA's own code needs",
+            f"the vision tower of {shown(checkpoint.origin.name)} is a {tower.row.title}, which can't be run in the original layout",
             hint="convert it to llava-hf, and run that",
         )
     model = _build(tower.config, tower.config["model_type"], len(tower.tensors))
@@ -241,7 +242,7 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
     settings = _plain(config)
     for part, kinds in PARTS.items():
         inner = settings.get(part, {})
-        if not isinstance(inner, dict) or inner.setdefault("model_type", kinds[0]) not in kinds:
+        if not isinstance(inner, dict) or inner.setdefault("model_type", DEFAULT_PARTS[part]) not in kinds:
             raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT)
     layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in PARTS))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):

@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 
 from . import agreement, agreement_hf
-from .agreement_values import ACTIVATIONS
 from .chat_template import asks_for
 from .checkpoint import Checkpoint, small_text
 from .config import few, fold_names
 from .diagnose import LARGEST_ROW, LONGEST_NORM, MODELS, bf16_damaged, is_llama1, role_of, state
 from .errors import InputError
+from .families.decoders import ACTIVATIONS
+from .families.files import STANDARD
+from .families.layouts import TABLES, canonical, spelled
 from .findings import Finding
 from .formats import listed, present
-from .formats.folder import MAX_INDEX, STANDARD, member
+from .formats.folder import MAX_INDEX, member
 from .formats.strict_json import load_object
 from .holes import Watch, told
-from .naming import TABLES, canonical, spelled
 from .sidecars import CONFIG, Rule, Sidecars, added_ids, check, read_sidecars, refused, said
 from .tensors import FLOATS, LazyTensor, read_rows
 from .wording import size

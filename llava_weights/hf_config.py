@@ -12,48 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .buffers import TORCH_DTYPE
-from .config import RIGHT_CONFIG, is_qwen
+from .config import RIGHT_CONFIG, decoder_of
 from .errors import InputError
-from .families import HUB_TOWERS
+from .families.decoders import BY_TYPE, SIZES
+from .families.targets import DEFAULT_PARTS, STRATEGIES, Target
+from .families.towers import HUB_TOWERS
 from .formats import shown
-from .tower import Tower
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """A decoder that llava-hf can hold: its class there, the original's, and what its config says where a key is missing."""
-
-    architecture: str
-    original: str
-    original_type: str
-    defaults: Mapping[str, Any]
-
-
-SHARED = {
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "use_cache": True,
-}
-TEXT_MODELS = {
-    "llama": TextModel(
-        "LlamaForCausalLM", "LlavaLlamaForCausalLM", "llava", {**SHARED, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-    ),
-    # A missing window means 4096 to transformers; Mistral 0.2 says null.
-    "mistral": TextModel("MistralForCausalLM", "LlavaMistralForCausalLM", "llava_mistral", {**SHARED, "sliding_window": 4096}),
-    "qwen2": TextModel(
-        "Qwen2ForCausalLM", "LlavaQwenForCausalLM", "llava_qwen",
-        {**SHARED, "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False},
-    ),
-}  # fmt: skip
-SIZES = (
-    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-    "rms_norm_eps",
-)  # fmt: skip
-MODELS = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-STRATEGIES = {"patch": "default", "cls_patch": "full"}  # mm_vision_select_feature -> vision_feature_select_strategy
+from .tower import VisionTower
 
 
 @dataclass(frozen=True)
@@ -65,33 +30,6 @@ class Tokens:
     eos: int
     pad: int
     rows: int
-
-
-def text_type(config: Mapping[str, Any]) -> str:
-    """Which entry of TEXT_MODELS the decoder of a config is. Raises InputError for a family that llava-hf can't hold here."""
-    named = " ".join(str(config.get(key, "")) for key in ("model_type", "architectures")).lower()
-    other = re.search(r"mixtral|gemma|phi|mpt|falcon|stablelm|olmo|qwen2_moe|qwen3|deepseek|minicpm", named)
-    if other:
-        facts = {"config": shown(named.strip())}
-        raise InputError(f"a LLaVA on {other[0]} can't be converted", facts=facts, hint="LLaMA, Mistral and Qwen2 decoders can")
-    return "qwen2" if is_qwen(config) else "mistral" if "mistral" in named else "llama"
-
-
-def is_next(config: Mapping[str, Any], newline: bool) -> bool:
-    """Whether an original with a CLIP tower is a LLaVA-NeXT: images in tiles, `image_newline` behind each row (spatial_unpad).
-
-    Raises InputError for tiles that are joined in a way that llava-hf has no model for.
-    """
-    aspect, merge = str(config.get("image_aspect_ratio", "")), str(config.get("mm_patch_merge_type") or "flat")
-    if not aspect.startswith("anyres"):
-        return False
-    if aspect != "anyres" or merge != "spatial_unpad" or not newline:
-        raise InputError(
-            "images in tiles, joined in a way that neither LLaVA-1.5 nor LLaVA-NeXT does",
-            facts={"image_aspect_ratio": aspect, "mm_patch_merge_type": merge, "image_newline": "there" if newline else "missing"},
-            hint="`anyres` with `spatial_unpad` and an `image_newline` is LLaVA-NeXT; LLaVA-OneVision is another model",
-        )
-    return True
 
 
 def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
@@ -111,11 +49,19 @@ def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
 
 
 def llava_hf_config(
-    config: Mapping[str, Any], *, tower: Tower, tokens: Tokens, activation: str, dtype: str, tiles: Sequence[Sequence[int]] | None
+    config: Mapping[str, Any],
+    *,
+    target: Target,
+    tower: VisionTower,
+    tokens: Tokens,
+    activation: str,
+    dtype: str,
+    tiles: Sequence[Sequence[int]] | None,
 ) -> dict[str, Any]:
-    """The config of the llava-hf layout; `tiles` are pinpoints in transformers' order and make it a LLaVA-NeXT."""
-    kind, name = "llava_next" if tiles else "llava", TORCH_DTYPE[dtype]
-    strategy = "full" if tower.kind == "siglip" else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch")))
+    """The config of the llava-hf layout for the class `target`; `tiles` are its pinpoints in transformers' order."""
+    name = TORCH_DTYPE[dtype]
+    select = tower.row.select
+    strategy = select[1] if select else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch")))
     if strategy is None:
         what = f"`mm_vision_select_feature` is {shown(str(config['mm_vision_select_feature']))} in config.json, not patch or cls_patch"
         raise InputError(what, hint=RIGHT_CONFIG)
@@ -123,12 +69,12 @@ def llava_hf_config(
     if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         vision["_name_or_path"] = given  # what the way back writes as `mm_vision_tower`
     made: dict[str, Any] = {
-        "architectures": [MODELS[kind]],
+        "architectures": [target.architecture],
         "dtype": name,
         "ignore_index": -100,
         "image_seq_length": tower.patches + (tower.class_token and strategy == "full"),
         "image_token_index": tokens.image,  # the only name for it before 4.52
-        "model_type": kind,
+        "model_type": target.model_type,
         "multimodal_projector_bias": True,
         "pad_token_id": tokens.pad,
         "projector_hidden_act": activation,
@@ -145,10 +91,10 @@ def llava_hf_config(
     return dict(sorted(made.items()))
 
 
-def select_layer(config: Mapping[str, Any], tower: Tower) -> int:
-    """Which hidden state of the tower is taken. LLaVA's SigLIP encoder deletes the last layer and takes the last state."""
-    if tower.kind == "siglip":
-        return -1
+def select_layer(config: Mapping[str, Any], tower: VisionTower) -> int:
+    """Which hidden state of the tower is taken: what its row says, else what the original's config does."""
+    if tower.row.select:
+        return tower.row.select[0]
     layer, count = config.get("mm_vision_select_layer", -2), int(tower.config["num_hidden_layers"])
     if type(layer) is not int or not -count - 1 <= layer <= count:
         what = f"`mm_vision_select_layer` is {shown(str(layer))} in config.json, the tower has {count} layers"
@@ -158,16 +104,15 @@ def select_layer(config: Mapping[str, Any], tower: Tower) -> int:
 
 def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dict[str, Any]:
     """The decoder's part, from a flat config, with every key that any reader asks for."""
-    kind = text_type(config)
-    model = TEXT_MODELS[kind]
-    made = {key: config.get(key, default) for key, default in model.defaults.items()} | {key: config[key] for key in SIZES}
+    decoder = decoder_of(config)
+    made = {key: config.get(key, default) for key, default in decoder.defaults.items()} | {key: config[key] for key in SIZES}
     made |= {
-        "architectures": [model.architecture],
+        "architectures": [decoder.architecture],
         "bos_token_id": tokens.bos,
         "dtype": TORCH_DTYPE[dtype],
         "eos_token_id": tokens.eos,
         "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        "model_type": kind,
+        "model_type": decoder.model_type,
         "pad_token_id": tokens.pad,
         "tie_word_embeddings": config["tie_word_embeddings"],
         "torch_dtype": TORCH_DTYPE[dtype],
@@ -187,26 +132,29 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
         text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
         rest = {key: value for key, value in rope.items() if key != "rope_theta"}
         text.setdefault("rope_scaling", None if rest.get("rope_type", "default") == "default" else rest)
-    text.setdefault("model_type", "llama")
-    if "rms_norm_eps" not in text and text["model_type"] == "llama":
-        text["rms_norm_eps"] = 1e-6  # transformers' default, which its own saved configs leave out
+    text.setdefault("model_type", DEFAULT_PARTS["text_config"])
+    if (decoder := BY_TYPE.get(str(text["model_type"]))) and "rms_norm_eps" not in text:
+        text["rms_norm_eps"] = decoder.defaults["rms_norm_eps"]  # which transformers' own saved configs leave out
     return text
 
 
-def original_config(config: Mapping[str, Any], *, tower: Tower, tokens: Tokens, projector: str, name: str, dtype: str) -> dict[str, Any]:
+def original_config(
+    config: Mapping[str, Any], *, tower: VisionTower, tokens: Tokens, projector: str, name: str, dtype: str
+) -> dict[str, Any]:
     """The flat config of the original layout from a llava-hf one: the keys that LLaVA's code and SGLang read.
 
     `name` is the tower that the original's code names; the checkpoint holds its tensors, and `unfreeze_mm_vision_tower` makes
     that code keep them (LLaVA #902). `projector` is `mm_projector_type`.
     """
     text = flat_config(config)
-    model = TEXT_MODELS[text_type(text)]
-    kept = {key: text.get(key, default) for key, default in model.defaults.items()} | {key: text[key] for key in SIZES if key in text}
+    decoder = decoder_of(text)
+    kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZES}
     strategy = config.get("vision_feature_select_strategy", "default")
-    feature = next((ours for ours, theirs in STRATEGIES.items() if theirs == strategy), "patch")
+    feature = next((name for name, told in STRATEGIES.items() if told == strategy), "patch")
+    layer = tower.row.original_layer
     made: dict[str, Any] = {
         **kept,
-        "architectures": [model.original],
+        "architectures": [decoder.original_architectures[0]],
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos,
         "freeze_mm_mlp_adapter": False,
@@ -216,9 +164,9 @@ def original_config(config: Mapping[str, Any], *, tower: Tower, tokens: Tokens, 
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": feature,
-        "mm_vision_select_layer": -2 if tower.kind == "siglip" else config.get("vision_feature_layer", -2),
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2) if layer is None else layer,
         "mm_vision_tower": name,
-        "model_type": model.original_type,
+        "model_type": decoder.original_types[0],
         "pad_token_id": tokens.pad,
         "tie_word_embeddings": False,
         "torch_dtype": TORCH_DTYPE[dtype],
@@ -234,7 +182,7 @@ def original_config(config: Mapping[str, Any], *, tower: Tower, tokens: Tokens, 
     return dict(sorted(made.items()))
 
 
-def tower_name(config: Mapping[str, Any], tower: Tower) -> str | None:
+def tower_name(config: Mapping[str, Any], tower: VisionTower) -> str | None:
     """The Hub id of the tower, as far as the config or its shapes tell."""
     vision = config.get("vision_config")
     recorded = vision.get("_name_or_path") if isinstance(vision, Mapping) else None

@@ -28,7 +28,7 @@ import numpy as np
 
 from .buffers import ITEMSIZE
 from .errors import InputError
-from .families import TABLE_ROWS
+from .families.layouts import TABLE_ROWS
 from .tensors import FLOATS, Stored
 from .workspace import Record, SourceFile, Workspace, check_crcs
 

@@ -25,6 +25,7 @@ from urllib.parse import unquote
 from . import patience
 from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
 from .events import Note, tell
+from .families.files import DOWNLOADS, LICENSE_PREFIXES, SMALL_FILES, WEIGHT_SUFFIXES
 from .formats.folder import MAX_INDEX
 from .formats.strict_json import load_object
 from .patience import Passing, tell_retry, within
@@ -36,23 +37,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-# The first line whose first pattern the repository has is downloaded, so nothing comes twice and a projector only where it is all.
-WEIGHTS = (
-    ("adapter_model.safetensors", "non_lora_trainables.bin"),
-    ("adapter_model.bin", "non_lora_trainables.bin"),
-    ("model.safetensors",),
-    ("model-*-of-*.safetensors", "model.safetensors.index.json"),
-    ("*.safetensors", "*.safetensors.index.json"),
-    ("pytorch_model.bin",),
-    ("pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
-    ("consolidated.*.pth", "params.json"),
-    ("mm_projector.bin",),
-)
-SIDECARS = (
-    "config.json", "generation_config.json", "adapter_config.json", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "preprocessor_config.json", "processor_config.json", "chat_template*.json", "chat_template*.jinja",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+SIDECARS = (*SMALL_FILES, *(f"{prefix}*" for prefix in LICENSE_PREFIXES))
 
 # What the Hub answers, by the class of huggingface_hub.errors or by the HTTP status: what to say, what to do, which facts help.
 ANSWERS: tuple[tuple[str | int, str, str, tuple[str, ...]], ...] = (
@@ -75,7 +60,7 @@ HF_URI = re.compile(
     r"(?:@(?P<revision>refs/\w+/[^/\s]+|[^/\s@]+))?(?:/(?P<folder>.*))?"
 )
 READABLE = "write a path, `owner/name`, or an address that begins with `hf://`, `https://`, `s3://` or `gs://`"
-FILE_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".json", ".model", ".zip")
+FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".model", ".zip")
 
 
 @dataclass(frozen=True)
@@ -164,7 +149,7 @@ def _deepest_folder(path: Path) -> Path:
 def choose_files(names: Iterable[str]) -> tuple[str, ...]:
     """Of the file names in one folder of a repository, those to download, sorted; () where it holds no weights."""
     names = sorted(name for name in names if "/" not in name)
-    for patterns in WEIGHTS:
+    for patterns in DOWNLOADS:
         if fnmatch.filter(names, patterns[0]):
             return tuple(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns + SIDECARS))
     return ()

@@ -11,7 +11,9 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .config import fold_names
 from .diagnose import State, bf16_damaged, state
-from .families import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, KnownDelta, known_delta
+from .families.deltas import KnownDelta, known_delta
+from .families.layouts import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, canonical
+from .families.projectors import projector_type
 from .integer_delta import index_integer_delta, is_integer_delta
 from .tensors import LazyTensor
 from .tokenizer import read_special_ids
@@ -116,7 +118,7 @@ def _projector(tensors: Mapping[str, LazyTensor]) -> str:
     weights = [tensor for name, tensor in found.items() if name.endswith("weight")]
     if not weights:
         return ""
-    kind = "linear" if "model.mm_projector.weight" in found else f"mlp{len(weights)}x_gelu"
+    kind = projector_type(map(canonical, found)) or "of a kind that is not known"
     (*_, narrow), (wide, *_) = weights[0].shape or (1,), weights[-1].shape or (1,)
     return f"{kind}, {narrow} to {wide}"
 

@@ -24,11 +24,10 @@ from .buffers import TORCH_DTYPE, to_dtype
 from .checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, small_object, to_place
 from .config import few, repair_config, repair_generation_config
 from .errors import HubError, InputError, MismatchError, UsageError, finite, one_of
-from .families import MULTIMODAL, VOCABULARY
+from .families.layouts import MULTIMODAL, TABLES, VOCABULARY, Names, canonical
 from .formats.strict_json import json_bytes
 from .hub import may_be_revised
 from .low_rank import Arithmetic, LowRank, add_low_rank, fits
-from .naming import TABLES, Names, canonical
 from .tensors import LazyTensor, ReplaceRows, cast
 from .tokenizer import read_special_ids, repair_tokenizer
 

@@ -11,22 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .checkpoint import Checkpoint, main_dtype, small_object
-from .config import check_structure, few, repair_config
+from .config import check_structure, decoder_of, few, repair_config
 from .diagnose import state
 from .errors import InputError, MismatchError
-from .families import LAYOUTS
+from .families.decoders import DECODERS
+from .families.layouts import LAYOUTS, PART, TABLES, canonical, spelled
+from .families.originals import Original, fitting
+from .families.projectors import ACTIVATION, LINEAR, NAMES
+from .families.targets import BY_TYPE as TARGETS
+from .families.targets import Target
 from .fast_tokenizer import HfTokenizer, hf_tokenizer
 from .formats import shown
-from .hf_config import Tokens, flat_config, is_next, original_config, tower_name
-from .naming import TABLES, canonical, spelled
+from .hf_config import Tokens, flat_config, original_config, tower_name
 from .processor import original_vision_settings
-from .projector import NAMES
 from .tensors import LazyTensor, cast
 from .tokenizer import SpecialIds
-from .tower import Doubts, Tower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
+from .tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
 
-LINEAR = ("projector.weight", "projector.bias")
-
+DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
 Parts = dict[str, LazyTensor]
 
 
@@ -35,7 +37,8 @@ class Model:
     """A LLaVA in no layout: its parts by canonical name, and a config and small files in the original's words."""
 
     parts: Parts
-    tower: Tower
+    tower: VisionTower
+    families: tuple[Original, ...]  # those that it fits, all of one target
     config: Mapping[str, Any]
     tokenizer: HfTokenizer
     activation: str  # between the two layers of the projector
@@ -47,6 +50,11 @@ class Model:
     def tied(self) -> bool:
         """Whether the head is the embedding table, and is not stored."""
         return TABLES[1] not in self.parts
+
+    @property
+    def target(self) -> Target:
+        """The class of transformers that holds it."""
+        return TARGETS[self.families[0].target]
 
 
 def take_apart(
@@ -85,20 +93,37 @@ def take_apart(
     if doubts.differs:
         known = recognised(chosen.config)
         config["mm_vision_tower"] = known.repo if known else None
-    processor = "LlavaNextProcessor" if (is_next(config, "newline" in parts) if chosen.kind == "clip" else False) else "LlavaProcessor"
+    target = TARGETS[_families(config, chosen, parts)[0].target]
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
-    tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=processor, model_max_length=limit)
-    config, repairs = _repaired(config, parts, tokenizer, main)
+    tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=target.processor, model_max_length=limit)
+    config, repairs, before = *_repaired(config, parts, tokenizer, main), config
+    families = _families({**before, **config}, chosen, parts)
     _check_parts(config, parts, chosen)
-    activation = str(checkpoint.config.get("projector_hidden_act", "gelu")) if hub else "gelu"
-    return Model(parts, chosen, config, tokenizer, activation, rows, repairs, doubts)
+    activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
+    return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
+
+
+def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts) -> tuple[Original, ...]:
+    """The families that these parts fit. Raises InputError where there is none, and as `decoder_of`."""
+    decoder = decoder_of(config)
+    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in parts))
+    if not found:
+        facts = {
+            "decoder, tower": f"{decoder.model_type}, {tower.kind}",
+            "image_aspect_ratio": shown(str(config.get("image_aspect_ratio")))[1:-1],
+            "mm_patch_merge_type": shown(str(config.get("mm_patch_merge_type") or "flat"))[1:-1],
+            "image_newline": "there" if "newline" in parts else "missing",
+        }
+        hint = "`anyres` with `spatial_unpad` and an `image_newline` is LLaVA-NeXT; LLaVA-OneVision is another model"
+        raise InputError("images in tiles, joined in a way that no known LLaVA does", facts=facts, hint=hint)
+    return found
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
     if checkpoint.layout not in ("llava", "llava-hf"):
         title = next((layout.title for layout in LAYOUTS if layout.name == checkpoint.layout), "of an unknown kind")
         hints = {
-            "mpt": "LLaVA-MPT has no counterpart in transformers: llava-hf holds LLaMA, Mistral and Qwen2 decoders",
+            "mpt": f"LLaVA-MPT has no counterpart in transformers; decoders that are known: {DECODER_NAMES}",
             "llama": "a LLaVA has a projector: apply a delta in the same pass, as `convert BASE --delta DELTA --to llava-hf`",
             "adapter": "merge it first, or in the same pass: `convert BASE --lora ADAPTER --to llava-hf`",
         }
@@ -117,7 +142,7 @@ def _parts(checkpoint: Checkpoint, dtype: str | None) -> Parts:
     """Every parameter by its canonical name. Raises InputError for names of no known part and for two of the same."""
     parts: Parts = {}
     tensors = checkpoint.parameters()
-    unknown = [name for name in tensors if not re.match(r"(text|head|tower|projector)\.|newline$", canonical(name))]
+    unknown = [name for name in tensors if not re.match(PART, canonical(name))]
     if unknown:
         raise InputError(
             f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}",
@@ -160,12 +185,12 @@ def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
         )
 
 
-def _in_original_words(checkpoint: Checkpoint, tower: Tower) -> dict[str, Any]:
+def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
     """A llava-hf config in the original's words, so that one way leads on from here."""
     config, text = checkpoint.config, flat_config(checkpoint.config)
-    if str(config.get("model_type")) not in ("llava", "llava_next"):
+    if str(config.get("model_type")) not in TARGETS:
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
-        raise InputError(what, hint="llava and llava_next can be converted")
+        raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     named = tower_name(config, tower) or ""
     made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector="mlp2x_gelu", name=named, dtype="F32")
     preprocessor, processor = (small_object(checkpoint.files, name) or {} for name in ("preprocessor_config.json", "processor_config.json"))
@@ -190,7 +215,7 @@ def _repaired(config: Mapping[str, Any], parts: Parts, tokenizer: HfTokenizer, d
     return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, told
 
 
-def _check_parts(config: Mapping[str, Any], parts: Parts, tower: Tower) -> None:
+def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) -> None:
     """Raise InputError unless the parts are exactly those of a LLaVA of this config."""
     text = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith(("tower.", "projector."))}
     check_structure(config, text, vocabulary_rows=parts[TABLES[0]].rows)

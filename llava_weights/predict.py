@@ -27,7 +27,7 @@ from . import published
 from .checkpoint import Checkpoint, need_files, small_object
 from .errors import InputError, MismatchError
 from .events import Event, Progress
-from .families import known_delta
+from .families.deltas import known_delta
 from .findings import Finding
 from .formats import listed, shown
 from .formats.torch_zip import LOCAL, Member, zip_records

@@ -16,18 +16,21 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import UsageError
+from .families.layouts import canonical
+from .families.targets import DEFAULTS, TARGETS
+from .families.towers import TOWERS
 from .formats import shown
 from .forward import Probe
-from .naming import canonical
-from .processor import CLIP_MEAN, CLIP_STD
 from .splice import IMAGE, best_grid, unpad
 from .tokenizer import read_special_ids
-from .tower import Doubts, Tower, check_tower, holds_tower, open_tower, own_tower
+from .tower import Doubts, VisionTower, check_tower, holds_tower, open_tower, own_tower
 
 TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
 LAST_ROWS, MOST_ADDED = 8, 64
 TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
-HUB_IMAGE = 32000  # LlavaConfig's own `image_token_index`
+TILED = tuple(row.model_type for row in TARGETS if row.tiles)
+HUB_IMAGE = DEFAULTS["image_token_index"]
+USUAL = TOWERS[0].pixels[0]  # the range of pixels of the images that are made
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Sight:
     """How a LLaVA takes images in: `side` in pixels of a tile, `patches` along it, `extra` features of a tile beside its patches.
     `pinpoints` are (width, height) in pixels where images are cut into tiles, else None."""
 
-    tower: Tower
+    tower: VisionTower
     extra: int
     pinpoints: list[list[int]] | None
 
@@ -120,7 +123,7 @@ def pattern(tiles: int, side: int) -> np.ndarray:
     """[tiles, 3, side, side] in CLIP's range: no symmetry in x, y or channel, so that no flip, transpose or BGR goes unseen."""
     tile, channel, y, x = np.ogrid[:tiles, :3, :side, :side]
     values = (7 * x + 13 * y + 29 * channel + 53 * tile + x * y // 11) % 256
-    mean, std = (np.reshape(each, (3, 1, 1)) for each in (CLIP_MEAN, CLIP_STD))
+    mean, std = (np.reshape(each, (3, 1, 1)) for each in (USUAL.mean, USUAL.std))
     return cast(np.ndarray, ((values / 255 - mean) / std).astype(np.float32))
 
 
@@ -135,7 +138,7 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
     if found is None:
         return None
     if hub:
-        pairs = config.get("image_grid_pinpoints") if config.get("model_type") == "llava_next" else None
+        pairs = config.get("image_grid_pinpoints") if config.get("model_type") in TILED else None
         extra = config.get("vision_feature_select_strategy") == "full" and found.class_token
         return Sight(found, int(extra), [[width, height] for height, width in pairs] if pairs else None)
     tiled = config.get("image_aspect_ratio") == "anyres" and config.get("mm_patch_merge_type") == "spatial_unpad"

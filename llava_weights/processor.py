@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InputError, MismatchError
+from .families.targets import TARGETS, Target
+from .families.towers import Tower
 from .formats import shown
 from .formats.strict_json import json_bytes
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # every tower of LLaVA wants all three
 LAST_RESAMPLE = 5  # PIL's filters are 0 to 5, 3 is bicubic
 LARGEST = 1e6  # of a mean, a deviation or a factor; real ones are below 256
@@ -27,17 +27,17 @@ class ImageSettings:
     """How a picture becomes the input of a vision tower: `size` and `patch` in pixels, `mean` and `std` for red, green and
     blue in units of the range [0, 1], `resample` as PIL numbers its filters."""
 
+    tower: Tower
     size: int
     patch: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: int = 3
     rescale: float = 1 / 255
-    siglip: bool = False
 
 
-def read_image_settings(preprocessor: Mapping[str, Any] | None, *, size: int, patch: int, siglip: bool) -> ImageSettings:
-    """The settings in a tower's preprocessor_config.json of any age; what it lacks, or all without one, is CLIP's or SigLIP's.
+def read_image_settings(preprocessor: Mapping[str, Any] | None, *, tower: Tower, size: int, patch: int) -> ImageSettings:
+    """The settings in a tower's preprocessor_config.json of any age; what it lacks, or all without one, is what its row of `TOWERS` says.
 
     `size` and `patch` are those of the tower itself. Raises InputError for a setting that no image processor could mean,
     MismatchError where the file prepares images of another size than the tower's.
@@ -50,25 +50,25 @@ def read_image_settings(preprocessor: Mapping[str, Any] | None, *, size: int, pa
         if key in given and _square(key, given[key]) != size:
             facts = {f"`{key}` in preprocessor_config.json": f"{_square(key, given[key])} pixels", "the vision tower": f"{size} pixels"}
             raise MismatchError("preprocessor_config.json belongs to another vision tower", facts=facts, hint=RIGHT_FILE)
-    mean, std = (SIGLIP_MEAN, SIGLIP_STD) if siglip else (CLIP_MEAN, CLIP_STD)
+    usual = tower.pixels[0]
     resample = given.get("resample", 3)
     if type(resample) is not int or not 0 <= resample <= LAST_RESAMPLE:
         raise _refusal("resample", resample)
     return ImageSettings(
+        tower=tower,
         size=size,
         patch=patch,
-        mean=_colours(given, "image_mean", mean),
-        std=_colours(given, "image_std", std, positive=True),
+        mean=_colours(given, "image_mean", usual.mean),
+        std=_colours(given, "image_std", usual.std, positive=True),
         resample=resample,
         rescale=_number("rescale_factor", given.get("rescale_factor", 1 / 255), positive=True),
-        siglip=siglip,
     )
 
 
 def processor_files(
     settings: ImageSettings,
     *,
-    next: bool,
+    target: Target,
     image_token: str,
     select_strategy: str,
     aspect: str,
@@ -76,7 +76,7 @@ def processor_files(
     template: str,
     pads: bool = False,
 ) -> dict[str, bytes]:
-    """The four files by name. `next` is LLaVA-NeXT (v1.6), whose `pinpoints` are (height, width).
+    """The four files by name, for the class `target`; `pinpoints` are (height, width) in pixels where it takes tiles.
 
     `aspect` is "square" (resize and crop, as llava-hf models do) or "pad" (a square in the mean colour, as LLaVA v1.5 does;
     transformers reads that from 4.49 on). `pads` records that the original padded where "square" is written: CLIPImageProcessor
@@ -87,13 +87,13 @@ def processor_files(
         "image_token": image_token,
         # What a tower puts out beside its patches: CLIP a class token, SigLIP nothing. "default" takes one away again, "full"
         # does not, so 27 x 27 patches of SigLIP are 729 tokens. transformers 4.45 and 4.46 take 1 for every tower.
-        "num_additional_image_tokens": 0 if settings.siglip else 1,
+        "num_additional_image_tokens": int(settings.tower.class_token),
         "patch_size": settings.patch,
-        "processor_class": _processor_class(next),
+        "processor_class": target.processor,
         "vision_feature_select_strategy": select_strategy,
     }
     return {
-        "preprocessor_config.json": json_bytes(_preprocessor(settings, next=next, aspect=aspect, pads=pads, pinpoints=pinpoints)),
+        "preprocessor_config.json": json_bytes(_preprocessor(settings, target, aspect=aspect, pads=pads, pinpoints=pinpoints)),
         "processor_config.json": json_bytes(processor),
         "chat_template.json": json_bytes({"chat_template": template}),
         "chat_template.jinja": template.encode(),
@@ -113,17 +113,13 @@ def original_vision_settings(preprocessor: Mapping[str, Any], processor: Mapping
     if pinpoints is not None:
         _check_pinpoints(pinpoints)
         return {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[width, height] for height, width in pinpoints]}
-    kind = str(settings.get("image_processor_type"))
-    if kind.startswith("LlavaNext") or processor.get("processor_class") == _processor_class(True):
+    kind, named = str(settings.get("image_processor_type")), processor.get("processor_class")
+    if any(row.tiles and (kind.startswith(str(row.image_processor)) or named == row.processor) for row in TARGETS):
         return {"image_aspect_ratio": "anyres"}
     return {"image_aspect_ratio": "pad" if settings.get("do_pad") is True else "square"}
 
 
-def _processor_class(next: bool) -> str:
-    return "LlavaNextProcessor" if next else "LlavaProcessor"
-
-
-def _preprocessor(settings: ImageSettings, *, next: bool, aspect: str, pads: bool, pinpoints: list[list[int]] | None) -> dict[str, Any]:
+def _preprocessor(settings: ImageSettings, target: Target, *, aspect: str, pads: bool, pinpoints: list[list[int]] | None) -> dict[str, Any]:
     square = {"height": settings.size, "width": settings.size}
     common = {
         "do_convert_rgb": True,
@@ -132,18 +128,18 @@ def _preprocessor(settings: ImageSettings, *, next: bool, aspect: str, pads: boo
         "do_resize": True,
         "image_mean": list(settings.mean),
         "image_std": list(settings.std),
-        "processor_class": _processor_class(next),
+        "processor_class": target.processor,
         "resample": settings.resample,
         "rescale_factor": settings.rescale,
     }
-    if settings.siglip and not next and aspect != "pad":
-        return dict(sorted({**common, "image_processor_type": "SiglipImageProcessor", "size": square}.items()))
-    kind: dict[str, Any] = {"image_processor_type": "CLIPImageProcessor"} | ({"do_pad": True} if pads else {})
-    if next:
+    if not settings.tower.crops and not target.tiles and aspect != "pad":
+        return dict(sorted({**common, "image_processor_type": settings.tower.image_processor, "size": square}.items()))
+    kind: dict[str, Any] = {"image_processor_type": settings.tower.image_processor} | ({"do_pad": True} if pads else {})
+    if target.tiles:
         _check_pinpoints(pinpoints)
-        kind = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True, "image_grid_pinpoints": pinpoints}
+        kind = {"image_processor_type": target.image_processor, "do_pad": True, "image_grid_pinpoints": pinpoints}
     elif aspect == "pad":
-        kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+        kind = {"image_processor_type": target.padding_processor, "do_pad": True}
     crop = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": settings.size}}
     return dict(sorted({**common, **crop, **kind}.items()))
 

@@ -5,7 +5,7 @@
     relu      relu        rows I, -I, 0       columns W, -W, 0 ; b   relu(x) - relu(-x) = x
     gelu      gelu        rows I, -I, 0       columns W, -W, 0 ; b   gelu(x) - gelu(-x) = x, for every gate with g(x) + g(-x) = 1
 
-vLLM knows no "linear" activation, llama.cpp and mlx-vlm apply gelu whatever the config says (facts: llava-hf 4).
+vLLM knows no "linear" activation, llama.cpp and mlx-vlm apply gelu whatever the config says.
 """
 
 from __future__ import annotations
@@ -18,17 +18,11 @@ import numpy as np
 
 from .buffers import ITEMSIZE, as_rows, to_float32
 from .errors import InputError, UsageError
+from .families.projectors import ACTIVATION, FORMS, NAMES
 from .tensors import FromRows, LazyTensor
 from .windows import row_ranges
 from .workspace import Workspace
 
-FORMS = {"identity": "linear", "relu": "relu", "gelu": "gelu"}  # form -> projector_hidden_act
-CONSUMERS = {
-    "identity": "exact in transformers; vLLM refuses it, llama.cpp and mlx-vlm compute something else",
-    "relu": "for vLLM; exact but for the order of sums",
-    "gelu": "for llama.cpp (GGUF) and mlx-vlm, and right in vLLM and transformers; exact but for rounding",
-}
-NAMES = ("projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias")
 ONE = {"F16": 0x3C00, "BF16": 0x3F80, "F32": 0x3F800000, "F64": 0x3FF0000000000000}
 
 
@@ -105,7 +99,7 @@ def single(parts: Mapping[str, LazyTensor], activation: str) -> tuple[LazyTensor
         form = paired(weight, outer, "relu")
         if all(_equal(parts[name], form[name]) for name in NAMES[:3]):
             return weight, outer
-    if activation != "gelu":
+    if activation != ACTIVATION:
         what = f"the original layout has no projector of two layers with `{activation}` between them"
         raise InputError(what, hint="only gelu, or one of the forms that `--projector-form` writes, has a counterpart there")
     return None

@@ -24,6 +24,18 @@ from urllib.parse import urlsplit
 
 from . import patience, ranges
 from .errors import HubError, InputError, LlavaWeightsError, UsageError
+from .families.files import (
+    ADAPTER_FILES,
+    INDEXES,
+    LICENSE_FILES,
+    META_FILES,
+    META_PARAMS,
+    PROJECTOR_FILES,
+    SINGLE_FILES,
+    SMALL_FILES,
+    TRAINED_BESIDE,
+    WEIGHT_SUFFIXES,
+)
 from .hub import SIDECARS, HubSource, choose_files, explain, parse_source
 from .patience import Absent, Patience, name_of, patiently, within
 from .threads import in_threads
@@ -32,7 +44,6 @@ from .wording import scheme_of
 from .workspace import SHADOWS, SourceFile
 
 SCHEMES = ("hf", "https", "http", "s3", "gs")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 MAX_FILES, MAX_SIZE = 1000, 1 << 42
 MAX_SMALL = 64 << 20  # the longest of the small files, a tokenizer.json, has 30 MB
@@ -42,18 +53,11 @@ HEAD, TAIL = 32 << 10, (64 << 10) + 22  # what most safetensors headers fit into
 MEMBER_HEAD = 30 + 512  # a zip member's own header: torch pads its name with at most 64 bytes
 JOIN = 16 << 10  # a hole that costs less than another request
 AT_ONCE = 8  # requests
-BESIDE = "non_lora_trainables.bin"  # what LLaVA keeps beside an adapter
 # Plain HTTP has no listing: what a folder there may hold, besides what its index names.
 KNOWN = (
-    "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin", BESIDE,
-    "mm_projector.bin", "mm_projector.safetensors", "params.json", *(f"consolidated.{number:02}.pth" for number in range(8)),
+    *SINGLE_FILES, *ADAPTER_FILES, TRAINED_BESIDE, *PROJECTOR_FILES, META_PARAMS, *META_FILES,
 )  # fmt: skip
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-KNOWN_SMALL = (
-    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json", "processor_config.json", "chat_template.json",
-    "chat_template.jinja", "LICENSE", "LICENSE.txt", "NOTICE",
-)  # fmt: skip
+KNOWN_SMALL = (*SMALL_FILES, *LICENSE_FILES)
 NOT_A_ZIP = (ArithmeticError, LookupError, NotImplementedError, OSError, ValueError, struct.error)
 
 
@@ -71,14 +75,14 @@ class Listing:
         """What is needed of them, as when a repository is downloaded. Raises InputError where there are no weights."""
         names: Iterable[str] = choose_files(self.files)
         if self.only and not self.only.startswith("consolidated."):  # a piece of Meta's needs the others
-            beside = (self.only, BESIDE, *SIDECARS)
+            beside = (self.only, TRAINED_BESIDE, *SIDECARS)
             names = [name for name in self.files if any(fnmatch.fnmatchcase(name, kind) for kind in beside)]
         found = {name: self.files[name] for name in names}
-        if not any(name.endswith(WEIGHT_SUFFIXES) for name in found) or self.only not in (*found, ""):
+        if not any(name.endswith(tuple(WEIGHT_SUFFIXES)) for name in found) or self.only not in (*found, ""):
             hint = "give a folder with .safetensors, pytorch_model*.bin or consolidated.*.pth files, or one such file"
             raise InputError(f"`{self.address}` has no weights that can be read", hint=hint)
         for name, file in found.items():
-            limit = MAX_SIZE if name.endswith(WEIGHT_SUFFIXES) else MAX_SMALL
+            limit = MAX_SIZE if name.endswith(tuple(WEIGHT_SUFFIXES)) else MAX_SMALL
             if len(found) > MAX_FILES or not 0 <= file.size <= limit:
                 raise InputError(
                     f"`{name}` has {file.size:,} bytes, at most {limit:,} are read",
@@ -226,9 +230,9 @@ def _of_store(text: str) -> Listing:
 def _of_web(text: str) -> Listing:
     """The well-known names that exist under an address, and what an index among them names; or one file, and what is beside it."""
     address = text.rstrip("/")
-    single = address.endswith(WEIGHT_SUFFIXES) and not text.endswith("/")
+    single = address.endswith(tuple(WEIGHT_SUFFIXES)) and not text.endswith("/")
     home, _, only = address.rpartition("/") if single else (address, "", "")
-    files = _existing(home, (only, BESIDE, *KNOWN_SMALL) if only else (*INDEXES, *KNOWN_SMALL, *KNOWN))
+    files = _existing(home, (only, TRAINED_BESIDE, *KNOWN_SMALL) if only else (*INDEXES, *KNOWN_SMALL, *KNOWN))
     for index in () if only else INDEXES:
         if index in files and files[index].size <= MAX_SMALL:
             named = set(re.findall(rb'"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.(?:safetensors|bin))"', _whole(files[index])))
@@ -263,7 +267,7 @@ def _whole(file: SourceFile) -> bytes:
 
 def _shadow(path: Path, file: SourceFile) -> None:
     """Write one file of the shadow: a small one whole, a weight file with its headers only."""
-    if not path.name.endswith(WEIGHT_SUFFIXES):
+    if not path.name.endswith(tuple(WEIGHT_SUFFIXES)):
         path.write_bytes(_whole(file))
         return
     with path.open("x+b", buffering=0) as sparse:

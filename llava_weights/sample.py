@@ -16,6 +16,8 @@ import numpy as np
 
 from .checkpoint import Checkpoint, small_object, small_text
 from .errors import InputError
+from .families.targets import TARGETS
+from .families.towers import TOWERS
 from .fast_tokenizer import hf_tokenizer
 from .findings import Finding
 from .formats import open_regular, shown
@@ -43,7 +45,11 @@ PARAGRAPH = (
 LIMIT = 100.0
 NEW_TOKENS = 32
 IMAGE_WORD = "<image>"
-KINDS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor", "SiglipImageProcessor")
+KINDS = {
+    *(row.image_processor for row in TOWERS),
+    *(row.padding_processor for row in TARGETS),
+    *(row.image_processor for row in TARGETS if row.tiles),
+}
 SETTINGS = re.compile(r"do_\w+|image_mean|image_std|size|crop_size|resample|rescale_factor|image_grid_pinpoints")
 WRONG = "`llava-weights inspect` says whether it is an unapplied delta; a delta needs the very base that it was made from"
 
@@ -168,10 +174,10 @@ def _image_settings(checkpoint: Checkpoint, sight: Sight) -> dict[str, Any]:
     if own is not None and own.get("image_processor_type") in KINDS:
         return own
     tower = sight.tower
-    settings = read_image_settings(tower.preprocessor, size=tower.image_size, patch=tower.patch_size, siglip=tower.kind == "siglip")
+    settings = read_image_settings(tower.preprocessor, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
     files = processor_files(
         settings,
-        next=sight.pinpoints is not None,
+        target=next(row for row in TARGETS if row.tiles == (sight.pinpoints is not None)),
         image_token=IMAGE_WORD,
         select_strategy="default",
         aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "square",

@@ -15,17 +15,19 @@ from typing import Any
 
 from .checkpoint import Checkpoint, small_bytes, small_object
 from .errors import InputError
+from .families.layouts import canonical
+from .families.targets import BY_TYPE as TARGETS
+from .families.targets import Target
 from .findings import Finding, Verdict
 from .formats import shown
 from .formats.sentencepiece import Vocabulary, read_sentencepiece
 from .formats.strict_json import load_object, parse_json
 from .formats.tokenizer_json import added_tokens
 from .hf_config import flat_config
-from .naming import canonical
 from .tensors import LazyTensor
 from .tokenizer import ADDED, FAST, FAST_LIMIT, MODEL, MODEL_LIMIT, SPECIAL, read_special_ids
 from .tokenizer import CONFIG as TOKENIZER
-from .tower import Tower, own_tower
+from .tower import VisionTower, own_tower
 
 CONFIG, PROCESSOR, VOCABULARY = "config.json", "processor_config.json", "vocab.json"
 CORRECT = "correct it by hand, or take the file from the authors of the model"
@@ -45,7 +47,7 @@ class Sidecars:
     parts: Mapping[str, LazyTensor]
     ids: Mapping[str, int]
     base_vocabulary: int
-    tower: Tower | None
+    tower: VisionTower | None
 
     def of(self, file: str) -> Json:
         return self.objects.get(file, {})
@@ -64,8 +66,14 @@ class Sidecars:
         return {**text, "model_type": str(text["model_type"])}
 
     @property
-    def next(self) -> bool:
-        return self.of(CONFIG).get("model_type") == "llava_next"
+    def target(self) -> Target | None:
+        """The row of the class of transformers that a llava-hf config names, None for a class that no row describes."""
+        return TARGETS.get(str(self.of(CONFIG).get("model_type")))
+
+    @property
+    def tiles(self) -> bool:
+        """Whether that class takes images in tiles."""
+        return self.target is not None and self.target.tiles
 
     @property
     def image_token(self) -> str:

@@ -1,6 +1,6 @@
 """The vision tower of a LLaVA: its tensors by the name behind the tower, and a complete `vision_config` for llava-hf.
 
-A tower comes from a CLIP or SigLIP repository (`open_tower`) or lies inside a LLaVA (`own_tower`). Its config is checked
+A tower comes from a repository of its own, a CLIP or a SigLIP (`open_tower`), or lies inside a LLaVA (`own_tower`). Its config is checked
 against the shapes of its tensors; what no tensor tells (heads, activation) is looked up, and `notes` say where.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,44 +17,41 @@ from typing import Any
 
 from .checkpoint import Checkpoint, Origin
 from .errors import InputError, MismatchError
-from .families import BESIDE_TOWER, DROPPED, KNOWN_TOWERS, TOWER_DEFAULTS, TOWER_TYPES, KnownTower
+from .families.layouts import DROPPED, canonical
+from .families.shapes import shapes
+from .families.targets import DEFAULT_PARTS
+from .families.towers import (
+    BESIDE_TOWER,
+    BY_REPOSITORY,
+    BY_TYPE,
+    KNOWN_TOWERS,
+    MAX_LAYERS,
+    MEASURES,
+    PATCH,
+    POSITION,
+    RANKS,
+    TOWERS,
+    KnownTower,
+    Tower,
+)
 from .formats import listed, present, shown, unreadable
 from .formats.folder import member
 from .formats.strict_json import load_object
-from .naming import canonical
 from .tensors import FLOATS, LazyTensor
 
-CLIP = "clip_vision_model"
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
-MAX_LAYERS = 1024
 RIGHT_CONFIG = "give the config.json that belongs to these tensors"
+KINDS = " or ".join(row.title for row in TOWERS)
 WHOLE = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
 NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 
-PATCH, POSITION, CLASS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "embeddings.class_embedding"
-# The tensors of a layer: their axes, in terms of config keys.
-LAYER = {
-    **{f"self_attn.{part}.weight": ("hidden_size", "hidden_size") for part in ("k_proj", "v_proj", "q_proj", "out_proj")},
-    **{f"self_attn.{part}.bias": ("hidden_size",) for part in ("k_proj", "v_proj", "q_proj", "out_proj")},
-    **{f"layer_norm{number}.{part}": ("hidden_size",) for number in (1, 2) for part in ("weight", "bias")},
-    "mlp.fc1.weight": ("intermediate_size", "hidden_size"),
-    "mlp.fc1.bias": ("intermediate_size",),
-    "mlp.fc2.weight": ("hidden_size", "intermediate_size"),
-    "mlp.fc2.bias": ("hidden_size",),
-}
-# Where each size can be read: tensor and axis.
-MEASURES = {
-    "hidden_size": (PATCH, 0), "num_channels": (PATCH, 1), "patch_size": (PATCH, 2),
-    "intermediate_size": ("encoder.layers.0.mlp.fc1.weight", 0),
-}  # fmt: skip
 # What tells one tower from another.
 COMPARED = ("model_type", "hidden_size", "intermediate_size", "patch_size", "image_size", "num_hidden_layers", "hidden_act")
 INTO_PROJECTOR = ("projector.weight", "projector.0.weight")
-RANKS = {PATCH: 4, POSITION: 2, "encoder.layers.0.mlp.fc1.weight": 2}
 
 
 @dataclass(frozen=True)
-class Tower:
+class VisionTower:
     """A vision tower that is whole: its tensors and config agree, and a LLaVA can be made with it."""
 
     tensors: Mapping[str, LazyTensor]  # "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight", ...
@@ -64,9 +61,14 @@ class Tower:
     notes: tuple[str, ...]
 
     @property
+    def row(self) -> Tower:
+        """What is known of its kind."""
+        return BY_TYPE[self.config["model_type"]]
+
+    @property
     def kind(self) -> str:
         """ "clip" or "siglip"."""
-        return str(self.config["model_type"]).partition("_")[0]
+        return self.row.kind
 
     @property
     def patches(self) -> int:
@@ -91,7 +93,7 @@ class Tower:
     @property
     def class_token(self) -> bool:
         """Whether a class token stands before the patches."""
-        return bool(self.config["model_type"] == CLIP)
+        return self.row.class_token
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Sizes:
     side: int
 
 
-def open_tower(checkpoint: Checkpoint) -> Tower:
+def open_tower(checkpoint: Checkpoint) -> VisionTower:
     """The tower of a CLIP or SigLIP repository: CLIPModel, CLIPVisionModel, SiglipModel, SiglipVisionModel of any transformers
     version (5.6 and later save a vision model without the prefix `vision_model.`).
 
@@ -114,12 +116,12 @@ def open_tower(checkpoint: Checkpoint) -> Tower:
     named = _unique((full.removeprefix("vision_model."), x) for full, x in checkpoint.tensors.items() if not beside.fullmatch(full))
     if PATCH not in named:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type"))), "lacks": f"`{PATCH}`"}
-        hint = "give the repository or folder of the CLIP or SigLIP that the model was trained with"
+        hint = f"give the repository or folder of the {KINDS} that the model was trained with"
         raise InputError(f"{shown(name)} is no vision tower", facts=facts, hint=hint)
     config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
     notes = (NO_HEAD,) if any(map(_is_head, checkpoint.tensors)) else ()
-    return Tower(_fitted(named, config, name), config, _preprocessor(checkpoint), checkpoint.origin, notes)
+    return VisionTower(_fitted(named, config, name), config, _preprocessor(checkpoint), checkpoint.origin, notes)
 
 
 def own_tower(
@@ -127,8 +129,8 @@ def own_tower(
     *,
     vision_config: Mapping[str, Any] | None,
     model: Checkpoint | None,
-    reference: Tower | None = None,
-) -> Tower | None:
+    reference: VisionTower | None = None,
+) -> VisionTower | None:
     """The tower among the tensors of a LLaVA in any key style, None where there is none.
 
     `vision_config` is what a llava-hf config.json says. Without one the sizes come from the shapes, and the heads from
@@ -150,7 +152,7 @@ def own_tower(
         _check_sizes(config, sizes, source=f"the `vision_config` of {shown(name)}")
     notes = (f"vision tower: the checkpoint's own, {len(own):,} tensors", note, NO_HEAD if len(own) < len(inside) else "")
     preprocessor = reference.preprocessor if reference else _preprocessor(model) if model else None
-    return Tower(_fitted(own, config, name), config, preprocessor, None, tuple(filter(None, notes)))
+    return VisionTower(_fitted(own, config, name), config, preprocessor, None, tuple(filter(None, notes)))
 
 
 def holds_tower(checkpoint: Checkpoint) -> bool:
@@ -167,7 +169,7 @@ def tower_hint(config: Mapping[str, Any]) -> str:
     """What to do where an original LLaVA holds no tower: give the one that its config names."""
     named = named_tower(config)
     if not named:
-        return "give the CLIP or SigLIP that it was trained with as `--vision-tower`: its repository or folder"
+        return f"give the {KINDS} that it was trained with as `--vision-tower`: its repository or folder"
     return f"give the tower that it was trained with, by its config {shown(named)}: `--vision-tower` with that repository, or its folder"
 
 
@@ -196,7 +198,7 @@ class Doubts:
     differs: bool = False  # in a fact, so that the name is not that of the tower
 
 
-def check_tower(model: Checkpoint, given: Tower, *, name: str = "", accept: bool = False) -> Doubts:
+def check_tower(model: Checkpoint, given: VisionTower, *, name: str = "", accept: bool = False) -> Doubts:
     """Whether `given` can be the tower that `name`, else the config of the original LLaVA `model`, names.
 
     Both are known by their shapes and configs, never by a folder's name. Raises MismatchError where both are published ones and
@@ -243,14 +245,14 @@ def _may_be_named(model: Checkpoint, wanted: Mapping[str, Any]) -> bool:
     return not widths or wanted["hidden_size"] in widths
 
 
-def _lost_training(model: Checkpoint, given: Tower) -> tuple[str, ...]:
+def _lost_training(model: Checkpoint, given: VisionTower) -> tuple[str, ...]:
     """A tower that was trained with its model lies inside of it, unless somebody left it out."""
     if given.origin is None or model.config.get("unfreeze_mm_vision_tower") is not True:
         return ()
     return ("`unfreeze_mm_vision_tower` is true in config.json, so the vision tower was trained too, and the given one was not",)
 
 
-def check_kept(own: Tower, given: Tower, holder: str) -> str:
+def check_kept(own: VisionTower, given: VisionTower, holder: str) -> str:
     """A note that the tower inside `holder` is kept, though one was given. Raises MismatchError where that is another one by its facts."""
     label = shown(given.origin.name if given.origin else holder)
     if any(own.config[key] != given.config[key] for key in COMPARED):
@@ -266,17 +268,17 @@ def _described(config: Mapping[str, Any]) -> str:
 
 
 def complete_config(config: Mapping[str, Any], *, source: str = "the vision config") -> dict[str, Any]:
-    """`model_type` and every key of `families.TOWER_DEFAULTS`, from `config` or else as transformers assumes; other keys stay behind.
+    """`model_type` and every key among the defaults of its row, from `config` or else as transformers assumes; other keys stay behind.
 
     Raises InputError, naming `source`, for a kind of tower that is unknown or a value that is no size, fraction or activation.
     """
     if not isinstance(config, Mapping):
         raise InputError(f"{source} is {shown(str(config))}, not an object", hint=RIGHT_CONFIG)
-    model_type = CLIP if config.get("model_type") is None else config["model_type"]  # LlavaConfig's own assumption
-    if not isinstance(model_type, str) or model_type not in TOWER_DEFAULTS:
-        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(TOWER_DEFAULTS)}", hint=RIGHT_CONFIG)
+    model_type = DEFAULT_PARTS["vision_config"] if config.get("model_type") is None else config["model_type"]
+    if not isinstance(model_type, str) or model_type not in BY_TYPE:
+        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(BY_TYPE)}", hint=RIGHT_CONFIG)
     complete: dict[str, Any] = {"model_type": model_type}
-    for key, default in TOWER_DEFAULTS[model_type].items():
+    for key, default in BY_TYPE[model_type].defaults.items():
         value: Any = default if config.get(key) is None or isinstance(default, bool) else config[key]
         if not _valid(value, default) or (key == "num_hidden_layers" and value > MAX_LAYERS):
             raise InputError(f"`{key}` is {shown(str(value))} in {source}, which can't be", hint=RIGHT_CONFIG)
@@ -292,21 +294,11 @@ def complete_config(config: Mapping[str, Any], *, source: str = "the vision conf
 def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the tower that a `vision_config` describes, by the name behind the tower, without SigLIP's pooling head.
 
-    Missing keys count as transformers' defaults. Raises InputError as `complete_config` does. Source: the state dicts of
-    CLIPVisionModel and SiglipVisionModel. `pre_layrnorm` is spelled that way.
-    """
+    Missing keys count as transformers' defaults. Raises InputError as `complete_config` does."""
     known = complete_config(config)
-    hidden, patch = known["hidden_size"], known["patch_size"]
-    clip = known["model_type"] == CLIP
-    rows = (known["image_size"] // patch) ** 2 + clip
-    shapes: dict[str, tuple[int, ...]] = {CLASS: (hidden,)} if clip else {}
-    shapes |= {PATCH: (hidden, known["num_channels"], patch, patch)}
-    shapes |= {} if clip else {"embeddings.patch_embedding.bias": (hidden,)}
-    shapes |= {POSITION: (rows, hidden)}
-    shapes |= {"pre_layrnorm.weight": (hidden,), "pre_layrnorm.bias": (hidden,)} if clip else {}
-    for number in range(known["num_hidden_layers"]):
-        shapes |= {f"encoder.layers.{number}.{name}": tuple(known[key] for key in axes) for name, axes in LAYER.items()}
-    return shapes | {"post_layernorm.weight": (hidden,), "post_layernorm.bias": (hidden,)}
+    row = BY_TYPE[known["model_type"]]
+    layers = (shapes(row.layer, known, before=f"encoder.layers.{number}.") for number in range(known["num_hidden_layers"]))
+    return shapes(row.before, known) | {name: shape for layer in layers for name, shape in layer.items()} | shapes(row.after, known)
 
 
 def _unique(pairs: Iterable[tuple[str, LazyTensor]]) -> dict[str, LazyTensor]:
@@ -323,6 +315,11 @@ def _is_head(name: str) -> bool:
     return name.removeprefix("vision_model.").startswith("head.")
 
 
+def row_of(names: Container[str]) -> Tower:
+    """The kind of tower that has most of these names, which stand behind the tower, and lacks the fewest."""
+    return max(TOWERS, key=lambda row: sum(1 if parameter.name in names else -1 for parameter in row.before))
+
+
 def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
     """Kind and sizes from the shapes. Raises InputError where a tensor that tells one is missing or has no such shape."""
     for needed, rank in RANKS.items():
@@ -331,8 +328,8 @@ def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
         shape = list(tensors[needed].shape)
         if len(shape) != rank or 0 in shape:
             raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty", hint=WHOLE)
-    clip = CLASS in tensors or any(behind.startswith("pre_layrnorm.") for behind in tensors)
-    rows = tensors[POSITION].shape[0] - clip
+    row = row_of(tensors)
+    rows = tensors[POSITION].shape[0] - row.class_token
     if rows < 1 or math.isqrt(rows) ** 2 != rows:
         raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square", hint=WHOLE)
     numbers = (re.match(r"encoder\.layers\.(\d{1,6})\.", behind) for behind in tensors)
@@ -340,15 +337,17 @@ def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
     if layers > MAX_LAYERS:
         raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read", hint=WHOLE)
     sizes = {key: tensors[tensor].shape[axis] for key, (tensor, axis) in MEASURES.items()}
-    return Sizes(CLIP if clip else "siglip_vision_model", {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
+    return Sizes(row.model_type, {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
 
 
 def _check_sizes(config: Mapping[str, Any], found: Sizes, *, source: str, error: type[InputError] = InputError) -> None:
     """Raise `error`, naming key and tensor, where a complete config does not describe these tensors."""
     hint = RIGHT_CONFIG
     if config["model_type"] != found.model_type:
-        has = "has" if found.model_type == CLIP else "lacks"
-        raise error(f"`model_type` is `{config['model_type']}` in {source}, but the vision tower {has} `{CLASS}`", hint=hint)
+        own, other = ({parameter.name for parameter in BY_TYPE[kind].before} for kind in (found.model_type, config["model_type"]))
+        what = f"`model_type` is `{config['model_type']}` in {source}, but the vision tower is a {BY_TYPE[found.model_type].title}"
+        facts = {"has": listed(sorted(own - other)), "lacks": listed(sorted(other - own))}
+        raise error(what, facts={label: names for label, names in facts.items() if names}, hint=hint)
     for key, size in found.sizes.items():
         if config[key] != size:
             tensor = MEASURES[key][0] if key in MEASURES else f"encoder.layers.{size - 1}"
@@ -366,11 +365,11 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
         names = listed(behind for behind in expected if behind in missing)
         raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE)
     if unknown := [behind for behind in tensors if behind not in expected]:
-        facts = {"known kinds": ", ".join(TOWER_DEFAULTS)}
+        facts = {"known kinds": ", ".join(BY_TYPE)}
         raise InputError(
             f"the vision tower of {shown(name)} has tensors that no rule knows: {listed(unknown)}",
             facts=facts,
-            hint="give a CLIP or SigLIP as its authors published it",
+            hint=f"give a {KINDS} as its authors published it",
         )
     for behind, shape in expected.items():
         tensor = tensors[behind]
@@ -381,7 +380,7 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
     return {behind: tensors[behind] for behind in expected}
 
 
-def _look_up(found: Sizes, model: Checkpoint | None, reference: Tower | None) -> tuple[dict[str, Any], str]:
+def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str]:
     """A complete config for measured sizes, and a sentence on where heads and activation are from."""
     model_config = model.config if model else {}
     near = model.origin.path if model and not model.origin.remote else None
@@ -436,15 +435,15 @@ def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
 def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The vision half of a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in TOWER_TYPES:
-        facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(TOWER_TYPES)}
-        raise InputError(f"{shown(name)} has no config.json of a CLIP or SigLIP", facts=facts, hint="give the tower's whole folder")
-    if model_type in TOWER_DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in BY_REPOSITORY:
+        facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(BY_REPOSITORY)}
+        raise InputError(f"{shown(name)} has no config.json of a {KINDS}", facts=facts, hint="give the tower's whole folder")
+    if model_type in BY_TYPE:
         return config
     nested = config.get("vision_config") or config.get("vision_config_dict") or {}  # the second was its name in 2022
     if not isinstance(nested, Mapping):
         raise InputError(f"`vision_config` is not an object in the config.json of {shown(name)}", hint=RIGHT_CONFIG)
-    return {**nested, "model_type": nested.get("model_type") or TOWER_TYPES[model_type]}
+    return {**nested, "model_type": nested.get("model_type") or BY_REPOSITORY[model_type].model_type}
 
 
 def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -21,10 +21,11 @@ from .config import check_structure
 from .derive import compare_derived, derive
 from .errors import MOST_JOBS, InputError, OutputError, UsageError, whole_number
 from .events import Event, Note
-from .families import VOCABULARY
+from .families.files import META_FILE, WEIGHT_SUFFIXES
+from .families.layouts import VOCABULARY, canonical
 from .findings import KIND, RULES, Finding, exit_code
 from .formats import is_text, listed, present, shown
-from .formats.folder import META_FILE, META_SIZE, SUFFIXES, WEIGHTS, member, optional
+from .formats.folder import META_SIZE, WEIGHTS, member, optional
 from .formats.strict_json import json_bytes
 from .health import APPLY, health, watch_over
 from .health import RULES as TABLES
@@ -32,7 +33,6 @@ from .hub import HubSource, parse_source, source_text
 from .integer_delta import is_integer_delta
 from .job import write_file
 from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_content, root_of_tensors
-from .naming import canonical
 from .output_file import check_file
 from .plan import Plan
 from .predict import check_published
@@ -359,7 +359,7 @@ def open_subject(path: str | Path) -> Subject:
 
 def _holds_a_checkpoint(place: Path) -> bool:
     if not os.path.isdir(place):
-        return os.path.isfile(place) and place.suffix in SUFFIXES
+        return os.path.isfile(place) and place.suffix in WEIGHT_SUFFIXES
     with suppress(OSError):
         names = os.listdir(place)
         below = [inner for name in names if re.fullmatch(META_SIZE, name) and (place / name).is_dir() for inner in os.listdir(place / name)]

@@ -340,7 +340,7 @@ def test_an_interrupted_run_continues(place: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from synthetic import write_pair
 
-    from llava_weights.families import Size
+    from llava_weights.families.decoders import Size
 
     write_pair(place / "pair", Size("small", 384, 4, 8, 1024), vocabulary=1000, seed=6)
     job = '[[job]]\ncommand = "apply-delta"\nbase = "pair/base"\ndelta = "pair/delta"\noutput = "{}"\n'

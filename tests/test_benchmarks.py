@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_weights.families import Size
+from llava_weights.families.decoders import Size
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20

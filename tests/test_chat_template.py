@@ -13,7 +13,8 @@ import pytest
 
 from llava_weights.chat_template import LONGEST, asks_for
 from llava_weights.checkpoint import open_checkpoint
-from llava_weights.conversation import CONVERSATIONS, chat_template
+from llava_weights.conversation import chat_template
+from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.health import health
 
 # After the constructs of published templates; none is a copy.

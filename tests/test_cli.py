@@ -204,7 +204,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from synthetic import write_pair
 
-    from llava_weights.families import Size
+    from llava_weights.families.decoders import Size
 
     folder = tmp_path_factory.mktemp("pair")
     write_pair(folder, Size("small", 384, 4, 8, 1024), vocabulary=1000, seed=6)

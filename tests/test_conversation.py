@@ -12,8 +12,9 @@ from jinja2 import Template
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_weights.conversation import CONVERSATIONS, QUESTION, chat_template, choose, example
+from llava_weights.conversation import QUESTION, chat_template, choose, example
 from llava_weights.errors import InputError, UsageError
+from llava_weights.families.prompts import CONVERSATIONS
 
 IMAGE = {"type": "image"}
 PLAIN = ImmutableSandboxedEnvironment()

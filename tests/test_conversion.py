@@ -17,8 +17,8 @@ from llava_weights.checkpoint import open_checkpoint
 from llava_weights.conversion import convert
 from llava_weights.delta import apply_delta
 from llava_weights.errors import InputError, LlavaWeightsError, UsageError
+from llava_weights.families.layouts import SPELLINGS, canonical, spelled
 from llava_weights.lora import merge_lora, open_weighted
-from llava_weights.naming import SPELLINGS, canonical, spelled
 from llava_weights.plan import make_plan
 from llava_weights.write import execute
 

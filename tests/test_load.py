@@ -27,7 +27,7 @@ from llava_weights.conversion import convert
 from llava_weights.delta import apply_delta, make_delta
 from llava_weights.errors import OutputError
 from llava_weights.events import Event, ShardDone
-from llava_weights.families import LLAMA_SIZES, Size
+from llava_weights.families.decoders import LLAMA_SIZES, Size
 from llava_weights.job import partial_folder
 from llava_weights.lora import merge_lora, open_weighted
 from llava_weights.manifest import MANIFEST

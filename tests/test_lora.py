@@ -16,9 +16,9 @@ from llava_weights.buffers import to_dtype
 from llava_weights.checkpoint import open_checkpoint
 from llava_weights.delta import apply_delta
 from llava_weights.errors import InputError, LlavaWeightsError, MismatchError, UsageError
+from llava_weights.families.layouts import Names, canonical
 from llava_weights.lora import merge_lora, open_weighted, to_arithmetic
 from llava_weights.low_rank import Arithmetic
-from llava_weights.naming import Names, canonical
 from llava_weights.plan import make_plan
 from llava_weights.write import Report, execute
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from llava_weights.conversation import CONVERSATIONS, QUESTION, chat_template, example
+from llava_weights.conversation import QUESTION, chat_template, example
 from llava_weights.errors import InputError, MismatchError
+from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.formats.strict_json import parse_json
 from llava_weights.processor import ImageSettings, original_vision_settings, processor_files, read_image_settings
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from llava_weights.errors import InputError, UsageError
+from llava_weights.families.projectors import FORMS, NAMES
 from llava_weights.formats.safetensors import index_safetensors
-from llava_weights.projector import FORMS, NAMES, paired, single
+from llava_weights.projector import paired, single
 from llava_weights.tensors import LazyTensor
 from llava_weights.workspace import Workspace
 

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from llava_weights import workspace
 from llava_weights.checkpoint import open_checkpoint
 from llava_weights.config import expected_shapes
+from llava_weights.families.layouts import SPELLINGS, canonical, spelled
 from llava_weights.formats.meta import AFTER, BEFORE, LAYER
 from llava_weights.job import Job
 from llava_weights.manifest import MANIFEST
-from llava_weights.naming import SPELLINGS, canonical, spelled
 from llava_weights.plan import make_plan
 from llava_weights.tower import tower_shapes
 from llava_weights.workspace import DropBehind, Record, SourceFile, Workspace, crc_errors

@@ -64,7 +64,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from synthetic import write_pair
 
-    from llava_weights.families import Size
+    from llava_weights.families.decoders import Size
 
     folder = tmp_path_factory.mktemp("pair")
     write_pair(folder, Size("small", 96, 2, 8, 256), vocabulary=320, seed=8)
@@ -155,7 +155,7 @@ def test_all_that_is_transferred(hub: HubServer, tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from synthetic import write_pair
 
-    from llava_weights.families import Size
+    from llava_weights.families.decoders import Size
 
     write_pair(tmp_path, Size("middle", 2048, 2, 8, 5504), vocabulary=4000, seed=1, sparse=True)
     hub.add("owner/base", tmp_path / "base")
@@ -185,7 +185,7 @@ def test_the_memory_promise(hub: HubServer, tmp_path: Path) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from synthetic import write_pair
 
-    from llava_weights.families import Size
+    from llava_weights.families.decoders import Size
 
     write_pair(tmp_path, Size("middle", 2048, 1, 8, 5504), vocabulary=4000, seed=1, sparse=True)
     hub.add("owner/base", tmp_path / "base")

@@ -22,9 +22,9 @@ from test_forward import cases, expected
 from llava_weights.checkpoint import Checkpoint, open_checkpoint
 from llava_weights.delta import apply_delta
 from llava_weights.errors import InputError, OutputError, UsageError, VerificationError
+from llava_weights.families.layouts import canonical
 from llava_weights.forward import Probe
 from llava_weights.lora import merge_lora, open_weighted
-from llava_weights.naming import canonical
 from llava_weights.probes import built_in_probes, find_sight, pattern, table_ids
 from llava_weights.reference_file import Recorded, Recording, make_recording, read_recording, record, sketch, write_recording
 from llava_weights.sample import LIMIT, PARAGRAPH, sample

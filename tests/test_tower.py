@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llava_weights.families.XXX import TOWER_DEFAULTS
 from safetensors.numpy import load_file, save_file
 
 from llava_weights.checkpoint import Checkpoint, Origin, open_checkpoint
 from llava_weights.conversion import convert
 from llava_weights.errors import InputError, MismatchError
-from llava_weights.families import TOWER_DEFAULTS
 from llava_weights.tensors import LazyTensor, read_rows
 from llava_weights.tower import CLIP, Tower, complete_config, open_tower, own_tower, tower_shapes
 from llava_weights.workspace import Workspace

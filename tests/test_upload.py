@@ -136,7 +136,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from synthetic import write_pair
 
-    from llava_weights.families import Size
+    from llava_weights.families.decoders import Size
 
     folder = tmp_path_factory.mktemp("pair")
     write_pair(folder, Size("small", 96, 2, 8, 256), vocabulary=320, seed=8)

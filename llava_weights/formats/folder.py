@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import InputError
+from ..families.files import META_FILE, SIDE_FILES, STANDARD, WEIGHT_SUFFIXES, Container
 from ..tensors import LazyTensor
 from ..workspace import SourceFile
 from . import irregular, listed, present, shown, unreadable
@@ -25,14 +26,8 @@ from .safetensors import index_safetensors
 from .strict_json import load_object
 from .torch_zip import index_torch_zip
 
-Container = Literal["safetensors", "torch", "meta"]
-
 MAX_INDEX = 10 << 20  # huggingface_hub's limit too
-STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
-SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
-SIDE_FILES = ("adapter_model.safetensors", "adapter_model.bin", "mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
 SHARD_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}"
-META_FILE = r"consolidated\.\d+\.pth"
 META_SIZE = r"\d+[Bb]"
 WEIGHTS = rf".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|{META_FILE}|{'|'.join(map(re.escape, SIDE_FILES))}"
 QUANTISED = r".*\.(gguf|ggml)|ggml.*\.bin|.*\.ggmlv\d.*"
@@ -78,11 +73,11 @@ def index_file(path: Path) -> WeightFiles:
         raise _missing(path)
     if re.fullmatch(META_FILE, path.name) and (whole := _meta(path.parent, _names(path.parent))):
         return whole
-    container = SUFFIXES.get(path.suffix)
+    container = WEIGHT_SUFFIXES.get(path.suffix)
     if re.fullmatch(QUANTISED, path.name):
         raise InputError(f"{shown(path.name)} holds quantised weights", facts={"path": path}, hint=UNQUANTISED)
     if not container:
-        facts = {"path": path, "accepted": ", ".join(SUFFIXES)}
+        facts = {"path": path, "accepted": ", ".join(WEIGHT_SUFFIXES)}
         raise InputError(f"{shown(path.name)} is not a weight file by its name", facts=facts, hint="give the folder that it is in")
     shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", path.stem)
     note = f"{shown(path.name)} is one of {int(shard[1])} shards, the others were not read" if shard else ""
@@ -156,7 +151,7 @@ def _torch(folder: Path, names: list[str]) -> WeightFiles | None:
 
 def _side(folder: Path, names: list[str]) -> WeightFiles | None:
     name = next((name for name in SIDE_FILES if name in names), None)
-    return _read(folder, SUFFIXES[Path(name).suffix], [name]) if name else None
+    return _read(folder, WEIGHT_SUFFIXES[Path(name).suffix], [name]) if name else None
 
 
 def _standard(folder: Path, names: list[str], container: Container) -> WeightFiles | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from llava_weights.conversation import CONVERSATIONS, QUESTION, chat_template, example
+from llava_weights.conversation import QUESTION, chat_template, example
+from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.processor import processor_files, read_image_settings
 
 PEERS = Path(__file__).resolve().parent.parent.parent / ".peers"

@@ -1,12 +1,58 @@
-"""One name for the same tensor in every layout, so that an adapter trained under one finds its base in another."""
+"""How the layouts name their tensors: which layout a checkpoint has, and one name for the same tensor in every layout.
+
+An adapter that was trained under the names of one layout finds its base in another by the second.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from .families import VOCABULARY
+# Buffers that transformers <= 4.31 stored with the weights; never parameters, dropped on output.
+DROPPED = r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids"
+# What LLaVA adds to a LLaMA. These exist in no base, so a delta holds them whole.
+MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\..*"
+PROJECTOR = r"model\.mm_projector\..*"
+# The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+# Tables by any layout's name of which rows may be zero, since no training touched them: tokens and positions that were never seen.
+TABLE_ROWS = (
+    r"output\.weight|(?:.*\.)?(?:embed_tokens|tok_embeddings|word_embeddings|token_embedding|wte|wpe|lm_head|embed_out"
+    r"|position_embeddings?|pos_embed)(?:\.weight)?"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of naming tensors. It fits where every pattern of `needs` matches some name and none of `lacks` matches any."""
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+
+
+# Tried in order, the first that fits wins.
+LAYOUTS = (
+    Layout("adapter", "LoRA adapter", (r".*\.lora_(A|B|embedding_A|embedding_B)\b.*",)),
+    Layout("loha", "PEFT adapter that is not a LoRA", (r"base_model\..*\.(hada_|lokr_|vera_|ia3_|oft_|boft_).*",)),
+    Layout("mpt", "LLaVA-MPT", (r"transformer\.blocks\..*",)),
+    Layout("llava-hf", "LLaVA in the llava-hf layout", (r"(model\.)?language_model\..*", r"(model\.)?multi_modal_projector\..*")),
+    Layout("llava", "LLaVA in the original layout", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight", PROJECTOR)),
+    Layout("llama", "LLaMA", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight",)),
+    Layout("projector", "LLaVA projector only", (r"(base_model\.model\.)?model\.mm_projector\..*",), (r".*self_attn.*",)),
+    Layout("clip", "CLIP", (r"(vision_model\.|vision_tower\.).*",)),
+)
+
+# quant_method of transformers whose weights are stored packed, with scales: a `quantization_config` that names one and plain
+# weights do not belong together. Others (torchao, quanto, bitnet, compressed-tensors, mxfp4) may quantise while loading.
+QUANTIZERS = ("aqlm", "auto-round", "awq", "bitsandbytes", "eetq", "fbgemm_fp8", "fp8", "gptq", "higgs", "hqq", "spqr", "vptq")
+# What they store beside or in place of a weight.
+QUANTIZED_NAMES = (
+    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state[\w.]*|weight_scale(_inv)?|weight_packed|codebooks|codes)$"
+)
 
 # Where each layout keeps the parts of a LLaVA. First match wins; the canonical name is the part and what follows in it.
 # Original (haotian-liu), Hub style, the in-memory names of transformers 4.52 and 5.6, and what 5.4/5.5 saved by mistake
@@ -43,6 +89,19 @@ ORIGINAL = (
     (r"newline()", r"model.image_newline\1"),
 )
 SPELLINGS = {"llava-hf": HUB, "llava": ORIGINAL}
+
+
+# Names that are not those of the Hub, and who can't read them (load matrix of transformers 4.36 to 5.23). The first that matches counts.
+STYLES = (
+    (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),
+    (
+        r"model\.vision_tower\.(?!vision_model\.).*",
+        "transformers 5.6 and later: earlier ones miss the vision tower, before 4.52 nearly all",
+    ),
+    (r"model\.language_model\..*", "transformers 4.52 and later: earlier ones miss the whole text model"),
+    (r"vision_tower\.(?!vision_model\.).*", "a save by transformers 5.23: 4.57 and earlier, and vLLM, miss the vision tower"),
+)
+PART = r"(text|head|tower|projector)\.|newline$"  # what the canonical name of every tensor of a LLaVA begins with
 
 
 def canonical(name: str) -> str:

@@ -1,0 +1,42 @@
+"""Which files make a checkpoint, by name. Everything else in a folder stays behind."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# Small files that travel with the weights.
+CONFIG_FILES = ("config.json", "generation_config.json")
+ADAPTER_CONFIG = "adapter_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja")
+SMALL_FILES = (*CONFIG_FILES, ADAPTER_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES)
+LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")  # what a place without a listing is asked for
+
+# Weights: the name of one file, and of the shards' index, by container; what training leaves beside or instead of a model.
+Container = Literal["safetensors", "torch", "meta"]
+STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
+SINGLE_FILES = tuple(stem + suffix for stem, suffix in STANDARD.values())
+INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+WEIGHT_SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA keeps beside an adapter
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+SIDE_FILES = (*ADAPTER_FILES, *PROJECTOR_FILES, TRAINED_BESIDE)
+META_PARAMS, META_FILE, META_MOST = "params.json", r"consolidated\.\d+\.pth", 8  # Meta's own layout: files of one model at most
+META_FILES = tuple(f"consolidated.{number:02}.pth" for number in range(META_MOST))
+
+# The first line whose first pattern a repository has is downloaded, so nothing comes twice and a projector only where it is all.
+DOWNLOADS = (
+    *((name, TRAINED_BESIDE) for name in ADAPTER_FILES),
+    ("model.safetensors",),
+    ("model-*-of-*.safetensors", "model.safetensors.index.json"),
+    ("*.safetensors", "*.safetensors.index.json"),
+    ("pytorch_model.bin",),
+    ("pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+    ("consolidated.*.pth", META_PARAMS),
+    *((name,) for name in PROJECTOR_FILES),
+)

@@ -1,0 +1,60 @@
+"""Classes of transformers that hold a LLaVA: what their configs and processors are called, and which images they take.
+
+Sources: the classes of transformers 4.36 to 5.23 and the checkpoints of llava-hf on the Hub.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """A class that holds a LLaVA. `tiles`: images are cut into tiles, whose grids `image_grid_pinpoints` lists as (height, width) in
+    pixels, with the tensor `image_newline` behind each row; else an image is one square, and nothing reads a newline.
+
+    `image_processor` is the one for its tiles; without tiles it is the tower's, or `padding_processor` where images are padded to squares.
+    """
+
+    model_type: str
+    architecture: str
+    config_class: str
+    processor: str
+    tiles: bool
+    image_processor: str | None = None
+    padding_processor: str = "LlavaImageProcessor"
+    runs: bool = True  # whether `smoke` can compute with it
+
+
+TARGETS = (
+    Target(
+        model_type="llava",
+        architecture="LlavaForConditionalGeneration",
+        config_class="LlavaConfig",
+        processor="LlavaProcessor",
+        tiles=False,
+    ),
+    Target(
+        model_type="llava_next",
+        architecture="LlavaNextForConditionalGeneration",
+        config_class="LlavaNextConfig",
+        processor="LlavaNextProcessor",
+        tiles=True,
+        image_processor="LlavaNextImageProcessor",
+    ),
+)
+BY_TYPE = {row.model_type: row for row in TARGETS}
+
+# `mm_vision_select_feature` of the original -> `vision_feature_select_strategy`: without the class token, or with it.
+STRATEGIES = {"patch": "default", "cls_patch": "full"}
+# What LlavaConfig and LlavaNextConfig assume for a key that is left out.
+DEFAULTS: dict[str, Any] = {
+    "ignore_index": -100, "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default", "image_seq_length": 576, "multimodal_projector_bias": True,
+    "tie_word_embeddings": False, "image_grid_pinpoints": None, "use_image_newline_parameter": True,
+}  # fmt: skip
+# The parts of a nested config that describe other models, and what class they are where they do not say.
+DEFAULT_PARTS = {"text_config": "llama", "vision_config": "clip_vision_model"}
+# The vocabulary of a target with new tokens gets two rows more and is rounded up to this (transformers' converters, for speed).
+MULTIPLE = 64
