@@ -14,11 +14,10 @@ from typing import Any
 
 from .buffers import TORCH_DTYPE
 from .errors import InputError
-from .families.decoders import AFTER, BEFORE, BY_TYPE, DECODERS, HEAD, LLAMA_SIZES, LLAVA_DEFAULTS, MAX_LAYERS, Decoder
+from .families.decoders import BY_TYPE, DECODERS, LLAMA_SIZES, LLAVA_DEFAULTS, MAX_LAYERS, Decoder
 from .families.layouts import DROPPED, MULTIMODAL, VOCABULARY, canonical, spelled
 from .families.projectors import projector_type, projector_weights
 from .families.shapes import length
-from .families.shapes import shapes as shapes_of
 from .formats import listed, shown
 from .tokenizer import SpecialIds
 
@@ -146,12 +145,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     Raises InputError for a size that is missing or absurd, and as `decoder_of`.
     """
-    decoder, sizes = decoder_of(config), sizes_of(config)
-    expected = shapes_of(BEFORE, sizes)
-    for number in range(sizes["num_hidden_layers"]):
-        expected |= shapes_of(decoder.layer, sizes, before=f"model.layers.{number}.")
-    expected |= shapes_of(AFTER, sizes)
-    return expected if config.get("tie_word_embeddings") is True else expected | shapes_of(HEAD, sizes)
+    return decoder_of(config).shapes(sizes_of(config))
 
 
 def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_rows: int | None = None) -> None:

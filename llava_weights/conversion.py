@@ -126,7 +126,7 @@ def to_llava_hf(
     config = llava_hf_config(
         model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
     )
-    if unpadded := _unpadded(checkpoint, model):
+    if unpadded := _unpadded(checkpoint, model, rows):
         config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
     prompt = _prompt(checkpoint, model, conv_mode)
     files = (
@@ -165,7 +165,7 @@ def to_llava(
         parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
     projector = projector_type(parts)
     files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
-    rows = _unpadded(checkpoint, model) or rows
+    rows = _unpadded(checkpoint, model, model.rows) or rows
     parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
     config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
@@ -215,12 +215,13 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
     return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
 
 
-def _unpadded(checkpoint: Checkpoint, model: Model) -> int | None:
-    """The original's rows, where its tokenizer does not tell them: recorded in a llava-hf config, since the way back needs them."""
+def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
+    """The original's rows, where its tokenizer does not tell them of a table of `rows`: recorded in a llava-hf config, since the way back
+    needs them."""
     if checkpoint.layout == "llava-hf":
         recorded = checkpoint.config.get("unpadded_vocab_size")
         return recorded if type(recorded) is int and 0 < recorded <= model.rows else None
-    told = original_tokenizer(model.tokenizer.files, rows=model.rows, image_id=model.tokenizer.image_id)[1]
+    told = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id)[1]
     return model.rows if told != model.rows else None
 
 

@@ -23,10 +23,12 @@ from .families.layouts import canonical
 from .families.targets import DEFAULT_PARTS, TARGETS
 from .families.towers import TOWERS
 from .formats import shown
+from .hf_config import select_layer
 from .splice import IMAGE, Splice
 from .streamed import Streamed
 from .tensors import FLOATS, LazyTensor
 from .tokenizer import read_special_ids
+from .tower import VisionTower, open_tower, own_tower
 
 if TYPE_CHECKING:
     import torch
@@ -184,14 +186,26 @@ def load_original(
         parts.setdefault(part if part in parts else "decoder", {})[place] = tensor
     decoder = _build(checkpoint.config, known.model_type, len(parts["decoder"]))
     stream.attach(decoder, parts["decoder"], canonical)
-    vision, side = _vision(checkpoint, tower, stream)
+    vision, known_tower = _vision(checkpoint, tower, stream)
+    layer = select_layer(checkpoint.config, known_tower) if known_tower else 0
+    class_token = known_tower is not None and known_tower.class_token
     projector = _projector(parts["projector"])
     stream.attach(projector, parts["projector"], "projector.{}".format)
     stream.watch("vision", projector)
     with stream.session():
         newline = next(map(stream.values, parts["newline"].values()), None)
     patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
-    splice = Splice(checkpoint.config, decoder.model.embed_tokens, vision, side, projector, newline, patch)
+    splice = Splice(
+        checkpoint.config,
+        decoder.model.embed_tokens,
+        vision,
+        known_tower.image_size if known_tower else 0,
+        layer,
+        class_token,
+        projector,
+        newline,
+        patch,
+    )
 
     def enter(probe: Probe) -> dict[str, Any]:
         ids, pixels = torch.tensor(probe.ids, device=device), None
@@ -202,22 +216,15 @@ def load_original(
     return Runner(checkpoint, stream, decoder, enter, IMAGE)
 
 
-def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) -> tuple[Any, int]:
-    """The CLIP tower and its image size; (None, 0) where there is none."""
-    from .tower import open_tower, own_tower
-
+def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) -> tuple[Any, VisionTower | None]:
+    """The model of the vision tower, and what it is; None for both where there is none."""
     reference = open_tower(given) if given else None
     tower = own_tower(checkpoint.tensors, vision_config=None, model=checkpoint, reference=reference) or reference
     if tower is None:
-        return None, 0
-    if not tower.row.original_runs:
-        raise InputError(
-            f"the vision tower of {shown(checkpoint.origin.name)} is a {tower.row.title}, which can't be run in the original layout",
-            hint="convert it to llava-hf, and run that",
-        )
+        return None, None
     model = _build(tower.config, tower.config["model_type"], len(tower.tensors))
     stream.attach(model, tower.tensors, lambda name: name.removeprefix("vision_model."))
-    return model, tower.image_size
+    return model, tower
 
 
 def _projector(tensors: Mapping[str, LazyTensor]) -> Any:

@@ -9,14 +9,18 @@ from dataclasses import replace
 from typing import Any
 
 from .checkpoint import Checkpoint
-from .config import fold_names
+from .config import fold_names, known_decoder
 from .diagnose import State, bf16_damaged, state
 from .families.deltas import KnownDelta, known_delta
 from .families.layouts import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, canonical
+from .families.originals import fitting
 from .families.projectors import projector_type
+from .families.towers import BY_TYPE
+from .formats import shown
 from .integer_delta import index_integer_delta, is_integer_delta
 from .tensors import LazyTensor
 from .tokenizer import read_special_ids
+from .tower import named_tower, published, row_of
 
 
 def inspect(checkpoint: Checkpoint, *, given: str = "", tensors: bool = False) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -29,6 +33,7 @@ def inspect(checkpoint: Checkpoint, *, given: str = "", tensors: bool = False) -
     rows = [
         ("what", kind),
         ("evidence", "; ".join(evidence)),
+        ("family", _family(checkpoint)),
         ("weights", _weights(checkpoint, dtypes)),
         ("vocabulary", _vocabulary(checkpoint)),
         ("projector", _projector(checkpoint.tensors)),
@@ -74,6 +79,28 @@ def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, list[str], str]:
         return f"unapplied delta of a {'LLaVA' if layout == 'llava' else 'LLaMA'}, {checkpoint.size}", evidence, apply.format(base)
     place = " in Meta's layout" if checkpoint.origin.container == "meta" else ""
     return f"{title}{place}, {checkpoint.size}{_damage(checkpoint, found)}", evidence, ""
+
+
+def _family(checkpoint: Checkpoint) -> str:
+    """Which rows of the tables an original LLaVA fits: more than one where its tower is not told, empty for other checkpoints."""
+    config, names = checkpoint.config, set(map(canonical, checkpoint.tensors))
+    decoder = known_decoder(config)
+    if checkpoint.layout != "llava" or decoder is None or not config:
+        return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
+    inside = {name.removeprefix("tower.") for name in names if name.startswith("tower.")}
+    named = published(named_tower(config))
+    tower = row_of(inside).kind if inside else BY_TYPE[named.model_type].kind if named else None
+    told = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
+    specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
+    rows = [row for row in fitting(told, decoder=decoder.model_type, tower=tower) if not row.token or row.token in specials]
+    if not rows:
+        return f"none that is known: {decoder.model_type} with {tower or 'an unknown tower'}, {_images(config)}"
+    first = [row for row in rows if row.evidence == rows[0].evidence]
+    return f"{' or '.join(row.name for row in first)}: {first[0].evidence}"
+
+
+def _images(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}` {shown(str(config.get(key)))[1:-1]}" for key in ("image_aspect_ratio", "mm_patch_merge_type"))
 
 
 def _known(checkpoint: Checkpoint) -> KnownDelta | None:

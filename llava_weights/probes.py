@@ -15,8 +15,10 @@ from typing import Any, cast
 import numpy as np
 
 from .checkpoint import Checkpoint
+from .config import known_decoder
 from .errors import UsageError
 from .families.layouts import canonical
+from .families.originals import fitting
 from .families.targets import DEFAULTS, TARGETS
 from .families.towers import TOWERS
 from .formats import shown
@@ -141,7 +143,9 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
         pairs = config.get("image_grid_pinpoints") if config.get("model_type") in TILED else None
         extra = config.get("vision_feature_select_strategy") == "full" and found.class_token
         return Sight(found, int(extra), [[width, height] for height, width in pairs] if pairs else None)
-    tiled = config.get("image_aspect_ratio") == "anyres" and config.get("mm_patch_merge_type") == "spatial_unpad"
+    decoder = known_decoder(config)
+    family = next(fitting(config, decoder=decoder.model_type, tower=found.kind), None) if decoder else None
+    tiled = family is not None and family.target in TILED
     extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
     return Sight(found, int(extra), config.get("image_grid_pinpoints") if tiled else None)
 

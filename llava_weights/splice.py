@@ -31,8 +31,10 @@ class Splice:
 
     config: Mapping[str, Any]
     embed: Any  # ids -> embeddings
-    vision: Any  # CLIPVisionModel, None where there is no tower
+    vision: Any  # the model of the vision tower, None where there is none
     side: int  # pixels along each side of a tile
+    layer: int  # the hidden state of the tower that is taken
+    class_token: bool  # whether its first feature is that of a class token
     projector: Any
     newline: torch.Tensor | None  # [H]
     patch: int  # id of <im_patch>, IMAGE where there is none
@@ -86,8 +88,9 @@ class Splice:
 
     def _project(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, patches, H] for tiles [N, 3, S, S]."""
-        seen = self.vision(pixels, output_hidden_states=True).hidden_states[self.config.get("mm_vision_select_layer", -2)]
-        projected: torch.Tensor = self.projector(seen if self.config.get("mm_vision_select_feature") == "cls_patch" else seen[:, 1:])
+        seen = self.vision(pixels, output_hidden_states=True).hidden_states[self.layer]
+        whole = not self.class_token or self.config.get("mm_vision_select_feature") == "cls_patch"
+        projected: torch.Tensor = self.projector(seen if whole else seen[:, 1:])
         return projected
 
     def _merge(self, tiles: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Toy weights in the published layouts, for the demo: random, seeded, the same bytes on every run.
 
 They are written byte by byte with numpy alone: Meta's LLaMA cut in two, its tokenizer, a LLaVA v0 delta with the faults that the
-published ones have, a Vicuna, which is the wrong base that fits, a LoRA, and a CLIP.
+published ones have, a Vicuna, which is the wrong base that fits, a LoRA, and a CLIP; and a LLaVA of any family, from its row alone.
 """
 
 from __future__ import annotations
@@ -9,21 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
-from .formats.meta import AFTER, BEFORE, LAYER, Rule
+from .families.decoders import BY_TYPE as DECODERS
+from .families.layouts import meta_names, spelled
+from .families.originals import Original
+from .families.projectors import LINEAR, NAMES
+from .families.targets import BY_TYPE as TARGETS
+from .families.towers import BY_KIND as TOWERS
 from .formats.strict_json import json_bytes
 from .tower import tower_shapes
 
 SIZE, PIECES = "13B", 2  # Meta's name and number of model-parallel files; only the layout is that of 13B
 LAYERS, HEADS = 4, 4
 IMAGE, PIXELS, PATCH = 32, 56, 14  # width of the toy CLIP; 16 patches an image
-LENGTHS = {"vocabulary": 320, "dim": 64, "kv_dim": 64, "intermediate": 256}
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+    "head_dim": 64 // HEADS, "vocab_size": 320,
+}  # fmt: skip
+HIDDEN, ROWS = SIZES["hidden_size"], SIZES["vocab_size"]
+LLAMA = DECODERS["llama"]
 ADDED = ("<im_patch>", "<im_start>", "<im_end>", "[PAD]")  # the last has no row, as in LLaVA-13b-delta-v0
 RANK = 8
 WEIGHT, NORM, MOVED = 0.02, (0.5, 0.1), 3e-4  # orders of magnitude of LLaMA's values, and of what a fine-tune changes
@@ -39,7 +48,7 @@ Arrays = dict[str, np.ndarray]
 def make_toys(folder: Path) -> None:
     """`llama` (Meta's layout), `delta` (LLaVA v0), `vicuna` (transformers'), `lora` and `clip` in `folder`: the same bytes every time."""
     rng = np.random.default_rng(13)
-    llama = {rule.hugging_face: _values(rng, rule) for rule in _rules()}
+    llama = {name: _values(rng, shape) for name, shape in LLAMA.shapes(SIZES).items()}
     vicuna = {name: _moved(rng, values) for name, values in llama.items()}
     llava = {name: _moved(rng, values) for name, values in vicuna.items()}
     _write_llama(folder / "llama", llama)
@@ -50,18 +59,9 @@ def make_toys(folder: Path) -> None:
     _write_clip(folder / "clip", rng)
 
 
-def _rules() -> Iterator[Rule]:
-    """Every tensor with its name in both layouts."""
-    yield from BEFORE
-    for number in range(LAYERS):
-        for rule in LAYER:
-            yield replace(rule, meta=f"layers.{number}.{rule.meta}", hugging_face=f"model.layers.{number}.{rule.hugging_face}")
-    yield from AFTER
-
-
-def _values(rng: np.random.Generator, rule: Rule) -> np.ndarray:
-    draw = rng.standard_normal([LENGTHS[length] for length in rule.shape])
-    return (WEIGHT * draw if len(rule.shape) > 1 else NORM[0] + NORM[1] * draw).astype(np.float16)
+def _values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    draw = rng.standard_normal(shape)
+    return (WEIGHT * draw if len(shape) > 1 else NORM[0] + NORM[1] * draw).astype(np.float16)
 
 
 def _moved(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
@@ -79,8 +79,8 @@ def _grown(rng: np.random.Generator, name: str, difference: np.ndarray) -> np.nd
 def _write_llama(folder: Path, tensors: Arrays) -> None:
     """Meta's layout: pieces cut along each tensor's axis, q and k rows as rotary pairs, and the md5 lists that Meta ships."""
     pieces: list[Arrays] = [{} for _ in range(PIECES)]
-    for rule in _rules():
-        values = tensors[rule.hugging_face]
+    for rule in meta_names(LAYERS):
+        values = tensors[rule.name]
         if rule.heads:  # from halves of each head to pairs, the inverse of transformers' converter
             rows, columns = values.shape
             values = values.reshape(HEADS, 2, rows // HEADS // 2, columns).swapaxes(1, 2).reshape(rows, columns)
@@ -88,9 +88,9 @@ def _write_llama(folder: Path, tensors: Arrays) -> None:
         for piece, part in zip(pieces, cut, strict=True):
             piece[rule.meta] = np.ascontiguousarray(part)
     size = folder / SIZE
-    params = {"dim": LENGTHS["dim"], "multiple_of": 256, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": 1e-06, "vocab_size": -1}
+    params = {"dim": HIDDEN, "multiple_of": 256, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": 1e-06, "vocab_size": -1}
     _write_files(size, {"params.json": json.dumps(params).encode()})
-    head = LENGTHS["dim"] // HEADS
+    head = HIDDEN // HEADS
     for number, piece in enumerate(pieces):
         piece["rope.freqs"] = (10000.0 ** (-np.arange(0, head, 2) / head)).astype(np.float16)
         write_torch_zip(size / f"consolidated.{number:02}.pth", piece)
@@ -105,10 +105,10 @@ def _md5_list(paths: Iterable[Path]) -> str:
 
 def _write_delta(folder: Path, tensors: Arrays, rng: np.random.Generator) -> None:
     """Two shards with their index, a linear projector, rotary buffers of zeros, and the small files of April 2023 with their faults."""
-    head = LENGTHS["dim"] // HEADS
+    head = HIDDEN // HEADS
     tensors |= {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": np.zeros(head // 2, np.float32) for number in range(LAYERS)}
-    tensors["model.mm_projector.weight"] = (WEIGHT * rng.standard_normal((LENGTHS["dim"], IMAGE))).astype(np.float16)
-    tensors["model.mm_projector.bias"] = (WEIGHT * rng.standard_normal(LENGTHS["dim"])).astype(np.float16)
+    tensors["model.mm_projector.weight"] = (WEIGHT * rng.standard_normal((HIDDEN, IMAGE))).astype(np.float16)
+    tensors["model.mm_projector.bias"] = (WEIGHT * rng.standard_normal(HIDDEN)).astype(np.float16)
     first = {f"model.layers.{number}." for number in range(LAYERS // 2)} | {"model.embed_tokens."}
     placed = {name: f"pytorch_model-0000{1 if name.startswith(tuple(first)) else 2}-of-00002.bin" for name in tensors}
     index = {"metadata": {"total_size": sum(values.nbytes for values in tensors.values())}, "weight_map": placed}
@@ -120,10 +120,10 @@ def _write_delta(folder: Path, tensors: Arrays, rng: np.random.Generator) -> Non
 def _write_lora(folder: Path, rng: np.random.Generator) -> None:
     """A PEFT adapter of rank RANK on every query and value projection."""
     factors: Arrays = {}
-    for rule in _rules():
-        if rule.hugging_face.endswith(("q_proj.weight", "v_proj.weight")):
-            module = "base_model.model." + rule.hugging_face.removesuffix(".weight")
-            width, columns = (LENGTHS[length] for length in rule.shape)
+    for name, shape in LLAMA.shapes(SIZES).items():
+        if name.endswith(("q_proj.weight", "v_proj.weight")):
+            module = "base_model.model." + name.removesuffix(".weight")
+            width, columns = shape
             factors[f"{module}.lora_A.weight"] = (WEIGHT * rng.standard_normal((RANK, columns))).astype(np.float16)
             factors[f"{module}.lora_B.weight"] = (WEIGHT * rng.standard_normal((width, RANK))).astype(np.float16)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["q_proj", "v_proj"]}
@@ -145,18 +145,89 @@ def _write_clip(folder: Path, rng: np.random.Generator) -> None:
     write_torch_zip(folder / "pytorch_model.bin", tensors)
 
 
+# --- a LLaVA of any family ------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+EYE = {"hidden_size": 32, "image_size": 28, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "patch_size": 14}
+GRIDS = [[28, 56], [56, 28], [56, 56]]  # of tiles, (width, height) in pixels
+END_OF_TEXT = "<|endoftext|>"
+
+
+def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str = "") -> None:
+    """`llava` in the original layout, its vision tower inside, and `tower`, that tower's own repository, in `folder`: the same bytes every
+    time, with all that the row `family` asks for. `decoder` and `tower` are the first that it names unless given."""
+    rng = np.random.default_rng(13)
+    text, eye = DECODERS[decoder or family.decoders[0]], TOWERS[tower or family.towers[0]]
+    files, rows = _sentencepiece(family.token) if text.tokenizer == "sentencepiece" else _byte_level(family.token)
+    vision = {**eye.defaults, **EYE, "model_type": eye.model_type}
+    tiles = TARGETS[family.target].tiles
+    config = {
+        **{key: value for key, value in text.defaults.items() if value is not None or key == "rope_scaling"}, **SMALL,
+        "architectures": [text.original_architectures[0]], "model_type": text.original_types[0], "torch_dtype": "float16",
+        "vocab_size": rows, "freeze_mm_mlp_adapter": False, "mm_hidden_size": EYE["hidden_size"], "mm_projector_type": family.projector,
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+        "mm_vision_tower": "tower", "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True, "use_mm_proj": True,
+        **({"image_grid_pinpoints": GRIDS} if tiles else {}), **dict.fromkeys(family.has, 2048),
+        **{key: values[0] for key, values in family.says.items()},
+    }  # fmt: skip
+    heads = {"head_dim": SMALL["hidden_size"] // SMALL["num_attention_heads"]}
+    shapes = {**text.shapes({**config, **heads}), **_projector_shapes(family.projector)}
+    shapes |= {spelled("newline", "llava"): (SMALL["hidden_size"],)} if tiles else {}
+    towers = {name: 5 * _values(rng, shape) for name, shape in tower_shapes(vision).items()}
+    tensors = {name: _values(rng, shape) for name, shape in shapes.items()}
+    tensors |= {spelled(f"tower.{name}", "llava"): values for name, values in towers.items()}
+    _write_files(folder / "llava", {"config.json": json_bytes(dict(sorted(config.items()))), **files})
+    write_torch_zip(folder / "llava" / "pytorch_model.bin", tensors)
+    kind = eye.repository_types[0]
+    pixels = {"image_mean": list(eye.pixels[0].mean), "image_std": list(eye.pixels[0].std), "size": EYE["image_size"]}
+    settings = {"config.json": json_bytes({"model_type": kind, "vision_config": vision}), "preprocessor_config.json": json_bytes(pixels)}
+    _write_files(folder / "tower", settings)
+    write_torch_zip(folder / "tower" / "pytorch_model.bin", {f"vision_model.{name}": values for name, values in towers.items()})
+
+
+def _projector_shapes(kind: str) -> dict[str, tuple[int, ...]]:
+    wide, narrow = SMALL["hidden_size"], EYE["hidden_size"]
+    found = [(wide, narrow), (wide,)] if kind == "linear" else [(wide, narrow), (wide,), (wide, wide), (wide,)]
+    names = LINEAR if kind == "linear" else NAMES
+    return {spelled(name, "llava"): shape for name, shape in zip(names, found, strict=True)}
+
+
+def _sentencepiece(token: str) -> tuple[dict[str, bytes], int]:
+    """A tokenizer with `token` behind its pieces, and its number of rows."""
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "pad_token": "<unk>"}
+    files = {"tokenizer.model": tokenizer_model(), "tokenizer_config.json": json_bytes(settings)}
+    return files | ({"added_tokens.json": json_bytes({token: ROWS})} if token else {}), ROWS + bool(token)
+
+
+def _byte_level(token: str) -> tuple[dict[str, bytes], int]:
+    """Qwen2's tokenizer of single bytes without merges, with `token` among its added tokens, and its number of rows."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's bytes_to_unicode: the others come behind 255
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
+    added = {str(256 + number): {"content": text, "special": True} for number, text in enumerate((END_OF_TEXT, *filter(None, (token,))))}
+    settings = {
+        "added_tokens_decoder": added, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "tokenizer_class": "Qwen2Tokenizer",
+    }  # fmt: skip
+    vocabulary = {letters[byte]: byte for byte in range(256)}
+    files = {"vocab.json": json_bytes(vocabulary), "merges.txt": b"#version: 0.2\n", "tokenizer_config.json": json_bytes(settings)}
+    return files, 256 + len(added)
+
+
+# --- small files ----------------------------------------------------------------------------------------------------
+
+
 def _config() -> dict[str, object]:
     return {
-        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": LENGTHS["dim"],
-        "initializer_range": 0.02, "intermediate_size": LENGTHS["intermediate"], "max_position_embeddings": 2048, "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": HIDDEN,
+        "initializer_range": 0.02, "intermediate_size": SIZES["intermediate_size"], "max_position_embeddings": 2048, "model_type": "llama",
         "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "pad_token_id": 0, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
-        "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": LENGTHS["vocabulary"],
+        "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": ROWS,
     }  # fmt: skip
 
 
 def _era_files() -> dict[str, bytes]:
     """The small files of LLaVA-13b-delta-v0: wrong ids, empty token names, a `[PAD]` without a row (facts: llava-original 1.5, 1.6)."""
-    rows = LENGTHS["vocabulary"] + len(ADDED) - 1
+    rows = ROWS + len(ADDED) - 1
     config = _config() | {
         "_name_or_path": "./checkpoints/LLaVA-13B-v0", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1,
         "max_sequence_length": 2048, "mm_hidden_size": IMAGE, "mm_use_im_start_end": True, "mm_vision_select_layer": -2,
@@ -171,7 +242,7 @@ def _era_files() -> dict[str, bytes]:
         "generation_config.json": ids,
         "tokenizer_config.json": tokenizer,
         "special_tokens_map.json": {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "[PAD]", "unk_token": "<unk>"},
-        "added_tokens.json": {token: LENGTHS["vocabulary"] + number for number, token in enumerate(ADDED)},
+        "added_tokens.json": {token: ROWS + number for number, token in enumerate(ADDED)},
     }
     return {name: json_bytes(dict(sorted(content.items()))) for name, content in files.items()}
 

@@ -17,7 +17,7 @@ from . import against as other
 from .against import DAMAGED, PUBLISHED, compare, compare_tower, counted, differing, failed, find_reference, folded, kind, read_reference
 from .checkpoint import Checkpoint, Source, need_files, open_checkpoint, opened, place_of
 from .compare_files import compare_files
-from .config import check_structure
+from .config import check_structure, known_decoder
 from .derive import compare_derived, derive
 from .errors import MOST_JOBS, InputError, OutputError, UsageError, whole_number
 from .events import Event, Note
@@ -435,7 +435,10 @@ def _headers(ours: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> It
 
 def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Whether the tensors are those that config.json describes."""
-    if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config:
+    named = checkpoint.config.get("model_type")
+    if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config and known_decoder(checkpoint.config) is None and named is not None:
+        yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: no decoder {shown(str(named))} is known")
+    elif checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config:
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         stored = {"tie_word_embeddings": False} if VOCABULARY[1] in shapes else {}  # a tied head may be: health.py looks at its values
         try:

@@ -181,7 +181,7 @@ def test_images_of_an_original_without_a_tower_are_compared_with_the_one_it_name
     shutil.copy(made["hf"] / PRE, folder / PRE)
     assert not [text for text in told(folder) if PRE in text]
     config("mm_vision_tower", to="google/siglip-so400m-patch14-384")(folder)
-    assert any("the tower is a SIGLIP" in text for text in told(folder, "failed"))
+    assert any("the tower is a SigLIP" in text for text in told(folder, "failed"))
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,10 @@ from jinja2 import Template
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from llava_weights.config import decoder_of
 from llava_weights.conversation import QUESTION, chat_template, choose, example
 from llava_weights.errors import InputError, UsageError
+from llava_weights.families.originals import fitting
 from llava_weights.families.prompts import CONVERSATIONS
 
 IMAGE = {"type": "image"}
@@ -175,9 +177,19 @@ QWEN = {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"], "mm_pr
         ("llava_v1", V1, ["<im_patch>", "<im_start>", "<im_end>"], "linear"),
         ("llava_v1", {**V1, "mm_projector_type": "linear"}, [], "linear"),
         ("vicuna_v1", V15, [], "mlp2x_gelu"),
-        ("vicuna_v1", {"model_type": "llava", "mm_projector_type": "mlp3x_gelu", "image_aspect_ratio": "anyres_max_9"}, [], "anyres"),
+        (
+            "vicuna_v1",
+            {
+                "model_type": "llava",
+                "mm_projector_type": "mlp3x_gelu",
+                "image_aspect_ratio": "anyres",
+                "mm_patch_merge_type": "spatial_unpad",
+            },
+            [],
+            "anyres",
+        ),
         ("mistral_instruct", {**V15, "model_type": "llava_mistral"}, [], "Mistral"),
-        ("mistral_instruct", {"model_type": "llava", "text_config": {"model_type": "mistral"}}, [], "Mistral"),
+        ("mistral_instruct", {"model_type": "llava", "architectures": ["LlavaMistralForCausalLM"]}, [], "Mistral"),
         ("chatml_direct", V15, {"<|im_start|>", "<|im_end|>"}, "not a Qwen"),
         ("qwen", QWEN, {"<|im_start|>", "<|im_end|>"}, "a Qwen"),
         ("qwen", {**V15, "model_type": "llava_qwen"}, {"<|im_start|>"}, "a Qwen"),
@@ -188,17 +200,18 @@ QWEN = {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"], "mm_pr
     ],
 )
 def test_the_family_is_chosen_by_evidence(expected: str, config: dict[str, Any], specials: Any, because: str) -> None:
-    conversation, evidence = choose(config, specials)
+    families = tuple(fitting(config, decoder=decoder_of(config).model_type))
+    conversation, evidence = choose(config, specials, families)
     assert conversation.name == expected
     assert because in evidence
-    assert choose(config, specials, name="qwen")[0].name == "qwen"  # a name given wins over everything
+    assert choose(config, specials, families, name="qwen")[0].name == "qwen"  # a name given wins over everything
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UsageError, match="llava_v9") as refusal:
-        choose(V15, [], name="llava_v9")
+        choose(V15, [], (), name="llava_v9")
     assert all(name in str(refusal.value.hint) for name in CONVERSATIONS)
     for recorded in ("llava_v9\x1b", ["llava_v1"], 1):
         with pytest.raises(InputError, match="conv_mode") as refused:
-            choose({"conv_mode": recorded}, [])
+            choose({"conv_mode": recorded}, [], ())
         assert "\x1b" not in refused.value.what

@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], Any], str]] = 
         lambda t, c: t.update({"model.mm_projector.0.weight": torch.zeros(48, 32).half()}),
         "does not fit its tower",
     ),
-    "Mixtral": ("C-tower", lambda t, c: c.update(model_type="llava_mixtral"), "a LLaVA on mixtral"),
+    "Mixtral": ("C-tower", lambda t, c: c.update(model_type="llava_mixtral"), "`llava_mixtral`"),
     "OneVision": (
         "C-tower",
         lambda t, c: c.update(image_aspect_ratio="anyres_max_9", mm_patch_merge_type="spatial_unpad"),

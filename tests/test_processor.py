@@ -12,18 +12,21 @@ import pytest
 from llava_weights.conversation import QUESTION, chat_template, example
 from llava_weights.errors import InputError, MismatchError
 from llava_weights.families.prompts import CONVERSATIONS
+from llava_weights.families.targets import TARGETS
+from llava_weights.families.towers import TOWERS
 from llava_weights.formats.strict_json import parse_json
 from llava_weights.processor import ImageSettings, original_vision_settings, processor_files, read_image_settings
 
+(LLAVA, NEXT), (CLIP_ROW, SIGLIP_ROW) = TARGETS, TOWERS
 TEMPLATE = chat_template(CONVERSATIONS["vicuna_v1"], "<image>")
-CLIP = read_image_settings(None, size=336, patch=14, siglip=False)
-SIGLIP = read_image_settings(None, size=384, patch=14, siglip=True)
+CLIP = read_image_settings(None, size=336, patch=14, tower=CLIP_ROW)
+SIGLIP = read_image_settings(None, size=384, patch=14, tower=SIGLIP_ROW)
 PINPOINTS = [[336, 672], [672, 336], [336, 1008]]  # height, width
 
 
 def made(settings: ImageSettings, **choices: Any) -> dict[str, bytes]:
     """The files for a LLaVA 1.5, but for `choices`."""
-    usual = {"next": False, "image_token": "<image>", "select_strategy": "default", "aspect": "square", "pinpoints": None}
+    usual = {"target": LLAVA, "image_token": "<image>", "select_strategy": "default", "aspect": "square", "pinpoints": None}
     return processor_files(settings, **{**usual, **choices}, template=TEMPLATE)
 
 
@@ -35,7 +38,7 @@ def parsed(files: dict[str, bytes], name: str) -> dict[str, Any]:
 KINDS: dict[str, tuple[ImageSettings, dict[str, Any], str]] = {
     "clip": (CLIP, {}, "CLIPImageProcessor"),
     "pad": (CLIP, {"aspect": "pad"}, "LlavaImageProcessor"),
-    "next": (CLIP, {"next": True, "pinpoints": PINPOINTS}, "LlavaNextImageProcessor"),
+    "next": (CLIP, {"target": NEXT, "pinpoints": PINPOINTS}, "LlavaNextImageProcessor"),
     "siglip": (SIGLIP, {"select_strategy": "full"}, "SiglipImageProcessor"),
 }
 
@@ -44,8 +47,8 @@ KINDS: dict[str, tuple[ImageSettings, dict[str, Any], str]] = {
 def test_towers_of_2022_and_2024_are_read(fixtures: Path, age: str) -> None:
     preprocessor = json.loads((fixtures / "common" / age / "preprocessor_config.json").read_text())
     size = int(age.removeprefix("clip-tiny-").removesuffix("px"))
-    settings = read_image_settings(preprocessor, size=size, patch=14, siglip=False)
-    assert settings == read_image_settings(None, size=size, patch=14, siglip=False)
+    settings = read_image_settings(preprocessor, size=size, patch=14, tower=CLIP_ROW)
+    assert settings == read_image_settings(None, size=size, patch=14, tower=CLIP_ROW)
     assert (settings.size, settings.patch, settings.resample, settings.rescale) == (size, 14, 3, 1 / 255)
     assert list(settings.mean) == preprocessor["image_mean"]
     assert list(settings.std) == preprocessor["image_std"]
@@ -59,8 +62,8 @@ def test_own_numbers_of_a_tower_are_kept() -> None:
         "rescale_factor": 0.5,
         "size": {"height": 8, "width": 8},
     }
-    settings = read_image_settings(given, size=8, patch=2, siglip=True)
-    assert settings == ImageSettings(8, 2, (0.0, 0.25, 0.5), (1.0, 0.5, 0.25), 2, 0.5, True)
+    settings = read_image_settings(given, size=8, patch=2, tower=SIGLIP_ROW)
+    assert settings == ImageSettings(SIGLIP_ROW, 8, 2, (0.0, 0.25, 0.5), (1.0, 0.5, 0.25), 2, 0.5)
     written = parsed(made(settings), "preprocessor_config.json")
     assert {key: written[key] for key in given} == given
 
@@ -80,13 +83,13 @@ def test_defaults_of_siglip() -> None:
 )  # fmt: skip
 def test_settings_without_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
-        read_image_settings(bad, size=336, patch=14, siglip=False)
+        read_image_settings(bad, size=336, patch=14, tower=CLIP_ROW)
 
 
 def test_the_preprocessor_of_another_tower_is_refused() -> None:
     for key in ("size", "crop_size"):
         with pytest.raises(MismatchError) as refusal:
-            read_image_settings({key: 224}, size=336, patch=14, siglip=False)
+            read_image_settings({key: 224}, size=336, patch=14, tower=CLIP_ROW)
         assert refusal.value.facts == {f"`{key}` in preprocessor_config.json": "224 pixels", "the vision tower": "336 pixels"}
 
 
@@ -112,7 +115,7 @@ def test_files_say_what_they_should(kind: str) -> None:
 
 def test_clip_files_are_those_of_the_converter(fixtures: Path) -> None:
     tower = json.loads((fixtures / "common" / "clip-tiny-42px" / "preprocessor_config.json").read_text())
-    files = made(read_image_settings(tower, size=42, patch=14, siglip=False), image_token="<im_patch>")
+    files = made(read_image_settings(tower, size=42, patch=14, tower=CLIP_ROW), image_token="<im_patch>")
     converter = json.loads((fixtures / "C-v1.5" / "hf-by-tf4.47.1" / "preprocessor_config.json").read_text())
     assert parsed(files, "preprocessor_config.json") == converter
     assert parsed(files, "processor_config.json")["image_token"] == "<im_patch>"
@@ -121,7 +124,7 @@ def test_clip_files_are_those_of_the_converter(fixtures: Path) -> None:
 @pytest.mark.parametrize("pinpoints", [None, [], [[336]], [[336, 0]], [[336, 672.0]], [336, 672], "ab", [[1, 1]] * 1025])
 def test_pinpoints_without_sense_are_refused(pinpoints: Any) -> None:
     with pytest.raises(InputError, match="image_grid_pinpoints"):
-        made(CLIP, next=True, pinpoints=pinpoints)
+        made(CLIP, target=NEXT, pinpoints=pinpoints)
     if pinpoints is not None:
         with pytest.raises(InputError, match="image_grid_pinpoints"):
             original_vision_settings({"image_grid_pinpoints": pinpoints}, {})

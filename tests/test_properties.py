@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from llava_weights import workspace
 from llava_weights.checkpoint import open_checkpoint
 from llava_weights.config import expected_shapes
-from llava_weights.families.layouts import SPELLINGS, canonical, spelled
-from llava_weights.formats.meta import AFTER, BEFORE, LAYER
+from llava_weights.families.layouts import SPELLINGS, canonical, meta_names, spelled
 from llava_weights.job import Job
 from llava_weights.manifest import MANIFEST
 from llava_weights.plan import make_plan
@@ -126,12 +125,10 @@ def test_renaming_has_one_inverse(layers: int, biased: bool) -> None:
 
 
 def test_meta_names_have_one_inverse() -> None:
-    rules = (*BEFORE, *LAYER, *AFTER)
-    assert len({rule.meta for rule in rules}) == len({rule.hugging_face for rule in rules}) == len(rules)
+    rows = meta_names(1)
+    assert len({row.meta for row in rows}) == len({row.name for row in rows}) == len(rows)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8, "num_hidden_layers": 1}
-    assert {rule.hugging_face if rule not in LAYER else f"model.layers.0.{rule.hugging_face}" for rule in rules} == expected_shapes(
-        sizes
-    ).keys()
+    assert {row.name for row in rows} == expected_shapes(sizes).keys()
 
 
 FILE = SourceFile("weights", 1000, 0, 0)

@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llava_weights.families.XXX import TOWER_DEFAULTS
 from safetensors.numpy import load_file, save_file
 
 from llava_weights.checkpoint import Checkpoint, Origin, open_checkpoint
 from llava_weights.conversion import convert
 from llava_weights.errors import InputError, MismatchError
+from llava_weights.families.towers import BY_TYPE
 from llava_weights.tensors import LazyTensor, read_rows
-from llava_weights.tower import CLIP, Tower, complete_config, open_tower, own_tower, tower_shapes
+from llava_weights.tower import VisionTower, complete_config, open_tower, own_tower, tower_shapes
 from llava_weights.workspace import Workspace
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 CLIP_28, CLIP_42 = FIXTURES / "common/clip-tiny-28px", FIXTURES / "common/clip-tiny-42px"
 ORIGINAL, ORIGINAL_NEXT = FIXTURES / "C-v1.5/original-with-vision-safetensors", FIXTURES / "D-v1.6/original-vicuna"
 CONVERTED = FIXTURES / "C-v1.5/hf-by-tf4.47.1"
-SIGLIP = "siglip_vision_model"
+CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 TINY = {"hidden_size": 24, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 42, "patch_size": 14}
 TINY_CLIP, TINY_SIGLIP = {"model_type": CLIP, **TINY}, {"model_type": SIGLIP, **TINY}
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
@@ -58,7 +58,7 @@ def checkpoint(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> 
     return Checkpoint(tensors=tensors, config=config, origin=Origin("tiny", Path("nowhere"), "safetensors", ()))
 
 
-def derived(config: Mapping[str, Any], *, named: str | None = None, reference: Tower | None = None) -> Tower:
+def derived(config: Mapping[str, Any], *, named: str | None = None, reference: VisionTower | None = None) -> VisionTower:
     """The tower that is found in an original LLaVA whose tower has this config, which nobody says."""
     tensors = lazy(config, "model.vision_tower.vision_tower.vision_model.")
     tower = own_tower(tensors, vision_config=None, model=checkpoint(tensors, {"mm_vision_tower": named}), reference=reference)
@@ -106,7 +106,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
     for theirs in (CLIPVisionConfig(), SiglipVisionConfig(vision_use_head=False)):
-        ours = TOWER_DEFAULTS[theirs.model_type]
+        ours = BY_TYPE[theirs.model_type].defaults
         assert ours == {key: theirs.to_dict()[key] for key in ours}
 
 
@@ -125,7 +125,7 @@ def test_clip_repository(folder: Path, patches: int) -> None:
     assert same(values(tower.tensors), wanted)
     assert list(tower.tensors) == list(tower_shapes(tower.config))
     theirs = CLIPVisionConfig.from_pretrained(folder).to_dict()
-    assert tower.config == {key: theirs[key] for key in ("model_type", *TOWER_DEFAULTS[CLIP])}
+    assert tower.config == {key: theirs[key] for key in ("model_type", *BY_TYPE[CLIP].defaults)}
     assert (tower.kind, tower.class_token, tower.patches, tower.hidden, tower.patch_size) == ("clip", True, patches, 24, 14)
     assert tower.image_size == (28 if patches == 4 else 42)
     assert tower.preprocessor == json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def test_siglip_repository_loses_its_head(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tower = open_tower(open_checkpoint(tmp_path))
     assert (tower.kind, tower.class_token, tower.patches, tower.preprocessor) == ("siglip", False, 9, None)
-    assert tower.config == {"model_type": SIGLIP, **TOWER_DEFAULTS[SIGLIP], **TINY, "vision_use_head": False}
+    assert tower.config == {"model_type": SIGLIP, **BY_TYPE[SIGLIP].defaults, **TINY, "vision_use_head": False}
     assert len(tower.notes) == 1
     assert "head" in tower.notes[0]
     stored = {name.removeprefix("vision_model."): tensor.numpy() for name, tensor in model.vision_model.state_dict().items()}
@@ -276,7 +276,7 @@ def test_small_towers_are_not_guessed() -> None:
 def test_heads_from_a_reference_with_more_layers() -> None:
     """lmms-lab dropped SigLIP's last layer before saving."""
     whole = complete_config({**TINY_SIGLIP, "num_hidden_layers": 3})
-    reference = Tower(lazy(whole), whole, {"size": 42}, Origin("whole", Path("nowhere"), "safetensors", ()), ())
+    reference = VisionTower(lazy(whole), whole, {"size": 42}, Origin("whole", Path("nowhere"), "safetensors", ()), ())
     tower = derived(TINY_SIGLIP, named="no/such", reference=reference)
     assert tower.config == complete_config(TINY_SIGLIP)
     assert tower.preprocessor == {"size": 42}
@@ -291,7 +291,7 @@ def test_heads_from_a_reference_with_more_layers() -> None:
 def test_reference_of_another_tower_is_refused(other: dict[str, Any]) -> None:
     config = complete_config({**TINY_CLIP, **other})
     with pytest.raises(MismatchError, match=f"`{next(iter(other))}`.*the given tower.*`(embeddings|encoder)"):
-        derived(TINY_CLIP, reference=Tower(lazy(config), config, None, None, ()))
+        derived(TINY_CLIP, reference=VisionTower(lazy(config), config, None, None, ()))
 
 
 def test_named_folder_of_another_tower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,10 +318,10 @@ def test_config_that_contradicts_the_tensors(tmp_path: Path, key: str, value: An
     def change(config: dict[str, Any]) -> None:
         config["vision_config"][key] = value
 
-    with pytest.raises(InputError, match=f"`{key}` is .*{value}.* in the config.json of `copy`.*`{tensor}`"):
+    with pytest.raises(InputError, match=f"(?s)`{key}` is .*{value}.* in the config.json of `copy`.*`{tensor}`"):
         open_tower(open_checkpoint(edited(CLIP_42, tmp_path / "copy", change)))
     tensors = lazy(TINY_CLIP, "vision_tower.vision_model.")
-    with pytest.raises(InputError, match=f"`{key}` is .* in the `vision_config`.*`{tensor}`"):
+    with pytest.raises(InputError, match=f"(?s)`{key}` is .* in the `vision_config`.*`{tensor}`"):
         own_tower(tensors, vision_config={**TINY_CLIP, key: value}, model=None)
 
 

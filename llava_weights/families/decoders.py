@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .shapes import Parameter
+from .shapes import Parameter, shapes
 
 TokenizerKind = Literal["sentencepiece", "byte-level"]
 
@@ -46,6 +46,14 @@ class Decoder:
     def architectures(self) -> frozenset[str]:
         """Every class that `architectures` names."""
         return frozenset((self.architecture, *self.original_architectures))
+
+    def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the decoder that a whole config describes, in elements and in storage order; no head where it is tied."""
+        found = shapes(BEFORE, config)
+        for number in range(config["num_hidden_layers"]):
+            found |= shapes(self.layer, config, before=f"model.layers.{number}.")
+        found |= shapes(AFTER, config)
+        return found if config.get("tie_word_embeddings") is True else found | shapes(HEAD, config)
 
 
 BEFORE = (Parameter("model.embed_tokens.weight", ("vocab_size", "hidden_size")),)

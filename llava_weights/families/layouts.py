@@ -91,6 +91,46 @@ ORIGINAL = (
 SPELLINGS = {"llava-hf": HUB, "llava": ORIGINAL}
 
 
+@dataclass(frozen=True)
+class MetaName:
+    """How one tensor of Meta's own layout becomes one of transformers'.
+
+    `cut` is the axis along which the files hold pieces, None where each holds the same; `heads` is the config key of the number of heads
+    where rows are reordered: Meta's are pairs of a rotation, transformers' are its halves.
+    """
+
+    meta: str
+    name: str
+    cut: int | None
+    heads: str = ""
+
+
+# In the order of transformers' state dict; transformers 4.31, convert_llama_weights_to_hf.py.
+META_BEFORE = (MetaName("tok_embeddings.weight", "model.embed_tokens.weight", 1),)
+META_LAYER = (
+    MetaName("attention.wq.weight", "self_attn.q_proj.weight", 0, "num_attention_heads"),
+    MetaName("attention.wk.weight", "self_attn.k_proj.weight", 0, "num_key_value_heads"),
+    MetaName("attention.wv.weight", "self_attn.v_proj.weight", 0),
+    MetaName("attention.wo.weight", "self_attn.o_proj.weight", 1),
+    MetaName("feed_forward.w1.weight", "mlp.gate_proj.weight", 0),
+    MetaName("feed_forward.w3.weight", "mlp.up_proj.weight", 0),
+    MetaName("feed_forward.w2.weight", "mlp.down_proj.weight", 1),
+    MetaName("attention_norm.weight", "input_layernorm.weight", None),
+    MetaName("ffn_norm.weight", "post_attention_layernorm.weight", None),
+)
+META_AFTER = (MetaName("norm.weight", "model.norm.weight", None), MetaName("output.weight", "lm_head.weight", 0))
+
+
+def meta_names(layers: int) -> tuple[MetaName, ...]:
+    """Every tensor of a model of `layers` layers, by full names."""
+    within = (
+        MetaName(f"layers.{number}.{row.meta}", f"model.layers.{number}.{row.name}", row.cut, row.heads)
+        for number in range(layers)
+        for row in META_LAYER
+    )
+    return (*META_BEFORE, *within, *META_AFTER)
+
+
 # Names that are not those of the Hub, and who can't read them (load matrix of transformers 4.36 to 5.23). The first that matches counts.
 STYLES = (
     (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),

@@ -5,7 +5,6 @@ Sources: the README, `llava/conversation.py` and the config.json of each release
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +14,11 @@ from .targets import BY_TYPE as TARGETS
 
 @dataclass(frozen=True)
 class Original:
-    """A family of LLaVA. It fits a checkpoint whose decoder and tower are of these rows, whose config says what `says` asks for (a pattern
-    of the whole value for each key; a key that is left out counts as an empty text) and whose tokenizer has the added token `token`.
+    """A family of LLaVA. It fits a checkpoint whose decoder and tower are of these rows, whose config has one of the values that `says`
+    lists for each key (None: it is left out) and every key of `has`, and whose tokenizer has the added token `token`.
 
-    `target` is the row of the class of transformers that holds it, `prompt` that of its conversation; `evidence` says in a sentence why a
-    checkpoint that fits is taken for this family and no other.
+    `target` is the row of the class of transformers that holds it, `prompt` that of its conversation, `projector` what its published
+    checkpoints have; `evidence` says in a sentence why a checkpoint that fits is taken for this family and no other.
     """
 
     name: str
@@ -29,7 +28,9 @@ class Original:
     prompt: str
     evidence: str
     token: str = ""
-    says: Mapping[str, str] = field(default_factory=dict)
+    says: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    has: tuple[str, ...] = ()
+    projector: str = "mlp2x_gelu"
 
     def fits(self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None) -> bool:
         """Whether config, rows and `image_newline` are those of this family. `tower` and `newline` are None where they are not known."""
@@ -37,88 +38,97 @@ class Original:
             return False
         if TARGETS[self.target].tiles and newline is False:
             return False
-        return all(re.fullmatch(pattern, _text(config.get(key))) for key, pattern in self.says.items())
+        return all(config.get(key) in values for key, values in self.says.items()) and all(config.get(key) for key in self.has)
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-ANY = ("llama", "mistral", "qwen2")
-BOTH = ("clip", "siglip")
+ANY = ("llama", "qwen2")  # a Mistral is taken by its own rows
+WHOLE = {"image_aspect_ratio": ("pad", "square", None)}
 # Images in tiles, joined with an `image_newline` behind each row: LLaVA-NeXT. `anyres_max_N` is LLaVA-OneVision, another model.
-TILES = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+TILES = {"image_aspect_ratio": ("anyres",), "mm_patch_merge_type": ("spatial_unpad",)}
+SIGLIP = {"image_aspect_ratio": ("pad", "square", "anyres", None)}  # LLaVA-NeXT-Interleave says `anyres`, but takes whole images
 CHATML, LLAMA_3 = "<|im_start|>", "<|start_header_id|>"
-QWEN = f"the text model is a Qwen and `{CHATML}` one of its tokens"
-NO_QWEN = f"`{CHATML}` is one of its tokens and the text model is not a Qwen"
-MISTRAL = "the text model is a Mistral"
-LLAMA = f"`{LLAMA_3}` is one of its tokens"
-LAYERS = {"mm_projector_type": "mlp2x_gelu"}
-MARKED = {"mm_projector_type": "(linear)?", "mm_use_im_start_end": "True"}
+MLP = {"mm_projector_type": ("mlp2x_gelu",)}
+MARKED = {"mm_projector_type": ("linear", None), "mm_use_im_start_end": (True,)}
 
 
 def _family(
-    name: str, decoders: tuple[str, ...], prompt: str, evidence: str, *, token: str = "", says: Mapping[str, str] | None = None
-) -> tuple[Original, Original, Original]:
-    """The rows of a family that is known with images in tiles, and with whole ones for either tower."""
-    told = says or {}
-    return (
-        Original(f"{name}, images in tiles", decoders, ("clip",), "llava_next", prompt, evidence, token, {**told, **TILES}),
-        Original(name, decoders, ("clip",), "llava", prompt, evidence, token, {**told, "image_aspect_ratio": "(?!anyres).*"}),
-        # SigLIP has no class token; LLaVA-NeXT-Interleave says `anyres`, but takes whole images.
-        Original(
-            f"{name}, SigLIP", decoders, ("siglip",), "llava", prompt, evidence, token, {**told, "image_aspect_ratio": "(?!anyres_).*"}
-        ),
-    )
+    name: str,
+    decoders: tuple[str, ...],
+    prompt: str,
+    evidence: str,
+    *,
+    token: str = "",
+    says: Mapping[str, tuple[Any, ...]] | None = None,
+    has: tuple[str, ...] = (),
+    projector: str = "mlp2x_gelu",
+) -> Iterator[Original]:
+    """The rows of a family whose images come in tiles or whole, and whose tower is a CLIP or a SigLIP."""
+    for title, tower, target, images in (
+        (f"{name}, images in tiles", "clip", "llava_next", TILES),
+        (name, "clip", "llava", WHOLE),
+        (f"{name}, SigLIP", "siglip", "llava", SIGLIP),
+    ):
+        yield Original(title, decoders, (tower,), target, prompt, evidence, token, {**(says or {}), **images}, has, projector)
 
 
 # Tried in order, the first that fits wins: the more a row asks for, the earlier it stands.
 ORIGINALS: tuple[Original, ...] = (
-    *_family("LLaVA on Qwen", ("qwen2",), "qwen", QWEN, token=CHATML),
-    *_family("LLaVA v1.6 34B", ("llama", "mistral"), "chatml_direct", NO_QWEN, token=CHATML),
-    *_family("LLaVA on Mistral", ("mistral",), "mistral_instruct", MISTRAL),
-    *_family("LLaVA on Llama 3", ANY, "llama_3", LLAMA, token=LLAMA_3),
+    *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML),
+    *_family(
+        "LLaVA v1.6 34B",
+        ("llama", "mistral"),
+        "chatml_direct",
+        f"`{CHATML}` is one of its tokens and the text model is not a Qwen",
+        token=CHATML,
+    ),
+    *_family("LLaVA on Mistral", ("mistral",), "mistral_instruct", "the text model is a Mistral"),
+    *_family("LLaVA on Llama 3", ANY, "llama_3", f"`{LLAMA_3}` is one of its tokens", token=LLAMA_3),
     *_family(
         "LLaVA v0",
         ANY,
         "llava_v0",
         "`max_sequence_length` in config.json, a key of the v0 releases alone",
-        says={"max_sequence_length": ".+"},
+        has=("max_sequence_length",),
+        projector="linear",
     ),
     *_family(
-        "LLaVA v1",
+        "LLaVA v1 with marked images",
         ANY,
         "llava_v1",
         "its projector is linear and its images stand between `<im_start>` and `<im_end>`",
         says=MARKED,
+        projector="linear",
     ),
-    *_family("LLaVA v1.5 and later", ANY, "vicuna_v1", "its projector is `mlp2x_gelu`, which came with v1.5", says=LAYERS),
+    *_family("LLaVA v1.5 and v1.6", ANY, "vicuna_v1", "its projector is `mlp2x_gelu`, which came with v1.5", says=MLP),
     Original(
-        "LLaVA v1.6",
+        "LLaVA with images in tiles",
         ANY,
         ("clip",),
         "llava_next",
         "vicuna_v1",
         "its images are cut into tiles (`anyres`), which came with v1.6",
         says=TILES,
+        projector="linear",
     ),
     Original(
-        "LLaVA v1.6, SigLIP",
+        "LLaVA with images in tiles, SigLIP",
         ANY,
         ("siglip",),
         "llava",
         "vicuna_v1",
         "its images are cut into tiles (`anyres`), which came with v1.6",
-        says={"image_aspect_ratio": "anyres"},
+        says={"image_aspect_ratio": ("anyres",)},
+        projector="linear",
     ),
     Original(
-        "LLaVA v1 or v1.1",
+        "LLaVA v1",
         ANY,
-        BOTH,
+        ("clip", "siglip"),
         "llava",
         "llava_v1",
         "nothing in config.json or the tokens speaks for another one",
-        says={"image_aspect_ratio": "(?!anyres).*"},
+        says=WHOLE,
+        projector="linear",
     ),
 )
 

@@ -50,7 +50,6 @@ class Tower:
     select: tuple[int, str] | None = None
     original_layer: int | None = None  # what `mm_vision_select_layer` says of a way back, None: what llava-hf said
     runs: bool = True  # whether `smoke` can compute with it
-    original_runs: bool = True  # whether LLaVA's own way to read it is written down here (smoke of the original layout)
 
 
 HIDDEN = "hidden_size"
@@ -129,11 +128,10 @@ TOWERS = (
         crops=False,
         select=(-1, "full"),
         original_layer=-2,
-        runs=False,
-        original_runs=False,
     ),
 )  # fmt: skip
 BY_TYPE = {row.model_type: row for row in TOWERS}
+BY_KIND = {row.kind: row for row in TOWERS}
 BY_REPOSITORY = {name: row for row in TOWERS for name in row.repository_types}
 # What else lies in such a repository: the text half, the way into the shared space, and SigLIP's pooling head.
 BESIDE_TOWER = r"text_model\..*|(visual|text)_projection\..*|logit_(scale|bias)|(vision_model\.)?head\..*"

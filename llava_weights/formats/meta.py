@@ -7,56 +7,26 @@ the reordering of q and k are those of transformers 4.31's convert_llama_weights
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..families.decoders import BY_TYPE
+from ..families.layouts import MetaName, meta_names
 from ..tensors import LazyTensor, PermuteRope, Stored, concat
 from . import listed, shown
 from .strict_json import load_object
 from .torch_zip import index_torch_zip
 
+LLAMA = BY_TYPE["llama"]
 PIECES = (1, 2, 4, 8)
 LENGTHS = ("dim", "n_layers", "n_heads", "n_kv_heads")
 MAX_LENGTH, MAX_LAYERS = 1 << 20, 1000
 DROPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # transformers computes them itself
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 GIVE_ALL = "give the folder of one model size with params.json and every consolidated.NN.pth of the same download"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one tensor of Meta's becomes one of transformers'. `shape` names lengths of `Params`; of the whole tensor, not a piece.
-
-    `cut` is the axis along which the files hold pieces, None where each holds the same; `heads` is set where rows are reordered.
-    """
-
-    meta: str
-    hugging_face: str
-    shape: tuple[str, ...]
-    cut: int | None
-    heads: str = ""
-
-
-# In the order of transformers' state dict.
-BEFORE = (Rule("tok_embeddings.weight", "model.embed_tokens.weight", ("vocabulary", "dim"), 1),)
-LAYER = (
-    Rule("attention.wq.weight", "self_attn.q_proj.weight", ("dim", "dim"), 0, "heads"),
-    Rule("attention.wk.weight", "self_attn.k_proj.weight", ("kv_dim", "dim"), 0, "kv_heads"),
-    Rule("attention.wv.weight", "self_attn.v_proj.weight", ("kv_dim", "dim"), 0),
-    Rule("attention.wo.weight", "self_attn.o_proj.weight", ("dim", "dim"), 1),
-    Rule("feed_forward.w1.weight", "mlp.gate_proj.weight", ("intermediate", "dim"), 0),
-    Rule("feed_forward.w3.weight", "mlp.up_proj.weight", ("intermediate", "dim"), 0),
-    Rule("feed_forward.w2.weight", "mlp.down_proj.weight", ("dim", "intermediate"), 1),
-    Rule("attention_norm.weight", "input_layernorm.weight", ("dim",), None),
-    Rule("ffn_norm.weight", "post_attention_layernorm.weight", ("dim",), None),
-)
-AFTER = (
-    Rule("norm.weight", "model.norm.weight", ("dim",), None),
-    Rule("output.weight", "lm_head.weight", ("vocabulary", "dim"), 0),
-)
 
 
 @dataclass(frozen=True)
@@ -73,8 +43,13 @@ class Params:
     intermediate: int
 
     @property
-    def kv_dim(self) -> int:
-        return self.dim // self.heads * self.kv_heads
+    def sizes(self) -> dict[str, int]:
+        """The same by the keys of a config.json."""
+        return {
+            "hidden_size": self.dim, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.dim // self.heads, "vocab_size": self.vocabulary,
+            "intermediate_size": self.intermediate,
+        }  # fmt: skip
 
 
 def index_meta(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
@@ -86,16 +61,16 @@ def index_meta(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     paths = _paths(folder)
     pieces = [index_torch_zip(path) for path in paths]
     params = _params(folder / "params.json", pieces[0], len(pieces))
-    rules = list(_rules(params.layers))
+    rules, shapes = meta_names(params.layers), LLAMA.shapes(params.sizes)
     for path, piece in zip(paths, pieces, strict=True):
         _check_names(path, piece, {rule.meta for rule in rules})
-        _check_shapes(path, piece, rules, params, len(pieces))
+        _check_shapes(path, piece, rules, shapes, len(pieces))
     dtypes = {piece[rule.meta].dtype for piece in pieces for rule in rules}
     if len(dtypes) > 1 or not dtypes <= TORCH_DTYPES.keys():
         raise InputError(
             f"the weights have the dtypes {listed(sorted(dtypes))}, not one float dtype", facts={"folder": folder}, hint=GIVE_ALL
         )
-    tensors = {rule.hugging_face: _joined(rule, [piece[rule.meta] for piece in pieces], params) for rule in rules}
+    tensors = {rule.name: _joined(rule, [piece[rule.meta] for piece in pieces], params) for rule in rules}
     return tensors, _config(params, dtypes.pop())
 
 
@@ -114,15 +89,6 @@ def _paths(folder: Path) -> list[Path]:
         what = f"there are {len(found)} consolidated files, Meta cut its models into 1, 2, 4 or 8"
         raise InputError(what, facts={"folder": folder, "found": listed(found)}, hint=GIVE_ALL)
     return [folder / name for name in found]
-
-
-def _rules(layers: int) -> Iterator[Rule]:
-    """Every tensor of a model, with full names."""
-    yield from BEFORE
-    for layer in range(layers):
-        for rule in LAYER:
-            yield Rule(f"layers.{layer}.{rule.meta}", f"model.layers.{layer}.{rule.hugging_face}", rule.shape, rule.cut, rule.heads)
-    yield from AFTER
 
 
 def _params(path: Path, first: Mapping[str, Stored], count: int) -> Params:
@@ -177,9 +143,11 @@ def _check_names(path: Path, piece: Mapping[str, Stored], expected: set[str]) ->
         raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
 
 
-def _check_shapes(path: Path, piece: Mapping[str, Stored], rules: list[Rule], params: Params, count: int) -> None:
+def _check_shapes(
+    path: Path, piece: Mapping[str, Stored], rules: Iterable[MetaName], shapes: Mapping[str, tuple[int, ...]], count: int
+) -> None:
     for rule in rules:
-        shape = [int(getattr(params, length)) for length in rule.shape]
+        shape = list(shapes[rule.name])
         if rule.cut is not None:
             shape[rule.cut] //= count
         if list(piece[rule.meta].shape) != shape:
@@ -187,11 +155,11 @@ def _check_shapes(path: Path, piece: Mapping[str, Stored], rules: list[Rule], pa
             raise InputError(what, facts={"path": path, "files": count}, hint=GIVE_ALL)
 
 
-def _joined(rule: Rule, pieces: list[Stored], params: Params) -> LazyTensor:
+def _joined(rule: MetaName, pieces: list[Stored], params: Params) -> LazyTensor:
     whole = pieces[0] if rule.cut is None else concat(tuple(pieces), rule.cut)
     if not rule.heads:
         return whole
-    return PermuteRope(dtype=whole.dtype, shape=whole.shape, source=whole, heads=getattr(params, rule.heads))
+    return PermuteRope(dtype=whole.dtype, shape=whole.shape, source=whole, heads=params.sizes[rule.heads])
 
 
 def _config(params: Params, dtype: str) -> dict[str, Any]:

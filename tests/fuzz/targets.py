@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
@@ -19,9 +18,11 @@ import numpy as np
 from llava_weights.adapter_config import quantised_base, read_rules
 from llava_weights.config import check_structure, expected_shapes, repair_config, repair_generation_config
 from llava_weights.errors import LlavaWeightsError
+from llava_weights.families.decoders import BY_TYPE
+from llava_weights.families.layouts import meta_names
 from llava_weights.fast_tokenizer import hf_tokenizer, original_tokenizer
 from llava_weights.formats.folder import index_folder
-from llava_weights.formats.meta import AFTER, BEFORE, LAYER, index_meta
+from llava_weights.formats.meta import index_meta
 from llava_weights.formats.safetensors import index_safetensors, make_header
 from llava_weights.formats.sentencepiece import read_sentencepiece
 from llava_weights.formats.strict_json import json_bytes, parse_json
@@ -97,9 +98,9 @@ def index_json(data: bytes, folder: Path) -> None:
 def meta_params(data: bytes, folder: Path) -> None:
     """The bytes are `params.json` beside a LLaMA of one layer."""
     if not (piece := folder / "consolidated.00.pth").exists():
-        lengths = {"vocabulary": 10, "dim": 8, "kv_dim": 8, "intermediate": 16}
-        rules = [*BEFORE, *(replace(rule, meta=f"layers.0.{rule.meta}") for rule in LAYER), *AFTER]
-        write_torch_zip(piece, {rule.meta: np.zeros([lengths[length] for length in rule.shape], np.float16) for rule in rules})
+        heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 1}
+        shapes = BY_TYPE["llama"].shapes({"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, **heads})
+        write_torch_zip(piece, {row.meta: np.zeros(shapes[row.name], np.float16) for row in meta_names(1)})
     written(folder / "params.json", data)
     tensors, config = index_meta(folder)
     assert {name: tensor.shape for name, tensor in tensors.items()} == expected_shapes(config)

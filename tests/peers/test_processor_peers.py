@@ -13,6 +13,8 @@ import pytest
 
 from llava_weights.conversation import QUESTION, chat_template, example
 from llava_weights.families.prompts import CONVERSATIONS
+from llava_weights.families.targets import TARGETS
+from llava_weights.families.towers import TOWERS
 from llava_weights.processor import processor_files, read_image_settings
 
 PEERS = Path(__file__).resolve().parent.parent.parent / ".peers"
@@ -62,8 +64,8 @@ def write(folder: Path, fixtures: Path, *, size: int, strategy: str, aspect: str
     shutil.copytree(fixtures / "C-v1.5" / "hf-by-tf4.47.1", folder, ignore=shutil.ignore_patterns("*.safetensors", "p*.json"))
     (folder / "config.json").write_text(json.dumps({"model_type": "llava_next" if tiles else "llava", "image_token_index": 304}))
     files = processor_files(
-        read_image_settings(None, size=size, patch=14, siglip=siglip),
-        next=tiles,
+        read_image_settings(None, size=size, patch=14, tower=TOWERS[siglip]),
+        target=TARGETS[tiles],
         image_token=IMAGE,
         select_strategy=strategy,
         aspect=aspect,
