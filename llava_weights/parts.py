@@ -17,7 +17,7 @@ from .errors import InputError, MismatchError
 from .families.decoders import DECODERS
 from .families.layouts import LAYOUTS, PART, TABLES, canonical, spelled
 from .families.originals import Original, fitting
-from .families.projectors import ACTIVATION, LINEAR, NAMES
+from .families.projectors import ACTIVATION, LINEAR, NAMES, projector_type
 from .families.targets import BY_TYPE as TARGETS
 from .families.targets import Target
 from .fast_tokenizer import HfTokenizer, hf_tokenizer
@@ -192,7 +192,7 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
         raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     named = tower_name(config, tower) or ""
-    made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector="mlp2x_gelu", name=named, dtype="F32")
+    made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(NAMES), name=named, dtype="F32")
     preprocessor, processor = (small_object(checkpoint.files, name) or {} for name in ("preprocessor_config.json", "processor_config.json"))
     made |= {
         key: value

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,9 +28,7 @@ from llava_weights.families.towers import BY_KIND, TOWERS
 from llava_weights.toy import make_llava
 
 ROWS = [(row, decoder, tower) for row in ORIGINALS for decoder, tower in product(row.decoders, row.towers)]
-NEW = Original(  # on rows that are there: what a new family takes
-    "Made-up", ("mistral",), ("siglip",), "llava", "llama_3", "`made_up` stands in config.json", has=("made_up",), projector="linear"
-)
+CONTRIBUTING = Path(__file__).resolve().parent.parent / "CONTRIBUTING.md"
 
 
 def write(checkpoint: lw.Checkpoint, folder: Path) -> Path:
@@ -85,9 +85,13 @@ def test_each_row_is_reached(tmp_path: Path, row: Original, decoder: str, tower:
     assert choose(config, {row.token}, rows)[0].name == row.prompt
 
 
-def test_a_new_family_takes_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(originals, "ORIGINALS", (NEW, *ORIGINALS))
-    through_the_house(tmp_path, NEW, "mistral", "siglip")
+def test_a_new_family_takes_one_row_and_contributing_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row of a made-up family that "Add a family" shows, and no other change."""
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    (row,) = re.findall(r"```python\n(.*?)```", text.partition("## Add a family")[2].partition("\n## ")[0], re.DOTALL)
+    family = eval(textwrap.dedent(row), {"Original": Original})
+    monkeypatch.setattr(originals, "ORIGINALS", (family, *ORIGINALS))
+    through_the_house(tmp_path, family, family.decoders[0], family.towers[0])
 
 
 def test_names_of_the_rows_lead_to_rows() -> None:
