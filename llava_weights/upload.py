@@ -19,10 +19,11 @@ from .destination import Destination, Repository, is_address, open_destination
 from .errors import HubError, LlavaWeightsError, OutputError, UsageError
 from .events import Event, Note
 from .formats.folder import member
+from .formats.strict_json import load_object
 from .hub import REPO, HubSource
 from .job import Job, remove, write_file
 from .manifest import MANIFEST, SUMS, digest_file
-from .records import read_sums
+from .records import MAX_MANIFEST, read_manifest, read_sums
 from .threads import GLANCE, interruption
 from .wording import scheme_of
 
@@ -218,3 +219,24 @@ def push(folder: Path, hub: Repository, *, force: bool = False) -> str:
     except LlavaWeightsError as error:
         error.kept = f"`{folder.name}` is complete; the same command only publishes it"
         raise
+
+
+def differences(plan: Mapping[str, Any], output: Path) -> list[str]:
+    """In what the folder `output` is not what `plan`, the document of a dry run, would make; empty where it is that, and whole.
+
+    Compared are version, steps with their inputs, options, small files by digest and all files by size; and no input may be newer than
+    the manifest, which was written last, since the header of a safetensors file does not tell its values. Raises InputError for a
+    manifest that is not right, OSError where the folder can't be read.
+    """
+    made, files = load_object(output / MANIFEST, limit=MAX_MANIFEST), read_manifest(output / MANIFEST).files
+    tool = made.get("tool")
+    then = {"version": tool.get("version") if isinstance(tool, dict) else None, "steps": made.get("recipe"), "options": made.get("options")}
+    found = [part for part, value in then.items() if value != plan.get(part)]
+    found += [name for name, digest in plan["files"].items() if name not in files or files[name].sha256 != digest]
+    for name, entry in files.items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != entry.size:
+            found.append(f"{name} (not whole)")
+    if plan["changed"] is None or plan["changed"] > (output / MANIFEST).stat().st_mtime_ns:
+        found.append("an input that is newer, or can't be dated")
+    return found

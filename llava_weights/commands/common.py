@@ -103,8 +103,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
 
 def _may_push(repository: str, target: Path, plan: dict[str, Any], *, force: bool) -> bool:
     """Whether the output is there already, so that only pushing is left. Raises now what would make it fail after hours of work."""
-    from ..batch import differences
-    from ..upload import repository_of
+    from ..upload import differences, repository_of
 
     hub = repository_of(repository)
     with suppress(InputError, OSError):
