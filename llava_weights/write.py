@@ -64,10 +64,10 @@ def execute(
     """Write `plan` to the folder `out`, which appears complete or not at all. Interrupted work is taken up again.
 
     `pool` is any `concurrent.futures.Executor` that sees the same file system; shards go to it as they are. `reread` reads every
-    shard back from the disk before `out` gets its name. `complete` writes no shard: all must be there. `make_job` may send them
-    elsewhere (`upload.job_at`). Raises OutputError where `out`
-    can't be written, is in use or does not come back as it was written, InputError where an input turns out damaged; finished shards
-    are kept.
+    shard back from the disk before `out` gets its name. `complete` is the end of a job in portions: it writes no shard, and raises
+    OutputError, naming the portions to run again, where one is missing. `make_job` may send them elsewhere (`upload.job_at`). Raises
+    OutputError where `out` can't be written, is in use or does not come back as it was written, InputError where an input turns out
+    damaged; finished shards are kept.
     """
     if not isinstance(plan, Plan):
         raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
@@ -434,7 +434,7 @@ def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
     files = [FileEntry(shard.name, results[shard.name].nbytes, results[shard.name].sha256) for shard in plan.shards]
     tensors = tensor_entries(job.folder, results)
     write_index(job.folder, tensors)
-    put_file(job.folder / "README.md", make_card(plan, files, tensors, tallies(results)).encode())
+    put_file(job.folder / "README.md", make_card(plan, tensors, tallies(results)).encode())
     for path in sorted(job.folder.iterdir()):
         if path.name in results:
             continue
