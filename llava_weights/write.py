@@ -26,8 +26,9 @@ from .formats.folder import same_header
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
 from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove, sync_folder
-from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
+from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard, accepted
+from .rehash import digest_file
 from .stream import ShardResult, output_error, write_shard
 from .threads import Shield, in_threads, interruption
 from .wording import size
@@ -258,16 +259,16 @@ def _read(path: Path) -> tuple[str, str]:
     """The name of a file of ours and its sha256, or why it has none."""
     try:
         return path.name, digest_file(path)
-    except OSError as error:
-        return path.name, str(error.strerror)
+    except InputError as error:
+        return path.name, error.what
 
 
 def _digest(path: Path) -> str:
     """The sha256 of a file of ours. Raises OutputError where it can't be read."""
     try:
         return digest_file(path)
-    except OSError as error:
-        raise OutputError(f"`{path.name}` can't be read back: {error.strerror}", facts={"file": path}, hint="check the disk") from error
+    except InputError as error:
+        raise OutputError(f"{error.what}, though it was just written", facts={"file": path}, hint="check the disk") from error
 
 
 def kept(job: Job, done: int, shards: int) -> str:
@@ -374,7 +375,7 @@ def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResu
         result, path = _result(entry), folder / name
         if result is None or result.tensors.keys() != tensors.get(name):
             continue
-        with suppress(OSError):  # one that can't be read is made again
+        with suppress(OSError, InputError):  # one that can't be read is made again
             same = not path.is_symlink() and path.stat().st_size == result.nbytes
             if same and (job.uploaded(entry) or digest_file(path) == result.sha256):
                 yield name, result

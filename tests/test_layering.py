@@ -38,8 +38,8 @@ LAYERS = (
     "delta lora conversion inspection health",  # the transforms: pure
     "plan job",
     "manifest stream",
-    "card predict rehash destination output_file",
-    "records",
+    "card rehash destination output_file",
+    "predict records",
     "upload",
     "compare_files",
     "against",
