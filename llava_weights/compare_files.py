@@ -27,8 +27,8 @@ from .hf_config import TEXT_MODELS, flat_config, text_type
 from .naming import canonical
 from .processor import CLIP_MEAN, CLIP_STD, SIGLIP_MEAN, SIGLIP_STD, STEPS
 from .projector import FORMS
-from .sidecars import CONFIG, PROCESSOR, Sidecars, content, listings, read_sidecars, said, vision
-from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length
+from .sidecars import CONFIG, PROCESSOR, Sidecars, listings, read_sidecars, said, vision
+from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length, token_text
 from .tokenizer import CONFIG as TOKENIZER
 from .tower import complete_config
 
@@ -511,7 +511,7 @@ def _special(side: Sidecars) -> set[str]:
     decoder = side.of(TOKENIZER).get("added_tokens_decoder")
     entries = [*(decoder.values() if isinstance(decoder, dict) else ()), *added_tokens(dict(side.of(FAST))).values()]
     lists += [entry for entry in entries if isinstance(entry, dict) and entry.get("special") is True]
-    return {text for each in (*lists, *_roles(side).values()) if (text := content(each)) is not None}
+    return {text for each in (*lists, *_roles(side).values()) if (text := token_text(each)) is not None}
 
 
 def _decoder(side: Sidecars, other: Sidecars) -> dict[int, Said]:
@@ -522,13 +522,13 @@ def _decoder(side: Sidecars, other: Sidecars) -> dict[int, Said]:
     return {
         int(key): added_token(text, entry)
         for key, entry in (entries[0] or {}).items()
-        if key.isdecimal() and len(key) < 10 and isinstance(entry, dict) and (text := content(entry)) is not None
+        if key.isdecimal() and len(key) < 10 and isinstance(entry, dict) and (text := token_text(entry)) is not None
     }
 
 
 def _named_roles(side: Sidecars) -> dict[str, dict[str, str]]:
     """The special tokens that each file names."""
-    texts = {file: {f"{role}_token": content(side.of(file).get(f"{role}_token")) for role in ROLES} for file in (TOKENIZER, SPECIAL)}
+    texts = {file: {f"{role}_token": token_text(side.of(file).get(f"{role}_token")) for role in ROLES} for file in (TOKENIZER, SPECIAL)}
     return {file: {key: text for key, text in named.items() if text is not None} for file, named in texts.items()}
 
 

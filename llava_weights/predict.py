@@ -197,7 +197,7 @@ def _judged(delta: Checkpoint, file: SourceFile, md5: str, sha256: str) -> Predi
 
 def _posted(delta: Checkpoint, shard: str) -> str:
     """The md5 that was posted of what this shard becomes, or "". Which delta it is, its shapes, ids and model type tell."""
-    patch = (small_object(delta.files, "added_tokens.json") or {}).get("<im_patch>", -1)
+    patch = small_object(delta.files, "added_tokens.json").get("<im_patch>", -1)
     known = known_delta(delta.size, delta.vocabulary, patch, str(delta.config.get("model_type", "")))
     wanted = f"{POSTED[known.repo]}{shard}" if known and known.repo in POSTED else ""
     return next((record.md5 for record in published.PUBLISHED if record.what == wanted), "")

@@ -151,7 +151,7 @@ def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prom
 def _image_settings(checkpoint: Checkpoint, sight: Sight) -> dict[str, Any]:
     """What preprocessor_config.json says; for an original, which has none, what a conversion would write."""
     own = small_object(checkpoint.files, "preprocessor_config.json")
-    if own is not None and own.get("image_processor_type") in KINDS:
+    if own.get("image_processor_type") in KINDS:
         return own
     tower = sight.tower
     settings = read_image_settings(tower.preprocessor, size=tower.image_size, patch=tower.patch_size, siglip=tower.kind == "siglip")
