@@ -23,6 +23,7 @@ LAYERS = (
     "workspace retention naming",
     "buffers exact",
     "tensors",
+    "sampling",
     "formats published",  # the files of formats/ count as one module
     "hub",
     "remote",
