@@ -13,7 +13,7 @@ from typing import Any
 
 from .agreement import GENERATION
 from .agreement_hf import JINJA, MISSING, TEMPLATE
-from .agreement_values import PREPROCESSOR, STEERING
+from .agreement_values import PREPROCESSOR, STEERING, image_settings
 from .checkpoint import Checkpoint, small_bytes, small_text
 from .config import LLAMA_DEFAULTS, LLAVA_DEFAULTS, SAMPLING
 from .conversion import convert
@@ -198,8 +198,8 @@ def _compare(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     found.there(GENERATION, ours.has(GENERATION), theirs.has(GENERATION), instead=True)  # values that are not the defaults differ below
     if ours.has(GENERATION) or theirs.has(GENERATION):
         found.values(GENERATION, _generation(ours), _generation(theirs))
-    if found.there(PREPROCESSOR, bool(_image(ours)), bool(_image(theirs))):
-        found.values(PREPROCESSOR, _preprocessor(_image(ours)), _preprocessor(_image(theirs)))
+    if found.there(PREPROCESSOR, bool(image_settings(ours)), bool(image_settings(theirs))):
+        found.values(PREPROCESSOR, _preprocessor(image_settings(ours)), _preprocessor(image_settings(theirs)))
     if found.there(PROCESSOR, ours.has(PROCESSOR), theirs.has(PROCESSOR)):
         found.values(PROCESSOR, _processor(ours), _processor(theirs))
     _templates(ours, theirs, found)
@@ -300,11 +300,6 @@ def _generation(side: Sidecars) -> dict[str, Any]:
 
 
 # --- the processor --------------------------------------------------------------------------------------------------
-
-
-def _image(side: Sidecars) -> Said:
-    nested = side.of(PROCESSOR).get("image_processor")
-    return side.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else {})
 
 
 def _preprocessor(given: Said) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .tokenizer import (
     MODEL,
     MODEL_LIMIT,
     NO_LIMIT,
+    RIGHT_TOKENIZER,
     SETTINGS,
     SIDES,
     SPECIAL,
@@ -40,7 +41,6 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 IM_PATCH, IMAGE, PAD, END_OF_TEXT = "<im_patch>", "<image>", "<pad>", "<|endoftext|>"
 LLAVA_TOKENS = (IM_PATCH, "<im_start>", "<im_end>")
 STRIPPED, ROLES = {"lstrip": True, "rstrip": True}, ("bos", "eos", "pad", "unk")
-RIGHT_ONE = "give the tokenizer that belongs to these weights"
 ROW_1 = {"legacy": True, "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False}
 
 Files = Mapping[str, "Path | bytes"]
@@ -187,7 +187,7 @@ def _from_pieces(files: Files, rows: int, model_max_length: object) -> _Parts:
     repaired, ids, notes = repair_tokenizer(given, rows=rows, model_max_length=model_max_length)
     vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT))
     if vocabulary.model_type != BPE:
-        raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_ONE)
+        raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_TOKENIZER)
     if not vocabulary.verbatim:
         notes += (f"{MODEL}: normalizes texts, which {FAST} does not",)
     settings = small_object(repaired, CONFIG)
@@ -223,7 +223,7 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
     vocabulary, merges = tokenizer_json.bpe_model(core)
     if len(vocabulary) > rows:
         what = f"the tokenizer has {len(vocabulary):,} tokens, but the embedding table only {rows:,} rows"
-        raise MismatchError(what, hint=RIGHT_ONE)
+        raise MismatchError(what, hint=RIGHT_TOKENIZER)
     llama, config = tokenizer_json.is_llama(core), small_object(files, CONFIG)
     entries, notes = _every_entry(files, core, vocabulary, rows)
     ids = {**vocabulary, **{entry["content"]: i for i, entry in entries.items()}}
@@ -258,14 +258,14 @@ def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: 
         free = is_token_id(i) and (i >= len(vocabulary) or name in vocabulary) and (i not in entries or entries[i]["content"] == name)
         if name is None or not free or ids.setdefault(name, i) != i:
             raise InputError(
-                f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))}, hint=RIGHT_ONE
+                f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))}, hint=RIGHT_TOKENIZER
             )
         entries.setdefault(i, tokenizer_json.added_token(name, stored))
     gone = sorted(i for i in entries if i >= rows)
     notes = tuple(f"tokenizer: {shown(entries.pop(i)['content'])} (id {i}) dropped, the table has {rows:,} rows" for i in gone)
     behind = sorted(i for i in entries if i >= len(vocabulary))
     if behind != list(range(len(vocabulary), len(vocabulary) + len(behind))):
-        raise InputError(f"the added tokens do not follow the {len(vocabulary):,} of the vocabulary without a gap", hint=RIGHT_ONE)
+        raise InputError(f"the added tokens do not follow the {len(vocabulary):,} of the vocabulary without a gap", hint=RIGHT_TOKENIZER)
     return entries, notes
 
 
@@ -277,7 +277,7 @@ def _roles(files: Files, ids: Mapping[str, int], usual: Mapping[str, str]) -> di
         if (name := next((name for name in names if name in ids), None)) is not None:
             roles[role] = name
     if missing := sorted({*usual, "eos"} - {"pad"} - set(roles)):
-        raise InputError(f"the tokenizer has no token as its {missing[0]}", facts={"usual": shown(usual[missing[0]])}, hint=RIGHT_ONE)
+        raise InputError(f"the tokenizer has no token as its {missing[0]}", facts={"usual": shown(usual[missing[0]])}, hint=RIGHT_TOKENIZER)
     return roles
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .buffers import ITEMSIZE, one_thread
+from .buffers import ITEMSIZE, one_thread, raw_bits
 from .errors import InputError
 from .events import Event, Progress, Started
 from .formats.folder import same_header
@@ -103,7 +103,7 @@ def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
     """How many of these values are inf or NaN, counted on the integers of their bits; 0 for dtypes that have neither."""
     if dtype not in NOT_FINITE:
         return 0
-    values, count = np.frombuffer(raw, f"<u{ITEMSIZE[dtype]}"), 0
+    values, count = raw_bits(raw, dtype), 0
     ones = values.dtype.type(NOT_FINITE[dtype])
     for first in range(0, len(values), CHUNK):
         bits = values[first : first + CHUNK] & ones
