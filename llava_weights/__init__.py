@@ -57,7 +57,6 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .portions import Portion as Portion
     from .portions import PortionReport as PortionReport
     from .portions import execute_portion as execute_portion
-    from .portions import finish_portions as finish_portions
     from .portions import to_portion as to_portion
     from .reference_file import Recorded as Recorded
     from .reference_file import Recording as Recording
@@ -83,7 +82,7 @@ _FROM = {
     "conversion": ("convert",),
     "plan": ("Plan", "Settings", "Shard", "make_plan"),
     "write": ("Report", "execute"),
-    "portions": ("Portion", "PortionReport", "execute_portion", "finish_portions", "to_portion"),
+    "portions": ("Portion", "PortionReport", "execute_portion", "to_portion"),
     "verification": ("Verification", "checksum", "verify"),
     "findings": ("Finding",),
     "forward": ("Probe",),

@@ -22,11 +22,11 @@ from .formats import listed, shown
 from .formats.folder import member
 from .formats.strict_json import load_object
 from .hub import HubSource, parse_source, source_text
-from .manifest import TensorEntry, digest_file
+from .manifest import TensorEntry
 from .projector import ONE, paired, single
 from .published import recognise
 from .records import Manifest, Sum, find_manifest, hub_sums, read_manifest, read_sums
-from .rehash import Reading, digests, rehash, size_of
+from .rehash import Reading, digest_file, digests, rehash, size_of
 from .resize import resized
 from .tensors import LazyTensor, cast
 from .tower import open_tower

@@ -13,9 +13,9 @@ from .agreement_tokenizer import RIGHT_TOKENIZER
 from .families.layouts import VOCABULARY
 from .families.projectors import projector_type, projector_weights
 from .formats import shown
-from .sidecars import CONFIG, Rule, Sidecars, content, listings, said
+from .sidecars import CONFIG, Rule, Sidecars, listings, said
 from .tokenizer import CONFIG as TOKENIZER
-from .tokenizer import FAST, MODEL, SPECIAL
+from .tokenizer import FAST, MODEL, SPECIAL, token_text
 
 GENERATION = "generation_config.json"
 REPAIR = "`llava-weights convert PATH --to llava-hf -o OUT` writes this anew"
@@ -77,7 +77,7 @@ def _contradictions(s: Sidecars) -> Iterator[str]:
 
 def _role_names(s: Sidecars) -> Iterator[str]:
     for file in (TOKENIZER, SPECIAL):
-        bos, eos = (content(s.of(file).get(f"{role}_token")) for role in ("bos", "eos"))
+        bos, eos = (token_text(s.of(file).get(f"{role}_token")) for role in ("bos", "eos"))
         if "" in (bos, eos) or (bos == eos and bos is not None and s.ids.get("bos") != s.ids.get("eos")):
             yield f"`{file}` names {said(bos)} as bos and {said(eos)} as eos"
 

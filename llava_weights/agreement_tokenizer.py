@@ -13,9 +13,9 @@ from .checkpoint import small_text
 from .formats import shown
 from .formats.sentencepiece import BPE, NORMAL, Vocabulary
 from .formats.tokenizer_json import bpe_model
-from .sidecars import Json, Rule, Sidecars, content, listings, said
+from .sidecars import Json, Rule, Sidecars, listings, said
 from .tokenizer import CONFIG as TOKENIZER
-from .tokenizer import FAST, MODEL
+from .tokenizer import FAST, MODEL, token_text
 
 RIGHT_TOKENIZER = "take the tokenizer files that belong to these weights"
 MAKE_FAST = f"take `{FAST}` from the authors, or remove it: `llava-weights convert PATH --to llava-hf -o OUT` makes it from `{MODEL}`"
@@ -135,7 +135,7 @@ def _bos_and_eos(s: Sidecars) -> Iterator[str]:
         return
     before, after, _ = _around(s.of(FAST))
     for key, role, names in (("add_bos_token", "bos", before), ("add_eos_token", "eos", after)):
-        flag, token = s.of(TOKENIZER).get(key), content(s.of(TOKENIZER).get(f"{role}_token"))
+        flag, token = s.of(TOKENIZER).get(key), token_text(s.of(TOKENIZER).get(f"{role}_token"))
         if type(flag) is bool and token and flag != (token in names):
             puts = f"puts {', '.join(map(shown, names))}" if names else "puts nothing"
             place = "before" if role == "bos" else "behind"

@@ -48,6 +48,11 @@ def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:
     return np.frombuffer(raw, {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}.get(dtype, f"<u{ITEMSIZE[dtype]}"))
 
 
+def raw_bits(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:
+    """The values as unsigned integers of their own width."""
+    return np.frombuffer(raw, f"<u{ITEMSIZE[dtype]}")
+
+
 class _Threads:
     """How many threads torch had when the outermost `one_thread` found it, and how many of these are open."""
 

@@ -8,25 +8,22 @@ from typing import Any
 
 from . import __version__
 from .checkpoint import Origin, Step
+from .conversation import bare
 from .families.projectors import CONSUMERS
+from .families.prompts import CONVERSATIONS
 from .hub import REPO
-from .manifest import FileEntry, TensorEntry, root_of_tensors
+from .manifest import TensorEntry, root_of_tensors
 from .plan import Plan
 from .wording import markdown_text, redact, visible
 
-PROMPTS = {  # llava/conversation.py at 8959d5c: `v0` turns end in ###, `v1` assistant turns in </s>
-    "v0": "`###Human: <question>###Assistant:`, stop at `###`",
-    "v1": "`USER: <question> ASSISTANT:`, stop at `</s>`",
-}
 
-
-def make_card(plan: Plan, files: Sequence[FileEntry], tensors: Sequence[TensorEntry], tallies: Mapping[str, int]) -> str:
+def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, int]) -> str:
     """Markdown with front matter. Only Hub ids that were really used become `base_model`; nothing is invented for folders. What comes from
     files or from the user is text in it, never markup."""
     title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
     parts = [_front_matter(plan), f"# {markdown_text(title)}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
-    parts += [_use(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(files, tensors)]
+    parts += [_use(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
     return "\n".join(part for part in parts if part)
 
 
@@ -58,7 +55,8 @@ def _files(origin: Origin) -> str:
 
 def _prompt(plan: Plan) -> str:
     prompt = next((str(step.checks["prompt"]) for step in plan.history if "prompt" in step.checks), "")
-    return f"## Prompt\n\n{PROMPTS[prompt]}\n" if prompt in PROMPTS else ""
+    found = CONVERSATIONS.get(f"llava_{prompt}")
+    return f"## Prompt\n\n`{bare(found)}`, stop at `{found.stop}`\n" if found else ""
 
 
 USE = """## Use it
@@ -117,6 +115,6 @@ def _loss(tallies: Mapping[str, int]) -> str:
     return f"Adding the base again gives the tuned model but for {share}, each one rounding off.\n"
 
 
-def _checks(files: Sequence[FileEntry], tensors: Sequence[TensorEntry]) -> str:
+def _checks(tensors: Sequence[TensorEntry]) -> str:
     lines = ["## Check it\n", "```", "sha256sum -c SHA256SUMS", "```\n", f"Root of all tensors: `{root_of_tensors(tensors)}`\n"]
     return "\n".join(lines)

@@ -20,12 +20,14 @@ from .families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOK
 from .families.layouts import DROPPED, LAYOUTS, VOCABULARY
 from .formats import DOWNLOAD_AGAIN, legible, listed, open_regular, unreadable
 from .formats.folder import index_file, index_folder, member, optional
-from .formats.strict_json import load_object, parse_json, read_exactly
+from .formats.strict_json import load_object, parse_object, read_exactly
 from .hub import HubSource, fetch, parse_source, source_text
 from .remote import is_remote, shadowed
 from .tensors import LazyTensor
 from .wording import redact, scheme_of
 from .workspace import SourceFile
+
+LARGEST_OBJECT = 1 << 20  # bytes of a small file, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -225,16 +227,12 @@ def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]
     return files, (f"not read, since no regular files: {listed(others)}",) if others else ()
 
 
-def small_object(files: Mapping[str, Path | bytes], name: str) -> dict[str, Any] | None:
-    """The JSON object in one of a checkpoint's small files, None where there is no such file."""
+def small_object(files: Mapping[str, Path | bytes], name: str, *, limit: int = LARGEST_OBJECT) -> dict[str, Any]:
+    """The JSON object in one of a checkpoint's small files, empty where there is no such file. Raises InputError for anything else, and
+    where it has more than `limit` bytes."""
     if (source := files.get(name)) is None:
-        return None
-    if isinstance(source, Path):
-        return load_object(source)
-    value = parse_json(source, name=name)
-    if not isinstance(value, dict):
-        raise InputError(f"`{name}` is not a JSON object", hint="take the file from the authors of the model")
-    return value
+        return {}
+    return load_object(source, limit=limit) if isinstance(source, Path) else parse_object(small_bytes(name, source, limit), name=name)
 
 
 def small_text(files: Mapping[str, Path | bytes], name: str, *, limit: int = 1 << 20) -> str | None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .commands import batch, check, look, make
+from .commands import check, look, make
 from .console import Console
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -24,7 +24,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "checksum": check.checksum,
     "diff": check.diff,
     "smoke": check.smoke,
-    "run": batch.run,
     "demo": look.demo,
     "env": look.env,
 }

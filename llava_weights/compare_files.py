@@ -13,7 +13,7 @@ from typing import Any
 
 from .agreement import GENERATION
 from .agreement_hf import JINJA, TEMPLATE
-from .agreement_values import PREPROCESSOR, STEERING
+from .agreement_values import PREPROCESSOR, STEERING, image_settings
 from .checkpoint import Checkpoint, small_bytes, small_text
 from .config import SAMPLING, known_decoder
 from .conversion import convert
@@ -30,8 +30,8 @@ from .formats.sentencepiece import read_sentencepiece
 from .formats.tokenizer_json import added_token, added_tokens
 from .hf_config import flat_config
 from .processor import STEPS
-from .sidecars import CONFIG, PROCESSOR, Sidecars, content, listings, read_sidecars, said, vision
-from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length
+from .sidecars import CONFIG, PROCESSOR, Sidecars, listings, read_sidecars, said, vision
+from .tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, is_length, token_text
 from .tokenizer import CONFIG as TOKENIZER
 from .tower import complete_config
 
@@ -196,8 +196,8 @@ def _compare(ours: Sidecars, theirs: Sidecars, found: _Compared) -> None:
     found.there(GENERATION, ours.has(GENERATION), theirs.has(GENERATION), instead=True)  # values that are not the defaults differ below
     if ours.has(GENERATION) or theirs.has(GENERATION):
         found.values(GENERATION, _generation(ours), _generation(theirs))
-    if found.there(PREPROCESSOR, bool(_image(ours)), bool(_image(theirs))):
-        found.values(PREPROCESSOR, _preprocessor(_image(ours)), _preprocessor(_image(theirs)))
+    if found.there(PREPROCESSOR, bool(image_settings(ours)), bool(image_settings(theirs))):
+        found.values(PREPROCESSOR, _preprocessor(image_settings(ours)), _preprocessor(image_settings(theirs)))
     if found.there(PROCESSOR, ours.has(PROCESSOR), theirs.has(PROCESSOR)):
         found.values(PROCESSOR, _processor(ours), _processor(theirs))
     _templates(ours, theirs, found)
@@ -291,11 +291,6 @@ def _generation(side: Sidecars) -> dict[str, Any]:
 
 
 # --- the processor --------------------------------------------------------------------------------------------------
-
-
-def _image(side: Sidecars) -> Said:
-    nested = side.of(PROCESSOR).get("image_processor")
-    return side.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else {})
 
 
 def _preprocessor(given: Said) -> dict[str, Any]:
@@ -502,7 +497,7 @@ def _special(side: Sidecars) -> set[str]:
     decoder = side.of(TOKENIZER).get("added_tokens_decoder")
     entries = [*(decoder.values() if isinstance(decoder, dict) else ()), *added_tokens(dict(side.of(FAST))).values()]
     lists += [entry for entry in entries if isinstance(entry, dict) and entry.get("special") is True]
-    return {text for each in (*lists, *_roles(side).values()) if (text := content(each)) is not None}
+    return {text for each in (*lists, *_roles(side).values()) if (text := token_text(each)) is not None}
 
 
 def _decoder(side: Sidecars, other: Sidecars) -> dict[int, Said]:
@@ -513,13 +508,13 @@ def _decoder(side: Sidecars, other: Sidecars) -> dict[int, Said]:
     return {
         int(key): added_token(text, entry)
         for key, entry in (entries[0] or {}).items()
-        if key.isdecimal() and len(key) < 10 and isinstance(entry, dict) and (text := content(entry)) is not None
+        if key.isdecimal() and len(key) < 10 and isinstance(entry, dict) and (text := token_text(entry)) is not None
     }
 
 
 def _named_roles(side: Sidecars) -> dict[str, dict[str, str]]:
     """The special tokens that each file names."""
-    texts = {file: {f"{role}_token": content(side.of(file).get(f"{role}_token")) for role in ROLES} for file in (TOKENIZER, SPECIAL)}
+    texts = {file: {f"{role}_token": token_text(side.of(file).get(f"{role}_token")) for role in ROLES} for file in (TOKENIZER, SPECIAL)}
     return {file: {key: text for key, text in named.items() if text is not None} for file, named in texts.items()}
 
 

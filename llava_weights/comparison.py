@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .buffers import ITEMSIZE, one_thread, to_float32
+from .buffers import ITEMSIZE, one_thread, raw_bits, to_float32
 from .checkpoint import Source, opened
 from .config import fold_names
 from .errors import MOST_JOBS, UsageError, finite, whole_number
@@ -296,7 +296,7 @@ def _compare(pair: _Pair, tolerance: float, work: Workspace) -> _Tally:
         with work.scratch((stop - start) * pair.a.row_nbytes) as ours, work.scratch((stop - start) * pair.b.row_nbytes) as theirs:
             pair.a.rows_into(ours, start, stop, work)
             pair.b.rows_into(theirs, start, stop, work)
-            a, b = _bits(ours, dtypes[0]), _bits(theirs, dtypes[1])
+            a, b = raw_bits(ours, dtypes[0]), raw_bits(theirs, dtypes[1])
             if dtypes[0] == dtypes[1] and np.array_equal(a, b):
                 owed.append((start, stop))
                 continue
@@ -305,13 +305,9 @@ def _compare(pair: _Pair, tolerance: float, work: Workspace) -> _Tally:
     for start, stop in owed if tally.different else ():  # their part of A's norm, which an equal tensor does not need
         with work.scratch((stop - start) * pair.a.row_nbytes) as ours:
             pair.a.rows_into(ours, start, stop, work)
-            a = _bits(ours, dtypes[0])
+            a = raw_bits(ours, dtypes[0])
             tally.norm += sum(_squares(_values(a[first : first + CHUNK], dtypes[0])) for first in range(0, len(a), CHUNK))
     return tally
-
-
-def _bits(raw: memoryview, dtype: str) -> np.ndarray:
-    return np.frombuffer(raw, f"<u{ITEMSIZE[dtype]}")
 
 
 def _values(bits: np.ndarray, dtype: str) -> np.ndarray:

@@ -72,10 +72,10 @@ def repair_config(
 def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: SpecialIds) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A generation config with the true ids and those sampling settings that are valid: transformers refuses to save others (LLaVA #1406).
 
-    It is made from the ids alone where `generation` is None. Without one, transformers 5 never stops at eos.
+    It is made from the ids alone where `generation` is None or empty. Without one, transformers 5 never stops at eos.
     """
     ids = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos, "pad_token_id": special_ids.pad}
-    if generation is None:
+    if not generation:
         return ids, (f"generation_config: written with bos/eos/pad ids {_joined(ids.values())}",)
     new = {key: value for key, value in generation.items() if key in ids or (key in GENERATION and sensible(value, *GENERATION[key]))}
     gone = [key for key in generation if key not in new]

@@ -80,6 +80,12 @@ def example(conversation: Conversation, image: str) -> str:
     return f"{opened}{image}\n{QUESTION}{after}{conversation.generation}"
 
 
+def bare(conversation: Conversation) -> str:
+    """A prompt without system message and image."""
+    before, after = conversation.user_turn
+    return f"{conversation.system_turn[1]}{before}<question>{after}{conversation.generation}".strip()
+
+
 def choose(
     config: Mapping[str, Any], specials: Collection[str], families: Sequence[Original], *, name: str | None = None
 ) -> tuple[Conversation, str]:

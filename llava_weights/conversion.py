@@ -238,7 +238,7 @@ class Prompt:
 
 def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prompt:
     if checkpoint.layout == "llava-hf" and conv_mode is None:
-        listed = (small_object(checkpoint.files, "chat_template.json") or {}).get("chat_template")
+        listed = small_object(checkpoint.files, "chat_template.json").get("chat_template")
         if kept := small_text(checkpoint.files, "chat_template.jinja") or listed:
             return Prompt("", str(kept), "its own chat template")
     conversation, evidence = choose(model.config, model.tokenizer.specials, model.families, name=conv_mode)
@@ -252,7 +252,7 @@ def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], 
     if aspect is not None and model.target.tiles:
         raise UsageError("images of this model are cut into tiles, so `--image-aspect` can change nothing", hint="leave it out")
     tower, pads = model.tower, model.config.get("image_aspect_ratio") == "pad"
-    own = small_object(checkpoint.files, "preprocessor_config.json") or {}
+    own = small_object(checkpoint.files, "preprocessor_config.json")
     if aspect is None and str(own.get("image_processor_type")).startswith(model.target.padding_processor):
         aspect = "pad"
     settings = read_image_settings(tower.preprocessor or own, tower=tower.row, size=tower.image_size, patch=tower.patch_size)

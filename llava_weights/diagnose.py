@@ -20,17 +20,15 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import InputError
+from .sampling import LARGEST_ROW, chosen_rows, deviation, even, finite_only, read_some, sample, sample_both
 from .tensors import FLOATS, LazyTensor, each, read_rows
 from .workspace import Workspace
 
 Tensors = Mapping[str, LazyTensor]
 
 # Sampling: 13B has 282 matrices of 10-28 KB a row, so the round trip reads 14 MB of each side, all else together 10 MB.
-ROWS, ELEMENTS = 4, 4096  # of a matrix: as many rows as hold this many elements, but not fewer than this
-WHOLE = 1 << 15  # elements; a matrix up to this size is read whole, in one go
 MATRICES = 32  # for questions about a whole model
 MORE, TIMES = 32, 3  # an unclear round trip looks again at so many matrices, at so many times the rows
-LARGEST_ROW = 4 << 20  # bytes; no model has longer rows (65B: 44 KB), and rows are the least that can be read
 LONGEST_NORM = 1 << 16
 WINDOW = 4 << 20
 
@@ -124,10 +122,10 @@ def state(tensors: Tensors) -> State:
     """
     norms = {name: t for name, t in sorted(tensors.items()) if _is_norm(name, t)}
     matrices = _spread([name for name in _matrices(tensors) if not re.fullmatch(NOT_TEXT, name)], MATRICES)
-    read = each(lambda name, work: _finite(read_rows(norms[name], 0, min(norms[name].rows, LONGEST_NORM), work).ravel()), norms, norms)
+    read = each(lambda name, work: finite_only(read_rows(norms[name], 0, min(norms[name].rows, LONGEST_NORM), work).ravel()), norms, norms)
     vectors = list(read.values())
     with closing(Workspace(drop_cache=False)) as work:
-        matrix_std = median([_std(_finite(_sample(tensors[name], work))) for name in matrices] or [0.0])
+        matrix_std = median([deviation(finite_only(sample(tensors[name], work))) for name in matrices] or [0.0])
     shares = [float(np.mean(x > 0)) if x.size else 0.0 for x in vectors]
     sizes = [float(np.median(np.abs(x))) if x.size else 0.0 for x in vectors]
     like_model = sum(share > POSITIVE for share in shares)
@@ -179,7 +177,7 @@ def pair(base: Tensors, delta: Tensors, *, difference: bool = True) -> Pair:
     ratios, cosines, elements, moved = [], [], 0, False
     with closing(Workspace(drop_cache=False)) as work:
         for name in _spread(_common(base, delta), MATRICES):
-            b, d = (values.astype(np.float64) for values in _sample_both(base[name], delta[name], work))
+            b, d = (values.astype(np.float64) for values in sample_both(base[name], delta[name], work))
             d = d if difference else d - b
             known = np.isfinite(b) & np.isfinite(d) & (b != 0)
             b, d = b[known], d[known]
@@ -214,7 +212,7 @@ def bf16_damaged(tensors: Tensors) -> Bf16:
     names, sampled, fitting = [], 0, 0
     with closing(Workspace(drop_cache=False)) as work:
         for name in _spread(matrices, MATRICES):
-            values = _sample(tensors[name], work)
+            values = sample(tensors[name], work)
             values = values[values != 0]
             fits = int(np.count_nonzero((values.view(np.uint32) & 0xFFFF) == 0))
             sampled, fitting = sampled + values.size, fitting + fits
@@ -233,9 +231,9 @@ def extra_rows(delta: Tensors, base: Tensors) -> tuple[ExtraRows, ...]:
             first, rows = base[name].rows, delta[name].rows
             if rows <= first:
                 continue
-            values = _read(delta[name], [first + i for i in _rows(rows - first, delta[name], MATRICES)], work)
+            values = read_some(delta[name], [first + i for i in chosen_rows(rows - first, delta[name], MATRICES)], work)
             finite = bool(np.all(np.isfinite(values)))
-            std, usual = _std(_finite(values)), _std(_finite(_sample(base[name], work)))
+            std, usual = deviation(finite_only(values)), deviation(finite_only(sample(base[name], work)))
             ratio = std / usual if usual else 0.0
             sane = finite and EXTRA[0] <= ratio <= EXTRA[1]
             verdict: Literal["plausible", "odd", "unknown"] = "plausible" if sane else "odd" if usual or not finite else "unknown"
@@ -300,7 +298,7 @@ def _judge(counts: Mapping[str, tuple[int, int]], *, final: bool = False) -> Rou
 
 def _failing(base: LazyTensor, delta: LazyTensor, work: Workspace, *, times: int = 1) -> tuple[int, int]:
     """How many sampled elements do not survive the round trip, and how many were sampled."""
-    b, d = (values.astype(np.float16) for values in _sample_both(base, delta, work, times=times))
+    b, d = (values.astype(np.float16) for values in sample_both(base, delta, work, times=times))
     asked = np.isfinite(b) & np.isfinite(d) & (d != 0)
     return int(np.count_nonzero(((b + d) - b != d) & asked)), int(np.count_nonzero(asked))
 
@@ -323,41 +321,4 @@ def _common(base: Tensors, delta: Tensors) -> list[str]:
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:
-    return [names[i] for i in _even(len(names), count)]
-
-
-def _even(length: int, count: int) -> list[int]:
-    """`count` indices spread evenly over `length`, the first and the last among them; all of them where there are no more."""
-    if count >= length:
-        return list(range(length))
-    return [int(i) for i in np.unique(np.linspace(0, length - 1, count).round())]
-
-
-def _rows(length: int, tensor: LazyTensor, least: int, times: int = 1) -> list[int]:
-    """Which of the first `length` rows of `tensor` to sample."""
-    row = math.prod(tensor.shape[1:])
-    return _even(length, length if length * row <= WHOLE else times * max(least, math.ceil(ELEMENTS / row)))
-
-
-def _sample(tensor: LazyTensor, work: Workspace) -> np.ndarray:
-    return _read(tensor, _rows(tensor.rows, tensor, ROWS), work)
-
-
-def _sample_both(base: LazyTensor, delta: LazyTensor, work: Workspace, *, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    rows = _rows(min(base.rows, delta.rows), delta, ROWS, times)
-    return _read(base, rows, work), _read(delta, rows, work)
-
-
-def _read(tensor: LazyTensor, rows: Sequence[int], work: Workspace) -> np.ndarray:
-    """These rows as one flat float32 array, in one read where they are contiguous."""
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return read_rows(tensor, rows[0], rows[-1] + 1, work).ravel()
-    return np.concatenate([read_rows(tensor, i, i + 1, work) for i in rows], axis=None)
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.extract(np.isfinite(values), values)
-
-
-def _std(values: np.ndarray) -> float:
-    return float(np.std(values, dtype=np.float64)) if values.size else 0.0
+    return [names[i] for i in even(len(names), count)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import small_bytes
+from .checkpoint import small_bytes, small_object
 from .errors import InputError, MismatchError, UsageError
 from .formats import listed, shown, tokenizer_json
 from .formats.sentencepiece import BPE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_sentencepiece
@@ -28,11 +28,11 @@ from .tokenizer import (
     MODEL,
     MODEL_LIMIT,
     NO_LIMIT,
+    RIGHT_TOKENIZER,
     SETTINGS,
     SIDES,
     SPECIAL,
     is_token_id,
-    read_settings,
     repair_tokenizer,
     token_text,
 )  # fmt: skip
@@ -41,7 +41,6 @@ VOCABULARY, MERGES = "vocab.json", "merges.txt"
 IM_PATCH, IMAGE, PAD, END_OF_TEXT = "<im_patch>", "<image>", "<pad>", "<|endoftext|>"
 LLAVA_TOKENS = (IM_PATCH, "<im_start>", "<im_end>")
 STRIPPED, ROLES = {"lstrip": True, "rstrip": True}, ("bos", "eos", "pad", "unk")
-RIGHT_ONE = "give the tokenizer that belongs to these weights"
 ROW_1 = {"legacy": True, "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False}
 
 Files = Mapping[str, "Path | bytes"]
@@ -165,12 +164,12 @@ def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
     if MODEL in files:
         return _from_pieces(files, rows, model_max_length)
     if FAST in files:
-        core = read_settings(files, FAST, FAST_LIMIT)
+        core = small_object(files, FAST, limit=FAST_LIMIT)
     elif VOCABULARY in files and MERGES in files:
-        if not str(read_settings(files, CONFIG).get("tokenizer_class", "")).startswith("Qwen2Tokenizer"):
+        if not str(small_object(files, CONFIG).get("tokenizer_class", "")).startswith("Qwen2Tokenizer"):
             raise InputError(f"without `{FAST}` only Qwen2's byte-level tokenizer is known", hint=f"put the model's `{FAST}` beside it")
         core = tokenizer_json.qwen2_json(
-            read_settings(files, VOCABULARY, FAST_LIMIT), small_bytes(MERGES, files[MERGES], FAST_LIMIT).decode(errors="replace")
+            small_object(files, VOCABULARY, limit=FAST_LIMIT), small_bytes(MERGES, files[MERGES], FAST_LIMIT).decode(errors="replace")
         )
     else:
         raise InputError(f"the tokenizer is missing: neither `{MODEL}` nor `{FAST}` is there", hint=tokenizer_json.PUT_MODEL)
@@ -179,24 +178,24 @@ def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
 
 def _from_pieces(files: Files, rows: int, model_max_length: object) -> _Parts:
     """A SentencePiece tokenizer, repaired. Tokens that only tokenizer.json names count too: transformers 5 writes no other list."""
-    given, source = {name: content for name, content in files.items() if name != FAST}, read_settings(files, CONFIG)
+    given, source = {name: content for name, content in files.items() if name != FAST}, small_object(files, CONFIG)
     if FAST in files and ADDED not in files and not source.get("added_tokens_decoder"):
         source["added_tokens_decoder"] = {
-            str(i): entry for i, entry in tokenizer_json.added_tokens(read_settings(files, FAST, FAST_LIMIT)).items()
+            str(i): entry for i, entry in tokenizer_json.added_tokens(small_object(files, FAST, limit=FAST_LIMIT)).items()
         }
         given[CONFIG] = json_bytes(source)
     repaired, ids, notes = repair_tokenizer(given, rows=rows, model_max_length=model_max_length)
     vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT))
     if vocabulary.model_type != BPE:
-        raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_ONE)
+        raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_TOKENIZER)
     if not vocabulary.verbatim:
         notes += (f"{MODEL}: normalizes texts, which {FAST} does not",)
-    settings = read_settings(repaired, CONFIG)
+    settings = small_object(repaired, CONFIG)
     roles = {role: text for role in ROLES if (text := token_text(settings.pop(f"{role}_token", None)))}
     decoder = {int(i): entry for i, entry in settings.pop("added_tokens_decoder", {}).items()}
     entries = _entries(vocabulary, ids.added, decoder, {*roles.values(), *map(token_text, _list(settings, "additional_special_tokens"))})
     if "added_tokens_decoder" not in source:
-        typed = {token_text(value) for value in read_settings(files, SPECIAL).values() if isinstance(value, dict)}
+        typed = {token_text(value) for value in small_object(files, SPECIAL).values() if isinstance(value, dict)}
         entries |= {i: {**entries[i], **STRIPPED} for name, i in ids.added.items() if name not in typed}
     settings.pop("add_prefix_space", None)  # where it stands, transformers 4.45 makes its own tokenizer.json
     if not vocabulary.prefix:
@@ -224,8 +223,8 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
     vocabulary, merges = tokenizer_json.bpe_model(core)
     if len(vocabulary) > rows:
         what = f"the tokenizer has {len(vocabulary):,} tokens, but the embedding table only {rows:,} rows"
-        raise MismatchError(what, hint=RIGHT_ONE)
-    llama, config = tokenizer_json.is_llama(core), read_settings(files, CONFIG)
+        raise MismatchError(what, hint=RIGHT_TOKENIZER)
+    llama, config = tokenizer_json.is_llama(core), small_object(files, CONFIG)
     entries, notes = _every_entry(files, core, vocabulary, rows)
     ids = {**vocabulary, **{entry["content"]: i for i, entry in entries.items()}}
     settings = {key: config[key] for key, kind in SETTINGS.items() if type(config.get(key)) is kind}
@@ -251,34 +250,34 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
 def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: int) -> tuple[dict[int, Json], tuple[str, ...]]:
     """The added tokens of all files, tokenizer.json first. Raises InputError where they disagree or leave a gap between ids."""
     entries, ids = dict[int, Json](), dict(vocabulary)
-    named: list[tuple[Any, Json]] = [(i, {"content": name}) for name, i in read_settings(files, ADDED).items()]
-    decoder = found if isinstance(found := read_settings(files, CONFIG).get("added_tokens_decoder"), dict) else {}
+    named: list[tuple[Any, Json]] = [(i, {"content": name}) for name, i in small_object(files, ADDED).items()]
+    decoder = found if isinstance(found := small_object(files, CONFIG).get("added_tokens_decoder"), dict) else {}
     decoded = {int(i): entry for i, entry in decoder.items() if i.isdecimal() and len(i) < 10 and isinstance(entry, dict)}
     for i, stored in (*tokenizer_json.added_tokens(core).items(), *decoded.items(), *named):
         name = token_text(stored)
         free = is_token_id(i) and (i >= len(vocabulary) or name in vocabulary) and (i not in entries or entries[i]["content"] == name)
         if name is None or not free or ids.setdefault(name, i) != i:
             raise InputError(
-                f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))}, hint=RIGHT_ONE
+                f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))}, hint=RIGHT_TOKENIZER
             )
         entries.setdefault(i, tokenizer_json.added_token(name, stored))
     gone = sorted(i for i in entries if i >= rows)
     notes = tuple(f"tokenizer: {shown(entries.pop(i)['content'])} (id {i}) dropped, the table has {rows:,} rows" for i in gone)
     behind = sorted(i for i in entries if i >= len(vocabulary))
     if behind != list(range(len(vocabulary), len(vocabulary) + len(behind))):
-        raise InputError(f"the added tokens do not follow the {len(vocabulary):,} of the vocabulary without a gap", hint=RIGHT_ONE)
+        raise InputError(f"the added tokens do not follow the {len(vocabulary):,} of the vocabulary without a gap", hint=RIGHT_TOKENIZER)
     return entries, notes
 
 
 def _roles(files: Files, ids: Mapping[str, int], usual: Mapping[str, str]) -> dict[str, str]:
     """The token of each role by the files, else the usual one. Raises InputError where eos, or a usual bos or unk, is no token."""
-    sources, roles = (read_settings(files, SPECIAL), read_settings(files, CONFIG)), dict[str, str]()
+    sources, roles = (small_object(files, SPECIAL), small_object(files, CONFIG)), dict[str, str]()
     for role in ROLES:
         names = (*(token_text(source.get(f"{role}_token")) for source in sources), usual.get(role))
         if (name := next((name for name in names if name in ids), None)) is not None:
             roles[role] = name
     if missing := sorted({*usual, "eos"} - {"pad"} - set(roles)):
-        raise InputError(f"the tokenizer has no token as its {missing[0]}", facts={"usual": shown(usual[missing[0]])}, hint=RIGHT_ONE)
+        raise InputError(f"the tokenizer has no token as its {missing[0]}", facts={"usual": shown(usual[missing[0]])}, hint=RIGHT_TOKENIZER)
     return roles
 
 
@@ -300,12 +299,13 @@ def _written(parts: _Parts, given: Files, *, fast: bool) -> tuple[dict[str, Path
     result = {name: source for name, source in parts.files.items() if name not in (ADDED, FAST)}
     notes = list(parts.notes)
     for name, content in contents.items():
-        same = name in given and json.dumps(read_settings(given, name, FAST_LIMIT), sort_keys=True) == json.dumps(content, sort_keys=True)
+        before = json.dumps(small_object(given, name, limit=FAST_LIMIT), sort_keys=True)
+        same = name in given and before == json.dumps(content, sort_keys=True)
         if content:
             result[name] = given[name] if same else json_bytes(content)
     if fast and result[FAST] is not given.get(FAST):
         notes.append(f"{FAST}: written" + " anew" * (FAST in given) + f" from {MODEL}" * (MODEL in given))
-    if changes := list(_changes(read_settings(parts.files, CONFIG), contents[CONFIG])):
+    if changes := list(_changes(small_object(parts.files, CONFIG), contents[CONFIG])):
         notes.append(f"{CONFIG}: {', '.join(changes)}")
     notes += [f"{FAST}: dropped, LLaVA's own code reads {MODEL}"] * (FAST in given and not fast)
     return result, tuple(notes)

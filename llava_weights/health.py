@@ -24,7 +24,7 @@ from . import agreement, agreement_hf
 from .chat_template import asks_for
 from .checkpoint import Checkpoint, small_text
 from .config import few, fold_names
-from .diagnose import LARGEST_ROW, LONGEST_NORM, MODELS, bf16_damaged, is_llama1, role_of, state
+from .diagnose import LONGEST_NORM, MODELS, bf16_damaged, is_llama1, role_of, state
 from .errors import InputError
 from .families.decoders import ACTIVATIONS
 from .families.files import STANDARD
@@ -34,8 +34,9 @@ from .formats import listed, present
 from .formats.folder import MAX_INDEX, member
 from .formats.strict_json import load_object
 from .holes import Watch, told
+from .sampling import LARGEST_ROW, even, read_some
 from .sidecars import CONFIG, Rule, Sidecars, added_ids, check, read_sidecars, refused, said
-from .tensors import FLOATS, LazyTensor, read_rows
+from .tensors import FLOATS, LazyTensor
 from .wording import size
 from .workspace import Workspace
 
@@ -252,25 +253,13 @@ def _samples(tensors: Mapping[str, LazyTensor]) -> dict[str, Sample]:
             if tensor.dtype not in FLOATS or tensor.numel < 2 or tensor.row_nbytes > LARGEST_ROW:
                 continue
             vector = len(tensor.shape) == 1
-            values = _read(tensor, range(min(tensor.rows, LONGEST_NORM)) if vector else _even(tensor.rows, SAMPLED_ROWS), work)
+            values = read_some(tensor, range(min(tensor.rows, LONGEST_NORM)) if vector else even(tensor.rows, SAMPLED_ROWS), work)
             first = float(values.flat[0])
             constant = first if bool(np.all(values == values.flat[0])) else None
             digest = hashlib.sha256(values.tobytes()).digest()
             rms = float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
             samples[name] = Sample(bool(np.isfinite(values).all()), constant, digest, rms, values.size * tensor.nbytes // tensor.numel)
     return samples
-
-
-def _read(tensor: LazyTensor, rows: Iterable[int], work: Workspace) -> np.ndarray:
-    """These rows in float32, in one read where they follow each other."""
-    every = list(rows)
-    if every[-1] - every[0] + 1 == len(every):
-        return read_rows(tensor, every[0], every[-1] + 1, work)
-    return np.concatenate([read_rows(tensor, row, row + 1, work) for row in every])
-
-
-def _even(length: int, count: int) -> list[int]:
-    return sorted({round(i * (length - 1) / max(1, count - 1)) for i in range(count)})
 
 
 def _non_finite(samples: Mapping[str, Sample]) -> Iterator[Finding]:
@@ -345,7 +334,7 @@ def _head(s: Sidecars) -> Iterator[Finding]:
         return
     tied = True in (config.get("tie_word_embeddings"), s.text.get("tie_word_embeddings") if s.checkpoint.layout == "llava-hf" else None)
     with closing(Workspace(drop_cache=False)) as work:
-        one, other = (_read(table, _even(table.rows, TABLE_ROWS), work) for table in (embed, head))
+        one, other = (read_some(table, even(table.rows, TABLE_ROWS), work) for table in (embed, head))
     same = np.array_equal(one, other, equal_nan=True)
     if tied and not same:
         text = "`tie_word_embeddings` is true, but the head has values of its own: transformers takes the embedding in its place"
@@ -362,7 +351,7 @@ def _between(s: Sidecars) -> Iterator[Finding]:
         return
     act = s.of(CONFIG).get("projector_hidden_act", "gelu")
     with closing(Workspace(drop_cache=False)) as work:
-        pairs, identity = (_is_signs(_read(each, _even(each.rows, LISTED_ROWS), work)) for each in (first, second))
+        pairs, identity = (_is_signs(read_some(each, even(each.rows, LISTED_ROWS), work)) for each in (first, second))
     if identity and act != "linear":
         text = f"`projector_hidden_act` is {said(act)}, but the second layer is the identity, which belongs to `linear`"
         yield Finding("L1", "failed", CONFIG, text, agreement.REPAIR)
@@ -447,9 +436,9 @@ def _rows(sidecars: Sidecars) -> Iterator[Finding]:
 def _table_rows(table: LazyTensor, last: int, added: Iterable[int], work: Workspace) -> tuple[list[int], list[bytes]]:
     """Rows to look at, evenly spread, those of added tokens and of the padding; and a digest of each, b"" where it is zero."""
     behind = range(min(last + 1, table.rows), table.rows)
-    chosen = {*_even(table.rows, TABLE_ROWS), *sorted(added)[:LISTED_ROWS], *(behind[i] for i in _even(len(behind), LISTED_ROWS) if behind)}
+    chosen = {*even(table.rows, TABLE_ROWS), *sorted(added)[:LISTED_ROWS], *(behind[i] for i in even(len(behind), LISTED_ROWS) if behind)}
     rows = sorted(row for row in chosen if 0 <= row < table.rows)
-    return rows, [_digest(_read(table, [row], work)) for row in rows]
+    return rows, [_digest(read_some(table, [row], work)) for row in rows]
 
 
 def _digest(values: np.ndarray) -> bytes:

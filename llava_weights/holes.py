@@ -26,7 +26,7 @@ from functools import partial
 
 import numpy as np
 
-from .buffers import ITEMSIZE
+from .buffers import ITEMSIZE, raw_bits
 from .errors import InputError
 from .families.layouts import TABLE_ROWS
 from .tensors import FLOATS, Stored
@@ -293,7 +293,7 @@ class Watch:
         other rows. 0 where another row has them in the same place: padded columns, blocks of zeros."""
         raw = bytearray(row_width(leaf))
         work.read(leaf.file, leaf.offset + row, memoryview(raw))
-        values = _elements(raw, leaf.dtype)
+        values = raw_bits(raw, leaf.dtype)
         rest, filled = len(values) - count, int(np.count_nonzero(values))
         zeros, seen = rest - filled, rest
         if not is_matrix(leaf):
@@ -321,7 +321,7 @@ class Watch:
             raw, zeros, leading, trailing, elements = bytearray(width), [], [], [], width // ITEMSIZE[leaf.dtype]
             for row in sorted({number * (rows - 1) // max(wanted - 1, 1) for number in range(wanted)}):
                 work.read(leaf.file, leaf.offset + row * width, memoryview(raw))
-                filled = np.flatnonzero(_elements(raw, leaf.dtype))
+                filled = np.flatnonzero(raw_bits(raw, leaf.dtype))  # -0.0 has a bit, and no writer of nothing makes one
                 if len(filled):
                     zeros.append(elements - len(filled))
                     leading.append(int(filled[0]))
@@ -439,11 +439,6 @@ def _groups(flags: np.ndarray) -> Iterator[tuple[int, int]]:
     """Ranges [begin, end) of neighbours that are true."""
     borders = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
     yield from zip(borders[::2].tolist(), borders[1::2].tolist(), strict=True)
-
-
-def _elements(raw: bytearray, dtype: str) -> np.ndarray:
-    """Which elements have a bit that is not zero: -0.0 does, and no writer of nothing makes one."""
-    return np.frombuffer(raw, f"<u{ITEMSIZE[dtype]}")
 
 
 def _log_choices(places: int, values: int) -> float:

@@ -29,7 +29,7 @@ from .buffers import ITEMSIZE
 from .errors import InputError, MismatchError, VerificationError
 from .formats import DOWNLOAD_AGAIN, listed, shown
 from .formats.byte_planes import pack, unpack
-from .formats.safetensors import MAX_AXES, MAX_AXIS, MAX_HEADER, make_header
+from .formats.safetensors import MAX_AXES, MAX_AXIS, MAX_HEADER, are_counts, make_header
 from .formats.strict_json import parse_json
 from .tensors import LazyTensor, Stored
 from .threads import Shield
@@ -326,24 +326,20 @@ def _entry_problem(entry: Any, stored: Stored) -> str:
         return f"its description needs exactly {', '.join(sorted(FIELDS))}"
     if entry["dtype"] not in DTYPES:
         return f"its dtype {shown(str(entry['dtype']))} is not one of {', '.join(DTYPES)}"
-    if not _counts(entry["shape"]) or len(entry["shape"]) > MAX_AXES or any(axis >= MAX_AXIS for axis in entry["shape"]):
+    if not are_counts(entry["shape"]) or len(entry["shape"]) > MAX_AXES or any(axis >= MAX_AXIS for axis in entry["shape"]):
         return f"its shape is not a list of at most {MAX_AXES} sizes"
     tensor = LazyTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))
     block_rows = entry["block_rows"]
-    if not _counts([entry["base_rows"], block_rows]) or entry["base_rows"] > tensor.rows or block_rows.bit_count() != 1:
+    if not are_counts([entry["base_rows"], block_rows]) or entry["base_rows"] > tensor.rows or block_rows.bit_count() != 1:
         return "its numbers of rows are not sound"  # blocks of a power of two of rows keep windows small over a base cut by heads
     if block_rows * tensor.row_nbytes > LARGEST_BLOCK:
         return f"its blocks have more than {LARGEST_BLOCK:,} bytes"
-    if not _counts(entry["blocks"]) or len(entry["blocks"]) != _block_count(tensor, block_rows):
+    if not are_counts(entry["blocks"]) or len(entry["blocks"]) != _block_count(tensor, block_rows):
         return f"its list of blocks does not have {_block_count(tensor, block_rows):,} sizes"
     if stored.dtype != "U8" or stored.shape != (sum(entry["blocks"]),):
         return f"its blocks do not fill {stored.dtype} {list(stored.shape)}"
     sound = isinstance(entry["sha256"], str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
     return "" if sound else "its sha256 is not 64 hexadecimal digits"
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)  # `bool` is an int in Python
 
 
 def _block_count(tensor: LazyTensor, block_rows: int) -> int:

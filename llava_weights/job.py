@@ -179,7 +179,8 @@ class Job:
 
     def noted_sources(self) -> dict[str, list[int]]:
         """The state of each input, by a digest of its path, that all finished shards were made of, as far as it is known."""
-        found = _json(self.sources.read_bytes()) if self.sources.exists() else None
+        with naming(self.sources):
+            found = _json(self.sources.read_bytes()) if self.sources.exists() else None
         return found if isinstance(found, dict) else {}
 
     def note_sources(self, states: Mapping[str, list[int]]) -> None:

@@ -311,13 +311,6 @@ def add_low_rank(base: LazyTensor, updates: Sequence[LowRank], arithmetic: Arith
     return made if updates else base
 
 
-def add_bias(
-    base: LazyTensor, biases: Sequence[tuple[LazyTensor, float]], arithmetic: Arithmetic = "peft", *, name: str = "bias"
-) -> LazyTensor:
-    """`base` plus LoRA biases of the same shape, each with its scale, a weight included; rules and errors as for factors."""
-    return add_low_rank(base, [LowRank(kind="bias", b=bias, scale=scale) for bias, scale in biases], arithmetic, name=name)
-
-
 def fits(update: LowRank, shape: tuple[int, ...]) -> bool:
     """Whether the factors have the shapes that the table of `LowRank` gives for a tensor of this shape."""
     a, b = update.a.shape if update.a else (), update.b.shape

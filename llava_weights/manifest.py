@@ -11,12 +11,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .plan import Plan, describe
-from .workspace import drop_cache, private_buffer
 
 MANIFEST = "llava-weights.manifest.json"
 SUMS = "SHA256SUMS"
@@ -99,15 +97,3 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def digest_file(path: Path, *, algorithm: str = "sha256") -> str:
-    """Digest of a file read in 8 MiB pieces, the page cache dropped behind."""
-    digest, buffer = hashlib.new(algorithm), private_buffer(8 << 20)
-    with open(path, "rb", buffering=0) as file:
-        position = 0
-        while got := file.readinto(buffer):
-            digest.update(buffer[:got])
-            drop_cache(file.fileno(), position, got)
-            position += got
-    return digest.hexdigest()

@@ -167,12 +167,12 @@ def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
     if type(image) is not int or not 0 <= image < rows:
         what = f"the image token's id is {shown(str(image))[1:-1]}, the vocabulary has {rows:,} rows"
         raise InputError(what, facts={"config": "image_token_index"}, hint="give the config.json that belongs to these weights")
-    named = (small_object(checkpoint.files, "processor_config.json") or {}).get("image_token")
+    named = small_object(checkpoint.files, "processor_config.json").get("image_token")
     return named if isinstance(named, str) else None
 
 
 def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
-    added = small_object(checkpoint.files, "added_tokens.json") or {}
+    added = small_object(checkpoint.files, "added_tokens.json")
     beyond = {
         token: i
         for token, i in added.items()
@@ -193,13 +193,13 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
         raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     named = tower_name(config, tower) or ""
     made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(NAMES), name=named, dtype="F32")
-    preprocessor, processor = (small_object(checkpoint.files, name) or {} for name in ("preprocessor_config.json", "processor_config.json"))
+    preprocessor, processor = (small_object(checkpoint.files, name) for name in ("preprocessor_config.json", "processor_config.json"))
     made |= {
         key: value
         for key, value in original_vision_settings(preprocessor, processor).items()
         if key == "image_aspect_ratio" and made["image_aspect_ratio"] != "anyres"
     }
-    added = small_object(checkpoint.files, "added_tokens.json") or {}
+    added = small_object(checkpoint.files, "added_tokens.json")
     made |= {"mm_use_im_patch_token": "<im_patch>" in added, "mm_use_im_start_end": "<im_start>" in added}
     for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "mm_projector_type", "tie_word_embeddings"):
         made.pop(key, None)

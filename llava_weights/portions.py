@@ -1,7 +1,8 @@
 """A job cut into portions for separate processes that know nothing of each other, as the tasks of a Slurm array: `--shards 3/16`.
 
-Each portion writes its shards into the common `OUT.partial/out`, with a journal and a lock of its own. None publishes: that is the
-finish, which reads every shard again. A whole run takes up what portions left, and a portion what a whole run left.
+Each portion writes its shards into the common `OUT.partial/out`, with a journal and a lock of its own. None publishes:
+`execute(plan, out, complete=True)` does, after reading every shard again. A whole run takes up what portions left, and a portion what
+a whole run left.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from .events import Note
 from .job import Job, lock, open_job, remove
 from .plan import Plan
 from .stream import output_error
-from .write import Listener, Report, execute, keeping, note_sources, preflight, to_folder, trusted, write_shards
-
-LARGEST_COUNT = 99999  # the numbers have five digits, as in the names of shards
+from .write import Listener, keeping, note_sources, preflight, to_folder, trusted, write_shards
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,6 @@ def execute_portion(
             return PortionReport(target, portion, len(results), sum(result.nbytes for result in results.values()), resumed)
     except OSError as error:
         raise output_error(error, target) from error
-
-
-def finish_portions(plan: Plan, out: str | os.PathLike[str], *, force: bool = False, on_event: Listener = lambda event: None) -> Report:
-    """Read every shard that the portions wrote, and publish. Raises OutputError naming the portions to repeat where one is missing."""
-    return execute(plan, out, force=force, complete=True, on_event=on_event)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""The md5 that the author's own merged `.bin` files would have, without writing them: the only published proof of an applied delta.
+"""Files beside the published checksums: what an input is, and the md5 that the author's own merged `.bin` files would have, without
+writing them: the only published proof of an applied delta.
 
 In 2023 LLaVA's author posted the md5 of his merged shards. No later torch writes such a container again, so a digest of newly
 saved files never matches. But his merged shard and his delta's came out of the same `torch.save`: they differ in the
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,11 +32,13 @@ from .families.deltas import known_delta
 from .findings import Finding
 from .formats import listed, shown
 from .formats.torch_zip import LOCAL, Member, zip_records
+from .published import UNFIT, Role
+from .rehash import rehash
 from .stream import make
 from .tensors import FLOATS, Add, LazyTensor, Stored, cast
 from .threads import Shield
 from .windows import cut
-from .workspace import Record, SourceFile, Workspace, check_crcs
+from .workspace import READABLE, Record, SourceFile, Workspace, check_crcs
 
 WINDOW = 8 << 20  # bytes made and hashed at a time
 HEADER_CRC, DESCRIPTOR_CRC, ENTRY_CRC = 14, 4, 16  # where the CRC-32 stands in each (PKWARE APPNOTE 4.3.7, 4.3.9, 4.3.12)
@@ -194,7 +197,7 @@ def _judged(delta: Checkpoint, file: SourceFile, md5: str, sha256: str) -> Predi
 
 def _posted(delta: Checkpoint, shard: str) -> str:
     """The md5 that was posted of what this shard becomes, or "". Which delta it is, its shapes, ids and model type tell."""
-    patch = (small_object(delta.files, "added_tokens.json") or {}).get("<im_patch>", -1)
+    patch = small_object(delta.files, "added_tokens.json").get("<im_patch>", -1)
     known = known_delta(delta.size, delta.vocabulary, patch, str(delta.config.get("model_type", "")))
     wanted = f"{POSTED[known.repo]}{shard}" if known and known.repo in POSTED else ""
     return next((record.md5 for record in published.PUBLISHED if record.what == wanted), "")
@@ -289,3 +292,40 @@ def _combined(crcs: list[int]) -> bytes:
     for crc in crcs:
         total ^= (crc + 0x9E3779B9 + (total << 6) + (total >> 2)) & 0xFFFFFFFFFFFFFFFF
     return b"%020d" % total
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a file's digests say. "unknown" is no fault: most good files were never published; "wrong" does not belong in this role."""
+
+    file: Path
+    verdict: Literal["known", "unknown", "wrong"]
+    text: str
+    sha256: str
+    md5: str
+
+
+def check_inputs(
+    files: Sequence[Path], role: Role, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+) -> list[Recognised]:
+    """Read every file once and say what is known of it, given as the "base" of a delta, as the "delta", or as a "merged" model.
+
+    Raises InputError where one is missing, can't be read or changes meanwhile.
+    """
+    named = {str(path): path for path in files}
+    found = rehash(named, {}, algorithms=("sha256", "md5"), jobs=jobs, on_event=on_event)
+    for name, what in found.damaged.items():
+        raise InputError(what, facts={"file": name}, hint=READABLE)
+    return [_recognised(path, role, found.files[name]) for name, path in named.items()]
+
+
+def _recognised(path: Path, role: Role, digests: Mapping[str, str]) -> Recognised:
+    known = published.recognise(**digests)
+    if known is None:
+        return Recognised(path, "unknown", f"`{path.name}` is not among the published files", **digests)
+    unfit = UNFIT[role].get(known.kind)
+    text = f"`{path.name}` is {known.what}"
+    return Recognised(path, "wrong" if unfit else "known", f"{text}: {unfit}" if unfit else text, **digests)

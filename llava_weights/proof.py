@@ -41,7 +41,8 @@ def verdict(findings: Iterable[Finding], code: int) -> str:
     sound = _proved(finding.part for finding in every if finding.verdict == "ok" and finding.level not in broken)
     unread = _unread(finding.part for kind in ("unproved", "unchecked", "warning") for finding in every if finding.verdict == kind)
     if code == 0:
-        return "; ".join([f"{sound} verified" if sound else "verified", *unread]) + f" {tally}"
+        done = "verified" if counts["ok"] else "nothing to verify"
+        return "; ".join([f"{sound} verified" if sound else done, *unread]) + f" {tally}"
     if code == 3:
         only = [f"only {sound} sound"] if sound else []
         return "; ".join([f"not verified: {unread[0] if unread else NOTHING}", *unread[1:], *only]) + f" {tally}"

@@ -5,20 +5,8 @@ The only published proof of an applied LLaVA delta is here: the md5 of the autho
 
 from __future__ import annotations
 
-import hashlib
-import os
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from .errors import InputError
-from .threads import in_threads
-from .workspace import SourceFile, Workspace, steady
-
-WINDOW = 8 << 20  # bytes a read, each hashed by all algorithms while it is in cache
 
 Kind = Literal["base", "llama2", "delta", "merged", "projector", "tokenizer", "sidecar"]
 Role = Literal["base", "delta", "merged"]
@@ -34,17 +22,6 @@ class Published:
     sha256: str = ""
     md5: str = ""
     size: int | None = None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a file's digests say. "unknown" is no fault: most good files were never published; "wrong" does not belong in this role."""
-
-    file: Path
-    verdict: Literal["known", "unknown", "wrong"]
-    text: str
-    sha256: str
-    md5: str
 
 
 def _rows(prefix: str, kind: Kind, source: str, rows: str) -> tuple[Published, ...]:
@@ -180,62 +157,3 @@ def recognise(*, sha256: str | None = None, md5: str | None = None) -> Published
         if compared and all(compared):
             return published
     return None
-
-
-def check_inputs(files: Sequence[Path], role: Role, *, jobs: int = 2, progress: Callable[[int], None] | None = None) -> list[Finding]:
-    """Read every file once and say what is known of it, given as the "base" of a delta, as the "delta", or as a "merged" model."""
-    return [_judge(path, role, digests) for path, digests in hash_files(files, jobs=jobs, progress=progress).items()]
-
-
-def _judge(path: Path, role: Role, digests: dict[str, str]) -> Finding:
-    published = recognise(**digests)
-    if published is None:
-        return Finding(path, "unknown", f"`{path.name}` is not among the published files", **digests)
-    unfit = UNFIT[role].get(published.kind)
-    text = f"`{path.name}` is {published.what}"
-    return Finding(path, "wrong" if unfit else "known", f"{text}: {unfit}" if unfit else text, **digests)
-
-
-def hash_files(
-    paths: Sequence[Path],
-    *,
-    algorithms: Sequence[str] = ("sha256", "md5"),
-    jobs: int = 2,
-    progress: Callable[[int], None] | None = None,
-) -> dict[Path, dict[str, str]]:
-    """Hex digests by path and algorithm, `jobs` files at a time, each read once in windows of 8 MiB that leave no page cache behind.
-
-    `progress` gets the number of bytes hashed since its last call, never from two threads at once. Raises InputError where a file is
-    missing, can't be read or changes meanwhile. An interrupt stops it after the windows in hand.
-    """
-    stop, turn = threading.Event(), threading.Lock()
-
-    def advance(nbytes: int) -> None:
-        if progress is not None:
-            with turn:
-                progress(nbytes)
-
-    def task(path: Path) -> dict[str, str]:
-        return _hash_file(path, algorithms, stop, advance)
-
-    unique = tuple(dict.fromkeys(paths))
-    files = [SourceFile.at(path) for path in unique if os.path.isfile(path)]
-    return steady(lambda: dict(zip(unique, in_threads(task, unique, jobs, stop=stop.set), strict=True)), files, lambda file: True)
-
-
-def _hash_file(path: Path, algorithms: Sequence[str], stop: threading.Event, advance: Callable[[int], None]) -> dict[str, str]:
-    if not os.path.isfile(path):
-        raise InputError(f"`{path}` {'is not a file' if os.path.exists(path) else 'does not exist'}", hint="check the path")
-    file = SourceFile.at(path)
-    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
-    with closing(Workspace()) as work, work.scratch(min(WINDOW, file.size)) as buffer:
-        for offset in range(0, file.size, WINDOW):
-            if stop.is_set():
-                break
-            window = buffer[: min(WINDOW, file.size - offset)]
-            work.read(file, offset, window)
-            for each in hashes.values():
-                each.update(window)
-            advance(len(window))
-        work.recheck_sources()
-    return {name: each.hexdigest() for name, each in hashes.items()}

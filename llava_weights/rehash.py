@@ -11,7 +11,7 @@ import os
 import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .buffers import ITEMSIZE, one_thread
+from .buffers import ITEMSIZE, one_thread, raw_bits
 from .errors import InputError
 from .events import Event, Progress, Started
 from .formats.folder import same_header
@@ -28,7 +28,7 @@ from .manifest import TensorEntry
 from .tensors import LazyTensor, Stored
 from .threads import Shield, in_threads
 from .windows import row_ranges
-from .workspace import Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
+from .workspace import READABLE, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
 
 WINDOW = 8 << 20
 CHUNK = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
@@ -103,7 +103,7 @@ def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
     """How many of these values are inf or NaN, counted on the integers of their bits; 0 for dtypes that have neither."""
     if dtype not in NOT_FINITE:
         return 0
-    values, count = np.frombuffer(raw, f"<u{ITEMSIZE[dtype]}"), 0
+    values, count = raw_bits(raw, dtype), 0
     ones = values.dtype.type(NOT_FINITE[dtype])
     for first in range(0, len(values), CHUNK):
         bits = values[first : first + CHUNK] & ones
@@ -112,11 +112,20 @@ def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
     return count
 
 
+Listener = Callable[[Event], None]
+
+
+def _silent(event: Event) -> None:
+    """Nobody listens."""
+
+
 class Rehash:
     """One run over a set of files. `read` gives what they say; an interrupt ends it after the windows in hand."""
 
-    def __init__(self, algorithms: Sequence[str], jobs: int, on_event: Callable[[Event], None], watch: Watch | None = None) -> None:
-        self.algorithms, self.jobs, self.on_event, self.watch = algorithms, jobs, on_event, watch
+    def __init__(
+        self, algorithms: Sequence[str], jobs: int, on_event: Listener = _silent, watch: Watch | None = None, window: int = WINDOW
+    ) -> None:
+        self.algorithms, self.jobs, self.on_event, self.watch, self.window = algorithms, jobs, on_event, watch, window
         self.stop, self.turn, self.nbytes = threading.Event(), threading.Lock(), 0
         self.entries: dict[str, TensorEntry] = {}
         self.non_finite: dict[str, int] = {}
@@ -178,11 +187,12 @@ class Rehash:
 
     def _pass(self, file: SourceFile, name: str, work: Sequence[_Lane], lanes: Executor) -> None:
         """Show every window of the file to every lane: the next is read while the lanes are busy with the one before."""
-        with closing(Workspace()) as workspace, workspace.scratch(min(WINDOW, file.size)) as one, workspace.scratch(len(one)) as other:
+        size = min(self.window, file.size)
+        with closing(Workspace()) as workspace, workspace.scratch(size) as one, workspace.scratch(size) as other:
             busy: list[Future[None]] = []
             try:
-                for number, start in enumerate(range(0, file.size, WINDOW)):
-                    window = (one, other)[number % 2][: min(WINDOW, file.size - start)]
+                for number, start in enumerate(range(0, file.size, self.window)):
+                    window = (one, other)[number % 2][: min(self.window, file.size - start)]
                     workspace.read(file, start, window)
                     if self.watch:
                         self.watch.look(file, start, window, workspace)
@@ -202,14 +212,12 @@ class Rehash:
         shard = self.names.get(first.path, first.name)
         with closing(Workspace(watch=self.watch)) as workspace:
             try:
-                for start, stop in row_ranges(tensor, WINDOW):
+                for rows in made_rows(tensor, workspace):
+                    found.digest.update(rows)
+                    found.non_finite += inf_and_nan(rows, tensor.dtype)
+                    self._advance(len(rows), shard)
                     if self.stop.is_set():
                         return
-                    with workspace.scratch((stop - start) * tensor.row_nbytes) as rows:
-                        tensor.rows_into(rows, start, stop, workspace)
-                        found.digest.update(rows)
-                        found.non_finite += inf_and_nan(rows, tensor.dtype)
-                        self._advance(len(rows), shard)
             except InputError as error:
                 self.damaged[shard] = error.what
                 return
@@ -235,7 +243,7 @@ def rehash(
     *,
     algorithms: Sequence[str] = ("sha256",),
     jobs: int = 2,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Listener = _silent,
     watch: Watch | None = None,
 ) -> Reading:
     """Read `files`, by their names in messages, each once and `jobs` at a time, and digest the `tensors` that lie in them on the way.
@@ -257,9 +265,7 @@ def rehash(
     return replace(again, files=kept, damaged={**damaged, **again.damaged})
 
 
-def digests(
-    tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
-) -> dict[str, Digest]:
+def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Listener = _silent) -> dict[str, Digest]:
     """dtype, shape and sha256 of the values of each tensor, made `jobs` at a time in windows of rows."""
     on_event(Started(len(tensors), sum(tensor.nbytes for tensor in tensors.values()), what="Making"))
     done, turn = [0], threading.Lock()
@@ -268,10 +274,8 @@ def digests(
         name, tensor = item
         found = hashlib.sha256()
         with closing(Workspace()) as work:
-            for start, stop in row_ranges(tensor, WINDOW):
-                with work.scratch((stop - start) * tensor.row_nbytes) as rows:
-                    tensor.rows_into(rows, start, stop, work)
-                    found.update(rows)
+            for rows in made_rows(tensor, work):
+                found.update(rows)
             work.recheck_sources()
             check_crcs([work])
         with turn:
@@ -282,6 +286,22 @@ def digests(
     leaves = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
     with one_thread():
         return steady(lambda: dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True)), leaves, same_header)
+
+
+def made_rows(tensor: LazyTensor, work: Workspace) -> Iterator[memoryview]:
+    """The values of a tensor, window by window; each is overwritten by the next."""
+    for start, stop in row_ranges(tensor, WINDOW):
+        with work.scratch((stop - start) * tensor.row_nbytes) as rows:
+            tensor.rows_into(rows, start, stop, work)
+            yield rows
+
+
+def digest_file(path: Path) -> str:
+    """The sha256 of one file, in 8 MiB of memory. Raises InputError where it can't be read, or changes meanwhile."""
+    found = Rehash(("sha256",), 1, window=WINDOW // 2).read({path.name: path}, {})
+    for what in found.damaged.values():
+        raise InputError(what, facts={"file": path}, hint=READABLE)
+    return found.files[path.name]["sha256"]
 
 
 def size_of(path: Path) -> int:

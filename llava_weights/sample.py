@@ -1,7 +1,8 @@
 """Does a checkpoint read and write English? What follows a prompt, and how surprised the model is by a plain paragraph.
 
 The test of the published models' users: "the meaning of life is", and look whether what comes is language. An unapplied delta, a
-delta on the wrong base or a LoRA left out of half the layers babbles; a small fault does not, and needs smoke.py.
+delta on the wrong base or a LoRA left out of half the layers babbles; a small fault does not, and needs smoke.py. The reader judges:
+which perplexity is too much depends on the model. Only what the values themselves tell, an unapplied delta, is called a failure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checkpoint import Checkpoint, small_object, small_text
+from .diagnose import role_of
 from .errors import InputError
 from .families.targets import TARGETS
 from .families.towers import TOWERS
@@ -39,10 +41,6 @@ PARAGRAPH = (
     "still wet. She was on her way to the city to see her brother, who had moved there two years ago to work in a hospital. They had "
     "not talked much since then, but last week he had called her and asked if she would come to visit him for a few days."
 )
-# Perplexity a token. Orders of magnitude, estimated and not measured on real weights: a model of 7B or 13B that reads English has
-# 5 to 30 on such a text, one that knows only how often each token occurs some 1,000, one that knows nothing as many as it has tokens
-# (32,000), and one that is sure of nonsense more. A vocabulary too small for that range gets its own middle: the root of its size.
-LIMIT = 100.0
 NEW_TOKENS = 32
 IMAGE_WORD = "<image>"
 KINDS = {
@@ -51,7 +49,7 @@ KINDS = {
     *(row.image_processor for row in TARGETS if row.tiles),
 }
 SETTINGS = re.compile(r"do_\w+|image_mean|image_std|size|crop_size|resample|rescale_factor|image_grid_pinpoints")
-WRONG = "`llava-weights inspect` says whether it is an unapplied delta; a delta needs the very base that it was made from"
+APPLY = "apply it to the very base that it was made from: `llava-weights apply-delta`"
 
 
 @dataclass(frozen=True)
@@ -62,29 +60,17 @@ class Sample:
     text: str
     tokens: tuple[int, ...]
     perplexity: float
-    limit: float
+    delta: bool  # by its values, this is an unapplied delta
     warnings: tuple[str, ...] = ()  # about the vision tower that was given
 
     @property
-    def reads(self) -> bool:
-        return self.perplexity <= self.limit
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in words."""
-        found = f"perplexity {self.perplexity:,.1f} on a paragraph of plain English"
-        if self.reads:
-            return f"reads like language: {found} (limit {self.limit:,.0f})"
-        return f"babbles: {found}, a model that reads English is far below {self.limit:,.0f}: an unapplied delta, or a wrong base?"
-
-    @property
-    def finding(self) -> Finding:
-        return Finding("L5", "ok" if self.reads else "failed", "sample", self.sentence, "" if self.reads else WRONG)
-
-    @property
-    def doubts(self) -> tuple[Finding, ...]:
-        """About the vision tower that was given."""
-        return tuple(Finding("L5", "warning", "vision tower", text) for text in self.warnings)
+    def findings(self) -> tuple[Finding, ...]:
+        """The perplexity, which is no verdict, and what is wrong for certain or perhaps."""
+        text = f"perplexity {self.perplexity:,.1f} a token, on a paragraph of plain English"
+        found = [Finding("L5", "note", "sample", text)]
+        if self.delta:
+            found.append(Finding("L1", "failed", "state", "this is a delta that was never applied", APPLY, "state"))
+        return (*found, *(Finding("L5", "warning", "vision tower", text) for text in self.warnings))
 
 
 def sample(
@@ -124,7 +110,7 @@ def sample(
     perplexity = _perplexity(runner(paragraph).logits, paragraph.ids)
     images = {"pixel_values": probe.pixel_values, "image_sizes": probe.image_sizes}
     tokens = runner.generate(probe.ids, **images, new_tokens=new_tokens, eos=made.eos)
-    return Sample(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, min(LIMIT, math.sqrt(rows)), doubts.warnings)
+    return Sample(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, role_of(checkpoint) == "delta", doubts.warnings)
 
 
 def _tokenizer(text: str) -> Tokenizer:
@@ -171,7 +157,7 @@ def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prom
 def _image_settings(checkpoint: Checkpoint, sight: Sight) -> dict[str, Any]:
     """What preprocessor_config.json says; for an original, which has none, what a conversion would write."""
     own = small_object(checkpoint.files, "preprocessor_config.json")
-    if own is not None and own.get("image_processor_type") in KINDS:
+    if own.get("image_processor_type") in KINDS:
         return own
     tower = sight.tower
     settings = read_image_settings(tower.preprocessor, tower=tower.row, size=tower.image_size, patch=tower.patch_size)

@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, small_bytes, small_object
+from .checkpoint import LARGEST_OBJECT, Checkpoint, small_bytes, small_object
 from .errors import InputError
 from .families.layouts import canonical
 from .families.targets import BY_TYPE as TARGETS
@@ -21,15 +20,15 @@ from .families.targets import Target
 from .findings import Finding, Verdict
 from .formats import shown
 from .formats.sentencepiece import Vocabulary, read_sentencepiece
-from .formats.strict_json import load_object, parse_json
 from .formats.tokenizer_json import added_tokens
 from .hf_config import flat_config
 from .tensors import LazyTensor
-from .tokenizer import ADDED, FAST, FAST_LIMIT, MODEL, MODEL_LIMIT, SPECIAL, read_special_ids
+from .tokenizer import ADDED, FAST, FAST_LIMIT, MODEL, MODEL_LIMIT, SPECIAL, read_special_ids, token_text
 from .tokenizer import CONFIG as TOKENIZER
 from .tower import VisionTower, own_tower
 
 CONFIG, PROCESSOR, VOCABULARY = "config.json", "processor_config.json", "vocab.json"
+LARGEST = {FAST: FAST_LIMIT, VOCABULARY: FAST_LIMIT}  # bytes
 CORRECT = "correct it by hand, or take the file from the authors of the model"
 
 Json = dict[str, Any]
@@ -80,7 +79,7 @@ class Sidecars:
         """The text that stands for an image in a prompt of llava-hf: the tokenizer's own, where it has one, counts (transformers 4.46)."""
         extra = self.of(TOKENIZER).get("extra_special_tokens")
         tokens = (extra.get("image_token") if isinstance(extra, dict) else None, self.of(TOKENIZER).get("image_token"))
-        named = (content(token) for token in (*tokens, self.of(PROCESSOR).get("image_token")))
+        named = (token_text(token) for token in (*tokens, self.of(PROCESSOR).get("image_token")))
         return next((text for text in named if text is not None), "<image>")
 
     @property
@@ -136,7 +135,7 @@ def read_sidecars(checkpoint: Checkpoint) -> tuple[Sidecars, list[Finding]]:
     for name in checkpoint.files:
         if name.endswith(".json"):
             try:
-                objects[name] = _object(checkpoint.files, name)
+                objects[name] = small_object(checkpoint.files, name, limit=LARGEST.get(name, LARGEST_OBJECT))
             except InputError as error:
                 findings.append(refused(error, name))
     parts = {canonical(name): tensor for name, tensor in checkpoint.parameters().items()}
@@ -195,14 +194,6 @@ def said(value: Any) -> str:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _object(files: Mapping[str, Path | bytes], name: str) -> Json:
-    source = files[name]
-    if name not in (FAST, VOCABULARY):
-        return small_object(files, name) or {}
-    value = load_object(source, limit=FAST_LIMIT) if isinstance(source, Path) else parse_json(source, name=name)
-    return value if isinstance(value, dict) else {}
-
-
 def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, Json], rows: int) -> tuple[dict[str, int], int]:
     """The id of each role, and how many pieces tokenizer.model has (0 without one). Raises InputError where the files contradict."""
     if MODEL in checkpoint.files:
@@ -211,7 +202,7 @@ def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, Json], rows: int)
     known = {**_vocab(objects), **added_ids(objects)}
     found: dict[str, int] = {}
     for role in ("bos", "eos", "pad", "unk"):
-        names = (content(objects.get(file, {}).get(f"{role}_token")) for file in (TOKENIZER, SPECIAL))
+        names = (token_text(objects.get(file, {}).get(f"{role}_token")) for file in (TOKENIZER, SPECIAL))
         found |= next(({role: known[name]} for name in names if name in known), {})
     return found, 0
 
@@ -232,15 +223,9 @@ def listings(objects: Mapping[str, Json]) -> Iterator[tuple[str, str, int]]:
     yield from ((FAST, entry["content"], i) for i, entry in added_tokens(objects.get(FAST, {})).items())
     decoder = objects.get(TOKENIZER, {}).get("added_tokens_decoder")
     for key, entry in decoder.items() if isinstance(decoder, dict) else ():
-        if key.isdecimal() and len(key) < 10 and (name := content(entry)):
+        if key.isdecimal() and len(key) < 10 and (name := token_text(entry)):
             yield TOKENIZER, name, int(key)
     yield from ((ADDED, name, i) for name, i in objects.get(ADDED, {}).items() if type(i) is int)
-
-
-def content(value: Any) -> str | None:
-    """The text of a token, which stands as a string or as an object with a `content`."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
 
 
 def vision(objects: Mapping[str, Json]) -> Json:

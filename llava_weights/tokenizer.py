@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from .checkpoint import small_bytes
+from .checkpoint import small_bytes, small_object
 from .errors import InputError
 from .formats import listed, shown
 from .formats.sentencepiece import Vocabulary, read_sentencepiece
-from .formats.strict_json import load_json, parse_json
 
 MODEL, CONFIG, SPECIAL, ADDED, FAST = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
 )  # fmt: skip
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # Bytes. LLaMA's own tokenizer.model has 499,723, Llama 3's tokenizer.json 17 million; in memory, text may take four bytes a character.
-MODEL_LIMIT, FAST_LIMIT, JSON_LIMIT = 16 << 20, 20 << 20, 1 << 20
+MODEL_LIMIT, FAST_LIMIT = 16 << 20, 20 << 20
 # meta-llama/llama PR #87 and llama.cpp's SHA256SUMS; Llama-2 has the same file.
 LLAMA_TOKENIZER = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 RIGHT_TOKENIZER = "give the tokenizer that belongs to these weights"
@@ -88,14 +87,14 @@ def repair_tokenizer(
     vocabulary = read_sentencepiece(data)
     added, dropped = _added_tokens(files, vocabulary, rows)
     known = {**vocabulary.ids, **added}
-    special, settings = read_settings(files, SPECIAL), read_settings(files, CONFIG)
+    special, settings = small_object(files, SPECIAL), small_object(files, CONFIG)
     tokens = _resolve(special, settings, vocabulary, known)
 
     notes = [] if MODEL in files else [f"{MODEL}: taken from the base"]
     notes += [f"{MODEL}: LLaMA's own, by its sha256"] if hashlib.sha256(data).hexdigest() == LLAMA_TOKENIZER else []
     notes += [f"tokenizer: {shown(name)} (id {i}) dropped, the table has {rows:,} rows" for name, i in dropped.items()]
     repairs = (
-        _repair_added(read_settings(files, ADDED), vocabulary, added, dropped),
+        _repair_added(small_object(files, ADDED), vocabulary, added, dropped),
         _repair_map(special, tokens, known),
         _repair_settings(settings, tokens, known, added, model_max_length),
     )
@@ -106,7 +105,7 @@ def repair_tokenizer(
     if not added:
         del result[ADDED]
     wrong = bool(dropped) or any(repair.wrong for repair in repairs)
-    if FAST in files and (reason := _reason_to_drop(read_settings(files, FAST, FAST_LIMIT), vocabulary, added, wrong)):
+    if FAST in files and (reason := _reason_to_drop(small_object(files, FAST, limit=FAST_LIMIT), vocabulary, added, wrong)):
         del result[FAST]
         notes.append(f"{FAST}: dropped, {reason}; {MODEL} serves instead")
     ids = SpecialIds(**{role: known[token] for role, token in tokens.items()}, added=added, base_vocabulary=len(vocabulary.ids))
@@ -115,7 +114,7 @@ def repair_tokenizer(
 
 def _without_model(files: Files, rows: int) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
     """Nothing to check against: the files stay as they are and the ids are LLaMA's."""
-    listing = read_settings(files, ADDED)
+    listing = small_object(files, ADDED)
     added = {name: i for name, i in listing.items() if is_token_id(i) and 2 < i < rows}
     ids = SpecialIds(bos=1, eos=2, pad=0, unk=0, added=added, base_vocabulary=min(added.values(), default=rows))
     return dict(files), ids, (f"{MODEL}: in neither folder, so the tokenizer files are not checked and bos/eos/pad ids 1/2/0 are assumed",)
@@ -134,8 +133,8 @@ def _added_tokens(files: Files, vocabulary: Vocabulary, rows: int) -> tuple[dict
         )
     names: dict[int, str] = {i: name for name, i in vocabulary.ids.items()}
     ids: dict[str, int] = dict(vocabulary.ids)
-    listing = read_settings(files, ADDED)
-    decoder = _decoder(read_settings(files, CONFIG)) or {}
+    listing = small_object(files, ADDED)
+    decoder = _decoder(small_object(files, CONFIG)) or {}
     for source, tokens in ((ADDED, listing), (CONFIG, {name: i for i, name in decoder.items()})):
         for name, i in tokens.items():
             if not is_token_id(i):
@@ -308,20 +307,9 @@ def _list(value: Any, key: str) -> list[Any]:
     return found if isinstance(found, list) else []
 
 
-def read_settings(files: Files, name: str, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """The JSON object in a file, empty where the file is missing."""
-    source = files.get(name)
-    if source is None:
-        return {}
-    value = load_json(source, limit=limit) if isinstance(source, Path) else parse_json(small_bytes(name, source, limit), name=name)
-    if not isinstance(value, dict):
-        raise InputError(f"`{name}` does not hold a JSON object", hint=RIGHT_TOKENIZER)
-    return value
-
-
 def _kept_or_new(files: Files, repair: Repair) -> Path | bytes:
     new = _dump(repair.content)
-    return files[repair.name] if repair.name in files and _dump(read_settings(files, repair.name)) == new else new
+    return files[repair.name] if repair.name in files and _dump(small_object(files, repair.name)) == new else new
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:

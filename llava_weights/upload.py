@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from .destination import Destination, Repository, is_address, open_destination
-from .errors import HubError, LlavaWeightsError, OutputError, UsageError
+from .errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
 from .events import Event, Note
 from .formats.folder import member
+from .formats.strict_json import load_object
 from .hub import REPO, HubSource
 from .job import Job, remove, write_file
-from .manifest import MANIFEST, SUMS, digest_file
-from .records import read_sums
+from .manifest import MANIFEST, SUMS
+from .records import MAX_MANIFEST, read_manifest, read_sums
+from .rehash import digest_file
 from .threads import GLANCE, interruption
 from .wording import scheme_of
 
@@ -121,7 +123,7 @@ class UploadJob(Job):
 
     def _upload(self, name: str, sha256: str) -> None:
         path = self.folder / name
-        if self.reread and digest_file(path) != sha256:
+        if self.reread and not _reads_as(path, sha256):
             hint = "check the disk; the same command writes this shard again"
             raise OutputError(f"`{name}` does not come back from the disk as it was written", hint=hint)
         size, tag = path.stat().st_size, self.destination.put(path, name)
@@ -167,6 +169,13 @@ class UploadJob(Job):
             if isinstance(noted, dict):
                 return noted
         return {}
+
+
+def _reads_as(path: Path, sha256: str) -> bool:
+    try:
+        return digest_file(path) == sha256
+    except InputError:
+        return False
 
 
 def _header(path: Path) -> bytes:
@@ -218,3 +227,24 @@ def push(folder: Path, hub: Repository, *, force: bool = False) -> str:
     except LlavaWeightsError as error:
         error.kept = f"`{folder.name}` is complete; the same command only publishes it"
         raise
+
+
+def differences(plan: Mapping[str, Any], output: Path) -> list[str]:
+    """In what the folder `output` is not what `plan`, the document of a dry run, would make; empty where it is that, and whole.
+
+    Compared are version, steps with their inputs, options, small files by digest and all files by size; and no input may be newer than
+    the manifest, which was written last, since the header of a safetensors file does not tell its values. Raises InputError for a
+    manifest that is not right, OSError where the folder can't be read.
+    """
+    made, files = load_object(output / MANIFEST, limit=MAX_MANIFEST), read_manifest(output / MANIFEST).files
+    tool = made.get("tool")
+    then = {"version": tool.get("version") if isinstance(tool, dict) else None, "steps": made.get("recipe"), "options": made.get("options")}
+    found = [part for part, value in then.items() if value != plan.get(part)]
+    found += [name for name, digest in plan["files"].items() if name not in files or files[name].sha256 != digest]
+    for name, entry in files.items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != entry.size:
+            found.append(f"{name} (not whole)")
+    if plan["changed"] is None or plan["changed"] > (output / MANIFEST).stat().st_mtime_ns:
+        found.append("an input that is newer, or can't be dated")
+    return found

@@ -26,8 +26,9 @@ from .formats.folder import same_header
 from .formats.safetensors import index_safetensors
 from .formats.strict_json import json_bytes
 from .job import Job, check_ours, lies_in, meets, mount_of, open_job, put_file, remove, sync_folder
-from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, digest_file, make_manifest, make_sums, root_of_tensors
+from .manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_manifest, make_sums, root_of_tensors
 from .plan import LARGEST_SMALL_FILE, MiB, Plan, Shard, accepted
+from .rehash import digest_file
 from .stream import ShardResult, output_error, write_shard
 from .threads import Shield, in_threads, interruption
 from .wording import size
@@ -64,10 +65,10 @@ def execute(
     """Write `plan` to the folder `out`, which appears complete or not at all. Interrupted work is taken up again.
 
     `pool` is any `concurrent.futures.Executor` that sees the same file system; shards go to it as they are. `reread` reads every
-    shard back from the disk before `out` gets its name. `complete` writes no shard: all must be there. `make_job` may send them
-    elsewhere (`upload.job_at`). Raises OutputError where `out`
-    can't be written, is in use or does not come back as it was written, InputError where an input turns out damaged; finished shards
-    are kept.
+    shard back from the disk before `out` gets its name. `complete` is the end of a job in portions: it writes no shard, and raises
+    OutputError, naming the portions to run again, where one is missing. `make_job` may send them elsewhere (`upload.job_at`). Raises
+    OutputError where `out` can't be written, is in use or does not come back as it was written, InputError where an input turns out
+    damaged; finished shards are kept.
     """
     if not isinstance(plan, Plan):
         raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
@@ -258,16 +259,16 @@ def _read(path: Path) -> tuple[str, str]:
     """The name of a file of ours and its sha256, or why it has none."""
     try:
         return path.name, digest_file(path)
-    except OSError as error:
-        return path.name, str(error.strerror)
+    except InputError as error:
+        return path.name, error.what
 
 
 def _digest(path: Path) -> str:
     """The sha256 of a file of ours. Raises OutputError where it can't be read."""
     try:
         return digest_file(path)
-    except OSError as error:
-        raise OutputError(f"`{path.name}` can't be read back: {error.strerror}", facts={"file": path}, hint="check the disk") from error
+    except InputError as error:
+        raise OutputError(f"{error.what}, though it was just written", facts={"file": path}, hint="check the disk") from error
 
 
 def kept(job: Job, done: int, shards: int) -> str:
@@ -374,7 +375,7 @@ def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResu
         result, path = _result(entry), folder / name
         if result is None or result.tensors.keys() != tensors.get(name):
             continue
-        with suppress(OSError):  # one that can't be read is made again
+        with suppress(OSError, InputError):  # one that can't be read is made again
             same = not path.is_symlink() and path.stat().st_size == result.nbytes
             if same and (job.uploaded(entry) or digest_file(path) == result.sha256):
                 yield name, result
@@ -434,7 +435,7 @@ def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
     files = [FileEntry(shard.name, results[shard.name].nbytes, results[shard.name].sha256) for shard in plan.shards]
     tensors = tensor_entries(job.folder, results)
     write_index(job.folder, tensors)
-    put_file(job.folder / "README.md", make_card(plan, files, tensors, tallies(results)).encode())
+    put_file(job.folder / "README.md", make_card(plan, tensors, tallies(results)).encode())
     for path in sorted(job.folder.iterdir()):
         if path.name in results:
             continue

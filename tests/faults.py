@@ -82,6 +82,7 @@ OUTPUT = faults(
         "sync_file_range": "EIO ENOSPC EDQUOT",
         "read": "EIO",  # when it is read back
         "pread": "EIO",
+        "preadv": "EIO",
         "flock": "EIO",
     }
 )
@@ -101,6 +102,7 @@ HARMLESS_OUTPUT = faults(
         "pwrite": "short",
         "write": "short",
         "pread": "short",
+        "preadv": "short",
         "read": "short",
         "fallocate": "EOPNOTSUPP ENOSYS EINTR",
         "sync_file_range": "ENOSYS EINVAL EOPNOTSUPP",

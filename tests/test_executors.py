@@ -32,7 +32,7 @@ from llava_weights.events import Event, Progress, ShardDone, Started
 from llava_weights.executors import completed, open_executor, unwrapped
 from llava_weights.job import open_job
 from llava_weights.plan import Plan, make_plan
-from llava_weights.portions import Portion, execute_portion, finish_portions, to_portion
+from llava_weights.portions import Portion, execute_portion, to_portion
 from llava_weights.stream import write_shard
 from llava_weights.write import execute
 
@@ -304,7 +304,7 @@ def test_portions_in_any_order_make_one_run(plan: Plan, expected: dict[str, str]
         assert (report.shards, report.resumed) == (len(range(number - 1, SHARDS, 5)), 0)
         assert not out.exists()
     assert [event.shards for event in events if isinstance(event, Started)] == [3, 4, 3, 3, 3]
-    assert finish_portions(plan, out).resumed == SHARDS
+    assert execute(plan, out, complete=True).resumed == SHARDS
     assert content(out) == expected
     assert not (tmp_path / "out.partial").exists()
 
@@ -319,24 +319,24 @@ def test_portions_at_one_time(plan: Plan, expected: dict[str, str], tmp_path: Pa
 
     with ThreadPoolExecutor(SHARDS) as pool:
         assert list(pool.map(run, range(1, SHARDS + 1))) == [1] * SHARDS
-    finish_portions(plan, out)
+    execute(plan, out, complete=True)
     assert content(out) == expected
 
 
 def test_the_finish_names_what_is_missing(plan: Plan, expected: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="16 of 16 shards are missing"):
-        finish_portions(plan, out)
+        execute(plan, out, complete=True)
     for number in (1, 2, 4):
         execute_portion(plan, out, Portion(number, 4))
     damage(tmp_path / "out.partial" / "out" / plan.shards[5].name)
     with pytest.raises(OutputError, match="5 of 16 shards are missing or damaged") as caught:
-        finish_portions(plan, out)
+        execute(plan, out, complete=True)
     assert (caught.value.facts["portions"], caught.value.exit_code) == ("2/4, 3/4", 5)
     assert caught.value.kept == "11 of 16 shards are kept in `out.partial`; `out` was not touched"
     assert execute_portion(plan, out, Portion(2, 4)).resumed == 3
     execute_portion(plan, out, Portion(3, 4))
-    finish_portions(plan, out)
+    execute(plan, out, complete=True)
     assert content(out) == expected
 
 
@@ -371,7 +371,7 @@ def test_a_portion_that_died_is_taken_up(plan: Plan, expected: dict[str, str], t
     assert (folder / others).read_text() == (folder / plan.shards[1].name).read_text() == "half"  # perhaps being written
     for number in (2, 3, 4):
         execute_portion(plan, out, Portion(number, 4))
-    finish_portions(plan, out)
+    execute(plan, out, complete=True)
     assert content(out) == expected
 
 
@@ -382,7 +382,7 @@ def test_who_may_run_beside_whom(plan: Plan, tmp_path: Path) -> None:
         if isinstance(event, ShardDone) and event.index == 1:
             with pytest.raises(OutputError, match="portion 1/2 of `out` is being written by another process"):
                 execute_portion(plan, out, Portion(1, 2))
-            for whole in (execute, finish_portions):
+            for whole in (execute, partial(execute, complete=True)):
                 with pytest.raises(OutputError, match="in use by another run") as caught:
                     whole(plan, out)
                 assert caught.value.facts["process"] == "portions"
@@ -391,7 +391,7 @@ def test_who_may_run_beside_whom(plan: Plan, tmp_path: Path) -> None:
     execute_portion(plan, out, Portion(1, 2), on_event=beside)
     with open_job(out), pytest.raises(OutputError, match="in use by another run"):
         execute_portion(plan, out, Portion(1, 2))
-    assert finish_portions(plan, out).resumed == SHARDS
+    assert execute(plan, out, complete=True).resumed == SHARDS
 
 
 def test_portions_of_other_work_are_refused(plan: Plan, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_portions_of_other_work_are_refused(plan: Plan, tmp_path: Path) -> None:
 def test_more_portions_than_shards(plan: Plan, expected: dict[str, str], tmp_path: Path) -> None:
     assert execute_portion(plan, tmp_path / "out", Portion(20, 20)).shards == 0
     with pytest.raises(OutputError) as caught:
-        finish_portions(plan, tmp_path / "out")
+        execute(plan, tmp_path / "out", complete=True)
     assert caught.value.facts["portions"] == ", ".join(f"{number}/20" for number in range(1, 17))
 
 

@@ -77,7 +77,6 @@ CONTEXTS = {
     "smoke, reference": f"smoke {HUB} --reference new.safetensors",
     "smoke, prompt": f"smoke {HUB} --prompt a",
     "smoke, blind": f"smoke {TWO_LAYERS} --prompt a --image {IMAGE}",
-    "run": "run jobs.toml",
     "demo": "demo full",
     "env": "env",
 }
@@ -114,7 +113,6 @@ STRICT = Elsewhere("test_verdicts.py", "test_strict_and_allow")
 ZEROS = Elsewhere("test_holes.py", "test_every_input_of_every_command")
 ACCEPTED = Elsewhere("test_tower.py", "test_a_published_tower_that_is_not_the_named_one_is_refused")
 THREADS = Elsewhere("test_comparison.py", "test_jobs_change_no_number_and_windows_stay_small")
-BATCH = Elsewhere("test_batch.py", "test_a_table_runs_once")
 Case = Changes | Refused | Elsewhere
 
 
@@ -314,7 +312,6 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--quiet": [Changes("smoke the Hub", "--quiet")],
         "--verbose": [Changes("smoke nothing", "--verbose")],
     },
-    "run": {flag: [BATCH] for flag in ("--only", "--keep-going", "--dry-run", "--json", "--quiet", "--verbose")},
     "demo": {
         "folder": [Elsewhere("test_demo.py", "test_a_user_sees_the_whole_way")],
         "--quiet": [Elsewhere("test_demo.py", "test_quiet_says_the_path_alone_and_a_failure_in_full")],

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_weights import families, predict, published
+from llava_weights import predict, published
+from llava_weights.families import deltas
 from llava_weights.checkpoint import Checkpoint, open_checkpoint
 from llava_weights.delta import apply_delta
 from llava_weights.errors import InputError, MismatchError
@@ -238,7 +239,7 @@ def posted(md5sums: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A world in which the reference's delta is a published one, and someone posted the md5 of what it becomes."""
     known = KnownDelta("someone/tiny-delta", "tiny LLaMA", "2 layers of 48", 308, -1, "llava", "v0")
     records = [Published(f"someone's merged tiny, {shard}", "merged", "posted in a thread", md5=md5) for shard, md5 in md5sums.items()]
-    monkeypatch.setattr(families, "KNOWN_DELTAS", (known,))
+    monkeypatch.setattr(deltas, "KNOWN_DELTAS", (known,))
     monkeypatch.setattr(predict, "POSTED", {"someone/tiny-delta": "someone's merged tiny, "})
     monkeypatch.setattr(published, "PUBLISHED", (*PUBLISHED, *records))
 

@@ -16,7 +16,10 @@ import pytest
 
 from llava_weights import published
 from llava_weights.errors import InputError
-from llava_weights.published import PUBLISHED, Published, check_inputs, hash_files, recognise
+from llava_weights.events import Event, Progress
+from llava_weights.predict import check_inputs
+from llava_weights.published import PUBLISHED, Published, recognise
+from llava_weights.rehash import WINDOW
 
 PARAMS = '{{"dim": {}, "multiple_of": 256, "n_heads": {}, "n_layers": {}, "norm_eps": {}, "vocab_size": -1}}'
 ADDED = {"<im_end>": 32002, "<im_patch>": 32000, "<im_start>": 32001, "[PAD]": 32003}
@@ -91,16 +94,15 @@ def test_a_record_with_one_digest_matches_whatever_the_other_is() -> None:
     assert recognise(sha256="0" * 64, md5=merged.md5) == merged
 
 
-@pytest.mark.parametrize("size", [0, 1, published.WINDOW - 1, published.WINDOW, 2 * published.WINDOW + 7])
+@pytest.mark.parametrize("size", [0, 1, WINDOW - 1, WINDOW, 2 * WINDOW + 7])
 def test_digests_are_those_of_coreutils(size: int, tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes((b"0123456789abcdef" * (size // 16 + 1))[:size])
-    done: list[int] = []
-    digests = hash_files([path], progress=done.append)[path]
-    for algorithm, program in {"sha256": "sha256sum", "md5": "md5sum"}.items():
-        theirs = subprocess.run([program, path], capture_output=True, text=True, check=True).stdout.split()[0]
-        assert digests[algorithm] == theirs
-    assert sum(done) == size
+    events: list[Event] = []
+    (found,) = check_inputs([path], "base", on_event=events.append)
+    for digest, program in ((found.sha256, "sha256sum"), (found.md5, "md5sum")):
+        assert digest == subprocess.run([program, path], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert max((event.nbytes for event in events if isinstance(event, Progress)), default=0) == size
 
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])
@@ -108,11 +110,10 @@ def test_many_files_keep_their_order_and_are_read_once(jobs: int, tmp_path: Path
     paths = [tmp_path / f"{i}.bin" for i in (3, 1, 4, 2, 0)]
     for path in paths:
         path.write_text(path.name)
-    done: list[int] = []
-    digests = hash_files([*paths, paths[0]], algorithms=("sha512",), jobs=jobs, progress=done.append)
-    assert list(digests) == paths
-    assert digests == {path: {"sha512": hashlib.sha512(path.name.encode()).hexdigest()} for path in paths}
-    assert sum(done) == 5 * 5
+    events: list[Event] = []
+    found = check_inputs([*paths, paths[0]], "base", jobs=jobs, on_event=events.append)
+    assert [(each.file, each.sha256) for each in found] == [(path, hashlib.sha256(path.name.encode()).hexdigest()) for path in paths]
+    assert [event.nbytes for event in events if isinstance(event, Progress)] == [5, 10, 15, 20, 25]
 
 
 def test_progress_is_told_by_one_thread_at_a_time(tmp_path: Path) -> None:
@@ -121,34 +122,34 @@ def test_progress_is_told_by_one_thread_at_a_time(tmp_path: Path) -> None:
         path.write_bytes(b"x")
     inside, overlaps = threading.Lock(), []
 
-    def progress(_: int) -> None:
+    def progress(_: Event) -> None:
         overlaps.append(not inside.acquire(blocking=False))
         threading.Event().wait(0.001)
         inside.release()
 
-    hash_files(paths, jobs=4, progress=progress)
-    assert overlaps == [False] * 40
+    check_inputs(paths, "base", jobs=4, on_event=progress)
+    assert overlaps == [False] * 41
 
 
 def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "good").write_text("good")
-    for name, why in {"absent": "does not exist", ".": "is not a file"}.items():
+    for name, why in {"absent": "No such file", ".": "Is a directory"}.items():
         with pytest.raises(InputError, match=why):
-            hash_files([tmp_path / "good", tmp_path / name])
+            check_inputs([tmp_path / "good", tmp_path / name], "base")
 
 
 def test_a_file_that_shrinks_meanwhile_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
-    path.write_bytes(bytes(2 * published.WINDOW))
+    path.write_bytes(bytes(2 * WINDOW))
     with pytest.raises(InputError, match="changed while it was being read"):
-        hash_files([path], progress=lambda _: path.write_bytes(b""))
+        check_inputs([path], "base", on_event=lambda event: path.write_bytes(b"") if isinstance(event, Progress) else 0)
 
 
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from llava_weights.published import hash_files
-hash_files([Path(name) for name in sys.argv[1:]], progress=lambda _: print(flush=True))
+from llava_weights.predict import check_inputs
+check_inputs([Path(name) for name in sys.argv[1:]], "base", on_event=lambda _: print(flush=True))
 """
 
 

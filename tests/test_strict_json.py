@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_weights.errors import InputError
-from llava_weights.formats.strict_json import load_json, load_object, parse_json
+from llava_weights.formats.strict_json import load_object, parse_json
 
 PATIENT = settings(deadline=None, max_examples=80)  # a busy machine is no failure
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -83,22 +83,22 @@ def test_reason_and_path_are_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{\n "a": 1,\n "a": 2}')
     with pytest.raises(InputError, match="the key `a` stands twice") as caught:
-        load_json(path)
+        load_object(path)
     assert caught.value.facts["path"] == str(path)
     path.write_text('{"a": \n oops}')
     with pytest.raises(InputError, match="line 2, column 2"):
-        load_json(path)
+        load_object(path)
 
 
 def test_size_is_capped_before_reading(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(b" " * 100 + b"{}")
-    assert load_json(path, limit=102) == {}
+    assert load_object(path, limit=102) == {}
     with pytest.raises(InputError, match="102 bytes, at most 101"):
-        load_json(path, limit=101)
+        load_object(path, limit=101)
     os.truncate(path, 1 << 40)  # a sparse terabyte: reading it first would not end
     with pytest.raises(InputError, match="at most 1,048,576"):
-        load_json(path)
+        load_object(path)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_disguises_are_named(tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(data)
     with pytest.raises(InputError, match=kind) as caught:
-        load_json(path)
+        load_object(path)
     assert caught.value.hint
 
 
@@ -125,9 +125,9 @@ def test_only_regular_files(tmp_path: Path) -> None:
     (tmp_path / "loop.json").symlink_to("loop.json")
     for name, why in [("pipe", "pipe"), ("folder", "folder"), ("loop", "symbolic links"), ("missing", "does not exist")]:
         with pytest.raises(InputError, match=why):
-            load_json(tmp_path / f"{name}.json")
+            load_object(tmp_path / f"{name}.json")
     with pytest.raises(InputError, match="device"):
-        load_json(Path("/dev/zero"))
+        load_object(Path("/dev/zero"))
 
 
 def test_names_are_safe_to_print() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -22,12 +23,14 @@ from huggingface_hub import constants
 
 from llava_weights import destination, job, patience, ranges, web
 from llava_weights.checkpoint import open_checkpoint
+from llava_weights.conversion import convert
 from llava_weights.delta import apply_delta
 from llava_weights.errors import HubError, InputError, Interrupted, OutputError, UsageError
 from llava_weights.events import Event, ShardDone
 from llava_weights.manifest import MANIFEST
 from llava_weights.plan import Plan, make_plan
-from llava_weights.upload import job_at, push, repository_of
+from llava_weights.report import explain
+from llava_weights.upload import differences, job_at, push, repository_of
 from llava_weights.write import Report, execute, preflight
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -520,3 +523,78 @@ def test_commands(hub: UploadHub, bucket: Bucket, pair: Path, capfd: pytest.Capt
     code, lines, err = run("-o", "other", "--push", "owner/x")
     assert (code, Path("other").exists()) == (6, False)
     assert "hf auth login" in err
+
+
+# --- what is there already is only published -------------------------------------------------------------------------
+
+
+def other_option(plan: dict[str, Any], out: Path) -> None:
+    plan["options"] = {"max_shard_size": 1}
+
+
+def other_version(plan: dict[str, Any], out: Path) -> None:
+    plan["version"] = "0.0.1"
+
+
+def other_input(plan: dict[str, Any], out: Path) -> None:
+    plan["steps"][0]["inputs"]["source"]["files"][0]["header_sha256"] = "0" * 64
+
+
+def other_tokenizer(plan: dict[str, Any], out: Path) -> None:
+    plan["files"]["tokenizer.model"] = "0" * 64
+
+
+def input_changed_since(plan: dict[str, Any], out: Path) -> None:
+    plan["changed"] = time.time_ns() + 10**9
+
+
+def input_without_a_date(plan: dict[str, Any], out: Path) -> None:
+    plan["changed"] = None
+
+
+def shard_cut_short(plan: dict[str, Any], out: Path) -> None:
+    os.truncate(out / "model.safetensors", 1000)
+
+
+def config_gone(plan: dict[str, Any], out: Path) -> None:
+    (out / "config.json").unlink()
+
+
+def recipe_of_another(plan: dict[str, Any], out: Path) -> None:
+    made = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps(made | {"recipe": []}))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, fixtures: Path) -> tuple[Path, str]:
+    """A finished output and the document of its plan, as `--dry-run --json` prints it."""
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(fixtures / "C-v1.5/hf-by-tf4.47.1", folder / "source")
+    plan = make_plan(convert(open_checkpoint(str(folder / "source")), "llava"))
+    execute(plan, folder / "out")
+    return folder / "out", json.dumps(explain(plan, folder / "out")[1])
+
+
+def test_the_same_work_is_recognised_and_nothing_else(made: tuple[Path, str], tmp_path: Path) -> None:
+    assert differences(json.loads(made[1]), made[0]) == []
+    for number, change in enumerate(
+        (other_option, other_version, other_input, other_tokenizer, input_changed_since, input_without_a_date, shard_cut_short, config_gone,
+         recipe_of_another)
+    ):  # fmt: skip
+        out, plan = tmp_path / str(number), json.loads(made[1])
+        shutil.copytree(made[0], out)
+        change(plan, out)
+        assert len(differences(plan, out)) == 1, change.__name__
+
+
+def test_an_input_with_other_values_of_the_same_shapes_is_newer(made: tuple[Path, str], tmp_path: Path) -> None:
+    """The header does not tell them apart, and a copy keeps the old time of change: what the system notes at a move still tells."""
+    source = tmp_path / "source"
+    shutil.copytree(made[0].parent / "source", source)
+    weights = bytearray((source / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (source / "other").write_bytes(weights)
+    os.utime(source / "other", ns=(0, 0))
+    os.rename(source / "other", source / "model.safetensors")
+    plan = explain(make_plan(convert(open_checkpoint(str(source)), "llava")), tmp_path / "out")[1]
+    assert differences(json.loads(json.dumps(plan)), made[0]) == ["an input that is newer, or can't be dated"]

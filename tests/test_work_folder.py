@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
 from llava_weights.errors import OutputError
 from llava_weights.events import Event, ShardDone
 from llava_weights.plan import Plan, make_plan
-from llava_weights.portions import Portion, execute_portion, finish_portions
+from llava_weights.portions import Portion, execute_portion
 from llava_weights.upload import job_at
 from llava_weights.write import execute, preflight
 
@@ -66,7 +67,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "execute": execute,
     "force": lambda plan, out: execute(plan, out, force=True),
     "restart": lambda plan, out: execute(plan, out, restart=True),
-    "finish": finish_portions,
+    "finish": partial(execute, complete=True),
     "portion": lambda plan, out: execute_portion(plan, out, Portion(1, 2)),
     "dry run": preflight,
 }

@@ -25,7 +25,7 @@ from llava_weights.errors import InputError, OutputError
 from llava_weights.events import Event, Note, ReadingBack, ShardDone, Started
 from llava_weights.job import Job, open_job, partial_folder
 from llava_weights.plan import Plan, make_plan
-from llava_weights.portions import Portion, execute_portion, finish_portions
+from llava_weights.portions import Portion, execute_portion
 from llava_weights.write import execute
 
 
@@ -379,12 +379,12 @@ def test_a_source_that_changes_between_portions(source: Path, tmp_path: Path) ->
     edited(source / "model.safetensors", other_bytes(source / "model.safetensors"))
     execute_portion(plan_of(source), tmp_path / "out", Portion(2, 2))
     with pytest.raises(InputError, match="changed while"):
-        finish_portions(plan_of(source), tmp_path / "out")
+        execute(plan_of(source), tmp_path / "out", complete=True)
     with pytest.raises(OutputError) as caught:
-        finish_portions(plan_of(source), tmp_path / "out")
+        execute(plan_of(source), tmp_path / "out", complete=True)
     assert caught.value.facts["portions"] == "1/2"
     execute_portion(plan_of(source), tmp_path / "out", Portion(1, 2))
-    finish_portions(plan_of(source), tmp_path / "out")
+    execute(plan_of(source), tmp_path / "out", complete=True)
     execute(plan_of(source), tmp_path / "undisturbed")
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 

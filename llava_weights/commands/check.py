@@ -140,7 +140,7 @@ def smoke(
         Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and keep what comes of them.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and rate the model's English.")
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and tell the perplexity of plain English.")
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
     vision_tower: VisionTower = None,
@@ -160,7 +160,10 @@ def smoke(
     summary: Summary = None,
     show: Show,
 ) -> None:
-    """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt. Exit 4 if it computes something else."""
+    """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt.
+
+    Exit 4 if it computes something else; on a prompt only for an unapplied delta: the rest is yours to judge.
+    """
     with session(show) as console:
         from ..checkpoint import open_checkpoint
         from ..smoke import check_numbers
@@ -190,12 +193,11 @@ def smoke(
                 done = compare(model, reference or Path(), **how)
             _prove(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)
         else:
-            from ..findings import exit_code
             from ..sample import sample
 
             text = sample(model, PROMPT if prompt is None else prompt, image=image, **how)
-            found, said = [text.finding, *text.doubts], (text.prompt + text.text).split("\n")
-            _prove(console, model.origin.name, found, exit_code(found), asdict(text), junit, summary, said, force=force)
+            said = (text.prompt + text.text).split("\n")
+            _prove(console, model.origin.name, text.findings, 4 if text.delta else 0, asdict(text), junit, summary, said, force=force)
 
 
 def _check_accept(accept_tower: bool, vision_tower: str | None) -> None:

@@ -103,8 +103,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
 
 def _may_push(repository: str, target: Path, plan: dict[str, Any], *, force: bool) -> bool:
     """Whether the output is there already, so that only pushing is left. Raises now what would make it fail after hours of work."""
-    from ..batch import differences
-    from ..upload import repository_of
+    from ..upload import differences, repository_of
 
     hub = repository_of(repository)
     with suppress(InputError, OSError):
@@ -229,11 +228,11 @@ def note(console: Console, text: str, *, warning: bool = False) -> None:
 def check_given(console: Console, roles: Sequence[tuple[Role, Checkpoint]]) -> None:
     """Hash every input file and say which published file it is. Raises MismatchError where one is known not to fit its role."""
     from ..checkpoint import need_files
-    from ..published import check_inputs
+    from ..predict import check_inputs
 
     for role, checkpoint in roles:
         need_files(checkpoint, "`--check-inputs`")
-        for finding in check_inputs([Path(file.path) for file in checkpoint.origin.files], role):
+        for finding in check_inputs([Path(file.path) for file in checkpoint.origin.files], role, on_event=console.on_event):
             if finding.verdict == "wrong":
                 raise MismatchError(
                     finding.text,

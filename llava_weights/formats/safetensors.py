@@ -132,10 +132,11 @@ def _entry_problem(entry: Any) -> str:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         return f"its dtype {shown(str(dtype))} is unknown"
-    if not _counts(shape) or len(shape) > MAX_AXES or any(axis >= MAX_AXIS for axis in shape):
+    if not are_counts(shape) or len(shape) > MAX_AXES or any(axis >= MAX_AXIS for axis in shape):
         return f"its shape is not a list of at most {MAX_AXES} sizes"
-    return "" if _counts(offsets) and len(offsets) == 2 else "its data_offsets are not two byte counts"
+    return "" if are_counts(offsets) and len(offsets) == 2 else "its data_offsets are not two byte counts"
 
 
-def _counts(value: Any) -> bool:
+def are_counts(value: Any) -> bool:
+    """Whether it is a list of whole numbers, none below 0."""
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)  # `bool` is an int in Python

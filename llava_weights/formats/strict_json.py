@@ -23,22 +23,22 @@ MAX_COST = 96 << 20
 
 
 def load_object(path: Path, *, limit: int = 1 << 20) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes. Raises InputError for everything else."""
-    value = load_json(path, limit=limit)
-    if not isinstance(value, dict):
-        raise _refusal(path.name, "it does not hold an object `{...}`", path)
-    return value
-
-
-def load_json(path: Path, *, limit: int = 1 << 20) -> Any:
-    """The JSON value in a regular file of at most `limit` bytes. Raises InputError naming the file and the reason."""
+    """The JSON object in a regular file of at most `limit` bytes. Raises InputError, naming file and reason, for everything else."""
     with open_regular(path) as (fd, status):
         if status.st_size > limit:
             what = f"{shown(path.name)} has {status.st_size:,} bytes, at most {limit:,} are read"
             raise InputError(what, facts={"path": path}, hint=DOWNLOAD_AGAIN)
         data = read_exactly(path, fd, status.st_size)
     refuse_disguise(path, data[:64])
-    return parse_json(data, name=path.name, path=path)
+    return parse_object(data, name=path.name, path=path)
+
+
+def parse_object(data: bytes, *, name: str, path: Path | None = None) -> dict[str, Any]:
+    """The JSON object in `data`, as `parse_json`."""
+    value = parse_json(data, name=name, path=path)
+    if not isinstance(value, dict):
+        raise _refusal(name, "it does not hold an object `{...}`", path)
+    return value
 
 
 def parse_json(data: bytes, *, name: str, path: Path | None = None) -> Any:
