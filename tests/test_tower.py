@@ -290,7 +290,7 @@ def test_heads_from_a_reference_with_more_layers() -> None:
 )
 def test_reference_of_another_tower_is_refused(other: dict[str, Any]) -> None:
     config = complete_config({**TINY_CLIP, **other})
-    with pytest.raises(MismatchError, match=f"`{next(iter(other))}`.*the given tower.*`(embeddings|encoder)"):
+    with pytest.raises(MismatchError, match=f"(?s)`{next(iter(other))}`.*the given tower.*`(embeddings|encoder)"):
         derived(TINY_CLIP, reference=VisionTower(lazy(config), config, None, None, ()))
 
 
