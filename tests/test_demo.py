@@ -73,7 +73,7 @@ def published_delta(folder: Path) -> dict[str, torch.Tensor]:
     return first | second
 
 
-def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path: Path) -> None:
+def test_a_user_sees_the_whole_way(process: Callable[..., Any], toys: Path, tmp_path: Path) -> None:
     """Over an earlier demo, of which only what it made is deleted, and in a folder whose name needs quotes."""
     folder = tmp_path / "my demo"
     (folder / "llava").mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path
     (folder / "notes.txt").write_text("the user's own")
     (folder / MARKER).write_bytes(MARK)
 
-    code, out, err = cli("demo", "my demo")
+    code, out, err = process("demo", "my demo")
 
     assert (code, err) == (0, ""), out
     assert "warning" not in out  # nothing is wrong, and names that differ are no warning

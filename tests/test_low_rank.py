@@ -263,7 +263,7 @@ def example(folder: Path, label: str, dtype: str = "F16", *, seed: int = 0, dora
 def test_bits_and_counts_do_not_depend_on_the_rows_asked_for(label: str, dora: bool, tmp_path: Path) -> None:
     base, update = example(tmp_path, label, dora=dora)
 
-    @settings(max_examples=3, deadline=None, database=None)
+    @settings(max_examples=3, database=None)
     @given(st.sets(st.integers(1, base.rows - 1), max_size=5))
     def check(cuts: set[int]) -> None:
         for arithmetic in ARITHMETICS:
@@ -363,7 +363,7 @@ def ulp(value: float, dtype: torch.dtype) -> Fraction:
     return Fraction(2) ** (exponent - 1) * Fraction(info.eps)
 
 
-@settings(max_examples=40, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, database=None, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(NUMBERS, min_size=20, max_size=20), st.sampled_from(sorted(DTYPES)))
 def test_exact_is_the_number_nearest_to_the_truth(tmp_path_factory: Any, numbers: list[float], dtype: str) -> None:
     b, a, w = torch.tensor(numbers[:8]).view(2, 4), torch.tensor(numbers[8:16]).view(4, 2), torch.tensor(numbers[16:]).view(2, 2)
@@ -378,7 +378,7 @@ def test_exact_is_the_number_nearest_to_the_truth(tmp_path_factory: Any, numbers
         assert abs(Fraction(merged[i, j].item()) - truth) <= ulp(float(truth), DTYPES[dtype]) / 2 + noise
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=25, database=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 600), st.sampled_from([1.0, 1e3, 1e6]))
 def test_slices_multiply_exactly_in_any_order(seed: int, rank: int, spread: float) -> None:
     random = np.random.default_rng(seed)
@@ -417,7 +417,7 @@ def test_rounds_once(dtype: str) -> None:
 
 
 @given(st.integers(0, 40), st.integers(1, 40))
-@settings(deadline=None, database=None)
+@settings(database=None)
 def test_row_sums(rows: int, columns: int) -> None:
     values = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
     assert row_sums(values).tolist() == values.sum(1).tolist()

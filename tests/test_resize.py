@@ -39,7 +39,7 @@ def test_new_rows_are_the_mean(tmp_path: Path, dtype: torch.dtype) -> None:
     assert not table.uses_torch
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 20), st.data())
 def test_any_rows_are_those_of_the_whole(tmp_path_factory: pytest.TempPathFactory, rows: int, new: int, data: st.DataObject) -> None:
     table = resized(stored(torch.arange(rows * 3, dtype=torch.float32).view(rows, 3), tmp_path_factory.mktemp("x")), rows + new)

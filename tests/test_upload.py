@@ -326,7 +326,7 @@ def test_stopped_in_the_middle(place: Any, pair: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("moment", [1, 3, 4])
-def test_killed(hub: UploadHub, cli: Callable[..., Any], pair: Path, tmp_path: Path, moment: int) -> None:
+def test_killed(hub: UploadHub, process: Callable[..., Any], pair: Path, tmp_path: Path, moment: int) -> None:
     """SIGKILL while a shard arrives; then the same command."""
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = ["apply-delta", "--base", pair / "base", "--delta", pair / "delta", "-o", "hf://owner/out", "--max-shard-size", "200kB"]
@@ -336,10 +336,10 @@ def test_killed(hub: UploadHub, cli: Callable[..., Any], pair: Path, tmp_path: P
             os.kill(int((tmp_path / "out.partial" / "lock").read_text()), signal.SIGKILL)
 
     hub.watch = kill
-    assert cli(*command, env=environment).code == -signal.SIGKILL
+    assert process(*command, env=environment).code == -signal.SIGKILL
     assert set(hub.files("owner/out")) == {".gitattributes"}
     hub.watch = lambda: None
-    done = cli(*command, env=environment)
+    done = process(*command, env=environment)
     assert done.code == 0
     assert TOKEN not in done.stdout + done.stderr
     found = {name: data for name, data in hub.files("owner/out").items() if not name.startswith(".")}
