@@ -42,6 +42,7 @@ def pytest_configure() -> None:
     # For tensors of some kilobytes a second thread of torch only waits, at full speed, and the workers of pytest share the cores.
     # Tests of threads set their number themselves.
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     settings.register_profile("patient", settings(), deadline=None)  # a busy machine is no failure
     settings.load_profile("patient")
 
