@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from benchmarks.synthetic import write_pair
 from llava_weights import execute, make_plan, open_checkpoint
 from llava_weights.batch import differences
 from llava_weights.cli import app
@@ -337,9 +338,6 @@ CONVERT = Command("convert", COMMANDS["convert"])
 @pytest.mark.slow
 def test_an_interrupted_run_continues(place: Path) -> None:
     """SIGTERM while a delta is applied: the same command ends in the same bytes, and does not repeat what was finished."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families import Size
 
     write_pair(place / "pair", Size("small", 384, 4, 8, 1024), vocabulary=1000, seed=6)

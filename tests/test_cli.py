@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.synthetic import write_pair
+
 ROOT = Path(__file__).resolve().parent.parent
 Cli = Callable[..., Any]
 
@@ -201,9 +203,6 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pair that takes a moment to write: 16 MB of random values in LLaMA's shapes."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families import Size
 
     folder = tmp_path_factory.mktemp("pair")

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ import pytest
 from hub_uploads import UploadHub
 from huggingface_hub import constants
 
+from benchmarks.synthetic import write_pair
 from llava_weights import destination, job, patience, ranges, web
 from llava_weights.checkpoint import open_checkpoint
 from llava_weights.delta import apply_delta
@@ -133,9 +133,6 @@ def bucket(server: tuple[Any, Any]) -> Iterator[Bucket]:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, `delta` and what they make, `out`, in shards of 200 kB."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families import Size
 
     folder = tmp_path_factory.mktemp("pair")
