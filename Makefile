@@ -32,7 +32,7 @@ peer: $(READY) $(PEERS)/fschat/.stamp $(TRANSFORMERS:=/.stamp)
 	@$(BIN)/python -m pytest -m peer tests/peers $(ARGS)
 
 bench: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/mergekit/.stamp
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 faults: $(VENV)/.fuzz
 	@$(BIN)/python -m pytest -m faults $(ARGS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 
-from inputs import Inputs
+from benchmarks.inputs import Inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = (sys.executable, str(ROOT / "benchmarks" / "others.py"))

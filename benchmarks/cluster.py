@@ -1,7 +1,7 @@
 """Ray on one machine, measured: 1, 2 and 4 workers and one that is killed. And larger clusters, simulated from speeds.
 
-python benchmarks/cluster.py                                     # both, as Markdown on stdout; needs llava-weights[ray]
-python benchmarks/cluster.py --only simulated --storage 40 --link 10    # GB/s
+python -m benchmarks.cluster                                     # both, as Markdown on stdout; needs llava-weights[ray]
+python -m benchmarks.cluster --only simulated --storage 40 --link 10    # GB/s
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from synthetic import cut_to, write_pair
-
+from benchmarks.synthetic import cut_to, write_pair
 from llava_weights.checkpoint import open_checkpoint
 from llava_weights.delta import apply_delta
 from llava_weights.events import Event, ShardDone

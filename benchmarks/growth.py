@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cases import llava_weights
-from inputs import SIZES
-from measure import measure
-from synthetic import SHARD, TINY, cut_to, shapes, write_base, write_delta, write_lora
-
+from benchmarks.cases import llava_weights
+from benchmarks.inputs import SIZES
+from benchmarks.measure import measure
+from benchmarks.synthetic import SHARD, TINY, cut_to, shapes, write_base, write_delta, write_lora
 from llava_weights.families.decoders import Size
 
 HEAD = 128  # channels of a head in every LLaMA

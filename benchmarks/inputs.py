@@ -10,8 +10,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from synthetic import CLIP, TINY, TINY_CLIP, Clip, cut_to, write_base, write_bin, write_clip, write_delta, write_llava, write_lora
-
+from benchmarks.synthetic import (
+    CLIP,
+    TINY,
+    TINY_CLIP,
+    Clip,
+    cut_to,
+    write_base,
+    write_bin,
+    write_clip,
+    write_delta,
+    write_llava,
+    write_lora,
+)
 from llava_weights.families.decoders import LLAMA_SIZES, Size
 
 SIZES = {size.name: size for size in (*LLAMA_SIZES, TINY)}

@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
-from report import AXES, MIB, Figures, ratios
+from benchmarks.report import AXES, MIB, Figures, ratios
 
 WIDTH, LEFT, RIGHT, ROW = 960, 330, 90, 20
 PANEL_WIDTH, PANEL_HEIGHT = 290, 190

@@ -1,9 +1,9 @@
 """Measure ours and everything else that does the job, on synthetic checkpoints, and write docs/benchmarks.md and its picture.
 
-    python benchmarks/run.py                        # all cases, then the growth
-    python benchmarks/run.py --only merge-lora --gigabytes 4 --pairs 7 --folder /data/bench
-    python benchmarks/run.py --growth               # the growth only
-    python benchmarks/run.py --quick                # tiny sizes, one round: does everything run?
+    python -m benchmarks.run                        # all cases, then the growth
+    python -m benchmarks.run --only merge-lora --gigabytes 4 --pairs 7 --folder /data/bench
+    python -m benchmarks.run --growth               # the growth only
+    python -m benchmarks.run --quick                # tiny sizes, one round: does everything run?
 
 Figures are kept in FOLDER/figures.json, so cases can be measured one by one: the report always holds the latest of each. The
 machine has to be quiet and FOLDER on the disk that is meant. Nothing of the page cache but the inputs is touched.
@@ -24,19 +24,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cases import ROOT, Case, Contender, make_cases
-from growth import grow
-from inputs import SIZES, Inputs, inputs_of
-from measure import Failed, measure
-from picture import draw
-from report import earlier_part, render, spread
+from benchmarks.cases import ROOT, Case, Contender, make_cases
+from benchmarks.growth import grow
+from benchmarks.inputs import SIZES, Inputs, inputs_of
+from benchmarks.measure import Failed, measure
+from benchmarks.picture import draw
+from benchmarks.report import earlier_part, render, spread
 
 TRIAL_GIGABYTES = 0.08
 Contenders = list[tuple[int, Contender]]
 
 
-def main() -> None:
-    given = parse()
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     inputs, out = inputs_of(given.folder / given.width, given.gigabytes, given.width), given.folder / "out"
     names = [case.name for case in make_cases(inputs, out)] if not given.growth else []
@@ -53,7 +53,7 @@ def main() -> None:
     write_report(given)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "bench", help="on the disk that is meant; some 12 times the gigabytes, with what a run writes"
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--growth", action="store_true", help="only how time and memory grow")
     parser.add_argument("--quick", action="store_true", help="0.1 GB, one round, report in FOLDER")
     parser.add_argument("--report", type=Path, default=ROOT / "docs" / "benchmarks.md", help="where to write; the .svg lies beside it")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.quick:
         given.folder, given.gigabytes, given.width, given.pairs, given.slow_pairs = given.folder / "quick", 0.1, "tiny", 1, 1
         given.report = given.folder / "benchmarks.md"

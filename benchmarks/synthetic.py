@@ -1,7 +1,7 @@
 """Synthetic LLaMA and LLaVA-delta checkpoints of any size: seeded values, or sparse files of the true shapes that cost no disk.
 
-python benchmarks/synthetic.py FOLDER --size 13B --sparse        # base/ and delta/ of LLaVA-13B-delta-v0's shapes
-python benchmarks/synthetic.py FOLDER --gigabytes 2 --seed 1     # the same architecture with fewer layers, real values
+python -m benchmarks.synthetic FOLDER --size 13B --sparse        # base/ and delta/ of LLaVA-13B-delta-v0's shapes
+python -m benchmarks.synthetic FOLDER --gigabytes 2 --seed 1     # the same architecture with fewer layers, real values
 """
 
 from __future__ import annotations

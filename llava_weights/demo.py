@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,26 +41,27 @@ class Scene:
         return f"$ {typed}" if self.inside is None else f"$ (cd {shlex.quote(str(self.inside))} && {typed})"
 
 
-def run(folder: Path, console: Console) -> int:
+def run(folder: Path, console: Console, scenes: Callable[[Path], Iterable[Scene]] | None = None) -> int:
     """Make the toys in `folder`, play every scene, and return 0 or the exit code of the first command that did not end as it should.
 
+    The scenes are those of `demo_scenes`, unless others are given.
     Raises OutputError for a folder that holds anything but an earlier demo, or can't be written.
     """
     _clear(folder)
     try:
-        return _perform(folder, console)
+        return _perform(folder, console, scenes or demo_scenes)
     except (LlavaWeightsError, KeyboardInterrupt) as error:
         known = Interrupted.of(error) if isinstance(error, KeyboardInterrupt) else error
         known.kept = f"What was made is in `{folder}`"
         raise known from error
 
 
-def _perform(folder: Path, console: Console) -> int:
+def _perform(folder: Path, console: Console, scenes: Callable[[Path], Iterable[Scene]]) -> int:
     try:
         make_toys(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         _tell(console, f"Made a toy LLaMA and a LLaVA delta in {folder}: {size / 1e6:.1f} MB of random values, in the published layouts.")
-        for scene in _scenes(folder):
+        for scene in scenes(folder):
             if code := _play(scene, console):
                 return code
     except OSError as error:
@@ -70,7 +71,7 @@ def _perform(folder: Path, console: Console) -> int:
     return 0
 
 
-def _scenes(folder: Path) -> Iterator[Scene]:
+def demo_scenes(folder: Path) -> Iterator[Scene]:
     llama, delta, vicuna, lora, clip, llava, wrong, small, again, tuned, hub = (str(folder / name) for name in MADE)
     inspect, apply, make, merge, convert = (
         ("llava-weights", verb) for verb in ("inspect", "apply-delta", "make-delta", "merge-lora", "convert")

@@ -25,11 +25,11 @@ RETRIES = 3  # lost workers that one task may survive; a task that kills its wor
 ANSWER = 10  # seconds that a cluster has to take up the connection
 
 
-def completed(pool: Executor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
+def completed(pool: Executor, calls: Iterable[Callable[[], T]], *, in_flight: int = IN_FLIGHT) -> Iterator[T]:
     """Results of the calls, as they finish. After a failure nothing new begins, what can't be stopped is waited for and given too,
     and the first failure is raised at the end: nobody writes any more when this returns, and nothing that was finished is lost.
 
-    An interruption ends it too, where a `Shield` is open.
+    The pool has at most `in_flight` of the calls at a time. An interruption ends it too, where a `Shield` is open.
 
     Raises what a call raised, also where the pool wrapped it; OutputError where the pool itself broke.
     """
@@ -38,7 +38,7 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]]) -> Iterator[T]:
     stopped = False
     try:
         while left or running:
-            while left and len(running) < IN_FLIGHT:
+            while left and len(running) < in_flight:
                 running.add(pool.submit(left.popleft()))
             done, running = wait(running, GLANCE, FIRST_COMPLETED)
             for future in done:

@@ -221,10 +221,10 @@ def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic
                 hint="give the base that the adapter was trained on, with its tokens",
             )
         tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
-    return add_low_rank(tensor, [_oriented(update, tensor) for update in place.updates], arithmetic, name=name)
+    return add_low_rank(tensor, [oriented(update, tensor) for update in place.updates], arithmetic, name=name)
 
 
-def _oriented(update: LowRank, tensor: LazyTensor) -> LowRank:
+def oriented(update: LowRank, tensor: LazyTensor) -> LowRank:
     """A tensor is stored (out, in) or (in, out), which PEFT reads off the module's class; here the shapes tell, and for a
     square linear one the adapter's own word. Raises MismatchError for square experts, of which nothing tells."""
     turned = replace(update, fan_in_fan_out=not update.fan_in_fan_out)

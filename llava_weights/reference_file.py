@@ -184,9 +184,12 @@ def load_runner(checkpoint: Checkpoint, *, tower: Checkpoint | None, device: str
     return load_forward(checkpoint, dtype=dtype, device=device, resident=resident)
 
 
-def recorded(probe: Probe, outcome: Outcome, image: np.ndarray) -> Recorded:
-    """The part of an outcome that is kept: all places where there are few, else some of the text and some of the images."""
-    positions = _chosen(image, max(LEAST, LOGITS // outcome.logits.shape[1]))
+def recorded(probe: Probe, outcome: Outcome, image: np.ndarray, *, values: int = LOGITS) -> Recorded:
+    """The part of an outcome that is kept: all places where there are few, else some of the text and some of the images.
+
+    Some means: as many as have `values` logits, and at least LEAST.
+    """
+    positions = _chosen(image, max(LEAST, values // outcome.logits.shape[1]))
     hidden = {key: sketch(value, np.unique(np.linspace(0, len(value) - 1, PLACES).round())) for key, value in outcome.hidden.items()}
     return Recorded(probe, image, positions, outcome.logits[positions], hidden)
 

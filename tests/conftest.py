@@ -7,11 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import typer
+from hypothesis import settings
+from typer.testing import CliRunner
+
+from llava_weights.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
@@ -33,6 +39,12 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    # For tensors of some kilobytes a second thread of torch only waits, at full speed, and the workers of pytest share the cores.
+    # Tests of threads set their number themselves.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    settings.register_profile("patient", settings(), deadline=None)  # a busy machine is no failure
+    settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,11 +85,39 @@ def fixtures() -> Path:
     return ROOT / "fixtures"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _commands_are_built_once() -> Iterator[None]:
+    """`CliRunner` would build all of them anew for each that it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.testing._get_command", cache(typer.main.get_command), raising=False)
+        yield
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Callable[..., Finished]:
+    """Run `llava-weights ARGUMENTS` in this process, where torch is imported once: no terminal, stdin closed.
+
+    `cwd` defaults to the test's folder; `env` adds variables. Those that are read once, on import, need `process`.
+    """
+
+    def run(*arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> Finished:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd or tmp_path)
+            patch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+            done = CliRunner().invoke(app, [*map(str, arguments)], env=env)
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Finished(done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Callable[..., Finished]:
     """Run `python -m llava_weights ARGUMENTS` as a user would: its own process, a clean environment, no terminal, stdin closed.
 
-    `cwd` defaults to the test's folder; `env` adds variables.
+    For what only a process shows: exit codes and streams as a shell sees them, variables that are read on import, signals, memory.
+    Takes a second, most of it for `import torch`; `cli` doesn't.
     """
     clean = {
         "PATH": os.environ["PATH"],
@@ -88,6 +128,7 @@ def cli(tmp_path: Path) -> Callable[..., Finished]:
         "HTTP_PROXY": DEAD_PROXY,
         "NO_PROXY": "127.0.0.1,localhost",
         "LC_ALL": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
 

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import inputs, report, run
+from benchmarks.measure import Failed, measure
 from llava_weights.families.decoders import Size
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
-MODULES = ("cases", "growth", "inputs", "measure", "others", "picture", "report", "run", "synthetic")
 
 
-@pytest.fixture(scope="module")
-def suite() -> Iterator[SimpleNamespace]:
-    """The modules of benchmarks/, which are no package; their plain names are taken back afterwards."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import inputs
-    import measure
-    import report
-    import run
-
-    yield SimpleNamespace(inputs=inputs, measure=measure, report=report, run=run)
-    sys.path.remove(str(ROOT / "benchmarks"))
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def test_it_runs_as_a_script_and_as_a_module() -> None:
+    for command in (["-m", "benchmarks.run"], ["benchmarks/run.py"]):
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+        )
+        assert (done.returncode, b"--growth" in done.stdout) == (0, True), done.stderr
 
 
 def rows_of(table: str) -> list[dict[str, str]]:
@@ -42,48 +36,48 @@ def rows_of(table: str) -> list[dict[str, str]]:
     return [dict(zip(heading, row, strict=True)) for row in rows]
 
 
-def test_memory_and_bytes_of_a_grandchild_count(suite: SimpleNamespace, tmp_path: Path) -> None:
+def test_memory_and_bytes_of_a_grandchild_count(tmp_path: Path) -> None:
     """A shell's child that holds 64 MiB and writes 8 MiB: both belong to the run, though the process started is the shell."""
     program = "import time; held = bytearray(b'x' * (64 << 20)); open('OUT', 'wb').write(held[: 8 << 20]); time.sleep(0.2)"
-    run = suite.measure.measure(
+    found = measure(
         [("sh", "-ec", f'"{sys.executable}" -c "{program.replace("OUT", f"{tmp_path}/out/file")}"; true')], [], tmp_path / "out"
     )
-    assert 64 * MIB <= run.anonymous <= run.peak < 200 * MIB
-    assert 8 * MIB <= run.asked_written < 9 * MIB
-    assert run.wall >= 0.2 > 0 < run.cpu
+    assert 64 * MIB <= found.anonymous <= found.peak < 200 * MIB
+    assert 8 * MIB <= found.asked_written < 9 * MIB
+    assert found.wall >= 0.2 > 0 < found.cpu
 
 
-def test_steps_are_summed_and_the_output_is_new(suite: SimpleNamespace, tmp_path: Path) -> None:
+def test_steps_are_summed_and_the_output_is_new(tmp_path: Path) -> None:
     """Each command adds to the times; what an earlier run left in the output folder is gone."""
     step = ("sh", "-ec", f"sleep 0.1; mkdir {tmp_path}/out/made 2> /dev/null || test -e {tmp_path}/out/made")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("")
-    run = suite.measure.measure([step, step], [], tmp_path / "out")
-    assert run.wall >= 0.2
+    found = measure([step, step], [], tmp_path / "out")
+    assert found.wall >= 0.2
     assert not (tmp_path / "out" / "old").exists()
 
 
-def test_a_failure_tells_its_last_words(suite: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(suite.measure.Failed, match=r"^ValueError: no luck$"):
-        suite.measure.measure([(sys.executable, "-c", "raise ValueError('no luck')")], [], tmp_path / "out")
+def test_a_failure_tells_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match=r"^ValueError: no luck$"):
+        measure([(sys.executable, "-c", "raise ValueError('no luck')")], [], tmp_path / "out")
 
 
-def test_ratios_are_taken_within_a_round(suite: SimpleNamespace) -> None:
+def test_ratios_are_taken_within_a_round() -> None:
     """A machine that became three times as slow in one round changes no ratio, and a round that the other missed is left out."""
     ours = {"0": {"wall": 1.0}, "1": {"wall": 3.0}, "2": {"wall": 100.0}}
     other = {"0": {"wall": 2.0}, "1": {"wall": 6.0}}
-    assert suite.report.ratios(ours, other) == [2.0, 2.0]
-    assert (suite.report.spread([3.0, 1.0, 2.0]), suite.report.spread([2.001, 2.0])) == ("2.00 (1.00-3.00)", "2.00")
+    assert report.ratios(ours, other) == [2.0, 2.0]
+    assert (report.spread([3.0, 1.0, 2.0]), report.spread([2.001, 2.0])) == ("2.00 (1.00-3.00)", "2.00")
 
 
-def test_a_line_through_points_of_a_line(suite: SimpleNamespace) -> None:
-    assert suite.report.line([1, 2, 4], [5, 7, 11]) == pytest.approx((3, 2, 0))
-    assert suite.report.line([0, 1, 2], [0, 3, 0])[2] == pytest.approx(2)
+def test_a_line_through_points_of_a_line() -> None:
+    assert report.line([1, 2, 4], [5, 7, 11]) == pytest.approx((3, 2, 0))
+    assert report.line([0, 1, 2], [0, 3, 0])[2] == pytest.approx(2)
 
 
-def test_one_case_from_inputs_to_report(suite: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_case_from_inputs_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`convert` at a tiny size through main(): a program that is missing is listed, tables and picture parse, old text stays."""
-    cases = suite.run.make_cases
+    cases = run.make_cases
 
     def with_missing(inputs: object, out: Path) -> list[object]:
         case = next(case for case in cases(inputs, out) if case.name == "convert-rows")
@@ -95,15 +89,14 @@ def test_one_case_from_inputs_to_report(suite: SimpleNamespace, tmp_path: Path, 
         )
         return [replace(case, contenders=contenders)]
 
-    monkeypatch.setattr(suite.run, "make_cases", with_missing)
-    monkeypatch.setattr(suite.run, "TRIAL_GIGABYTES", 0.001)  # one layer
-    monkeypatch.setitem(suite.inputs.SIZES, "tiny", Size("tiny", 64, 1, 2, 176))
+    monkeypatch.setattr(run, "make_cases", with_missing)
+    monkeypatch.setattr(run, "TRIAL_GIGABYTES", 0.001)  # one layer
+    monkeypatch.setitem(inputs.SIZES, "tiny", Size("tiny", 64, 1, 2, 176))
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("# Old\n\n## Earlier figures\n\nas they were\n")
     sizes = ("--gigabytes", "0.001", "--width", "tiny", "--pairs", "1")
-    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "convert-rows", "--folder", f"{tmp_path}/bench", "--report", f"{page}", *sizes])
-    suite.run.main()
+    run.main(["--only", "convert-rows", "--folder", f"{tmp_path}/bench", "--report", f"{page}", *sizes])
 
     text = page.read_text()
     ours, copy = rows_of(text.partition("### convert-rows, cold cache")[2].partition("##")[0])

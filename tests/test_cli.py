@@ -1,4 +1,4 @@
-"""The command line as a user meets it: its own process, its exit codes, what it says, and what it survives."""
+"""The command line as a user meets it: its exit codes, what it says, and, in its own process, what it survives."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from benchmarks.synthetic import write_pair
+
 ROOT = Path(__file__).resolve().parent.parent
 Cli = Callable[..., Any]
 
@@ -30,9 +32,9 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_apply_delta_end_to_end(cli: Cli, inputs: list[str], fixtures: Path, tmp_path: Path) -> None:
+def test_apply_delta_end_to_end(process: Cli, inputs: list[str], fixtures: Path, tmp_path: Path) -> None:
     before = content(fixtures / "A-delta-v0")
-    code, out, err = cli("apply-delta", *inputs, "-o", "llava")
+    code, out, err = process("apply-delta", *inputs, "-o", "llava")
     assert (code, out) == (0, "")
     assert "add     21 tensors; embed_tokens and lm_head grow from 304 to 307 rows" in err
     assert "Wrote llava: 1 shard" in err
@@ -125,9 +127,9 @@ def test_exit_codes_and_words(cli: Cli, fixtures: Path, tmp_path: Path, case: st
             assert err.endswith("Nothing was written\n")
 
 
-def test_errors_as_json(cli: Cli, fixtures: Path) -> None:
+def test_errors_as_json(process: Cli, fixtures: Path) -> None:
     folder = fixtures / "A-delta-v0"
-    code, out, err = cli("apply-delta", "--base", folder / "delta-307-apr17", "--delta", folder / "base-hf-bin", "-o", "o", "--json")
+    code, out, err = process("apply-delta", "--base", folder / "delta-307-apr17", "--delta", folder / "base-hf-bin", "-o", "o", "--json")
     assert (code, out) == (3, "")
     assert {"type": "error", "code": 3, "what": "base and delta are swapped"}.items() <= json.loads(err).items()
 
@@ -166,9 +168,9 @@ def test_inspect(cli: Cli, fixtures: Path) -> None:
     assert document["layout"] == "llava"
 
 
-def test_demo_and_env_and_version(cli: Cli) -> None:
-    assert cli("--version").stdout == "llava-weights 0.2.0.dev0\n"
-    assert "torch" in cli("env").stdout
+def test_demo_and_env_and_version(process: Cli) -> None:
+    assert process("--version").stdout == "llava-weights 0.2.0.dev0\n"
+    assert "torch" in process("env").stdout
 
 
 def test_merge_lora(cli: Cli, fixtures: Path, tmp_path: Path) -> None:
@@ -201,9 +203,6 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pair that takes a moment to write: 16 MB of random values in LLaMA's shapes."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families.decoders import Size
 
     folder = tmp_path_factory.mktemp("pair")
@@ -231,8 +230,8 @@ def test_a_signal_stops_cleanly(pair: Path, tmp_path: Path, number: signal.Signa
     assert "are finished from an earlier run" in err
 
 
-def test_memory_stays_below_the_plans_promise(cli: Cli, pair: Path) -> None:
-    code, out, _ = cli("apply-delta", "--base", pair / "base", "--delta", pair / "delta", "-o", "out", "--json", "-j", "2")
+def test_memory_stays_below_the_plans_promise(process: Cli, pair: Path) -> None:
+    code, out, _ = process("apply-delta", "--base", pair / "base", "--delta", pair / "delta", "-o", "out", "--json", "-j", "2")
     plan, summary = (json.loads(out.splitlines()[line]) for line in (0, -1))
     assert code == 0
     assert 100 << 20 < summary["peak_memory"] <= plan["memory"] <= 400 << 20

@@ -93,7 +93,7 @@ def pairs(draw: st.DrawFn) -> tuple[str, torch.Tensor, torch.Tensor]:
     return kind, of_bits(a, kind, shape), of_bits(b, kind, shape)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(pairs(), st.sampled_from([16, 64, 1 << 20]), st.sampled_from([3, 1 << 17]), st.sampled_from([0.0, 1e-3, 2.0]))
 def test_numbers_are_those_that_torch_computes(
     pair: tuple[str, torch.Tensor, torch.Tensor], window: int, chunk: int, tolerance: float
@@ -119,7 +119,7 @@ def test_numbers_are_those_that_torch_computes(
         assert found.max_ulps == max((steps[0] - steps[1]).abs().tolist(), default=0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.sampled_from([np.float16, np.float32, np.float64]), st.floats(-4, 4, width=16), st.integers(1, 30), st.booleans())
 def test_ulps_count_the_steps_of_nextafter(kind: Any, start: float, steps: int, tiny: bool) -> None:
     first = last = kind(0.0 if tiny else start)  # across zero too

@@ -326,7 +326,7 @@ VALUES = st.none() | st.booleans() | st.integers(-3, 3000) | st.floats(-2, 3) | 
 FIELDS = ["bos_token_id", "eos_token_id", "do_sample", "temperature", "top_k", "top_p", "typical_p", "max_length", "num_beams", "use_cache"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(generation=st.dictionaries(st.sampled_from([*FIELDS, "repetition_penalty", "_x"]), VALUES))
 def test_any_generation_config_becomes_a_valid_one(generation: dict[str, Any]) -> None:
     from transformers import GenerationConfig
@@ -344,7 +344,7 @@ SOUND, SHAPES = small()
 KEYS = [*SOUND, "head_dim", "rope_scaling", "architectures", "torch_dtype", "mm_vision_tower", "max_sequence_length", "mm_hidden_size"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(config=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), NESTED, max_size=4), projector=st.booleans())
 def test_any_config_is_repaired_once_or_refused(config: dict[str, Any], projector: bool) -> None:
     shapes = with_projector(SHAPES, _=(48, 24)) if projector else SHAPES

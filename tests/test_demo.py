@@ -16,7 +16,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
-from llava_weights import apply_delta, demo, execute, make_plan, open_checkpoint
+from llava_weights import apply_delta, execute, make_plan, open_checkpoint
 from llava_weights.console import Console
 from llava_weights.conversion import convert
 from llava_weights.demo import MARK, MARKER, Scene, run
@@ -73,7 +73,7 @@ def published_delta(folder: Path) -> dict[str, torch.Tensor]:
     return first | second
 
 
-def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path: Path) -> None:
+def test_a_user_sees_the_whole_way(process: Callable[..., Any], toys: Path, tmp_path: Path) -> None:
     """Over an earlier demo, of which only what it made is deleted, and in a folder whose name needs quotes."""
     folder = tmp_path / "my demo"
     (folder / "llava").mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_a_user_sees_the_whole_way(cli: Callable[..., Any], toys: Path, tmp_path
     (folder / "notes.txt").write_text("the user's own")
     (folder / MARKER).write_bytes(MARK)
 
-    code, out, err = cli("demo", "my demo")
+    code, out, err = process("demo", "my demo")
 
     assert (code, err) == (0, ""), out
     assert "warning" not in out  # nothing is wrong, and names that differ are no warning
@@ -256,14 +256,10 @@ def test_whatever_is_no_earlier_demo_stays_as_it_is(kind: str, cli: Callable[...
     assert sorted(os.listdir(tmp_path)) == ["demo", "elsewhere"]
 
 
-def play(monkeypatch: pytest.MonkeyPatch, *scenes: Scene) -> None:
-    monkeypatch.setattr(demo, "_scenes", lambda folder: iter(scenes))
-
-
-def test_the_first_failure_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_failure_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     fails = Scene("Fails.", ("llava-weights", "inspect", str(tmp_path / "no")))
-    play(monkeypatch, Scene("Works.", ("true",)), fails, Scene("Never.", ("true",)))
-    assert run(tmp_path / "demo", Console()) == 3
+    scenes = Scene("Works.", ("true",)), fails, Scene("Never.", ("true",))
+    assert run(tmp_path / "demo", Console(), lambda folder: scenes) == 3
     out, err = capfd.readouterr()
     assert "does not exist" in out
     assert "exit code 3, expected 0" in out
@@ -273,33 +269,30 @@ def test_the_first_failure_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "Done" not in out
 
 
-def test_a_refusal_that_does_not_come_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch, Scene("Should be refused.", ("true",), code=3))
-    assert run(tmp_path / "demo", Console(out=io.StringIO())) == 1
+def test_a_refusal_that_does_not_come_is_a_failure(tmp_path: Path) -> None:
+    refused = Scene("Should be refused.", ("true",), code=3)
+    assert run(tmp_path / "demo", Console(out=io.StringIO()), lambda folder: [refused]) == 1
 
 
-def test_quiet_says_the_path_alone_and_a_failure_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    play(monkeypatch, Scene("Talks.", ("echo", "hello")))
-    out = io.StringIO()
-    assert run(tmp_path / "demo", Console(quiet=True, out=out)) == 0
+def test_quiet_says_the_path_alone_and_a_failure_in_full(tmp_path: Path) -> None:
+    out, talks, fails = io.StringIO(), Scene("Talks.", ("echo", "hello")), Scene("Talks.", ("sh", "-c", "echo oops >&2; exit 7"))
+    assert run(tmp_path / "demo", Console(quiet=True, out=out), lambda folder: [talks]) == 0
     assert out.getvalue() == f"{tmp_path / 'demo'}\n"
-    play(monkeypatch, Scene("Talks.", ("sh", "-c", "echo oops >&2; exit 7")))
-    assert run(tmp_path / "demo", Console(quiet=True, out=out)) == 7
+    assert run(tmp_path / "demo", Console(quiet=True, out=out), lambda folder: [fails]) == 7
     assert "oops" in out.getvalue()
 
 
 @pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
-def test_interrupted_it_says_what_is_left(raised: type[BaseException], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_it_says_what_is_left(raised: type[BaseException], code: int, tmp_path: Path) -> None:
     def interrupt(folder: Path) -> Iterator[Scene]:
         raise raised
 
-    monkeypatch.setattr(demo, "_scenes", interrupt)
     with pytest.raises(Interrupted) as caught:
-        run(tmp_path / "demo", Console(out=io.StringIO()))
+        run(tmp_path / "demo", Console(out=io.StringIO()), interrupt)
     assert caught.value.exit_code == code
     assert caught.value.kept == f"What was made is in `{tmp_path / 'demo'}`"
-    play(monkeypatch, Scene("Works.", ("true",)))
-    assert run(tmp_path / "demo", Console(out=io.StringIO())) == 0, "what is left is an earlier demo"
+    works = Scene("Works.", ("true",))
+    assert run(tmp_path / "demo", Console(out=io.StringIO()), lambda folder: [works]) == 0, "what is left is an earlier demo"
 
 
 def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_the_smallest_changes_still_tell_a_wrong_base(index: Index, mistake: str
 
 
 @pytest.mark.parametrize("base_std", [0.005, 0.02, 0.2])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 1 << 30), relative=st.floats(1e-3, 0.3))
 def test_no_right_base_is_ever_blamed(tmp_path_factory: pytest.TempPathFactory, base_std: float, seed: int, relative: float) -> None:
     random = np.random.default_rng(seed)

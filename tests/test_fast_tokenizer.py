@@ -136,7 +136,7 @@ def test_tokens_of_2023_take_the_blanks_around_them_along() -> None:
         assert all(entry["special"] and not entry["normalized"] for entry in decoder.values())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(st.sampled_from("the man \n\u2581<s>x0Ae\u00e9\U0001f600") | st.characters(exclude_categories=("Cs",)), max_size=30))
 @example(text="  two  blanks ")
 @example(text="<0x41>")
@@ -369,7 +369,7 @@ KEYS = st.sampled_from(["model", "added_tokens", "normalizer", "pre_tokenizer", 
 CONFIG_KEYS = st.sampled_from(["added_tokens_decoder", "bos_token", "eos_token", "pad_token", "model_max_length", "tokenizer_class"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     changes=st.dictionaries(KEYS, JSON, max_size=2),
     config=st.dictionaries(CONFIG_KEYS, JSON, max_size=2),

@@ -20,7 +20,7 @@ from llava_weights.formats.folder import WeightFiles, index_file, index_folder, 
 from llava_weights.tensors import LazyTensor
 from llava_weights.workspace import Workspace
 
-PATIENT = settings(deadline=None, max_examples=60)  # a busy machine is no failure
+PATIENT = settings(max_examples=60)
 Layout = dict[str, list[str]]  # file name -> its tensors
 NUMBERS = {name: float(number) for number, name in enumerate("abcdefgh")}
 

@@ -455,7 +455,7 @@ def test_every_reference_input_is_copied(fixtures: Path, tmp_path: Path) -> None
     assert copied > 20
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_rows_that_are_zero_are_never_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Any rows of a vocabulary table or a delta, in files with any alignment."""

@@ -21,6 +21,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.synthetic import llama_config, shapes, write_base, write_delta, write_llava, write_lora
 from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
 from llava_weights.comparison import diff
 from llava_weights.conversion import convert
@@ -36,8 +37,6 @@ from llava_weights.verification import checksum, verify
 from llava_weights.write import execute
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from synthetic import llama_config, shapes, write_base, write_delta, write_llava, write_lora  # noqa: E402
 
 VOCABULARY = 64
 Arrays = dict[str, np.ndarray]
@@ -286,10 +285,10 @@ def test_odd_names_and_shapes(odd: Path, tmp_path: Path) -> None:
     assert (tmp_path / "joined/model.safetensors").read_bytes() == (odd / "model.safetensors").read_bytes()
 
 
-def test_odd_names_on_the_command_line(odd: Path, cli: Callable[..., Any]) -> None:
+def test_odd_names_on_the_command_line(odd: Path, cli: Callable[..., Any], process: Callable[..., Any]) -> None:
     """All of a name in `--json`, and no line without end for people; stdout is clean UTF-8 also where the locale is C."""
     written = cli("checksum", odd, "--json")
-    shown = cli("inspect", odd, "--tensors", "--json", env={"LC_ALL": "C", "PYTHONUTF8": "0"})
+    shown = process("inspect", odd, "--tensors", "--json", env={"LC_ALL": "C", "PYTHONUTF8": "0"})
     assert (written.code, shown.code) == (0, 0)
     assert LONG in json.loads(shown.stdout.splitlines()[-1])["tensors"]
 
@@ -333,8 +332,7 @@ def test_a_65b_is_promised_the_memory_of_a_small_one(giants: Path, command: str)
 def test_a_shard_of_a_65b_keeps_the_promise(giants: Path, tmp_path: Path, command: str) -> None:
     """One of 28 shards, written by a process of its own: 5 GB of true work, in the memory of the whole plan."""
     code = (
-        "import sys; from pathlib import Path\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from pathlib import Path\n"
         "from test_load import GIANTS\n"
         "from llava_weights.plan import make_plan\n"
         "from llava_weights.report import peak_memory\n"
@@ -343,7 +341,8 @@ def test_a_shard_of_a_65b_keeps_the_promise(giants: Path, tmp_path: Path, comman
         f"result = write_shard(plan.shards[3], Path({str(tmp_path)!r}), plan.settings)\n"
         "print(plan.shards[3].nbytes, result.nbytes, peak_memory(), plan.memory)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     planned, written, peak, promise = map(int, done.stdout.split())
     assert 4_000_000_000 < planned < written

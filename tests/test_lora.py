@@ -308,7 +308,7 @@ def test_bad_words(fixtures: Path) -> None:
 def test_square_experts_are_refused(tmp_path: Path) -> None:
     """Which way they are stored decides the result, and neither names nor shapes tell."""
     from llava_weights.formats.safetensors import index_safetensors
-    from llava_weights.lora import _oriented
+    from llava_weights.lora import oriented
     from llava_weights.low_rank import LowRank
 
     save_file(
@@ -318,7 +318,7 @@ def test_square_experts_are_refused(tmp_path: Path) -> None:
     found = index_safetensors(tmp_path / "x.safetensors")[0]
     update = LowRank(kind="parameter", a=found["a"], b=found["b"], scale=1.0)
     with pytest.raises(MismatchError, match="square"):
-        _oriented(update, found["w"])
+        oriented(update, found["w"])
 
 
 def test_a_projector_alone_onto_a_text_model(fixtures: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -152,9 +153,23 @@ def updates_of(model: nn.Module, stored: Mapping[str, LazyTensor]) -> dict[str, 
     return found
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """As many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_bits_as_peft(case: str, bases: dict[str, dict[str, LazyTensor]], tmp_path: Path) -> None:
-    """Base and adapter in three dtypes each, factors widened or not, merged safely or not: 36 merges."""
+    """Base and adapter in three dtypes each, factors widened or not, merged safely or not: 36 merges.
+
+    Twelve of them on two threads of torch; ours takes one.
+    """
     from peft import PeftModel
 
     for stored_dtype in DTYPES:
@@ -163,7 +178,7 @@ def test_same_bits_as_peft(case: str, bases: dict[str, dict[str, LazyTensor]], t
             write_adapter(case, stored_dtype, folder)
         stored = dict(index_safetensors(folder / "adapter_model.safetensors")[0])
         for base_dtype, widen, safe in product(DTYPES, (True, False), (True, False)):
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"), threads(2 if stored_dtype == "BF16" else 1):
                 model = PeftModel.from_pretrained(copy.deepcopy(net(base_dtype)), folder, autocast_adapter_dtype=widen)
                 updates = updates_of(model, stored)
                 merged = model.merge_and_unload(safe_merge=safe).state_dict()
@@ -263,7 +278,7 @@ def example(folder: Path, label: str, dtype: str = "F16", *, seed: int = 0, dora
 def test_bits_and_counts_do_not_depend_on_the_rows_asked_for(label: str, dora: bool, tmp_path: Path) -> None:
     base, update = example(tmp_path, label, dora=dora)
 
-    @settings(max_examples=3, deadline=None, database=None)
+    @settings(max_examples=3, database=None)
     @given(st.sets(st.integers(1, base.rows - 1), max_size=5))
     def check(cuts: set[int]) -> None:
         for arithmetic in ARITHMETICS:
@@ -363,7 +378,7 @@ def ulp(value: float, dtype: torch.dtype) -> Fraction:
     return Fraction(2) ** (exponent - 1) * Fraction(info.eps)
 
 
-@settings(max_examples=40, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=40, database=None, phases=[Phase.explicit, Phase.generate])
 @given(st.lists(NUMBERS, min_size=20, max_size=20), st.sampled_from(sorted(DTYPES)))
 def test_exact_is_the_number_nearest_to_the_truth(tmp_path_factory: Any, numbers: list[float], dtype: str) -> None:
     b, a, w = torch.tensor(numbers[:8]).view(2, 4), torch.tensor(numbers[8:16]).view(4, 2), torch.tensor(numbers[16:]).view(2, 2)
@@ -378,7 +393,7 @@ def test_exact_is_the_number_nearest_to_the_truth(tmp_path_factory: Any, numbers
         assert abs(Fraction(merged[i, j].item()) - truth) <= ulp(float(truth), DTYPES[dtype]) / 2 + noise
 
 
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=25, database=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 600), st.sampled_from([1.0, 1e3, 1e6]))
 def test_slices_multiply_exactly_in_any_order(seed: int, rank: int, spread: float) -> None:
     random = np.random.default_rng(seed)
@@ -417,7 +432,7 @@ def test_rounds_once(dtype: str) -> None:
 
 
 @given(st.integers(0, 40), st.integers(1, 40))
-@settings(deadline=None, database=None)
+@settings(database=None)
 def test_row_sums(rows: int, columns: int) -> None:
     values = torch.arange(rows * columns, dtype=torch.float64).view(rows, columns)
     assert row_sums(values).tolist() == values.sum(1).tolist()

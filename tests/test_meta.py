@@ -150,7 +150,7 @@ def test_grouped_key_and_value_heads(tmp_path: Path, count: int) -> None:
     assert (config["num_key_value_heads"], config["rope_theta"], config["torch_dtype"]) == (4, 5e5, "bfloat16")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 310))
 def test_windows_of_any_size_give_the_same_bytes(step: int) -> None:
     check(index_meta(META)[0], hugging_face(), step)

@@ -90,8 +90,8 @@ def test_public_names_exist() -> None:
         _ = llava_weights.no_such_name
 
 
-def test_help_lists_every_command(cli: Callable[..., tuple[int, str, str]]) -> None:
-    code, stdout, stderr = cli("--help")
+def test_help_lists_every_command(process: Callable[..., tuple[int, str, str]]) -> None:
+    code, stdout, stderr = process("--help")
     assert (code, stderr) == (0, "")
     assert [command for command in COMMANDS if not re.search(rf"^ +{command}\b", stdout, re.M)] == []
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_weights import predict, published
-from llava_weights.families import deltas
 from llava_weights.checkpoint import Checkpoint, open_checkpoint
 from llava_weights.delta import apply_delta
 from llava_weights.errors import InputError, MismatchError
 from llava_weights.events import Event, Progress
+from llava_weights.families import deltas
 from llava_weights.families.deltas import KNOWN_DELTAS, KnownDelta
 from llava_weights.findings import exit_code
 from llava_weights.plan import make_plan

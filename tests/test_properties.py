@@ -31,7 +31,7 @@ from llava_weights.tower import tower_shapes
 from llava_weights.workspace import DropBehind, Record, SourceFile, Workspace, crc_errors
 from llava_weights.write import execute
 
-LAWS = settings(max_examples=50, deadline=None, derandomize=True)
+LAWS = settings(max_examples=50, derandomize=True)
 FEW = settings(LAWS, max_examples=15)  # where each one writes files, or goes through hundreds of names
 
 DTYPES = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.uint8])

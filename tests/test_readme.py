@@ -171,8 +171,8 @@ def test_what_is_shown_is_what_is_printed(shelf: Path, command: str) -> None:
 
 
 def convert_one(shelf: Path) -> None:
-    made = run("llava-weights convert llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 -o llava-v1.5-7b-hf -q", shelf)
-    assert made.returncode == 0, made.stderr
+    code, output = run_here("llava-weights convert llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 -o llava-v1.5-7b-hf -q", shelf)
+    assert code == 0, output
 
 
 def test_the_action_and_the_pytest_example_run(shelf: Path) -> None:

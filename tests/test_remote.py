@@ -15,6 +15,7 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 
+from benchmarks.synthetic import write_pair
 from llava_weights import patience, ranges, remote, web
 from llava_weights.adapter import open_adapter
 from llava_weights.checkpoint import Checkpoint, open_checkpoint
@@ -61,9 +62,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, `delta` and what they make, `out`, in shards of 100 kB; matrices so small that samples of them are one request each."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families.decoders import Size
 
     folder = tmp_path_factory.mktemp("pair")
@@ -152,9 +150,6 @@ def test_zeros_where_values_should_be(hub: HubServer, pair: Path, tmp_path: Path
 @pytest.mark.slow
 def test_all_that_is_transferred(hub: HubServer, tmp_path: Path) -> None:
     """Headers, small files and the samples of the checks included, of 300 MB no more than 2 % come twice."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families.decoders import Size
 
     write_pair(tmp_path, Size("middle", 2048, 2, 8, 5504), vocabulary=4000, seed=1, sparse=True)
@@ -182,9 +177,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, plan.memory)
 @pytest.mark.slow
 def test_the_memory_promise(hub: HubServer, tmp_path: Path) -> None:
     """A process that reads 270 MB over the network, by as many workers as fit into what it may take, stays below its promise."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families.decoders import Size
 
     write_pair(tmp_path, Size("middle", 2048, 1, 8, 5504), vocabulary=4000, seed=1, sparse=True)

@@ -119,13 +119,13 @@ ANSWERS: dict[str, tuple[int, dict[str, str]]] = {
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize("form", ["--json", "-v"])
-def test_the_hub_may_answer_what_it_likes(answer: str, form: str, cli: Callable[..., Any]) -> None:
+def test_the_hub_may_answer_what_it_likes(answer: str, form: str, process: Callable[..., Any]) -> None:
     """Its address has a password, its answers hold the token that was sent, and signed addresses."""
     with HubServer() as hub:
         hub.refuse = ANSWERS[answer]
         address = hub.url.replace("://", f"://user:{PASSWORD}@")
         variables = {**VALUES, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "", "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
-        code, out, err = cli("inspect", "owner/name", form, env=variables)
+        code, out, err = process("inspect", "owner/name", form, env=variables)
         assert hub.requests
     assert (code, [secret for secret in PLANTED if secret in out + err]) == (6, [])
     assert "error" in err

@@ -25,8 +25,18 @@ from llava_weights.errors import InputError, OutputError, UsageError, Verificati
 from llava_weights.families.layouts import canonical
 from llava_weights.forward import Probe
 from llava_weights.lora import merge_lora, open_weighted
-from llava_weights.probes import built_in_probes, find_sight, pattern, table_ids
-from llava_weights.reference_file import Recorded, Recording, make_recording, read_recording, record, sketch, write_recording
+from llava_weights.probes import built_in_probes, find_sight, image_places, pattern, table_ids
+from llava_weights.reference_file import (
+    Recorded,
+    Recording,
+    load_runner,
+    make_recording,
+    read_recording,
+    record,
+    recorded,
+    sketch,
+    write_recording,
+)
 from llava_weights.sample import PARAGRAPH, sample
 from llava_weights.smoke import Smoke, compare, compare_original, smoke_test
 from llava_weights.tensors import LazyTensor
@@ -441,9 +451,11 @@ def test_a_recording_is_run_again_as_it_was(world: World, tmp_path: Path) -> Non
         record(world.good("D"), path)
 
 
-def test_long_probes_keep_some_places_of_text_and_images(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_weights.reference_file.LOGITS", 1)
-    (one,) = make_recording(world.good("D"), [p for p in built_in_probes(world.good("D")) if p.name == "image"]).probes
+def test_long_probes_keep_some_places_of_text_and_images(world: World) -> None:
+    model = world.good("D")
+    probe = next(probe for probe in built_in_probes(model) if probe.name == "image")
+    outcome = load_runner(model, tower=None, device="cpu", dtype="F32", resident=False)(probe)
+    one = recorded(probe, outcome, image_places(model, probe, len(outcome.logits)), values=1)
     assert len(one.positions) == len(one.logits) == 16
     assert one.image[one.positions].sum() == 8
     assert one.positions[-1] == len(one.image) - 1

@@ -61,7 +61,7 @@ def test_operations_equal_torch_whatever_the_window(tmp_path: Path, step: int | 
         assert whole(lazy, step) == expected, lazy
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_add_rounds_once_for_any_bits(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     bits = st.lists(st.integers(-32768, 32767), min_size=8, max_size=8)

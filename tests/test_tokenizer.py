@@ -314,7 +314,7 @@ LISTING = st.lists(NAMES.filter(lambda name: name != "<s>"), unique=True).map(la
 DECODER = st.dictionaries(st.integers(0, 310).map(str) | st.text(max_size=3), TOKEN, max_size=3)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     special=st.dictionaries(st.sampled_from(KEYS), TOKEN),
     config=st.dictionaries(st.sampled_from(KEYS), TOKEN | DECODER),
@@ -385,7 +385,7 @@ def read_or_refused(data: bytes) -> None:
     assert "tokenizer.model" in refusal
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.binary(max_size=60) | st.builds(lambda at: TINY[:at], st.integers(0, len(TINY))))
 @example(data=b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
 @example(data=b"\x0a\x80")
@@ -396,7 +396,7 @@ def test_hostile_bytes_are_read_or_refused(data: bytes) -> None:
     read_or_refused(data)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(place=st.integers(0, len(TINY) * 8 - 1))
 def test_a_flipped_bit_is_read_or_refused(place: int) -> None:
     data = bytearray(TINY)

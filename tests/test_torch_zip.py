@@ -637,7 +637,7 @@ PIECES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(PIECES), max_size=25))
 def test_any_sequence_of_known_opcodes_raises_nothing_else(tmp_path: Path, pieces: list[bytes]) -> None:
     index_or_refuse(build(tmp_path, program(b"".join(pieces))))

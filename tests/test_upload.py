@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import struct
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +20,7 @@ import pytest
 from hub_uploads import UploadHub
 from huggingface_hub import constants
 
+from benchmarks.synthetic import write_pair
 from llava_weights import destination, job, patience, ranges, web
 from llava_weights.checkpoint import open_checkpoint
 from llava_weights.conversion import convert
@@ -136,9 +136,6 @@ def bucket(server: tuple[Any, Any]) -> Iterator[Bucket]:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, `delta` and what they make, `out`, in shards of 200 kB."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from synthetic import write_pair
-
     from llava_weights.families.decoders import Size
 
     folder = tmp_path_factory.mktemp("pair")
@@ -329,7 +326,7 @@ def test_stopped_in_the_middle(place: Any, pair: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("moment", [1, 3, 4])
-def test_killed(hub: UploadHub, cli: Callable[..., Any], pair: Path, tmp_path: Path, moment: int) -> None:
+def test_killed(hub: UploadHub, process: Callable[..., Any], pair: Path, tmp_path: Path, moment: int) -> None:
     """SIGKILL while a shard arrives; then the same command."""
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = ["apply-delta", "--base", pair / "base", "--delta", pair / "delta", "-o", "hf://owner/out", "--max-shard-size", "200kB"]
@@ -339,10 +336,10 @@ def test_killed(hub: UploadHub, cli: Callable[..., Any], pair: Path, tmp_path: P
             os.kill(int((tmp_path / "out.partial" / "lock").read_text()), signal.SIGKILL)
 
     hub.watch = kill
-    assert cli(*command, env=environment).code == -signal.SIGKILL
+    assert process(*command, env=environment).code == -signal.SIGKILL
     assert set(hub.files("owner/out")) == {".gitattributes"}
     hub.watch = lambda: None
-    done = cli(*command, env=environment)
+    done = process(*command, env=environment)
     assert done.code == 0
     assert TOKEN not in done.stdout + done.stderr
     found = {name: data for name, data in hub.files("owner/out").items() if not name.startswith(".")}

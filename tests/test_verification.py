@@ -521,7 +521,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(model: Path) -> None:
     assert (found.files, found.tensors) == ({}, {})
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=8, max_size=400), dtype=st.sampled_from(sorted(NUMPY)), shift=st.integers(0, 7), window=st.integers(1, 40))
 def test_inf_and_nan_are_counted_as_numpy_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, dtype: str, shift: int, window: int

@@ -144,9 +144,9 @@ def test_an_address_of_the_users_that_is_none(address: str) -> None:
         ("http://u:pa/ss@127.0.0.1:9", "hf://o/n"),
     ],
 )
-def test_an_endpoint_that_is_no_address(cli: Any, endpoint: str, source: str) -> None:
+def test_an_endpoint_that_is_no_address(process: Any, endpoint: str, source: str) -> None:
     """In a process of its own: huggingface_hub reads the variable on import, and fails there."""
-    done = cli("inspect", source, env={"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": ""})
+    done = process("inspect", source, env={"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": ""})
     assert done.code == 6
     assert "error: `HF_ENDPOINT` is no address" in done.stderr
     assert "pa/ss" not in done.stderr
