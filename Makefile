@@ -45,7 +45,7 @@ oldest: $(PEERS)/oldest/.stamp
 
 docs: $(READY)
 	@mkdir -p docs
-	@$(BIN)/python -m typer llava_weights.cli utils docs --name llava-weights --output docs/cli.md
+	@$(BIN)/python -m typer llava_weights.cli.main utils docs --name llava-weights --output docs/cli.md
 
 clean:
 	rm -rf $(VENV) $(PEERS) demo bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

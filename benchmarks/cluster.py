@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import cut_to, write_pair
-from llava_weights.checkpoint import open_checkpoint
-from llava_weights.delta import apply_delta
+from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.events import Event, ShardDone
-from llava_weights.executors import open_executor
 from llava_weights.families.decoders import LLAMA_SIZES
-from llava_weights.plan import Plan, make_plan
-from llava_weights.write import execute
+from llava_weights.transforms.delta import apply_delta
+from llava_weights.write.execute import execute
+from llava_weights.write.executors import open_executor
+from llava_weights.write.plan import Plan, make_plan
 
 STORE = 80 << 20  # bytes of Ray's object store, which nothing of ours goes through
 SHARDS = 16

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_weights.checkpoint.tower import tower_shapes
 from llava_weights.families.decoders import LLAMA_SIZES, Size
 from llava_weights.formats.safetensors import make_header
-from llava_weights.tensors import LazyTensor
-from llava_weights.tower import tower_shapes
+from llava_weights.tensors.lazy import LazyTensor
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 TOKENIZER = FIXTURES / "common" / "tokenizer" / "tokenizer.model"

@@ -17,20 +17,17 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:  # what type checkers see; a test holds it against the table below
-    from .adapter import Adapter as Adapter
-    from .adapter import Module as Module
-    from .adapter import open_adapter as open_adapter
-    from .checkpoint import Checkpoint as Checkpoint
-    from .checkpoint import Origin as Origin
-    from .checkpoint import Source as Source
-    from .checkpoint import Step as Step
-    from .checkpoint import open_checkpoint as open_checkpoint
-    from .comparison import Difference as Difference
-    from .comparison import TensorDifference as TensorDifference
-    from .comparison import diff as diff
-    from .conversion import convert as convert
-    from .delta import apply_delta as apply_delta
-    from .delta import make_delta as make_delta
+    from .checkpoint.checkpoint import Checkpoint as Checkpoint
+    from .checkpoint.checkpoint import Origin as Origin
+    from .checkpoint.checkpoint import Source as Source
+    from .checkpoint.checkpoint import Step as Step
+    from .checkpoint.checkpoint import open_checkpoint as open_checkpoint
+    from .checks.diff import Difference as Difference
+    from .checks.diff import TensorDifference as TensorDifference
+    from .checks.diff import diff as diff
+    from .checks.verify import Verification as Verification
+    from .checks.verify import checksum as checksum
+    from .checks.verify import verify as verify
     from .errors import HubError as HubError
     from .errors import InputError as InputError
     from .errors import Interrupted as Interrupted
@@ -47,49 +44,102 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .events import ShardDone as ShardDone
     from .events import Started as Started
     from .findings import Finding as Finding
-    from .forward import Probe as Probe
-    from .lora import merge_lora as merge_lora
-    from .low_rank import Arithmetic as Arithmetic
-    from .plan import Plan as Plan
-    from .plan import Settings as Settings
-    from .plan import Shard as Shard
-    from .plan import make_plan as make_plan
-    from .portions import Portion as Portion
-    from .portions import PortionReport as PortionReport
-    from .portions import execute_portion as execute_portion
-    from .portions import to_portion as to_portion
-    from .reference_file import Recorded as Recorded
-    from .reference_file import Recording as Recording
-    from .reference_file import read_recording as read_recording
-    from .reference_file import record as record
-    from .smoke import Row as Row
-    from .smoke import Smoke as Smoke
-    from .smoke import smoke_test as smoke_test
-    from .tensors import LazyTensor as LazyTensor
-    from .verification import Verification as Verification
-    from .verification import checksum as checksum
-    from .verification import verify as verify
-    from .write import Report as Report
-    from .write import execute as execute
+    from .smoke.forward import Probe as Probe
+    from .smoke.logits import Row as Row
+    from .smoke.logits import Smoke as Smoke
+    from .smoke.logits import smoke_test as smoke_test
+    from .smoke.recording import Recorded as Recorded
+    from .smoke.recording import Recording as Recording
+    from .smoke.recording import read_recording as read_recording
+    from .smoke.recording import record as record
+    from .tensors.lazy import LazyTensor as LazyTensor
+    from .tensors.low_rank import Arithmetic as Arithmetic
+    from .transforms.adapter import Adapter as Adapter
+    from .transforms.adapter import Module as Module
+    from .transforms.adapter import open_adapter as open_adapter
+    from .transforms.convert import convert as convert
+    from .transforms.delta import apply_delta as apply_delta
+    from .transforms.delta import make_delta as make_delta
+    from .transforms.lora import merge_lora as merge_lora
+    from .write.execute import Report as Report
+    from .write.execute import execute as execute
+    from .write.plan import Plan as Plan
+    from .write.plan import Settings as Settings
+    from .write.plan import Shard as Shard
+    from .write.plan import make_plan as make_plan
+    from .write.portions import Portion as Portion
+    from .write.portions import PortionReport as PortionReport
+    from .write.portions import execute_portion as execute_portion
+    from .write.portions import to_portion as to_portion
 
 _FROM = {
-    "checkpoint": ("Checkpoint", "Origin", "Source", "Step", "open_checkpoint"),
-    "tensors": ("LazyTensor",),
-    "delta": ("apply_delta", "make_delta"),
-    "adapter": ("Adapter", "Module", "open_adapter"),
-    "lora": ("merge_lora",),
-    "low_rank": ("Arithmetic",),
-    "conversion": ("convert",),
-    "plan": ("Plan", "Settings", "Shard", "make_plan"),
-    "write": ("Report", "execute"),
-    "portions": ("Portion", "PortionReport", "execute_portion", "to_portion"),
-    "verification": ("Verification", "checksum", "verify"),
+    "checkpoint.checkpoint": (
+        "Checkpoint",
+        "Origin",
+        "Source",
+        "Step",
+        "open_checkpoint",
+    ),
+    "tensors.lazy": ("LazyTensor",),
+    "transforms.delta": (
+        "apply_delta",
+        "make_delta",
+    ),
+    "transforms.adapter": (
+        "Adapter",
+        "Module",
+        "open_adapter",
+    ),
+    "transforms.lora": ("merge_lora",),
+    "tensors.low_rank": ("Arithmetic",),
+    "transforms.convert": ("convert",),
+    "write.plan": (
+        "Plan",
+        "Settings",
+        "Shard",
+        "make_plan",
+    ),
+    "write.execute": (
+        "Report",
+        "execute",
+    ),
+    "write.portions": (
+        "Portion",
+        "PortionReport",
+        "execute_portion",
+        "to_portion",
+    ),
+    "checks.verify": (
+        "Verification",
+        "checksum",
+        "verify",
+    ),
     "findings": ("Finding",),
-    "forward": ("Probe",),
-    "comparison": ("Difference", "TensorDifference", "diff"),
-    "smoke": ("Row", "Smoke", "smoke_test"),
-    "reference_file": ("Recorded", "Recording", "read_recording", "record"),
-    "events": ("Event", "Note", "Progress", "ReadingBack", "ShardDone", "Started"),
+    "smoke.forward": ("Probe",),
+    "checks.diff": (
+        "Difference",
+        "TensorDifference",
+        "diff",
+    ),
+    "smoke.logits": (
+        "Row",
+        "Smoke",
+        "smoke_test",
+    ),
+    "smoke.recording": (
+        "Recorded",
+        "Recording",
+        "read_recording",
+        "record",
+    ),
+    "events": (
+        "Event",
+        "Note",
+        "Progress",
+        "ReadingBack",
+        "ShardDone",
+        "Started",
+    ),
     "errors": (
         "HubError",
         "InputError",

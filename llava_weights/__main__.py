@@ -1,5 +1,5 @@
 """`python -m llava_weights`: the command line without the installed script."""
 
-from .cli import main
+from .cli.main import main
 
 main()

@@ -1,6 +1,6 @@
 """Every way in which a run can end badly, each with its exit code.
 
-An error says what happened with the names in it, the facts that led there, and one thing to do. Only `console.py` prints it.
+An error says what happened with the names in it, the facts that led there, and one thing to do. Only `cli/console.py` prints it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 
-from .wording import redact
+from .text import redact
 
 MOST_JOBS = 64  # threads: more only wait for each other
 NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "failed to map segment")  # glibc's and torch's words

@@ -1,4 +1,4 @@
-"""What the engine tells whoever listens. The library never prints; `console.py` turns these into text or JSON lines."""
+"""What the engine tells whoever listens. The library never prints; `cli/console.py` turns these into text or JSON lines."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ LEVELS = {
     "L0": "structure", "L1": "values", "L2": "files", "L3": "tensors", "L4": "sources", "L5": "smoke", "against": "against",
     "published": "published", "recorded": "recorded",
 }  # fmt: skip
-# The rules that are no row of a table in agreement.py or agreement_hf.py, by the names that `--allow` takes.
+# The rules that are no row of a table in checks/rules_original.py or checks/rules_llava_hf.py, by the names that `--allow` takes.
 RULES = {
     "structure": "names, shapes, sizes and index of the weight files",
     "unlisted-file": "a file that the manifest or SHA256SUMS does not list",

@@ -17,7 +17,7 @@ import typer
 from hypothesis import settings
 from typer.testing import CliRunner
 
-from llava_weights.cli import app
+from llava_weights.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")

@@ -12,13 +12,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_weights.cli import app
-from llava_weights.console import Console
+from llava_weights.cli.console import Console
+from llava_weights.cli.main import app
 from llava_weights.events import Event
-from llava_weights.plan import Plan
-from llava_weights.write import execute
+from llava_weights.write.execute import execute
+from llava_weights.write.plan import Plan
 
-PRELOADED = ("torch", *(f"llava_weights.{name}" for name in ("cli", "delta", "lora", "conversion", "write", "verification", "report")))
+PRELOADED = (
+    "torch",
+    *(
+        f"llava_weights.{name}"
+        for name in (
+            "cli.main",
+            "transforms.delta",
+            "transforms.lora",
+            "transforms.convert",
+            "write.execute",
+            "checks.verify",
+            "cli.report",
+        )
+    ),
+)
 
 
 def fork_server() -> Any:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from llava_weights import stream
+from llava_weights.write import shard
 
 # Every call by the name that a fault gives it: where it is found, under which names.
 CALLS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -40,8 +40,8 @@ CALLS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "fadvise": (os, ("posix_fadvise",)),
     "statvfs": (os, ("statvfs",)),
     "flock": (fcntl, ("flock",)),
-    "fallocate": (stream, ("_fallocate",)),
-    "sync_file_range": (stream, ("_sync_file_range",)),
+    "fallocate": (shard, ("_fallocate",)),
+    "sync_file_range": (shard, ("_sync_file_range",)),
 }
 FROM_LIBC = ("fallocate", "sync_file_range")
 INSIDE_FILES = ("read", "write")  # of the raw files under `open(...)`

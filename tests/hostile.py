@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from formats.test_folder import INDEX, SHARDS, write, write_index
+from formats.test_safetensors import HOSTILE as HEADERS
+from formats.test_safetensors import build as header_file
+from formats.test_safetensors import entry
+from formats.test_torch_zip import DATA, FILES, PICKLES, SOUND, build, dict_of, patched, tensor
 from safetensors.numpy import load_file, save_file
-from test_folder import INDEX, SHARDS, write, write_index
-from test_safetensors import HOSTILE as HEADERS
-from test_safetensors import build as header_file
-from test_safetensors import entry
-from test_torch_zip import DATA, FILES, PICKLES, SOUND, build, dict_of, patched, tensor
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 PLACES = {
@@ -245,7 +245,7 @@ def deep(levels: int) -> bytes:
 
 
 def torch_case(number: int, name: str) -> Case:
-    """One of the pickles or files of test_torch_zip.py."""
+    """One of the pickles or files of formats/test_torch_zip.py."""
     if name in PICKLES:
         content, says = PICKLES[name]
         return Case(number, name, pickled(content), says, ENDS if number < 73 else SHORT)

@@ -18,16 +18,16 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from typer.testing import CliRunner
 
-from llava_weights import proof
-from llava_weights.card import make_card
-from llava_weights.checkpoint import Origin, Step, open_checkpoint
-from llava_weights.cli import app
-from llava_weights.console import Console, clean
+from llava_weights.checkpoint.checkpoint import Origin, Step, open_checkpoint
+from llava_weights.cli import report
+from llava_weights.cli.console import Console, clean
+from llava_weights.cli.main import app
 from llava_weights.errors import InputError
 from llava_weights.events import Note
 from llava_weights.findings import Finding
-from llava_weights.plan import make_plan
-from llava_weights.wording import markdown_text, two_columns
+from llava_weights.text import markdown_text, two_columns
+from llava_weights.write.card import make_card
+from llava_weights.write.plan import make_plan
 
 HOSTILE = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<!-- hidden", "</td></table><h1>verified</h1>",
@@ -98,7 +98,7 @@ FINDINGS = [
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_summary_holds_findings_and_nothing_of_theirs(name: str) -> None:
     findings = [finding for finding in FINDINGS if finding.subject == name]
-    written = proof.markdown(name, findings, 4)
+    written = report.markdown(name, findings, 4)
     shown_by(written)
     assert no_autolink(written)
     assert not UNSAFE.search(written)
@@ -110,7 +110,7 @@ def test_a_summary_holds_findings_and_nothing_of_theirs(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_junit_stays_xml(name: str) -> None:
     findings = [finding for finding in FINDINGS if finding.subject == name]
-    suite = ElementTree.fromstring(proof.junit(name, findings))
+    suite = ElementTree.fromstring(report.junit(name, findings))
     assert len(suite.findall("testcase")) == len(findings)
     assert {child.tag for case in suite for child in case} == {"failure", "skipped", "system-out"}
     assert not any(UNSAFE.search(str(text)) for each in suite.iter() for text in (each.text or "", *each.attrib.values()))

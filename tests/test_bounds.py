@@ -17,12 +17,12 @@ import pytest
 import torch
 from test_links import LLAVA, LORA, copied, run
 
-from llava_weights import hub
-from llava_weights.adapter_config import read_rules
+from llava_weights.checkpoint.sentencepiece import MAX_PIECES, Vocabulary, read_sentencepiece
+from llava_weights.checkpoint.tokenizer_json import bpe_merges
 from llava_weights.errors import InputError
 from llava_weights.formats.folder import index_file, index_folder
-from llava_weights.formats.sentencepiece import MAX_PIECES, Vocabulary, read_sentencepiece
-from llava_weights.formats.tokenizer_json import bpe_merges
+from llava_weights.storage import hub
+from llava_weights.transforms.adapter_config import read_rules
 
 SPARSE = 2 << 30  # bytes of a file that takes no space
 

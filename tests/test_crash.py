@@ -23,17 +23,17 @@ from crash_simulator import FOLDER, Recorder, Tree, below, crash_states, materia
 from safetensors.torch import save_file
 
 from llava_weights import __version__
-from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
-from llava_weights.comparison import diff
+from llava_weights.checkpoint.checkpoint import Checkpoint, Step, open_checkpoint
+from llava_weights.checks.diff import diff
+from llava_weights.checks.verify import checksum
+from llava_weights.cli.plot import write_plot
+from llava_weights.cli.toy import make_toys
 from llava_weights.errors import OutputError
 from llava_weights.events import Event, ShardDone
-from llava_weights.job import partial_folder
-from llava_weights.plan import Plan, Settings, make_plan
-from llava_weights.plot import write_plot
-from llava_weights.reference_file import Recording, write_recording
-from llava_weights.toy import make_toys
-from llava_weights.verification import checksum
-from llava_weights.write import execute
+from llava_weights.smoke.recording import Recording, write_recording
+from llava_weights.write.execute import execute
+from llava_weights.write.plan import Plan, Settings, make_plan
+from llava_weights.write.work_folder import partial_folder
 
 SHARDS = 3
 
@@ -557,7 +557,7 @@ def test_other_work_is_refused_with_what_changed(source: Path, tmp_path: Path, c
 
 def test_another_version_is_refused(plan: Plan, tmp_path: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(half, tmp_path / "out.partial")
-    monkeypatch.setattr("llava_weights.plan.__version__", "99.0")
+    monkeypatch.setattr("llava_weights.write.plan.__version__", "99.0")
     with pytest.raises(OutputError) as caught:
         execute(plan, tmp_path / "out")
     assert (caught.value.facts["version, then"], caught.value.facts["version, now"]) == (__version__, "99.0")

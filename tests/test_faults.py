@@ -22,13 +22,13 @@ import torch
 from faults import ALL, EITHER_INPUT, EITHER_OUTPUT, HARMLESS_INPUT, HARMLESS_OUTPUT, INPUT, NONE, OUTPUT, Fault, Injector
 from safetensors.torch import save_file
 
-from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
-from llava_weights.console import Console
+from llava_weights.checkpoint.checkpoint import Checkpoint, Step, open_checkpoint
+from llava_weights.cli.console import Console
 from llava_weights.errors import LlavaWeightsError
 from llava_weights.events import Event, Progress, ShardDone, Started
-from llava_weights.plan import make_plan
-from llava_weights.tensors import Add
-from llava_weights.write import execute
+from llava_weights.tensors.lazy import Add
+from llava_weights.write.execute import execute
+from llava_weights.write.plan import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {  # words with a slash are folders of the fixtures
@@ -63,7 +63,7 @@ def run_small(inputs: Path, out: Path) -> tuple[int, str]:
 
 def command(*words: object) -> tuple[int, str]:
     """The command line in this process: exit code and what it said on stderr."""
-    from llava_weights.cli import app
+    from llava_weights.cli.main import app
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
@@ -459,7 +459,9 @@ TRACED = [
 
 
 TOKEN = "0" * 8  # in place of the random part of a shard's temporary name
-PINNED = f'"$1" -c "import secrets; secrets.token_hex = lambda n: \\"{TOKEN}\\"; from llava_weights.cli import main; main()" "${{@:4}}"'
+PINNED = (
+    f'"$1" -c "import secrets; secrets.token_hex = lambda n: \\"{TOKEN}\\"; from llava_weights.cli.main import main; main()" "${{@:4}}"'
+)
 
 
 def work_files(bench: Bench) -> list[str]:
@@ -510,8 +512,8 @@ def mounts() -> None:
 FILL = """
 import sys
 from contextlib import suppress
-from llava_weights.cli import main
-from llava_weights.console import Console
+from llava_weights.cli.main import main
+from llava_weights.cli.console import Console
 from llava_weights.events import ShardDone
 
 shown, filler = Console.on_event, sys.argv.pop(1)

@@ -24,17 +24,17 @@ import pytest
 import typer.main
 from hostile import CASES, COMMANDS, HUB, LORA, PLACES, Case, copied, respelled, valued
 
-from llava_weights.checkpoint import Checkpoint, open_checkpoint
-from llava_weights.cli import app
-from llava_weights.conversion import convert
-from llava_weights.delta import apply_delta
+from llava_weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from llava_weights.checkpoint.inspect import inspect
+from llava_weights.checks.verify import verify
+from llava_weights.cli.main import app
 from llava_weights.errors import InputError
 from llava_weights.formats.safetensors import index_safetensors
-from llava_weights.hub import redact
-from llava_weights.inspection import inspect
-from llava_weights.lora import merge_lora, open_weighted
-from llava_weights.verification import verify
-from llava_weights.workspace import Workspace
+from llava_weights.storage.reading import Workspace
+from llava_weights.text import redact
+from llava_weights.transforms.convert import convert
+from llava_weights.transforms.delta import apply_delta
+from llava_weights.transforms.lora import merge_lora, open_weighted
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = typer.main.get_command(app)
@@ -318,7 +318,7 @@ def test_every_tensor_told_otherwise(tmp_path: Path, source: str) -> None:
 CHILD = """
 import contextlib, io, json, sys
 import typer.main
-from llava_weights.cli import app
+from llava_weights.cli.main import app
 command = typer.main.get_command(app)
 def run(words):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

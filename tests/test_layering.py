@@ -1,4 +1,4 @@
-"""The architecture as a test: who may import whom, and who may print."""
+"""The architecture as a test: nine rooms in order, who may import whom, and who may print."""
 
 from __future__ import annotations
 
@@ -8,87 +8,68 @@ from pathlib import Path
 
 import pytest
 
+import llava_weights
+
 PACKAGE = Path(__file__).resolve().parent.parent / "llava_weights"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# From the bottom up: a module imports only from lines above its own. Some of these are still to be written.
-LAYERS = (
-    "events families findings threads",  # import nothing; the tables of families/ count as one module
-    "wording",
-    "errors",
-    "executors",
-    "patience",
-    "web",
-    "ranges",
-    "workspace retention",
-    "buffers exact",
+# From the bottom up: a module imports from its own room and from lines above it. Rooms of one line don't know each other.
+ROOMS = (
+    "ground",
+    "families",
+    "storage",
     "tensors",
-    "sampling",
-    "formats published",  # the files of formats/ count as one module
-    "hub",
-    "remote",
+    "formats",
     "checkpoint",
-    "tokenizer diagnose holes integer_delta windows low_rank adapter_config adapter_names conversation resize",  # parts of what follows
-    "chat_template",
-    "config examine fast_tokenizer splice streamed projector processor",
-    "tower",
-    "adapter hf_config",
-    "parts sidecars",
-    "agreement_tokenizer agreement_values",
-    "agreement",
-    "agreement_hf",
-    "delta lora conversion inspection health",  # the transforms: pure
-    "plan job",
-    "manifest stream",
-    "card rehash destination output_file",
-    "predict records",
-    "upload",
-    "compare_files",
-    "against",
-    "derive",
-    "write verification comparison forward",  # side effects begin
-    "probes portions",
-    "reference_file",
-    "smoke sample",
-    "report proof plot",
-    "console",
-    "toy",
-    "demo",
-    "commands",
+    "transforms write smoke",
+    "checks",
     "cli",
-    "__main__ __init__",
 )
-LAYER = {module: layer for layer, modules in enumerate(LAYERS) for module in modules.split()}
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms.split()}
+GROUND = {"__init__", "errors", "events", "findings", "text"}  # files beside the rooms
+DOOR = "__main__"  # opens the command line
 
 # What costs more than 50 ms to import is imported inside the function that needs it, so that `--help` stays fast.
 HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tqdm", "typer",
          "jinja2", "fsspec", "s3fs", "ray"}  # fmt: skip
-HEAVY_ALLOWED = {"cli": {"typer"}, "commands": {"typer"}}
+HEAVY_ALLOWED = {"cli": {"typer"}}
+PRINTS = "cli"
 
 
-def module_name(path: Path) -> str:
-    """The name that LAYERS uses: the file's, or the folder's for a file in a subfolder."""
-    inside = path.relative_to(PACKAGE)
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+def room_of(path: Path) -> str:
+    """The room that a file lies in; "" where it lies in none and is no ground file."""
+    inside = path.relative_to(PACKAGE).with_suffix("").parts
+    if len(inside) > 1:
+        return inside[0] if inside[0] in LEVEL.keys() - {"ground"} else ""
+    return "ground" if inside[0] in GROUND else "cli" if inside[0] == DOOR else ""
 
 
-def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every imported name as (dotted name, leading dots), `from . import a` giving `a`."""
+def imported(tree: ast.AST, path: Path) -> Iterator[tuple[str, ...]]:
+    """Every module of this package that a file imports, anywhere in it, as its path below the package: `("checks", "verify")`. For
+    `from .. import name` that is the name, for `from ..room import name` the room and the name, which may be a module or not."""
+    folder = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, 0) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module, node.level
+            yield from (tuple(alias.name.split(".")[1:]) for alias in node.names if alias.name.split(".")[0] == PACKAGE.name)
         elif isinstance(node, ast.ImportFrom):
-            yield from ((alias.name, node.level) for alias in node.names)
+            named = tuple(node.module.split(".")) if node.module else ()
+            if node.level:
+                named = folder[: len(folder) - node.level + 1] + named
+            elif named[:1] == (PACKAGE.name,):
+                named = named[1:]
+            else:
+                continue
+            yield from ((*named, alias.name) for alias in node.names)
 
 
-def siblings(tree: ast.AST, path: Path) -> set[str]:
-    """Modules of this package that `path` imports, anywhere in the file, by the names that LAYERS uses."""
-    depth = len(path.relative_to(PACKAGE).parts)
-    relative = {name for name, dots in imports(tree) if dots == depth}
-    absolute = {name.removeprefix("llava_weights.") for name, dots in imports(tree) if not dots and name.startswith("llava_weights.")}
-    return {name.split(".")[0] for name in relative | absolute} - {module_name(path), "__version__"}
+def upward(tree: ast.AST, path: Path) -> list[str]:
+    """Imports that go neither down nor to the own room."""
+    mine, found = room_of(path), set()
+    for module in imported(tree, path):
+        other = module[0] if module and module[0] in LEVEL else "ground"
+        if other != mine and LEVEL[other] >= LEVEL[mine]:
+            found.add(f"{mine} imports {other}, which is not below it")
+    return sorted(found)
 
 
 def at_import(tree: ast.Module) -> Iterator[ast.stmt]:
@@ -99,24 +80,22 @@ def at_import(tree: ast.Module) -> Iterator[ast.stmt]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 continue
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
             if isinstance(child, ast.Import | ast.ImportFrom):
                 yield child
             waiting.append(child)
 
 
-def upward(tree: ast.AST, path: Path) -> list[str]:
-    """Imports that do not go down."""
-    module = module_name(path)
-    others = sorted(siblings(tree, path))
-    return [f"{module} imports {other}, which is not below it" for other in others if LAYER.get(other, 99) >= LAYER.get(module, 0)]
-
-
 def heavy(tree: ast.Module, path: Path) -> list[str]:
     """Expensive packages that importing the module would import too."""
-    roots = {name.split(".")[0] for statement in at_import(tree) for name, dots in imports(statement) if not dots}
-    return sorted(roots & HEAVY - HEAVY_ALLOWED.get(module_name(path), set()))
+    names = set()
+    for statement in at_import(tree):
+        if isinstance(statement, ast.Import):
+            names |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+            names.add(statement.module)
+    return sorted({name.split(".")[0] for name in names} & HEAVY - HEAVY_ALLOWED.get(room_of(path), set()))
 
 
 def printing(tree: ast.AST) -> list[int]:
@@ -125,47 +104,69 @@ def printing(tree: ast.AST) -> list[int]:
     return [call.lineno for call in calls if ast.unparse(call.func) in ("print", "sys.stdout.write", "sys.stderr.write")]
 
 
-def read(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+def test_every_module_lies_in_a_room() -> None:
+    assert [str(path.relative_to(PACKAGE)) for path in MODULES if not room_of(path)] == []
 
 
-def test_every_module_has_its_layer() -> None:
-    assert {module_name(path) for path in MODULES} <= LAYER.keys()
+@pytest.mark.parametrize("room", sorted(LEVEL.keys() - {"ground"}))
+def test_every_room_says_its_job_and_costs_nothing_to_enter(room: str) -> None:
+    tree = ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    assert [ast.unparse(statement) for statement in at_import(tree)] == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_module_keeps_the_rules(path: Path) -> None:
-    tree = read(path)
-    assert upward(tree, path) == []
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    if path != PACKAGE / "__init__.py":  # hands on names of every room, on first use; for type checkers at once
+        assert upward(tree, path) == []
     assert heavy(tree, path) == []
-    if module_name(path) != "console":
+    if room_of(path) != PRINTS:
         assert printing(tree) == []
+
+
+def test_no_room_hides_a_public_function() -> None:
+    assert LEVEL.keys() & set(llava_weights.__all__) == set()
 
 
 @pytest.mark.parametrize(
     ("file", "source", "complaint"),
     [
-        ("tensors.py", "def f():\n    from .plan import Plan", "tensors imports plan, which is not below it"),
-        ("formats/meta.py", "from ..checkpoint import Step", "formats imports checkpoint, which is not below it"),
-        ("lora.py", "from . import delta", "lora imports delta, which is not below it"),
-        ("plan.py", "import llava_weights.cli", "plan imports cli, which is not below it"),
+        ("tensors/lazy.py", "def f():\n    from ..write.plan import Plan", "tensors imports write, which is not below it"),
+        ("formats/meta.py", "from ..checkpoint.checkpoint import Step", "formats imports checkpoint, which is not below it"),
+        ("formats/meta.py", "from .. import checkpoint", "formats imports checkpoint, which is not below it"),
+        ("transforms/lora.py", "from ..smoke import probes", "transforms imports smoke, which is not below it"),
+        ("write/plan.py", "import llava_weights.cli.main", "write imports cli, which is not below it"),
+        ("checks/diff.py", "from llava_weights.cli import plot", "checks imports cli, which is not below it"),
+        ("events.py", "if TYPE_CHECKING:\n    from .families.layouts import Layout", "ground imports families, which is not below it"),
     ],
 )
 def test_upward_is_seen(file: str, source: str, complaint: str) -> None:
     assert upward(ast.parse(source), PACKAGE / file) == [complaint]
 
 
-def test_downward_and_inside_formats_is_fine() -> None:
-    assert upward(ast.parse("from ..errors import InputError\nfrom . import shown\nfrom .meta import x"), PACKAGE / "formats/zip.py") == []
-    assert upward(ast.parse("from .formats.meta import x\nimport os"), PACKAGE / "checkpoint.py") == []
+def test_downward_and_inside_a_room_is_fine() -> None:
+    own = "from .. import __version__\nfrom ..errors import InputError\nfrom . import meta\nfrom .meta import x\nfrom ..formats import meta"
+    assert upward(ast.parse(own), PACKAGE / "formats/torch_zip.py") == []
+    assert upward(ast.parse("from ..formats.meta import x\nimport os\nimport checks"), PACKAGE / "checkpoint/checkpoint.py") == []
+    assert upward(ast.parse("from .text import size"), PACKAGE / "errors.py") == []
+    assert upward(ast.parse("from .cli.main import main"), PACKAGE / "__main__.py") == []
+
+
+def test_a_file_outside_of_every_room_is_seen() -> None:
+    inside = {"cli/main.py": "cli", "formats/deep/er.py": "formats", "text.py": "ground", "__main__.py": "cli"}
+    outside = {"utils.py": "", "helpers/text.py": "", "ground/errors.py": ""}
+    assert {file: room_of(PACKAGE / file) for file in (inside | outside)} == inside | outside
 
 
 def test_heavy_is_seen_only_where_it_runs() -> None:
     lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import torch"
     eager = "class A:\n    try:\n        from torch.nn import Linear\n    except ImportError:\n        pass"
-    assert heavy(ast.parse(lazy), PACKAGE / "delta.py") == []
-    assert heavy(ast.parse(eager), PACKAGE / "delta.py") == ["torch"]
-    assert heavy(ast.parse("import typer, tqdm"), PACKAGE / "cli.py") == ["tqdm"]
+    hidden = "if not TYPE_CHECKING:\n    import torch"
+    assert heavy(ast.parse(lazy), PACKAGE / "transforms/delta.py") == []
+    assert heavy(ast.parse(eager), PACKAGE / "transforms/delta.py") == ["torch"]
+    assert heavy(ast.parse(hidden), PACKAGE / "transforms/delta.py") == ["torch"]
+    assert heavy(ast.parse("import typer, tqdm"), PACKAGE / "cli/main.py") == ["tqdm"]
 
 
 def test_printing_is_seen() -> None:

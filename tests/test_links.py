@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import typer.main
 
-from llava_weights.cli import app
+from llava_weights.cli.main import app
 
 COMMAND = typer.main.get_command(app)
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"

@@ -22,19 +22,20 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.synthetic import llama_config, shapes, write_base, write_delta, write_llava, write_lora
-from llava_weights.checkpoint import Checkpoint, Step, open_checkpoint
-from llava_weights.comparison import diff
-from llava_weights.conversion import convert
-from llava_weights.delta import apply_delta, make_delta
+from llava_weights.checkpoint.checkpoint import Checkpoint, Step, open_checkpoint
+from llava_weights.checkpoint.manifest import MANIFEST
+from llava_weights.checks.diff import diff
+from llava_weights.checks.verify import checksum, verify
 from llava_weights.errors import OutputError
 from llava_weights.events import Event, ShardDone
 from llava_weights.families.decoders import LLAMA_SIZES, Size
-from llava_weights.job import partial_folder
-from llava_weights.lora import merge_lora, open_weighted
-from llava_weights.manifest import MANIFEST
-from llava_weights.plan import MiB, Plan, make_plan
-from llava_weights.verification import checksum, verify
-from llava_weights.write import execute
+from llava_weights.tensors.windows import MiB
+from llava_weights.transforms.convert import convert
+from llava_weights.transforms.delta import apply_delta, make_delta
+from llava_weights.transforms.lora import merge_lora, open_weighted
+from llava_weights.write.execute import execute
+from llava_weights.write.plan import Plan, make_plan
+from llava_weights.write.work_folder import partial_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -334,9 +335,9 @@ def test_a_shard_of_a_65b_keeps_the_promise(giants: Path, tmp_path: Path, comman
     code = (
         "from pathlib import Path\n"
         "from test_load import GIANTS\n"
-        "from llava_weights.plan import make_plan\n"
-        "from llava_weights.report import peak_memory\n"
-        "from llava_weights.stream import write_shard\n"
+        "from llava_weights.write.plan import make_plan\n"
+        "from llava_weights.cli.report import peak_memory\n"
+        "from llava_weights.write.shard import write_shard\n"
         f"plan = make_plan(GIANTS[{command!r}](Path({str(giants)!r})), jobs=2, accept_values=True)\n"
         f"result = write_shard(plan.shards[3], Path({str(tmp_path)!r}), plan.settings)\n"
         "print(plan.shards[3].nbytes, result.nbytes, peak_memory(), plan.memory)"

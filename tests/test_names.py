@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from test_links import CLIP, LLAVA, copied, run
 
-from llava_weights.manifest import FileEntry, make_sums
-from llava_weights.records import read_manifest, read_sums
+from llava_weights.checkpoint.manifest import FileEntry, make_sums, read_manifest, read_sums
 
 ODD = [
     "a\nb.txt",

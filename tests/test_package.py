@@ -53,7 +53,7 @@ def test_wheel_holds_licence_and_command(wheel: zipfile.ZipFile) -> None:
     assert inside(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     entry_points = configparser.ConfigParser()
     entry_points.read_string(inside(wheel, "entry_points.txt"))
-    assert dict(entry_points["console_scripts"]) == {"llava-weights": "llava_weights.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {"llava-weights": "llava_weights.cli.main:main"}
 
 
 def test_versions_agree(metadata: Message) -> None:

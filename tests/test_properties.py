@@ -20,16 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llava_weights import workspace
-from llava_weights.checkpoint import open_checkpoint
-from llava_weights.config import expected_shapes
+from llava_weights.checkpoint.checkpoint import open_checkpoint
+from llava_weights.checkpoint.config import expected_shapes
+from llava_weights.checkpoint.manifest import MANIFEST
+from llava_weights.checkpoint.tower import tower_shapes
 from llava_weights.families.layouts import SPELLINGS, canonical, meta_names, spelled
-from llava_weights.job import Job
-from llava_weights.manifest import MANIFEST
-from llava_weights.plan import make_plan
-from llava_weights.tower import tower_shapes
-from llava_weights.workspace import DropBehind, Record, SourceFile, Workspace, crc_errors
-from llava_weights.write import execute
+from llava_weights.storage import reading
+from llava_weights.storage.reading import DropBehind, Record, SourceFile, Workspace, crc_errors
+from llava_weights.write.execute import execute
+from llava_weights.write.plan import make_plan
+from llava_weights.write.work_folder import Job
 
 LAWS = settings(max_examples=50, derandomize=True)
 FEW = settings(LAWS, max_examples=15)  # where each one writes files, or goes through hundreds of names
@@ -139,7 +139,7 @@ FILE = SourceFile("weights", 1000, 0, 0)
 def test_the_cache_is_dropped_behind_what_was_read_and_nowhere_else(reads: list[tuple[int, int]], stretch: int) -> None:
     dropped: Counter[int] = Counter()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workspace, "drop_cache", lambda fd, start, size: dropped.update(range(start, start + size)))
+        patch.setattr(reading, "drop_cache", lambda fd, start, size: dropped.update(range(start, start + size)))
         behind = DropBehind()
         for start, size in reads:
             before = dropped.copy()

@@ -209,14 +209,14 @@ lw.apply_delta(3, "delta")
 lw.no_such_name
 """
 SEEN = (
-    "llava_weights.checkpoint.Checkpoint",
-    "llava_weights.checkpoint.Checkpoint",
-    "llava_weights.checkpoint.Checkpoint",
-    "llava_weights.plan.Plan",
-    "llava_weights.write.Report",
+    "llava_weights.checkpoint.checkpoint.Checkpoint",
+    "llava_weights.checkpoint.checkpoint.Checkpoint",
+    "llava_weights.checkpoint.checkpoint.Checkpoint",
+    "llava_weights.write.plan.Plan",
+    "llava_weights.write.execute.Report",
     "tuple[llava_weights.findings.Finding, ...]",
     "bool",
-    "llava_weights.smoke.Smoke",
+    "llava_weights.smoke.logits.Smoke",
     "tuple[int, ...]",
     "str | None",
 )
@@ -239,7 +239,7 @@ def test_a_users_type_checker_sees_real_types(tmp_path: Path) -> None:
 def test_importing_stays_light() -> None:
     script = "import sys, llava_weights; from llava_weights import UsageError; print(sorted(m for m in sys.modules if 'llava' in m))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "['llava_weights', 'llava_weights.errors', 'llava_weights.events', 'llava_weights.wording']"
+    assert done.stdout.strip() == "['llava_weights', 'llava_weights.errors', 'llava_weights.text']"
 
 
 def test_a_recording_is_named_by_a_text_too() -> None:

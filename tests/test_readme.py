@@ -15,8 +15,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from llava_weights.cli import app
-from llava_weights.toy import make_toys
+from llava_weights.cli.main import app
+from llava_weights.cli.toy import make_toys
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
@@ -229,6 +229,6 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_reference_page_is_the_help(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "typer", "llava_weights.cli", "utils", "docs", "--name", "llava-weights", "--output", "cli.md"]
+    command = [sys.executable, "-m", "typer", "llava_weights.cli.main", "utils", "docs", "--name", "llava-weights", "--output", "cli.md"]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert (tmp_path / "cli.md").read_text() == (ROOT / "docs/cli.md").read_text(), "run `make docs`"

@@ -13,8 +13,8 @@ import pytest
 from hub_server import HubServer
 from typer.testing import CliRunner
 
-from llava_weights.cli import app
-from llava_weights.wording import SECRET_VARIABLES, redact, redacted
+from llava_weights.cli.main import app
+from llava_weights.text import SECRET_VARIABLES, redact, redacted
 
 FILE_TOKEN = "hf_" + "PlAnTeDiNaFiLeNaMe" + "0123456789abcdef"
 VALUES = {variable: f"planted+in/{variable.lower()}=value" for variable in SECRET_VARIABLES} | {
@@ -93,12 +93,12 @@ def test_no_command_shows_or_writes_a_secret(place: Path, command: str, form: st
 
 def test_work_in_progress_holds_no_secret(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ends half-way, and a bug of ours: the identity of the work, the journal, and the file that goes into a report."""
-    from llava_weights import write
+    from llava_weights.write import execute
 
     def broken(*arguments: Any) -> None:
         raise RuntimeError(f"GET https://user:{PASSWORD}@hub.example/{FILE_TOKEN}?X-Amz-Signature={SIGNATURE} Bearer {VALUES['HF_TOKEN']}")
 
-    monkeypatch.setattr(write, "finish", broken)
+    monkeypatch.setattr(execute, "finish", broken)
     inputs = set(place.rglob("*"))
     code, shown = invoke("apply-delta", "--base", "base-{t}", "--delta", "delta-{t}", "-o", "out", "-v")
     written = dict(texts(place, inputs))

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import llava_weights as lw
 from llava_weights.errors import InputError, Interrupted, LlavaWeightsError, OutputError, shortage
-from llava_weights.threads import Shield, in_threads
+from llava_weights.storage.threads import Shield, in_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,9 +32,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 import llava_weights as lw
-from llava_weights.checkpoint import Checkpoint
-from llava_weights.integer_delta import ToInteger
-from llava_weights.tensors import LazyTensor
+from llava_weights.checkpoint.checkpoint import Checkpoint
+from llava_weights.formats.integer_delta import ToInteger
+from llava_weights.tensors.lazy import LazyTensor
 
 begun = threading.Event()
 
@@ -71,7 +71,7 @@ print(alive, sizes, signal.getsignal(signal.SIGINT) is signal.default_int_handle
 """
 CALLS = {
     "execute": "lw.execute(lw.make_plan(slow), 'out')",
-    "portion": "from llava_weights.portions import Portion, execute_portion; execute_portion(lw.make_plan(slow), 'out', Portion(1, 1))",
+    "portion": "from llava_weights.write.portions import Portion, execute_portion; execute_portion(lw.make_plan(slow), 'out', Portion(1, 1))",  # noqa: E501
     "pool": "pool = ThreadPoolExecutor(2); before += 2; lw.execute(lw.make_plan(slow, max_shard_size='20kB'), 'out', pool=pool)",
     "diff": "lw.diff(slow, slow)",
     "integer": "lw.execute(lw.make_plan(packed), 'out')",

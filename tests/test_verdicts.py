@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import llava_weights as lw
-from llava_weights import proof
-from llava_weights.cli import app
+from llava_weights.checkpoint.manifest import MANIFEST, SUMS
+from llava_weights.checks.verify import Verification, rules, verify
+from llava_weights.cli import report
+from llava_weights.cli.main import app
 from llava_weights.errors import InputError, UsageError
 from llava_weights.events import Note
-from llava_weights.manifest import MANIFEST, SUMS
-from llava_weights.verification import Verification, rules, verify
 
 BASE, TOWER = "C-v1.5/original-no-vision-bin", "common/clip-tiny-42px"
 Change = Callable[[Path], None]
@@ -43,7 +43,7 @@ def model(good: Path, tmp_path: Path) -> Path:
 
 
 def headline(found: Verification) -> str:
-    return proof.verdict(found.findings, found.exit_code)
+    return report.verdict(found.findings, found.exit_code)
 
 
 def said(found: Verification, verdict: str, *, rule: str = "") -> str:

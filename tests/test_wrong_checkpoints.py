@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from wrong_checkpoints import MANIFEST, MODES, RIGHT, WRONG, Records, Wrong, documented, expected, make_good, options, spoiled, table
 
-from llava_weights import proof
-from llava_weights.verification import Verification, checksum, verify
+from llava_weights.checks.verify import Verification, checksum, verify
+from llava_weights.cli import report
 
 Try = Callable[[str, str, Records], Verification]
 TURNS = [(mode, records) for records, mode in product(("stale", "rewritten", "none"), MODES) if (mode, records) != ("plain", "rewritten")]
@@ -47,7 +47,7 @@ def run(good: dict[str, Path], manifests: dict[str, Path], tmp_path: Path) -> Tr
 
 def check(found: Verification, wrong: Wrong, mode: str, records: Records) -> None:
     code, warned = expected(wrong, mode, records)
-    headline = proof.verdict(found.findings, found.exit_code)
+    headline = report.verdict(found.findings, found.exit_code)
     assert found.exit_code == code, headline
     if warned:
         assert any(each.verdict == "warning" and each.rule != "recorded" for each in found.findings), headline

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .shapes import Parameter, shapes
+from .targets import TARGETS
+from .towers import TOWERS
 
 TokenizerKind = Literal["sentencepiece", "byte-level"]
 
@@ -175,3 +177,13 @@ def size_name(hidden: int, layers: int) -> str:
 
 # What LLaVA's code of 2023 did before these keys existed: CLS dropped, images resized and cropped to a square.
 LLAVA_DEFAULTS = {"image_aspect_ratio": "square", "mm_vision_select_feature": "patch", "use_mm_proj": True}
+
+# model_type -> configuration and model class of transformers. Built explicitly: no Auto class looks at an input's config.
+CLASSES = {
+    **{row.model_type: (row.config_class, row.architecture) for row in DECODERS if row.runs},
+    **{row.model_type: (row.config_class, row.architecture) for row in TARGETS if row.runs},
+    **{row.model_type: (row.config_class, row.model_class) for row in TOWERS if row.runs},
+}
+# Layout, and part of a nested config -> what its `model_type` may say.
+KINDS = {"llama": tuple(row.model_type for row in DECODERS if row.runs), "llava-hf": tuple(row.model_type for row in TARGETS if row.runs)}
+PARTS = {"text_config": KINDS["llama"], "vision_config": tuple(row.model_type for row in TOWERS if row.runs)}

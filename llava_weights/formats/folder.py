@@ -18,15 +18,14 @@ from typing import Any
 
 from ..errors import InputError
 from ..families.files import META_FILE, SIDE_FILES, STANDARD, WEIGHT_SUFFIXES, Container
-from ..tensors import LazyTensor
-from ..workspace import SourceFile
-from . import irregular, listed, present, shown, unreadable
+from ..storage.reading import SourceFile, irregular, present, unreadable
+from ..storage.strict_json import MAX_INDEX, load_object
+from ..tensors.lazy import LazyTensor
+from ..text import listed, shown
 from .meta import index_meta
 from .safetensors import index_safetensors
-from .strict_json import load_object
 from .torch_zip import index_torch_zip
 
-MAX_INDEX = 10 << 20  # huggingface_hub's limit too
 SHARD_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}"
 META_SIZE = r"\d+[Bb]"
 WEIGHTS = rf".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|{META_FILE}|{'|'.join(map(re.escape, SIDE_FILES))}"

@@ -15,9 +15,9 @@ from typing import Any
 from ..errors import InputError
 from ..families.decoders import BY_TYPE
 from ..families.layouts import MetaName, meta_names
-from ..tensors import LazyTensor, PermuteRope, Stored, concat
-from . import listed, shown
-from .strict_json import load_object
+from ..storage.strict_json import load_object
+from ..tensors.lazy import LazyTensor, PermuteRope, Stored, concat
+from ..text import listed, shown
 from .torch_zip import index_torch_zip
 
 LLAMA = BY_TYPE["llama"]

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import shown
+from ..text import shown
 
 MAX_OPCODES = 250_000  # more than 5,000 tensors; a 13B model has 405
 MAX_TEXT = 4096

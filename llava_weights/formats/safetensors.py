@@ -16,12 +16,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..buffers import ITEMSIZE
 from ..errors import InputError
-from ..tensors import LazyTensor, Stored
-from ..workspace import SourceFile
-from . import DOWNLOAD_AGAIN, open_regular, refuse_disguise, shown
-from .strict_json import parse_json, read_exactly
+from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, open_regular, refuse_disguise
+from ..storage.strict_json import parse_json, read_exactly
+from ..tensors.dtypes import ITEMSIZE
+from ..tensors.lazy import LazyTensor, Stored
+from ..text import shown
 
 MAX_HEADER = 16 << 20  # ours; the library's is 100 MB, and the header of a 13B model has less than 100 kB
 MAX_TENSORS = 20_000  # ours; LLaMA 65B has 723, and the library takes seconds and 800 MB for 700,000 empty ones

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from ..buffers import ITEMSIZE
 from ..errors import InputError
-from ..tensors import Stored
-from ..workspace import Record, SourceFile
-from . import DOWNLOAD_AGAIN, listed, open_regular, refuse_disguise, shown
+from ..storage.reading import DOWNLOAD_AGAIN, Record, SourceFile, open_regular, refuse_disguise
+from ..tensors.dtypes import ITEMSIZE
+from ..tensors.lazy import Stored
+from ..text import listed, shown
 from .pickle_opcodes import Refused, View, interpret
 
 MAX_PICKLE = 16 << 20  # that of a 13B model has 40 kB

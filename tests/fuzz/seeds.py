@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import save
 from targets import FIXTURES, SEEDS
 
-from llava_weights.forward import Probe
-from llava_weights.integer_delta import ToInteger, write_integer_shard
-from llava_weights.job import Job
-from llava_weights.manifest import FileEntry, TensorEntry, make_sums, root_of_tensors
-from llava_weights.reference_file import PROJECTIONS, Recorded, Recording, write_recording
-from llava_weights.tensors import Stored
-from llava_weights.workspace import SourceFile
+from llava_weights.checkpoint.manifest import FileEntry, TensorEntry, make_sums, root_of_tensors
+from llava_weights.formats.integer_delta import ToInteger, write_integer_shard
+from llava_weights.smoke.forward import Probe
+from llava_weights.smoke.recording import PROJECTIONS, Recorded, Recording, write_recording
+from llava_weights.storage.reading import SourceFile
+from llava_weights.tensors.lazy import Stored
+from llava_weights.write.work_folder import Job
 
 A = FIXTURES / "A-delta-v0"
 FAST = A / "expected-307-by-main"

@@ -15,27 +15,27 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
-from llava_weights.adapter_config import quantised_base, read_rules
-from llava_weights.config import check_structure, expected_shapes, repair_config, repair_generation_config
+from llava_weights.checkpoint.config import check_structure, expected_shapes, repair_config, repair_generation_config
+from llava_weights.checkpoint.hf_tokenizer import hf_tokenizer, original_tokenizer
+from llava_weights.checkpoint.manifest import is_inside, read_manifest, read_sums
+from llava_weights.checkpoint.sentencepiece import read_sentencepiece
+from llava_weights.checkpoint.tokenizer import SpecialIds, repair_tokenizer
+from llava_weights.checkpoint.tokenizer_json import bpe_merges
+from llava_weights.cli.toy import write_torch_zip
 from llava_weights.errors import LlavaWeightsError
 from llava_weights.families.decoders import BY_TYPE
 from llava_weights.families.layouts import meta_names
-from llava_weights.fast_tokenizer import hf_tokenizer, original_tokenizer
 from llava_weights.formats.folder import index_folder
+from llava_weights.formats.integer_delta import index_integer_delta
 from llava_weights.formats.meta import index_meta
 from llava_weights.formats.safetensors import index_safetensors, make_header
-from llava_weights.formats.sentencepiece import read_sentencepiece
-from llava_weights.formats.strict_json import json_bytes, parse_json
-from llava_weights.formats.tokenizer_json import bpe_merges
 from llava_weights.formats.torch_zip import index_torch_zip
-from llava_weights.integer_delta import index_integer_delta
-from llava_weights.job import Job
-from llava_weights.records import is_inside, read_manifest, read_sums
-from llava_weights.reference_file import read_recording, write_recording
-from llava_weights.tensors import LazyTensor, Stored
-from llava_weights.tokenizer import SpecialIds, repair_tokenizer
-from llava_weights.toy import write_torch_zip
-from llava_weights.workspace import SourceFile, Workspace
+from llava_weights.smoke.recording import read_recording, write_recording
+from llava_weights.storage.reading import SourceFile, Workspace
+from llava_weights.storage.strict_json import json_bytes, parse_json
+from llava_weights.tensors.lazy import LazyTensor, Stored
+from llava_weights.transforms.adapter_config import quantised_base, read_rules
+from llava_weights.write.work_folder import Job
 
 Target = Callable[[bytes, Path], None]
 

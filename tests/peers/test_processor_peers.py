@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from llava_weights.conversation import QUESTION, chat_template, example
+from llava_weights.checkpoint.chat_template import QUESTION, chat_template, example
+from llava_weights.checkpoint.processor import processor_files, read_image_settings
 from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.families.targets import TARGETS
 from llava_weights.families.towers import TOWERS
-from llava_weights.processor import processor_files, read_image_settings
 
 PEERS = Path(__file__).resolve().parent.parent.parent / ".peers"
 PINPOINTS = [[336, 672], [672, 336], [336, 1008]]  # height, width

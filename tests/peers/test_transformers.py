@@ -14,10 +14,10 @@ from typing import Any
 
 import forwards
 import pytest
-from test_conversion import SOURCES, hub, same_bits, tensors_of, write
+from transforms.test_convert import SOURCES, hub, same_bits, tensors_of, write
 
-from llava_weights.checkpoint import open_checkpoint
-from llava_weights.conversion import convert
+from llava_weights.checkpoint.checkpoint import open_checkpoint
+from llava_weights.transforms.convert import convert
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE.parent.parent / ".peers"
@@ -98,7 +98,7 @@ def seen(fixtures: Path, converted: dict[str, Path], tmp_path_factory: pytest.Te
 
 
 def original_ids(fixtures: Path, converted: dict[str, Path], name: str, *, single: bool) -> dict[str, list[int]]:
-    """The recorded ids; in B-imstartend with the blank after `<im_end>` that tests/test_fast_tokenizer.py tells of."""
+    """The recorded ids; in B-imstartend with the blank after `<im_end>` that tests/checkpoint/test_hf_tokenizer.py tells of."""
     image = json.loads((converted[name] / "config.json").read_text())["image_token_index"]
     cases = forwards.cases(fixtures / "E-logits" / SOURCES[name][2], SOURCES[name][3], tiled=name == "D", single=image if single else None)
     after = {IM_END: [IM_END, BLANK]} if name == "B-imstartend" else {}

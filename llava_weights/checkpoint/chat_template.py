@@ -1,0 +1,128 @@
+"""The Jinja template that tells other programs how a LLaVA is prompted, and which family of prompts a checkpoint has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from ..errors import InputError, UsageError
+from ..families.originals import Original, of_tokens
+from ..families.prompts import CONVERSATIONS, Conversation, Turn
+from ..text import shown
+
+QUESTION = "What is shown in this image?"
+
+# For each message: images first, whatever their place in the list, then its texts. The loops stand on `messages` and
+# `message["content"]` by name, since vLLM looks for them to learn that content may be a list. No `generation` tag: other
+# readers of Jinja do not know it.
+TEMPLATE = """\
+{%- set state = namespace(text="", opened=false) -%}
+{%- for message in messages -%}
+  {%- set state.text = "" -%}
+  {%- if message["content"] is string -%}
+    {%- set state.text = message["content"] -%}
+  {%- else -%}
+    {%- for part in message["content"] -%}
+      {%- if part["type"] == "image" -%}{%- set state.text = state.text + IMAGE -%}{%- endif -%}
+    {%- endfor -%}
+    {%- set state.text = state.text + (message["content"] | selectattr("type", "equalto", "text") | map(attribute="text") | join(" ")) -%}
+  {%- endif -%}
+  {%- if loop.first and message["role"] == "system" -%}
+    {{- SYSTEM -}}
+  {%- else -%}
+    {%- if loop.first -%}{{- OPENING -}}{%- endif -%}
+    {%- if message["role"] == "user" -%}
+      {{- USER -}}
+      {%- set state.opened = true -%}
+    {%- elif message["role"] == "assistant" -%}
+      {{- ASSISTANT -}}
+    {%- else -%}
+      {{- raise_exception("after the first message, a role is user or assistant") -}}
+    {%- endif -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- GENERATION -}}{%- endif -%}
+"""
+
+
+def chat_template(conversation: Conversation, image: str) -> str:
+    """A Jinja template that renders what LLaVA builds of the same messages, for transformers 4.45 and later.
+
+    `image` is the text that stands for one image in the prompt; a newline follows it. A first message with the role
+    `system` replaces the family's own system text. Content is a text or a list of `{"type": "image"}` and
+    `{"type": "text", "text": ...}`; several texts are joined by blanks.
+    """
+    system = _around(conversation.system_turn)
+    user = _around(conversation.user_turn)
+    if conversation.inside:
+        system = f'{_literal(conversation.inside)} + ({system} if state.text else "")'
+        user = f"({user} if state.opened else {_around(('', conversation.user_turn[1]))})"
+    pieces = {
+        "IMAGE": _literal(f"{image}\n"),
+        "SYSTEM": system,
+        "OPENING": _literal(_opening(conversation)),
+        "USER": user,
+        "ASSISTANT": _around(conversation.assistant_turn),
+        "GENERATION": _literal(conversation.generation),
+    }
+    return re.sub("|".join(pieces), lambda found: pieces[found[0]], TEMPLATE)
+
+
+def example(conversation: Conversation, image: str) -> str:
+    """The prompt for one image and one question, as `chat_template` renders it."""
+    before, after = conversation.user_turn
+    opened = _opening(conversation) + ("" if conversation.inside else before)
+    return f"{opened}{image}\n{QUESTION}{after}{conversation.generation}"
+
+
+def bare(conversation: Conversation) -> str:
+    """A prompt without system message and image."""
+    before, after = conversation.user_turn
+    return f"{conversation.system_turn[1]}{before}<question>{after}{conversation.generation}".strip()
+
+
+def choose(
+    config: Mapping[str, Any], specials: Collection[str], families: Sequence[Original], *, name: str | None = None
+) -> tuple[Conversation, str]:
+    """The conversation that a checkpoint was trained with, and the evidence as a short sentence.
+
+    `families` are the rows that its config fits, `specials` the texts of its added tokens; the folder's name is not asked. `name` decides
+    where it is given, then `conv_mode` in the config. Raises UsageError for an unknown `name`, InputError for an unknown
+    `conv_mode`, and where none of the families has such tokens.
+    """
+    if name is not None:
+        if name not in CONVERSATIONS:
+            raise UsageError(f"there is no conversation {shown(name)}", hint=f"name one of {_known()}")
+        return CONVERSATIONS[name], "named by the caller"
+    recorded = config.get("conv_mode")
+    if recorded is not None:
+        if not isinstance(recorded, str) or recorded not in CONVERSATIONS:
+            what = f"`conv_mode` in config.json is {shown(str(recorded))}, which is not a known conversation"
+            raise InputError(what, hint=f"known are {_known()}")
+        return CONVERSATIONS[recorded], "`conv_mode` in config.json names it"
+    family = of_tokens(families, specials)
+    if family is None:
+        raise InputError("nothing tells how this model is prompted", hint=f"name the conversation with `--conv-mode`: {_known()}")
+    return CONVERSATIONS[family.prompt], family.evidence
+
+
+def _known() -> str:
+    return ", ".join(f"`{name}`" for name in CONVERSATIONS)
+
+
+def _opening(conversation: Conversation) -> str:
+    """What a prompt begins with where no system message is given."""
+    before, after = conversation.system_turn
+    wanted = conversation.system or not conversation.inside
+    return conversation.inside + (f"{before}{conversation.system}{after}" if wanted else "")
+
+
+def _around(turn: Turn) -> str:
+    return f"{_literal(turn[0])} + state.text + {_literal(turn[1])}"
+
+
+def _literal(text: str) -> str:
+    """A text as Jinja source; its escapes are those of JSON."""
+    return json.dumps(text, ensure_ascii=False)

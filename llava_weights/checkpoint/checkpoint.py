@@ -1,0 +1,246 @@
+"""A checkpoint: tensors, config, small files and history together, and how one is opened.
+
+Opening reads headers and small JSON files only. What a folder holds is decided from tensor names, shapes and config,
+never from the folder's name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, UsageError
+from ..families.decoders import size_name
+from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES
+from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY
+from ..formats.folder import index_file, index_folder, member, optional
+from ..storage.hub import HubSource, fetch, parse_source, source_text
+from ..storage.reading import SourceFile, unreadable
+from ..storage.remote import is_remote, shadowed
+from ..storage.strict_json import load_object
+from ..tensors.lazy import LazyTensor
+from ..text import legible, listed, redact, redacted, scheme_of
+
+LARGEST_OBJECT = 1 << 20  # bytes of a small file, where nothing else is said
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from. Manifest and card name it by `name` and never show `path`, which is this machine's."""
+
+    name: str
+    path: Path
+    container: str
+    files: tuple[SourceFile, ...]
+    revision: str | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether the weights are read over the network; `path` is a shadow then, without values."""
+        return any(file.remote for file in self.files)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that was done: the operation, its inputs by role, its options, and sentences on what it changed."""
+
+    operation: str
+    inputs: tuple[tuple[str, Origin], ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, str] = field(default_factory=dict)  # rows of the printed plan: "add" -> "363 tensors"
+    repairs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    checks: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What every transform takes and returns. `tensors` is ordered: the order of the output."""
+
+    tensors: Mapping[str, LazyTensor]
+    config: Mapping[str, Any]
+    origin: Origin
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
+    history: tuple[Step, ...] = ()
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def layout(self) -> str:
+        """The name of the `families.LAYOUTS` entry that fits, or "unknown"."""
+        return layout_of(self.tensors)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table, 0 where there is none."""
+        table = self.tensors.get(VOCABULARY[0])
+        return table.rows if table else 0
+
+    @property
+    def size(self) -> str:
+        """ "13B" for a published LLaMA shape, else the number of layers and their width; empty without a decoder."""
+        norm = self.tensors.get("model.norm.weight") or self.tensors.get("model.layers.0.input_layernorm.weight")
+        return size_name(norm.shape[0], layer_count(self.tensors)) if norm and norm.shape else ""
+
+    def parameters(self) -> dict[str, LazyTensor]:
+        """The tensors without the buffers that no program reads (`families.DROPPED`)."""
+        return {name: tensor for name, tensor in self.tensors.items() if not re.fullmatch(DROPPED, name)}
+
+
+def layout_of(tensors: Iterable[str]) -> str:
+    """The first entry of `families.LAYOUTS` that fits these names, or "unknown"."""
+
+    def some(pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in tensors)
+
+    return next((x.name for x in LAYOUTS if all(map(some, x.needs)) and not any(map(some, x.lacks))), "unknown")
+
+
+def main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    """The dtype that most tensors have."""
+    return Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
+
+
+def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
+    """How many decoder layers there are, by the highest number in `model.layers.N.`."""
+    numbers = [int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.(\d{1,6})\.", name))]
+    return max(numbers, default=-1) + 1
+
+
+Source = Checkpoint | str | Path  # what a public function takes as a checkpoint: one that is open, or where it is
+
+
+def opened(source: Source, role: str, *, whole: bool = False) -> Checkpoint:
+    """`source` as a checkpoint, opened where it is a path, a name on the Hub or an address. Raises UsageError for anything else, and as
+    `open_checkpoint` does."""
+    if isinstance(source, Checkpoint):
+        return source
+    return open_checkpoint(to_place(source, role), whole=whole)
+
+
+def to_place(source: object, role: str) -> str | Path:
+    """`source` where it is a path or a text. Raises UsageError for anything else."""
+    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str) or not os.fspath(source):
+        hint = "give a path, `owner/name` of the Hub, or what `open_checkpoint` returned"
+        raise UsageError(f"the {role} is {_kind_of(source)}, no path", hint=hint)
+    if "\0" in os.fspath(source):
+        raise UsageError(f"the {role} has a NUL in its path", facts={"given": repr(source)}, hint="give a path without it")
+    return source if isinstance(source, str) else Path(source)
+
+
+def place_of(source: Source, role: str) -> str | Path:
+    """Where `source` lies, for what needs its files. Raises UsageError for a checkpoint that was only computed, and as `to_place`."""
+    if not isinstance(source, Checkpoint):
+        return to_place(source, role)
+    if source.history:
+        raise UsageError(f"the {role} was not written yet", hint="`execute(make_plan(checkpoint), folder)` writes it")
+    return need_files(source, f"the {role}").origin.path
+
+
+def _kind_of(value: object) -> str:
+    return "an empty text" if value in ("", b"") else f"of the type `{type(value).__name__}`"
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: bool | None = None, whole: bool = False) -> Checkpoint:
+    """Open a folder, a file, `owner/name[@revision]` (downloaded first), or an address: `hf://owner/name[@revision][/folder]`,
+    `s3://`, `gs://`, `https://` (read over the network where and when values are needed). An existing local path wins.
+
+    Reads headers only; `progress=False` hides the bars of a download. With `whole`, `hf://` is downloaded too, for who reads everything
+    more than once.
+    Raises UsageError for what is no path or name, InputError for anything missing, damaged or unknown, HubError where the Hub can't
+    serve it.
+    """
+    text = source_text(to_place(source, "source"))
+    if revision is not None and not isinstance(revision, str):
+        raise UsageError(f"the revision is {_kind_of(revision)}, no text", hint="give a branch, a tag or a commit")
+    if is_remote(text) and not (whole and scheme_of(text) == "hf"):
+        with shadowed(text, revision) as shadow:
+            return _open(shadow.path, name=shadow.name, revision=shadow.revision)
+    parsed = parse_source(text)
+    if isinstance(parsed, HubSource):
+        repo = fetch(parsed, revision=revision, progress=progress)
+        opened = _open(repo.folder, name=repo.repo_id, revision=repo.revision)
+        return replace(opened, notes=(*opened.notes, f"{repo.repo_id} comes from the cache")) if repo.from_cache else opened
+    if revision is not None:
+        raise InputError(f"`{source}` is a local path, so it has no revision `{revision}`", hint="leave out `--revision`")
+    try:
+        return _open(parsed.path, name=parsed.path.resolve().name, revision=None)
+    except OSError as error:
+        raise unreadable(parsed.path, error) from error
+
+
+def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
+    """`checkpoint`, or an InputError where its files are not on this machine, as `purpose` needs them."""
+    if checkpoint.origin.remote:
+        hub = checkpoint.origin.revision and f"give `{checkpoint.origin.name}@{checkpoint.origin.revision}`, which is downloaded first"
+        what = f"{purpose} needs whole files, and `{checkpoint.origin.name}` is read over the network"
+        raise InputError(what, hint=hub or "copy it to this machine first")
+    return checkpoint
+
+
+def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
+    found = index_folder(path) if path.is_dir() else index_file(path)
+    folder = path if path.is_dir() else path.parent
+    config = found.config or _read_config(folder if path.is_dir() else None)
+    remote = found.files[0].remote
+    files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
+    if remote:  # the shadow goes before the plan does
+        files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
+    return Checkpoint(
+        tensors=found.tensors,
+        config=config,
+        origin=Origin(redact(legible(name)), path.absolute(), found.container, found.files, revision),
+        files=files,
+        metadata=found.metadata,
+        notes=(*found.notes, *notes),
+    )
+
+
+def _read_config(folder: Path | None) -> Mapping[str, Any]:
+    if folder is None or "config.json" not in os.listdir(folder):  # `lexists` would take a disk that fails for a missing file
+        return {}
+    return load_object(member(folder, "config.json"))
+
+
+def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """Tokenizer, processor, generation config and licence files by name, and a note where something else has such a name.
+
+    Meta keeps `tokenizer.model` beside the size folders.
+    """
+    small = (*TOKENIZER_FILES, *PROCESSOR_FILES, *CONFIG_FILES[1:])
+    names = [name for name in sorted(os.listdir(folder)) if name in small or name.startswith(LICENSE_PREFIXES)]
+    files: dict[str, Path | bytes] = {name: path for name in names if (path := optional(folder, name))}
+    others = [name for name in names if name not in files]
+    if "tokenizer.model" not in names and (folder / "params.json").exists() and (above := optional(folder.parent, "tokenizer.model")):
+        files["tokenizer.model"] = above
+    return files, (f"not read, since no regular files: {listed(others)}",) if others else ()
+
+
+def describe(step: Step) -> dict[str, Any]:
+    """A step as plain data for the manifest and `--json`: names and identities of its inputs, no machine path."""
+    data = asdict(step)
+    data["inputs"] = {
+        _numbered(role, [other for other, _ in step.inputs[:position]]): {
+            "name": origin.name,
+            "revision": origin.revision,
+            "container": origin.container,
+            "files": [{"name": legible(f.name), "size": f.size, "header_sha256": f.header_sha256} for f in origin.files],
+        }
+        for position, (role, origin) in enumerate(step.inputs)
+    }
+    return {key: redacted(value) for key, value in data.items() if value}
+
+
+def _numbered(role: str, before: list[str]) -> str:
+    """A key for each of several inputs in one role: `lora`, `lora (2)`, `lora (3)`."""
+    return f"{role} ({before.count(role) + 1})" if role in before else role

@@ -1,0 +1,324 @@
+"""What a few MB of a checkpoint's values give away: an unapplied delta, a wrong base, damage by bfloat16.
+
+Shapes and names cannot tell these apart, and no published hash is needed. Everything here is a pure function of the values:
+rows are sampled evenly (no random numbers), names are taken in sorted order, so the container and its order do not matter.
+A model of zeros gives "unknown" or "too few", never an error. Thresholds: facts `verify` 5, unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import InputError
+from ..storage.reading import Workspace
+from ..tensors.lazy import FLOATS, LazyTensor, each, read_rows
+from ..tensors.sampling import LARGEST_ROW, chosen_rows, deviation, even, finite_only, read_some, sample, sample_both
+from .checkpoint import Checkpoint
+
+Tensors = Mapping[str, LazyTensor]
+
+# Sampling: 13B has 282 matrices of 10-28 KB a row, so the round trip reads 14 MB of each side, all else together 10 MB.
+MATRICES = 32  # for questions about a whole model
+MORE, TIMES = 32, 3  # an unclear round trip looks again at so many matrices, at so many times the rows
+LONGEST_NORM = 1 << 16
+WINDOW_BYTES = 4 << 20
+
+NORM = r"(.*\.)?(input_layernorm|post_attention_layernorm|attention_norm|ffn_norm|norm)\.weight"
+NOT_TEXT = r"(.*\.)?(vision_tower|vision_model|mm_projector|multi_modal_projector)\..*"  # a delta holds these whole
+
+POSITIVE = 0.9  # share of positive entries in a model's RMSNorm vector: above; all but 1 in 10 vectors must agree
+BALANCED = (0.3, 0.7)  # the same in a delta, exact zeros left out (they are most of it where the learning rate was small)
+SMALL_NORM = 5e-2  # median |x| in a delta: below. The facts guess 1e-2, the reference deltas have 1.2e-2 and 1.3e-2
+SMALL_MATRIX = 5e-3  # standard deviation in a delta: below (LLaMA: 1e-2 to 3e-2; other models may be smaller, so no proof alone)
+
+PASS, FAIL = 1e-3, 5e-3  # share of failing elements. Right base: 0 to 4e-5; Vicuna as base: 1e-2 to 2e-1; unrelated: 0.3
+ENOUGH = 1024  # elements: with none failing out of so many, the share is below 0.3 % (95 %)
+ENOUGH_OF_ONE, FAILING_OF_ONE = 256, 8  # to call one matrix bad: fewer is binomial noise
+
+PLAUSIBLE = 0.5  # |delta| / |base|: at most. Expected 0.005 to 0.3, measured 0.0005 to 0.1 for changes of 1e-5 to 2e-3
+SAME_SIZE = (0.5, 2.0)
+ALIGNED = 0.8  # |cosine|. tuned vs. base: > 0.95; unrelated model - base: -0.71
+MODELS = ("llama", "llava", "llava-hf")  # layouts that hold RMSNorm vectors to judge by
+EXTRA = (0.1, 10.0)  # standard deviation of added rows, as a multiple of the trained rows'
+LLAMA1_EPS_1E6 = (4096, 5120, 6656)  # hidden sizes of LLaMA 1 with rms_norm_eps 1e-6; 65B has 1e-5 (facts: llava-original 4.1)
+
+
+@dataclass(frozen=True)
+class State:
+    """Whole weights or an unapplied delta? Medians over the RMSNorm vectors, and over matrices their standard deviation."""
+
+    verdict: Literal["weights", "delta", "unknown"]
+    norms: int
+    positive_share: float
+    median: float
+    matrix_std: float
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """How much of a delta can't come from this base. `worst` names matrices and their shares, `bad` of `tensors` fail for certain."""
+
+    share: float
+    sampled: int
+    failing: int
+    worst: tuple[tuple[str, float], ...]
+    verdict: Literal["right", "wrong", "unclear", "too few"]
+    tensors: int
+    bad: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Size and direction of a delta against its base: medians over matrices of |delta| / |base| and of the cosine."""
+
+    verdict: Literal["plausible", "full model", "subtracted twice", "identical", "swapped", "unlike", "too few"]
+    ratio: float
+    cosine: float
+    tensors: int
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Bf16:
+    """The share of sampled non-zero values that bfloat16 can hold, the commonest dtype, the matrices that hold nothing else."""
+
+    share: float
+    sampled: int
+    dtype: str
+    names: tuple[str, ...]
+
+    @property
+    def damaged(self) -> bool:
+        return bool(self.names)
+
+
+@dataclass(frozen=True)
+class ExtraRows:
+    """Rows that a delta adds to one tensor: their number, and their standard deviation as a multiple of the base's rows'."""
+
+    name: str
+    count: int
+    finite: bool
+    std: float
+    ratio: float
+    verdict: Literal["plausible", "odd", "unknown"]
+
+
+@np.errstate(all="ignore")
+def state(tensors: Tensors) -> State:
+    """Judge one checkpoint by its RMSNorm vectors: of ordinary size and positive in a model, small and of both signs in a delta.
+
+    Where they do not decide (all zero: never trained), small ones and small matrices together make a delta.
+    """
+    norms = {name: t for name, t in sorted(tensors.items()) if _is_norm(name, t)}
+    matrices = _spread([name for name in _matrices(tensors) if not re.fullmatch(NOT_TEXT, name)], MATRICES)
+    read = each(lambda name, work: finite_only(read_rows(norms[name], 0, min(norms[name].rows, LONGEST_NORM), work).ravel()), norms, norms)
+    vectors = list(read.values())
+    with closing(Workspace(drop_cache=False)) as work:
+        matrix_std = median([deviation(finite_only(sample(tensors[name], work))) for name in matrices] or [0.0])
+    shares = [float(np.mean(x > 0)) if x.size else 0.0 for x in vectors]
+    sizes = [float(np.median(np.abs(x))) if x.size else 0.0 for x in vectors]
+    like_model = sum(share > POSITIVE for share in shares)
+    signs = [float(np.mean(x[x != 0] > 0)) for x in vectors if np.any(x)]
+    like_delta = sum(BALANCED[0] <= sign <= BALANCED[1] for sign in signs)
+    typical = median(sizes or [0.0])
+    verdict: Literal["weights", "delta", "unknown"] = "unknown"
+    if norms and like_model >= POSITIVE * len(norms):
+        verdict = "weights"
+    elif norms and typical < SMALL_NORM and (like_delta >= max(1, POSITIVE * len(signs)) or 0 < matrix_std < SMALL_MATRIX):
+        verdict = "delta"
+    evidence = (
+        f"{like_model} of {len(norms)} RMSNorm vectors are positive as in a model, {like_delta} have both signs; median size {typical:.2g}",
+        f"matrix values have a standard deviation of {matrix_std:.2g}",
+    )
+    return State(verdict, len(norms), median(shares or [0.0]), typical, matrix_std, evidence)
+
+
+def role_of(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is to `holes.Watch`, by its names and values: "lora" or "delta" for differences, "" for values."""
+    if checkpoint.layout == "adapter":
+        return "lora"
+    with suppress(InputError):  # which reading the values tells
+        if checkpoint.layout in MODELS and state(checkpoint.parameters()).verdict == "delta":
+            return "delta"
+    return ""
+
+
+@np.errstate(all="ignore")
+def round_trip(base: Tensors, delta: Tensors) -> RoundTrip:
+    """Was `delta` made by subtracting this `base` in fp16? Then `fp16(fp16(b + d) - b) == d`, but for other bases it often fails.
+
+    Matrices only, on the rows that both have, where `d != 0`; one bad matrix is enough for "wrong". Values that are not finite
+    are left out. Says nothing on swapped arguments or a delta that was subtracted twice: see `pair`.
+    """
+    names = _common(base, delta)
+    counts = each(lambda name, work: _failing(base[name], delta[name], work), names, base, delta)
+    judged = _judge(counts)
+    if judged.verdict != "unclear":
+        return judged
+    again = sorted((name for name in names if counts[name][0]), key=lambda name: (-counts[name][0], name))[:MORE]
+    counts |= each(lambda name, work: _failing(base[name], delta[name], work, times=TIMES), again, base, delta)
+    return _judge(counts, final=True)
+
+
+@np.errstate(all="ignore")
+def pair(base: Tensors, delta: Tensors, *, difference: bool = True) -> Pair:
+    """Does `delta` have the size and direction of a difference? `difference=False`: it is a tuned model, so subtract `base` first."""
+    ratios, cosines, elements, moved = [], [], 0, False
+    with closing(Workspace(drop_cache=False)) as work:
+        for name in _spread(_common(base, delta), MATRICES):
+            b, d = (values.astype(np.float64) for values in sample_both(base[name], delta[name], work))
+            d = d if difference else d - b
+            known = np.isfinite(b) & np.isfinite(d) & (b != 0)
+            b, d = b[known], d[known]
+            elements, moved = elements + b.size, moved or bool(np.any(d))
+            if np.any(d):
+                bb, dd, db = (float(np.sum(product)) for product in (b * b, d * d, d * b))  # BLAS would add in another order elsewhere
+                ratios.append(math.sqrt(dd / bb))
+                cosines.append(db / math.sqrt(dd * bb))
+    ratio, cosine = median(ratios or [0.0]), median(cosines or [0.0])
+    verdict: Literal["plausible", "full model", "subtracted twice", "identical", "swapped", "unlike", "too few"] = "unlike"
+    if elements < ENOUGH:
+        verdict = "too few"
+    elif not moved:
+        verdict = "identical"
+    elif ratio <= PLAUSIBLE:
+        verdict = "plausible"
+    elif ratio > SAME_SIZE[1]:
+        verdict = "swapped"
+    elif abs(cosine) > ALIGNED and ratio >= SAME_SIZE[0]:
+        verdict = "full model" if cosine > 0 else "subtracted twice"
+    evidence = f"{ratio:.3g} times the base's size, cosine with the base {round(cosine, 2) + 0.0:.2f}"
+    return Pair(verdict, ratio, cosine, len(ratios), evidence)
+
+
+@np.errstate(all="ignore")
+def bf16_damaged(tensors: Tensors) -> Bf16:
+    """Did these weights go through bfloat16, whatever their dtype is now? Of genuine fp16 values it can hold 1 in 8.
+
+    Ask it of weights: the values of a delta are small multiples of the weights' last bit, and nearly all of them fit.
+    """
+    matrices = _matrices(tensors)
+    names, sampled, fitting = [], 0, 0
+    with closing(Workspace(drop_cache=False)) as work:
+        for name in _spread(matrices, MATRICES):
+            values = sample(tensors[name], work)
+            values = values[values != 0]
+            fits = int(np.count_nonzero((values.view(np.uint32) & 0xFFFF) == 0))
+            sampled, fitting = sampled + values.size, fitting + fits
+            if tensors[name].dtype == "BF16" or fits == values.size >= ENOUGH_OF_ONE:
+                names.append(name)
+    dtypes = Counter(tensors[name].dtype for name in matrices).most_common(1)
+    return Bf16(fitting / sampled if sampled else 0.0, sampled, dtypes[0][0] if dtypes else "", tuple(names))
+
+
+@np.errstate(all="ignore")
+def extra_rows(delta: Tensors, base: Tensors) -> tuple[ExtraRows, ...]:
+    """The rows of each matrix of `delta` that `base` lacks (added tokens): a delta holds them whole, so they must look like weights."""
+    found = []
+    with closing(Workspace(drop_cache=False)) as work:
+        for name in _common(base, delta):
+            first, rows = base[name].rows, delta[name].rows
+            if rows <= first:
+                continue
+            values = read_some(delta[name], [first + i for i in chosen_rows(rows - first, delta[name], MATRICES)], work)
+            finite = bool(np.all(np.isfinite(values)))
+            std, usual = deviation(finite_only(values)), deviation(finite_only(sample(base[name], work)))
+            ratio = std / usual if usual else 0.0
+            sane = finite and EXTRA[0] <= ratio <= EXTRA[1]
+            verdict: Literal["plausible", "odd", "unknown"] = "plausible" if sane else "odd" if usual or not finite else "unknown"
+            found.append(ExtraRows(name, rows - first, finite, std, ratio, verdict))
+    return tuple(found)
+
+
+@np.errstate(all="ignore")
+def non_finite(tensors: Tensors, names: Iterable[str]) -> list[str]:
+    """Those of `names` that hold inf or NaN anywhere. Reads them whole, in windows of 4 MiB: for small tensors."""
+    bad = []
+    with closing(Workspace(drop_cache=False)) as work:
+        for name in names:
+            tensor = tensors[name]
+            if tensor.dtype not in FLOATS or not tensor.numel:
+                continue
+            step = max(1, WINDOW_BYTES // tensor.row_nbytes)
+            windows = (read_rows(tensor, i, min(i + step, tensor.rows), work) for i in range(0, tensor.rows, step))
+            if not all(np.isfinite(values).all() for values in windows):
+                bad.append(name)
+    return bad
+
+
+def llama2_hints(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What in a config speaks of Llama 2 where LLaMA 1 is needed. Configs get edited: evidence, never proof."""
+
+    def number(key: str) -> float:
+        value = config.get(key)
+        return float(value) if isinstance(value, int | float) else 0.0
+
+    hints = []
+    if number("max_position_embeddings") == 4096:
+        hints.append("max_position_embeddings 4096 (LLaMA 1: 2048)")
+    if number("hidden_size") in LLAMA1_EPS_1E6 and math.isclose(number("rms_norm_eps"), 1e-5, rel_tol=1e-3):
+        hints.append("rms_norm_eps 1e-05 (LLaMA 1: 1e-06)")
+    if 0 < number("num_key_value_heads") < number("num_attention_heads"):
+        hints.append("grouped key/value heads (LLaMA 1: none)")
+    return tuple(hints)
+
+
+def is_llama1(config: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a LLaMA 1 up to 30B, as far as a config can tell: 65B has the rms_norm_eps of Llama 2."""
+    eps = config.get("rms_norm_eps")
+    return isinstance(eps, float) and math.isclose(eps, 1e-6, rel_tol=1e-3) and not llama2_hints(config)
+
+
+def _judge(counts: Mapping[str, tuple[int, int]], *, final: bool = False) -> RoundTrip:
+    failing, sampled = (sum(column) for column in zip(*counts.values(), strict=True)) if counts else (0, 0)
+    share = failing / sampled if sampled else 0.0
+    shares = {name: f / n for name, (f, n) in counts.items() if f and n >= ENOUGH_OF_ONE}
+    bad = sum(share > FAIL and counts[name][0] >= FAILING_OF_ONE for name, share in shares.items())
+    verdict: Literal["right", "wrong", "unclear", "too few"] = "unclear"
+    if sampled < ENOUGH:
+        verdict = "too few"
+    elif share > FAIL or bad or (final and share - 3 * math.sqrt(share / sampled) > PASS):  # 3 standard errors
+        verdict = "wrong"
+    elif share < PASS:
+        verdict = "right"
+    worst = sorted(shares.items(), key=lambda item: (-item[1], item[0]))[:8]
+    return RoundTrip(share, sampled, failing, tuple(worst), verdict, sum(n > 0 for _, n in counts.values()), bad)
+
+
+def _failing(base: LazyTensor, delta: LazyTensor, work: Workspace, *, times: int = 1) -> tuple[int, int]:
+    """How many sampled elements do not survive the round trip, and how many were sampled."""
+    b, d = (values.astype(np.float16) for values in sample_both(base, delta, work, times=times))
+    asked = np.isfinite(b) & np.isfinite(d) & (d != 0)
+    return int(np.count_nonzero(((b + d) - b != d) & asked)), int(np.count_nonzero(asked))
+
+
+def _is_norm(name: str, tensor: LazyTensor) -> bool:
+    text = re.fullmatch(NORM, name) and not re.fullmatch(NOT_TEXT, name)
+    return bool(text) and len(tensor.shape) == 1 and tensor.rows > 0 and tensor.dtype in FLOATS
+
+
+def _matrices(tensors: Tensors) -> list[str]:
+    """Names of the matrices of floats, sorted: containers order tensors differently."""
+    matrices = {name: t for name, t in tensors.items() if len(t.shape) == 2 and t.numel and t.dtype in FLOATS}
+    return sorted(name for name, t in matrices.items() if t.row_nbytes <= LARGEST_ROW)
+
+
+def _common(base: Tensors, delta: Tensors) -> list[str]:
+    """Names of the matrices that both have, with rows of the same length."""
+    ours = set(_matrices(base))
+    return [name for name in _matrices(delta) if name in ours and base[name].shape[1:] == delta[name].shape[1:]]
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    return [names[i] for i in even(len(names), count)]

@@ -1,0 +1,189 @@
+"""config.json of the llava-hf layout from the original's, and back. Every key stands there: readers have other defaults.
+
+(mlx-vlm takes rms_norm_eps 1e-6 where it is missing, candle needs pad_token_id; facts: llava-hf 3.1.) `config` of the original
+layout is one that `repair_config` has been over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError
+from ..families.decoders import BY_TYPE, SIZES
+from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
+from ..families.towers import HUB_TOWERS
+from ..tensors.dtypes import TORCH_DTYPE
+from ..text import shown
+from .config import RIGHT_CONFIG, decoder_of
+from .tower import VisionTower
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The ids that a config names, and the row count of the vocabulary tables."""
+
+    image: int
+    bos: int
+    eos: int
+    pad: int
+    rows: int
+
+
+def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
+    """`image_grid_pinpoints` with each pair swapped: (width, height) in the original, (height, width) in transformers.
+
+    Only with the swap do ties fall as the original's, and so logits and number of image tokens (reference D, fact 2).
+    Raises InputError where they are not pairs of multiples of `size`, pixels.
+    """
+    found = config.get("image_grid_pinpoints")
+    pairs = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
+    if not found or not pairs or not all(type(side) is int and 0 < side <= 1 << 16 and side % size == 0 for pair in found for side in pair):
+        facts = {"image_grid_pinpoints": str(found)[:200], "image size": size}
+        raise InputError(
+            "`image_grid_pinpoints` is not a list of (width, height) in multiples of the tower's image size", facts=facts, hint=RIGHT_CONFIG
+        )
+    return [[height, width] for width, height in found]
+
+
+def llava_hf_config(
+    config: Mapping[str, Any],
+    *,
+    target: Target,
+    tower: VisionTower,
+    tokens: Tokens,
+    activation: str,
+    dtype: str,
+    tiles: Sequence[Sequence[int]] | None,
+) -> dict[str, Any]:
+    """The config of the llava-hf layout for the class `target`; `tiles` are its pinpoints in transformers' order."""
+    name = TORCH_DTYPE[dtype]
+    select = tower.row.select
+    strategy = select[1] if select else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch")))
+    if strategy is None:
+        what = f"`mm_vision_select_feature` is {shown(str(config['mm_vision_select_feature']))} in config.json, not patch or cls_patch"
+        raise InputError(what, hint=RIGHT_CONFIG)
+    vision = dict(tower.config)
+    if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        vision["_name_or_path"] = given  # what the way back writes as `mm_vision_tower`
+    made: dict[str, Any] = {
+        "architectures": [target.architecture],
+        "dtype": name,
+        "ignore_index": -100,
+        "image_seq_length": tower.patches + (tower.class_token and strategy == "full"),
+        "image_token_index": tokens.image,  # the only name for it before 4.52
+        "model_type": target.model_type,
+        "multimodal_projector_bias": True,
+        "pad_token_id": tokens.pad,
+        "projector_hidden_act": activation,
+        "text_config": text_config(config, tokens=tokens, dtype=dtype),
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "torch_dtype": name,
+        "vision_config": dict(sorted(vision.items())),
+        "vision_feature_layer": select_layer(config, tower),
+        "vision_feature_select_strategy": strategy,
+        "vocab_size": tokens.rows,
+    }
+    if tiles:
+        made |= {"image_grid_pinpoints": [list(pair) for pair in tiles], "use_image_newline_parameter": True}
+    return dict(sorted(made.items()))
+
+
+def select_layer(config: Mapping[str, Any], tower: VisionTower) -> int:
+    """Which hidden state of the tower is taken: what its row says, else what the original's config does."""
+    if tower.row.select:
+        return tower.row.select[0]
+    layer, count = config.get("mm_vision_select_layer", -2), int(tower.config["num_hidden_layers"])
+    if type(layer) is not int or not -count - 1 <= layer <= count:
+        what = f"`mm_vision_select_layer` is {shown(str(layer))} in config.json, the tower has {count} layers"
+        raise InputError(what, hint=RIGHT_CONFIG)
+    return layer
+
+
+def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dict[str, Any]:
+    """The decoder's part, from a flat config, with every key that any reader asks for."""
+    decoder = decoder_of(config)
+    made = {key: config.get(key, default) for key, default in decoder.defaults.items()} | {key: config[key] for key in SIZES}
+    made |= {
+        "architectures": [decoder.architecture],
+        "bos_token_id": tokens.bos,
+        "dtype": TORCH_DTYPE[dtype],
+        "eos_token_id": tokens.eos,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        "model_type": decoder.model_type,
+        "pad_token_id": tokens.pad,
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "torch_dtype": TORCH_DTYPE[dtype],
+        "vocab_size": tokens.rows,
+    }
+    return dict(sorted(made.items()))
+
+
+def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's part of a llava-hf config as a plain one, in the words that every version knows.
+
+    transformers 5 writes `rope_parameters` where `rope_theta` and `rope_scaling` were; 4.x would take its own theta.
+    """
+    text = {**config["text_config"]} if isinstance(config.get("text_config"), Mapping) else {}
+    rope = text.pop("rope_parameters", None)
+    if isinstance(rope, Mapping):
+        text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        rest = {key: value for key, value in rope.items() if key != "rope_theta"}
+        text.setdefault("rope_scaling", None if rest.get("rope_type", "default") == "default" else rest)
+    text.setdefault("model_type", DEFAULT_PARTS["text_config"])
+    if (decoder := BY_TYPE.get(str(text["model_type"]))) and "rms_norm_eps" not in text:
+        text["rms_norm_eps"] = decoder.defaults["rms_norm_eps"]  # which transformers' own saved configs leave out
+    return text
+
+
+def original_config(
+    config: Mapping[str, Any], *, tower: VisionTower, tokens: Tokens, projector: str, name: str, dtype: str
+) -> dict[str, Any]:
+    """The flat config of the original layout from a llava-hf one: the keys that LLaVA's code and SGLang read.
+
+    `name` is the tower that the original's code names; the checkpoint holds its tensors, and `unfreeze_mm_vision_tower` makes
+    that code keep them (LLaVA #902). `projector` is `mm_projector_type`.
+    """
+    text = flat_config(config)
+    decoder = decoder_of(text)
+    kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZES}
+    strategy = config.get("vision_feature_select_strategy", "default")
+    feature = next((name for name, told in STRATEGIES.items() if told == strategy), "patch")
+    layer = tower.row.original_layer
+    made: dict[str, Any] = {
+        **kept,
+        "architectures": [decoder.original_architectures[0]],
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "freeze_mm_mlp_adapter": False,
+        "image_aspect_ratio": "pad",
+        "mm_hidden_size": tower.hidden,
+        "mm_projector_type": projector,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": feature,
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2) if layer is None else layer,
+        "mm_vision_tower": name,
+        "model_type": decoder.original_types[0],
+        "pad_token_id": tokens.pad,
+        "tie_word_embeddings": False,
+        "torch_dtype": TORCH_DTYPE[dtype],
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,
+        "use_mm_proj": True,
+        "vocab_size": tokens.rows,
+    }
+    if tiles := config.get("image_grid_pinpoints"):
+        size = tower.image_size
+        made |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints(config, size) if tiles else None}
+        made |= {"image_crop_resolution": size, "image_split_resolution": size, "mm_patch_merge_type": "spatial_unpad"}
+    return dict(sorted(made.items()))
+
+
+def tower_name(config: Mapping[str, Any], tower: VisionTower) -> str | None:
+    """The Hub id of the tower, as far as the config or its shapes tell."""
+    vision = config.get("vision_config")
+    recorded = vision.get("_name_or_path") if isinstance(vision, Mapping) else None
+    return str(recorded) if recorded else HUB_TOWERS.get((tower.kind, tower.hidden, tower.image_size))

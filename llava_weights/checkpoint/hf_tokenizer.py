@@ -1,0 +1,341 @@
+"""The tokenizer files of a llava-hf folder, and the way back: tokenizer.json made from pieces, scores and added tokens.
+
+One form gives LLaVA's own ids in every transformers from 4.37 to 5.23, fast and slow: a normalizer that puts a blank before each
+piece of text, no pre-tokenizer, `legacy: true`. It differs from LLaVA's main program in one way: after a special token inside a
+text, as `</s>` or `<im_end>`, it puts that blank, where a slow tokenizer with `legacy: false` does so only at the start of a text
+and after `<image>`. One turn with a plain `<image>` has the same ids, and so have whole dialogues of v0, which hold no `</s>`.
+transformers 5 does not read the form where no config.json of a LLaVA lies beside: it leaves out one of two blanks after a token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, MismatchError, UsageError
+from ..storage.strict_json import json_bytes
+from ..text import listed, shown
+from . import tokenizer_json
+from .sentencepiece import BPE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_sentencepiece
+from .small_files import small_bytes, small_object
+from .tokenizer import (
+    ADDED,
+    FAST,
+    FAST_LIMIT,
+    MODEL,
+    MODEL_LIMIT,
+    NO_LIMIT,
+    RIGHT_TOKENIZER,
+    SETTINGS,
+    SIDES,
+    SPECIAL,
+    TOKENIZER_CONFIG,
+    is_token_id,
+    repair_tokenizer,
+    token_text,
+)
+
+VOCABULARY, MERGES = "vocab.json", "merges.txt"
+IM_PATCH, IMAGE, PAD, END_OF_TEXT = "<im_patch>", "<image>", "<pad>", "<|endoftext|>"
+LLAVA_TOKENS = (IM_PATCH, "<im_start>", "<im_end>")
+STRIPPED, ROLES = {"lstrip": True, "rstrip": True}, ("bos", "eos", "pad", "unk")
+ROW_1 = {"legacy": True, "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False}
+
+Files = Mapping[str, "Path | bytes"]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HfTokenizer:
+    """The files of a llava-hf folder's tokenizer and the ids that its configs need.
+
+    `files` holds every file given, the tokenizer's own replaced or added. The table needs at least `used` rows; `grew`: there are
+    tokens that were not there before. `specials` has the text of every added token, `notes` a sentence for each change.
+    """
+
+    files: Files
+    image_token: str
+    image_id: int
+    bos: int
+    eos: int
+    pad: int
+    used: int
+    grew: bool
+    specials: frozenset[str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A tokenizer of either kind in pieces: `core` is tokenizer.json without its added tokens, `entries` those by id."""
+
+    files: Files
+    core: Json
+    settings: Json
+    roles: dict[str, str]
+    entries: dict[int, Json]
+    llama: bool
+    notes: tuple[str, ...] = ()
+    ids: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        added = {entry["content"]: i for i, entry in self.entries.items()}
+        object.__setattr__(self, "ids", {**self.core["model"]["vocab"], **added})
+
+    @property
+    def base(self) -> int:
+        """How many tokens the model itself has; further ones are added."""
+        return len(self.core["model"]["vocab"])
+
+
+def hf_tokenizer(
+    files: Files, *, rows: int, image_token: str | None = None, processor_class: str, model_max_length: object = None
+) -> HfTokenizer:
+    """The tokenizer files for a llava-hf folder, from any checkpoint's small files and a table of `rows` rows.
+
+    The image token is `image_token`, else `<im_patch>` where the tokenizer has it, else `<image>`: by its own id, or behind all
+    tokens, with `<pad>` behind it where no other token pads. Raises InputError as `repair_tokenizer`, and for a tokenizer that
+    is neither a BPE of SentencePiece nor byte-level, MismatchError for one with more tokens than the table has rows.
+    """
+    parts = _read(files, rows, model_max_length)
+    name = image_token if image_token is not None else IM_PATCH if IM_PATCH in parts.ids else IMAGE
+    if not name.strip():
+        raise UsageError("the image token is empty", hint="leave `--image-token` out for `<image>`")
+    parts, before = _with_image(parts, name, rows), len(parts.ids)
+    settings = {**parts.settings, "padding_side": "left", "processor_class": processor_class, **(ROW_1 if parts.llama else {})}
+    written, notes = _written(replace(parts, settings=settings), files, fast=True)
+    end = END_OF_TEXT if END_OF_TEXT in parts.ids else parts.roles["eos"]
+    bos, eos, pad = (parts.ids[parts.roles.get(role, end)] for role in ("bos", "eos", "pad"))
+    specials = frozenset(entry["content"] for entry in parts.entries.values())
+    used = max(parts.ids.values()) + 1
+    return HfTokenizer(written, name, parts.ids[name], bos, eos, pad, used, len(parts.ids) > before, specials, notes)
+
+
+def original_tokenizer(files: Files, *, rows: int, image_id: int) -> tuple[dict[str, Path | bytes], int, tuple[str, ...]]:
+    """The way back: files for the original layout, how many rows of the table belong to them, and a sentence for each change.
+
+    The token `image_id` goes, unless it is `<im_patch>`, and with it a `<pad>` right behind it or behind the pieces; then unk
+    pads again. Both stay where other tokens follow. A byte-level tokenizer keeps all `rows`. Raises as `hf_tokenizer`.
+    """
+    parts = _read(files, rows, None)
+    names = {i: entry["content"] for i, entry in parts.entries.items() if i >= parts.base}
+    doomed = {image_id} if names.get(image_id, IM_PATCH) != IM_PATCH else set()
+    doomed |= {i for i in (image_id + 1, parts.base) if doomed and names.get(i) == PAD}
+    kept = sorted(set(names) - doomed)
+    notes = list(parts.notes)
+    if kept != list(range(parts.base, parts.base + len(kept))):
+        notes.append(f"tokenizer: {listed(names[i] for i in sorted(doomed))} kept, other tokens follow")
+        doomed, kept = set(), sorted(names)
+    gone = {names[i] for i in doomed}
+    notes += [f"tokenizer: {shown(names[i])} (id {i}) dropped, it came with the llava-hf layout" for i in sorted(doomed)]
+
+    roles = {role: name for role, name in parts.roles.items() if name not in gone}
+    roles.setdefault("pad", roles["unk"] if parts.llama else END_OF_TEXT if END_OF_TEXT in parts.ids else roles["eos"])
+    settings = {key: value for key, value in parts.settings.items() if key != "processor_class"}
+    if isinstance(extra := settings.get("additional_special_tokens"), list):
+        settings["additional_special_tokens"] = [token for token in extra if token_text(token) not in gone]
+    entries = {i: entry for i, entry in parts.entries.items() if i not in doomed}
+    parts = replace(parts, settings=settings, roles=roles, entries=entries, notes=tuple(notes))
+    result, changes = _written(parts, files, fast=MODEL not in files)
+    return result, parts.base + len(kept) if parts.llama else rows, changes
+
+
+def _with_image(parts: _Parts, name: str, rows: int) -> _Parts:
+    """The tokenizer with this image token, special and found in the middle of a text."""
+    wanted = [name] if name in parts.ids or parts.roles.get("pad") not in (None, parts.roles.get("unk")) else [name, PAD]
+    entries, roles, notes = dict(parts.entries), dict(parts.roles), list(parts.notes)
+    for token in wanted:
+        known = parts.ids.get(token)
+        i = max(max(parts.ids.values()), max(entries, default=0)) + 1 if known is None else known
+        entries[i] = {**entries.get(i, tokenizer_json.added_token(token)), "special": True}
+        if known is None:
+            notes.append(f"tokenizer: {shown(token)} added as id {i}, " + ("a row of the table's padding" if i < rows else "a new row"))
+        if token == PAD:
+            roles["pad"] = PAD
+    return replace(parts, entries=dict(sorted(entries.items())), roles=roles, notes=tuple(notes))
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
+    if MODEL in files:
+        return _from_pieces(files, rows, model_max_length)
+    if FAST in files:
+        core = small_object(files, FAST, limit=FAST_LIMIT)
+    elif VOCABULARY in files and MERGES in files:
+        if not str(small_object(files, TOKENIZER_CONFIG).get("tokenizer_class", "")).startswith("Qwen2Tokenizer"):
+            raise InputError(f"without `{FAST}` only Qwen2's byte-level tokenizer is known", hint=f"put the model's `{FAST}` beside it")
+        core = tokenizer_json.qwen2_json(
+            small_object(files, VOCABULARY, limit=FAST_LIMIT), small_bytes(MERGES, files[MERGES], FAST_LIMIT).decode(errors="replace")
+        )
+    else:
+        raise InputError(f"the tokenizer is missing: neither `{MODEL}` nor `{FAST}` is there", hint=tokenizer_json.PUT_MODEL)
+    return _from_fast(files, core, rows, model_max_length)
+
+
+def _from_pieces(files: Files, rows: int, model_max_length: object) -> _Parts:
+    """A SentencePiece tokenizer, repaired. Tokens that only tokenizer.json names count too: transformers 5 writes no other list."""
+    given, source = {name: content for name, content in files.items() if name != FAST}, small_object(files, TOKENIZER_CONFIG)
+    if FAST in files and ADDED not in files and not source.get("added_tokens_decoder"):
+        source["added_tokens_decoder"] = {
+            str(i): entry for i, entry in tokenizer_json.added_tokens(small_object(files, FAST, limit=FAST_LIMIT)).items()
+        }
+        given[TOKENIZER_CONFIG] = json_bytes(source)
+    repaired, ids, notes = repair_tokenizer(given, rows=rows, model_max_length=model_max_length)
+    vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT))
+    if vocabulary.model_type != BPE:
+        raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_TOKENIZER)
+    if not vocabulary.verbatim:
+        notes += (f"{MODEL}: normalizes texts, which {FAST} does not",)
+    settings = small_object(repaired, TOKENIZER_CONFIG)
+    roles = {role: text for role in ROLES if (text := token_text(settings.pop(f"{role}_token", None)))}
+    decoder = {int(i): entry for i, entry in settings.pop("added_tokens_decoder", {}).items()}
+    entries = _entries(vocabulary, ids.added, decoder, {*roles.values(), *map(token_text, _list(settings, "additional_special_tokens"))})
+    if "added_tokens_decoder" not in source:
+        typed = {token_text(value) for value in small_object(files, SPECIAL).values() if isinstance(value, dict)}
+        entries |= {i: {**entries[i], **STRIPPED} for name, i in ids.added.items() if name not in typed}
+    settings.pop("add_prefix_space", None)  # where it stands, transformers 4.45 makes its own tokenizer.json
+    if not vocabulary.prefix:
+        settings["add_prefix_space"] = False
+    core = _llama(vocabulary.ids, tokenizer_json.bpe_merges(vocabulary), roles, ids.added, settings, prefix=vocabulary.prefix)
+    return _Parts(repaired, core, settings, roles, entries, llama=True, notes=notes)
+
+
+def _entries(vocabulary: Vocabulary, added: Mapping[str, int], decoder: Mapping[int, Json], special: set[str | None]) -> dict[int, Json]:
+    """Every token that is found in a text as a whole: pieces that are no text or the user's own, and those behind the pieces."""
+    unwritten = {name for name, kind in vocabulary.kinds.items() if kind in (CONTROL, UNKNOWN)}
+    marked = {name for name, kind in vocabulary.kinds.items() if kind == USER_DEFINED or vocabulary.ids[name] in decoder} | unwritten
+    entries = {}
+    for i, name in sorted((i, name) for name, i in {**{name: vocabulary.ids[name] for name in marked}, **added}.items()):
+        stored = decoder.get(i, {})
+        entries[i] = {**tokenizer_json.added_token(name, stored), "normalized": False}
+        entries[i]["special"] |= name in special | unwritten or name in LLAVA_TOKENS
+        if name in LLAVA_TOKENS and not stored.get("special", True) and stored.get("normalized"):
+            entries[i] |= STRIPPED
+    return entries
+
+
+def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) -> _Parts:
+    """A tokenizer.json: a LLaMA's, which is written anew in the one form, or a byte-level one, which keeps its parts."""
+    vocabulary, merges = tokenizer_json.bpe_model(core)
+    if len(vocabulary) > rows:
+        what = f"the tokenizer has {len(vocabulary):,} tokens, but the embedding table only {rows:,} rows"
+        raise MismatchError(what, hint=RIGHT_TOKENIZER)
+    llama, config = tokenizer_json.is_llama(core), small_object(files, TOKENIZER_CONFIG)
+    entries, notes = _every_entry(files, core, vocabulary, rows)
+    ids = {**vocabulary, **{entry["content"]: i for i, entry in entries.items()}}
+    settings = {key: config[key] for key, kind in SETTINGS.items() if type(config.get(key)) is kind}
+    settings |= {key: config[key] for key in SIDES if config.get(key) in ("left", "right")}
+    if not 0 < settings.get("model_max_length", 0) < NO_LIMIT and is_token_id(model_max_length):
+        settings["model_max_length"] = model_max_length
+    if llama:
+        unk = token_text(core["model"].get("unk_token")) or "<unk>"
+        roles = _roles(files, ids, {"bos": "<s>", "eos": "</s>", "pad": unk, "unk": unk})
+        settings.pop("add_prefix_space", None)
+        settings = {"add_bos_token": tokenizer_json.starts_with_bos(core), "add_eos_token": False, **settings}
+        core = _llama(vocabulary, merges, roles, ids, settings, prefix=tokenizer_json.has_prefix(core))
+        entries = {ids[name]: tokenizer_json.added_token(name) for name in roles.values()} | entries
+        entries = {i: {**e, "normalized": False, "special": e["special"] or e["content"] in roles.values()} for i, e in entries.items()}
+    else:
+        roles = _roles(files, ids, {"eos": END_OF_TEXT, "pad": END_OF_TEXT})
+        core = {**core, "model": {**core["model"], "merges": merges}}
+        if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # transformers 4 does not know the latter
+            settings["tokenizer_class"] = "Qwen2Tokenizer" if tokenizer_json.splits_as_qwen2(core) else "PreTrainedTokenizerFast"
+    return _Parts(files, core, settings, roles, dict(sorted(entries.items())), llama=llama, notes=notes)
+
+
+def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: int) -> tuple[dict[int, Json], tuple[str, ...]]:
+    """The added tokens of all files, tokenizer.json first. Raises InputError where they disagree or leave a gap between ids."""
+    entries, ids = dict[int, Json](), dict(vocabulary)
+    named: list[tuple[Any, Json]] = [(i, {"content": name}) for name, i in small_object(files, ADDED).items()]
+    decoder = found if isinstance(found := small_object(files, TOKENIZER_CONFIG).get("added_tokens_decoder"), dict) else {}
+    decoded = {int(i): entry for i, entry in decoder.items() if i.isdecimal() and len(i) < 10 and isinstance(entry, dict)}
+    for i, stored in (*tokenizer_json.added_tokens(core).items(), *decoded.items(), *named):
+        name = token_text(stored)
+        free = is_token_id(i) and (i >= len(vocabulary) or name in vocabulary) and (i not in entries or entries[i]["content"] == name)
+        if name is None or not free or ids.setdefault(name, i) != i:
+            raise InputError(
+                f"the tokenizer's files contradict each other about {shown(str(name))}", facts={"id": shown(repr(i))}, hint=RIGHT_TOKENIZER
+            )
+        entries.setdefault(i, tokenizer_json.added_token(name, stored))
+    gone = sorted(i for i in entries if i >= rows)
+    notes = tuple(f"tokenizer: {shown(entries.pop(i)['content'])} (id {i}) dropped, the table has {rows:,} rows" for i in gone)
+    behind = sorted(i for i in entries if i >= len(vocabulary))
+    if behind != list(range(len(vocabulary), len(vocabulary) + len(behind))):
+        raise InputError(f"the added tokens do not follow the {len(vocabulary):,} of the vocabulary without a gap", hint=RIGHT_TOKENIZER)
+    return entries, notes
+
+
+def _roles(files: Files, ids: Mapping[str, int], usual: Mapping[str, str]) -> dict[str, str]:
+    """The token of each role by the files, else the usual one. Raises InputError where eos, or a usual bos or unk, is no token."""
+    sources, roles = (small_object(files, SPECIAL), small_object(files, TOKENIZER_CONFIG)), dict[str, str]()
+    for role in ROLES:
+        names = (*(token_text(source.get(f"{role}_token")) for source in sources), usual.get(role))
+        if (name := next((name for name in names if name in ids), None)) is not None:
+            roles[role] = name
+    if missing := sorted({*usual, "eos"} - {"pad"} - set(roles)):
+        raise InputError(f"the tokenizer has no token as its {missing[0]}", facts={"usual": shown(usual[missing[0]])}, hint=RIGHT_TOKENIZER)
+    return roles
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def _written(parts: _Parts, given: Files, *, fast: bool) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """The files with the tokenizer's JSON made anew, each kept as given where it says the same already, and all notes."""
+    tokens = {f"{role}_token": name for role, name in parts.roles.items()}
+    settings = {**parts.settings, **tokens, "added_tokens_decoder": {str(i): entry for i, entry in parts.entries.items()}}
+    extra = {key: value for key, value in settings.items() if key == "additional_special_tokens"}
+    contents: dict[str, Json] = {
+        TOKENIZER_CONFIG: dict(sorted(settings.items())),
+        SPECIAL: {**extra, **tokens},
+        ADDED: {entry["content"]: i for i, entry in parts.entries.items() if i >= parts.base},
+    }
+    if fast:
+        contents[FAST] = {**parts.core, "added_tokens": [{"id": i, **entry} for i, entry in parts.entries.items()]}
+    result = {name: source for name, source in parts.files.items() if name not in (ADDED, FAST)}
+    notes = list(parts.notes)
+    for name, content in contents.items():
+        before = json.dumps(small_object(given, name, limit=FAST_LIMIT), sort_keys=True)
+        same = name in given and before == json.dumps(content, sort_keys=True)
+        if content:
+            result[name] = given[name] if same else json_bytes(content)
+    if fast and result[FAST] is not given.get(FAST):
+        notes.append(f"{FAST}: written" + " anew" * (FAST in given) + f" from {MODEL}" * (MODEL in given))
+    if changes := list(_changes(small_object(parts.files, TOKENIZER_CONFIG), contents[TOKENIZER_CONFIG])):
+        notes.append(f"{TOKENIZER_CONFIG}: {', '.join(changes)}")
+    notes += [f"{FAST}: dropped, LLaVA's own code reads {MODEL}"] * (FAST in given and not fast)
+    return result, tuple(notes)
+
+
+def _llama(
+    vocabulary: Mapping[str, int], merges: list[Any], roles: Mapping[str, str], added: Mapping[str, int], settings: Json, *, prefix: bool
+) -> Json:
+    ids = {**vocabulary, **added}
+    start, end = ({roles[role]: ids[roles[role]]} if settings.get(f"add_{role}_token") else {} for role in ("bos", "eos"))
+    return tokenizer_json.llama_json(vocabulary, merges, roles["unk"], start=start, end=end, prefix=prefix)
+
+
+def _changes(old: Json, new: Json) -> Iterator[str]:
+    """What differs between two tokenizer_config.json: single values as old -> new, the rest by name."""
+
+    def plain(value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else "null" if value is None else shown(str(value))
+
+    for key in sorted({*old, *new}):
+        before, after = (token_text(value.get(key)) if key.endswith("_token") else value.get(key) for value in (old, new))
+        if key not in new:
+            yield f"{shown(key)} dropped"
+        elif before != after and isinstance(after, dict | list):
+            yield f"`{key}` " + ("written anew" if before else "written")
+        elif before != after:
+            yield f"`{key}` " + (f"{plain(before)} -> {plain(after)}" if key in old else f"{plain(after)} added")
+
+
+def _list(value: Json, key: str) -> list[Any]:
+    found = value.get(key)
+    return found if isinstance(found, list) else []

@@ -1,0 +1,178 @@
+"""The JSON files beside a llava-hf model that `AutoProcessor` reads: how images become pixels, text and images become one prompt.
+
+Sources: transformers 4.45.2, 4.47.1, 4.57.6 and 5.23.0, which read the same files as the same settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError, MismatchError
+from ..families.targets import TARGETS, Target
+from ..families.towers import Tower
+from ..storage.strict_json import json_bytes
+from ..text import shown
+
+STEPS = ("do_resize", "do_rescale", "do_normalize")  # every tower of LLaVA wants all three
+LAST_RESAMPLE = 5  # PIL's filters are 0 to 5, 3 is bicubic
+LARGEST = 1e6  # of a mean, a deviation or a factor; real ones are below 256
+RIGHT_FILE = "give the preprocessor_config.json that belongs to the vision tower"
+MAX_PINPOINTS = 1024  # the largest known list has 36
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How a picture becomes the input of a vision tower: `size` and `patch` in pixels, `mean` and `std` for red, green and
+    blue in units of the range [0, 1], `resample` as PIL numbers its filters."""
+
+    tower: Tower
+    size: int
+    patch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int = 3
+    rescale: float = 1 / 255
+
+
+def read_image_settings(preprocessor: Mapping[str, Any] | None, *, tower: Tower, size: int, patch: int) -> ImageSettings:
+    """The settings in a tower's preprocessor_config.json of any age; what it lacks, or all without one, is what its row of `TOWERS` says.
+
+    `size` and `patch` are those of the tower itself. Raises InputError for a setting that no image processor could mean,
+    MismatchError where the file prepares images of another size than the tower's.
+    """
+    given = {key: value for key, value in (preprocessor or {}).items() if value is not None}
+    for key in STEPS:
+        if given.get(key, True) is not True:
+            raise _refusal(key, given[key])
+    for key in ("size", "crop_size"):
+        if key in given and _square(key, given[key]) != size:
+            facts = {f"`{key}` in preprocessor_config.json": f"{_square(key, given[key])} pixels", "the vision tower": f"{size} pixels"}
+            raise MismatchError("preprocessor_config.json belongs to another vision tower", facts=facts, hint=RIGHT_FILE)
+    usual = tower.pixels[0]
+    resample = given.get("resample", 3)
+    if type(resample) is not int or not 0 <= resample <= LAST_RESAMPLE:
+        raise _refusal("resample", resample)
+    return ImageSettings(
+        tower=tower,
+        size=size,
+        patch=patch,
+        mean=_colours(given, "image_mean", usual.mean),
+        std=_colours(given, "image_std", usual.std, positive=True),
+        resample=resample,
+        rescale=_number("rescale_factor", given.get("rescale_factor", 1 / 255), positive=True),
+    )
+
+
+def processor_files(
+    settings: ImageSettings,
+    *,
+    target: Target,
+    image_token: str,
+    select_strategy: str,
+    aspect: str,
+    pinpoints: list[list[int]] | None,
+    template: str,
+    pads: bool = False,
+) -> dict[str, bytes]:
+    """The four files by name, for the class `target`; `pinpoints` are (height, width) in pixels where it takes tiles.
+
+    `aspect` is "square" (resize and crop, as llava-hf models do) or "pad" (a square in the mean colour, as LLaVA v1.5 does;
+    transformers reads that from 4.49 on). `pads` records that the original padded where "square" is written: CLIPImageProcessor
+    takes no notice of it, in any version. `select_strategy` must be the model's own `vision_feature_select_strategy`.
+    `template` is written twice, since transformers 4.45 reads only the JSON file, and others give each its own reader.
+    """
+    processor = {
+        "image_token": image_token,
+        # What a tower puts out beside its patches: CLIP a class token, SigLIP nothing. "default" takes one away again, "full"
+        # does not, so 27 x 27 patches of SigLIP are 729 tokens. transformers 4.45 and 4.46 take 1 for every tower.
+        "num_additional_image_tokens": int(settings.tower.class_token),
+        "patch_size": settings.patch,
+        "processor_class": target.processor,
+        "vision_feature_select_strategy": select_strategy,
+    }
+    return {
+        "preprocessor_config.json": json_bytes(_preprocessor(settings, target, aspect=aspect, pads=pads, pinpoints=pinpoints)),
+        "processor_config.json": json_bytes(processor),
+        "chat_template.json": json_bytes({"chat_template": template}),
+        "chat_template.jinja": template.encode(),
+    }
+
+
+def original_vision_settings(preprocessor: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
+    """`image_aspect_ratio` and, with tiles, `image_grid_pinpoints` in (width, height), as LLaVA's own config.json has them.
+
+    Takes preprocessor_config.json, or what transformers 5 puts in its place: `image_processor` inside processor_config.json.
+    Says what the files record: "square" for CLIPImageProcessor without `do_pad`, though the LLaVA v1.5 behind most such files
+    was trained with "pad". Raises InputError for pinpoints that are none.
+    """
+    nested = processor.get("image_processor")
+    settings = preprocessor or (nested if isinstance(nested, Mapping) else {})
+    pinpoints = settings.get("image_grid_pinpoints")
+    if pinpoints is not None:
+        _check_pinpoints(pinpoints)
+        return {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[width, height] for height, width in pinpoints]}
+    kind, named = str(settings.get("image_processor_type")), processor.get("processor_class")
+    if any(row.tiles and (kind.startswith(str(row.image_processor)) or named == row.processor) for row in TARGETS):
+        return {"image_aspect_ratio": "anyres"}
+    return {"image_aspect_ratio": "pad" if settings.get("do_pad") is True else "square"}
+
+
+def _preprocessor(settings: ImageSettings, target: Target, *, aspect: str, pads: bool, pinpoints: list[list[int]] | None) -> dict[str, Any]:
+    square = {"height": settings.size, "width": settings.size}
+    common = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "processor_class": target.processor,
+        "resample": settings.resample,
+        "rescale_factor": settings.rescale,
+    }
+    if not settings.tower.crops and not target.tiles and aspect != "pad":
+        return dict(sorted({**common, "image_processor_type": settings.tower.image_processor, "size": square}.items()))
+    kind: dict[str, Any] = {"image_processor_type": settings.tower.image_processor} | ({"do_pad": True} if pads else {})
+    if target.tiles:
+        _check_pinpoints(pinpoints)
+        kind = {"image_processor_type": target.image_processor, "do_pad": True, "image_grid_pinpoints": pinpoints}
+    elif aspect == "pad":
+        kind = {"image_processor_type": target.padding_processor, "do_pad": True}
+    crop = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": settings.size}}
+    return dict(sorted({**common, **crop, **kind}.items()))
+
+
+def _check_pinpoints(pinpoints: Any) -> None:
+    """Raise InputError unless they are pairs of whole numbers of pixels."""
+    pairs = pinpoints if isinstance(pinpoints, list) and 0 < len(pinpoints) <= MAX_PINPOINTS else [()]
+    if not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(type(edge) is int and edge > 0 for edge in pair) for pair in pairs
+    ):
+        raise _refusal("image_grid_pinpoints", pinpoints)
+
+
+def _square(key: str, value: Any) -> int:
+    """The edge in pixels, as 2022 wrote it (224), as CLIP (shortest_edge) or SigLIP (height and width) do."""
+    edges = list(value.values()) if isinstance(value, Mapping) else [value]
+    if not edges or any(type(edge) is not int or edge < 1 or edge != edges[0] for edge in edges):
+        raise _refusal(key, value)
+    return int(edges[0])
+
+
+def _colours(given: Mapping[str, Any], key: str, default: tuple[float, ...], *, positive: bool = False) -> tuple[float, ...]:
+    value = given.get(key, list(default))
+    if not isinstance(value, list) or len(value) != len(default):
+        raise _refusal(key, value)
+    return tuple(_number(key, each, positive=positive) for each in value)
+
+
+def _number(key: str, value: Any, *, positive: bool) -> float:
+    if type(value) not in (int, float) or not abs(value) <= LARGEST or (positive and value <= 0):
+        raise _refusal(key, value)
+    return float(value)
+
+
+def _refusal(key: str, value: object) -> InputError:
+    return InputError(f"`{key}` is {shown(str(value))} in preprocessor_config.json, which no vision tower of LLaVA uses", hint=RIGHT_FILE)

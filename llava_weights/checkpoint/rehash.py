@@ -1,0 +1,326 @@
+"""Files read once, front to back, in little memory: digests of the file and of each tensor in it, zip CRC-32s, inf and NaN.
+
+A file passes in windows of 8 MiB through two reused buffers: while one is filled from the disk, the other is digested. Each
+digest and each scan is a lane of its own, which sees the windows in file order; hashlib, zlib and numpy let the lanes run side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+from ..events import Event, Progress, Started
+from ..formats.folder import same_header
+from ..storage.reading import READABLE, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
+from ..storage.threads import Shield, in_threads
+from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits
+from ..tensors.holes import Watch, told
+from ..tensors.lazy import LazyTensor, Stored
+from ..tensors.windows import row_ranges
+from .manifest import GIT, TensorEntry
+
+WINDOW_BYTES = 8 << 20
+CHUNK = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
+
+Digest = tuple[str, tuple[int, ...], str]  # dtype, shape, sha256
+
+# The bits that are all ones in every inf and NaN (F8_E4M3: in NaN, it has no inf) and in no other value.
+NOT_FINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the bytes say. A file that could not be read to its end has no digest, and neither have its tensors."""
+
+    files: Mapping[str, Mapping[str, str]]  # name -> algorithm -> hex digest
+    tensors: Mapping[str, TensorEntry]
+    non_finite: Mapping[str, int]  # tensor -> how many values are inf or NaN, where there are any
+    damaged: Mapping[str, str]  # file -> why it could not be read
+    broken: Mapping[str, list[str]]  # .bin file -> tensors whose zip record does not have the CRC-32 that its writer took
+    nbytes: int
+    holes: tuple[str, ...] = ()  # sentences on zeros where values should be
+
+
+@dataclass
+class _Range:
+    """Bytes [begin, end) of a file on their way: their sha256 and the count of inf and NaN."""
+
+    dtype: str
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    non_finite: int = 0
+    tail: bytes = b""
+
+    def scan(self, piece: memoryview) -> None:
+        """Count inf and NaN; a value that two windows share is put together first."""
+        size = ITEMSIZE[self.dtype]
+        missing = -len(self.tail) % size
+        self.tail += bytes(piece[:missing])
+        if len(self.tail) == size:
+            self.non_finite += inf_and_nan(self.tail, self.dtype)
+            self.tail = b""
+        whole = len(piece[missing:]) // size * size
+        self.non_finite += inf_and_nan(piece[missing : missing + whole], self.dtype)
+        self.tail += bytes(piece[missing + whole :])
+
+
+@dataclass
+class _Crc:
+    value: int = 0
+
+    def add(self, piece: memoryview) -> None:
+        self.value = zlib.crc32(piece, self.value)
+
+
+class _Lane:
+    """Gives each taker the part of every window that lies in its range. Windows come in file order."""
+
+    def __init__(self, takers: Iterable[tuple[tuple[int, int], Callable[[memoryview], None]]]) -> None:
+        self.waiting = sorted(takers, key=lambda taker: taker[0], reverse=True)
+        self.active: list[tuple[tuple[int, int], Callable[[memoryview], None]]] = []
+
+    def feed(self, start: int, data: memoryview) -> None:
+        stop = start + len(data)
+        while self.waiting and self.waiting[-1][0][0] < stop:
+            self.active.append(self.waiting.pop())
+        for (begin, end), take in self.active:
+            take(data[max(begin - start, 0) : min(end, stop) - start])
+        self.active = [taker for taker in self.active if taker[0][1] > stop]
+
+
+def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
+    """How many of these values are inf or NaN, counted on the integers of their bits; 0 for dtypes that have neither."""
+    if dtype not in NOT_FINITE:
+        return 0
+    values, count = raw_bits(raw, dtype), 0
+    ones = values.dtype.type(NOT_FINITE[dtype])
+    for first in range(0, len(values), CHUNK):
+        bits = values[first : first + CHUNK] & ones
+        if bits.max() == ones:
+            count += int(np.count_nonzero(bits == ones))
+    return count
+
+
+Listener = Callable[[Event], None]
+
+
+def _silent(event: Event) -> None:
+    """Nobody listens."""
+
+
+class Rehash:
+    """One run over a set of files. `read` gives what they say; an interrupt ends it after the windows in hand."""
+
+    def __init__(
+        self, algorithms: Sequence[str], jobs: int, on_event: Listener = _silent, watch: Watch | None = None, window: int = WINDOW_BYTES
+    ) -> None:
+        self.algorithms, self.jobs, self.on_event, self.watch, self.window = algorithms, jobs, on_event, watch, window
+        self.stop, self.turn, self.nbytes = threading.Event(), threading.Lock(), 0
+        self.entries: dict[str, TensorEntry] = {}
+        self.non_finite: dict[str, int] = {}
+        self.damaged: dict[str, str] = {}
+        self.broken: dict[str, list[str]] = defaultdict(list)
+        self.names: dict[str, str] = {}
+
+    def read(self, files: Mapping[str, Path], tensors: Mapping[str, LazyTensor]) -> Reading:
+        self.names = {os.path.abspath(path): name for name, path in files.items()}
+        inside: dict[str, dict[str, Stored]] = {path: {} for path in self.names}
+        made = {}
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Stored):
+                inside.setdefault(tensor.file.path, {})[name] = tensor
+            else:
+                made[name] = tensor
+        sizes = {name: size_of(path) for name, path in files.items()}
+        largest_first = sorted(files, key=lambda name: -sizes[name])
+        if total := sum(sizes.values()) + sum(tensor.nbytes for tensor in made.values()):
+            self.on_event(Started(len(files), total, what="Reading"))
+
+        def one(name: str) -> dict[str, str]:
+            return self._file(name, files[name], inside[os.path.abspath(files[name])], lanes)
+
+        with one_thread(), Shield(), ThreadPoolExecutor(2 * self.jobs) as lanes:
+            found = dict(zip(largest_first, in_threads(one, largest_first, self.jobs, stop=self.stop.set), strict=True))
+            in_threads(self._made, made.items(), self.jobs, stop=self.stop.set)
+        ordered = {name: self.entries[name] for name in tensors if name in self.entries}
+        known = {name: found[name] for name in files if name not in self.damaged}
+        holes = told(hole.text for hole in sorted(self.watch.found)) if self.watch else ()
+        return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes, holes)
+
+    def _file(self, name: str, path: Path, tensors: Mapping[str, Stored], lanes: Executor) -> dict[str, str]:
+        """Digests of one file by algorithm; what is found of its tensors goes to this object."""
+        ranges: dict[tuple[int, int], _Range] = {}
+        records: dict[Record, _Crc] = {}
+        for tensor in tensors.values():
+            ranges.setdefault(_place(tensor), _Range(tensor.dtype))
+            if tensor.record:
+                records.setdefault(tensor.record, _Crc())
+        try:
+            file = next((tensor.file for tensor in tensors.values()), None) or SourceFile.at(path)
+            whole = {algorithm: _new(algorithm, file.size) for algorithm in self.algorithms}
+            work = [_Lane([((0, file.size), digest.update)]) for digest in whole.values()]
+            work += [_Lane([(place, found.digest.update) for place, found in ranges.items()])]
+            work += [_Lane([(place, found.scan) for place, found in ranges.items() if found.dtype in NOT_FINITE])]
+            work += [_Lane([((record.offset, record.offset + record.size), crc.add) for record, crc in records.items()])]
+            self._pass(file, name, work, lanes)
+        except InputError as error:
+            self.damaged[name] = error.what
+            return {}
+        for tensor_name, tensor in tensors.items():
+            found = ranges[_place(tensor)]
+            self._found(tensor_name, tensor, found.digest.hexdigest(), found.non_finite, name)
+        bad = {record for record, crc in records.items() if crc.value != record.crc32}
+        if bad:
+            self.broken[name] = [tensor_name for tensor_name, tensor in tensors.items() if tensor.record in bad]
+        return {algorithm: digest.hexdigest() for algorithm, digest in whole.items()}
+
+    def _pass(self, file: SourceFile, name: str, work: Sequence[_Lane], lanes: Executor) -> None:
+        """Show every window of the file to every lane: the next is read while the lanes are busy with the one before."""
+        size = min(self.window, file.size)
+        with closing(Workspace()) as workspace, workspace.scratch(size) as one, workspace.scratch(size) as other:
+            busy: list[Future[None]] = []
+            try:
+                for number, start in enumerate(range(0, file.size, self.window)):
+                    window = (one, other)[number % 2][: min(self.window, file.size - start)]
+                    workspace.read(file, start, window)
+                    if self.watch:
+                        self.watch.look(file, start, window, workspace)
+                    _wait(busy)
+                    if self.stop.is_set():
+                        break
+                    busy = [lanes.submit(lane.feed, start, window) for lane in work]
+                    self._advance(len(window), name)
+            finally:
+                _wait(busy)
+            workspace.recheck_sources()
+
+    def _made(self, item: tuple[str, LazyTensor]) -> None:
+        """A tensor that lies in several files or in another order (Meta's layout): its rows are made, a second reading of its bytes."""
+        name, tensor = item
+        found, first = _Range(tensor.dtype), tensor.leaves()[0].file
+        shard = self.names.get(first.path, first.name)
+        with closing(Workspace(watch=self.watch)) as workspace:
+            try:
+                for rows in made_rows(tensor, workspace):
+                    found.digest.update(rows)
+                    found.non_finite += inf_and_nan(rows, tensor.dtype)
+                    self._advance(len(rows), shard)
+                    if self.stop.is_set():
+                        return
+            except InputError as error:
+                self.damaged[shard] = error.what
+                return
+            with self.turn:
+                for file, _ in crc_errors([workspace]):
+                    self.broken[self.names.get(file.path, file.name)].append(name)
+        self._found(name, tensor, found.digest.hexdigest(), found.non_finite, shard)
+
+    def _found(self, name: str, tensor: LazyTensor, digest: str, non_finite: int, file: str) -> None:
+        self.entries[name] = TensorEntry(name, tensor.dtype, tensor.shape, tensor.nbytes, digest, file)
+        if non_finite:
+            self.non_finite[name] = non_finite
+
+    def _advance(self, nbytes: int, name: str) -> None:
+        with self.turn:
+            self.nbytes += nbytes
+            self.on_event(Progress(self.nbytes, name))
+
+
+def rehash(
+    files: Mapping[str, Path],
+    tensors: Mapping[str, LazyTensor],
+    *,
+    algorithms: Sequence[str] = ("sha256",),
+    jobs: int = 2,
+    on_event: Listener = _silent,
+    watch: Watch | None = None,
+) -> Reading:
+    """Read `files`, by their names in messages, each once and `jobs` at a time, and digest the `tensors` that lie in them on the way.
+
+    Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`. `watch`, one that accepts, sees every byte.
+    """
+    begun = {name: SourceFile.at(path) for name, path in files.items() if path.exists()}
+    indexed = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
+    found = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
+    there = [file for file in (*begun.values(), *indexed) if file.remote or os.path.exists(file.path)]  # reading tells of the others
+    if not (moved := touched(there)):
+        return found
+    again = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
+    if again == found and all(map(same_header, moved)):
+        return again
+    names = {name for name, path in files.items() if os.path.abspath(path) in {file.path for file in moved}}
+    damaged = {name: f"`{name}` changed while it was being read, in size and time the same" for name in names}
+    kept = {name: digests for name, digests in again.files.items() if name not in names}
+    return replace(again, files=kept, damaged={**damaged, **again.damaged})
+
+
+def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Listener = _silent) -> dict[str, Digest]:
+    """dtype, shape and sha256 of the values of each tensor, made `jobs` at a time in windows of rows."""
+    on_event(Started(len(tensors), sum(tensor.nbytes for tensor in tensors.values()), what="Making"))
+    done, turn = [0], threading.Lock()
+
+    def digest(item: tuple[str, LazyTensor]) -> Digest:
+        name, tensor = item
+        found = hashlib.sha256()
+        with closing(Workspace()) as work:
+            for rows in made_rows(tensor, work):
+                found.update(rows)
+            work.recheck_sources()
+            check_crcs([work])
+        with turn:
+            done[0] += tensor.nbytes
+            on_event(Progress(done[0], name))
+        return tensor.dtype, tensor.shape, found.hexdigest()
+
+    leaves = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
+    with one_thread():
+        return steady(lambda: dict(zip(tensors, in_threads(digest, tensors.items(), jobs), strict=True)), leaves, same_header)
+
+
+def made_rows(tensor: LazyTensor, work: Workspace) -> Iterator[memoryview]:
+    """The values of a tensor, window by window; each is overwritten by the next."""
+    for start, stop in row_ranges(tensor, WINDOW_BYTES):
+        with work.scratch((stop - start) * tensor.row_nbytes) as rows:
+            tensor.rows_into(rows, start, stop, work)
+            yield rows
+
+
+def digest_file(path: Path) -> str:
+    """The sha256 of one file, in 8 MiB of memory. Raises InputError where it can't be read, or changes meanwhile."""
+    found = Rehash(("sha256",), 1, window=WINDOW_BYTES // 2).read({path.name: path}, {})
+    for what in found.damaged.values():
+        raise InputError(what, facts={"file": path}, hint=READABLE)
+    return found.files[path.name]["sha256"]
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, 0 where it is gone meanwhile: reading it then tells."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _place(tensor: Stored) -> tuple[int, int]:
+    return tensor.offset, tensor.offset + tensor.nbytes
+
+
+def _new(algorithm: str, size: int) -> hashlib._Hash:
+    if algorithm == GIT:
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    return hashlib.new(algorithm, usedforsecurity=False)
+
+
+def _wait(busy: Iterable[Future[None]]) -> None:
+    for future in busy:
+        future.result()

@@ -1,0 +1,316 @@
+"""The tokenizer files of a LLaMA-family checkpoint: what their tokens' true ids are, and repair of the files around them.
+
+No tokenizer class is involved: `tokenizer.model` (a SentencePiece ModelProto) is read field by field and copied byte for
+byte, the JSON files are checked against it and written anew where they are wrong. The published files of 2023 are: empty
+or wrong bos/eos/unk, the class `LLaMATokenizer`, a `[PAD]` without a row (LLaVA #950, #210, #69).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from ..errors import InputError
+from ..text import listed, shown
+from .sentencepiece import Vocabulary, read_sentencepiece
+from .small_files import small_bytes, small_object
+
+MODEL, TOKENIZER_CONFIG, SPECIAL, ADDED, FAST = (
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
+)  # fmt: skip
+TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Bytes. LLaMA's own tokenizer.model has 499,723, Llama 3's tokenizer.json 17 million; in memory, text may take four bytes a character.
+MODEL_LIMIT, FAST_LIMIT = 16 << 20, 20 << 20
+# meta-llama/llama PR #87 and llama.cpp's SHA256SUMS; Llama-2 has the same file.
+LLAMA_TOKENIZER = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+RIGHT_TOKENIZER = "give the tokenizer that belongs to these weights"
+NO_LIMIT = 10**9  # transformers writes model_max_length 10^30 where it knows none
+
+# What may stand in tokenizer_config.json beside the tokens. Paths, `auto_map` and everything unknown stay behind.
+SETTINGS = {
+    "add_bos_token": bool, "add_eos_token": bool, "add_prefix_space": bool, "chat_template": str, "clean_up_tokenization_spaces": bool,
+    "legacy": bool, "model_max_length": int, "processor_class": str, "spaces_between_special_tokens": bool, "tokenizer_class": str,
+    "use_default_system_prompt": bool,
+}  # fmt: skip
+SIDES = ("padding_side", "truncation_side")
+# `legacy: true` is how the slow tokenizer of 2023 put a blank before every piece of text, and 5.x adds no `<s>` unless told to.
+EXPLICIT = {"legacy": True, "add_bos_token": True, "add_eos_token": False}
+TOKEN_FIELDS = {"lstrip", "normalized", "rstrip", "single_word", "special"}
+
+Files = Mapping[str, "Path | bytes"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """New content of one JSON file, what changed in it, and whether a token that it named was wrong."""
+
+    name: str
+    content: Mapping[str, Any]
+    sentences: tuple[str, ...]
+    wrong: bool
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The true ids: `added` are the tokens behind the `base_vocabulary` pieces of tokenizer.model. All are below the table's rows."""
+
+    bos: int
+    eos: int
+    pad: int
+    unk: int
+    added: Mapping[str, int]
+    base_vocabulary: int
+
+
+def read_special_ids(files: Files, rows: int) -> SpecialIds:
+    """The special ids that hold for these files and a table of `rows` rows, after repair. Raises as `repair_tokenizer`."""
+    return repair_tokenizer(files, rows=rows)[1]
+
+
+def repair_tokenizer(
+    files: Files, *, rows: int, fallback: Files | None = None, model_max_length: object = None
+) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
+    """`files` with repaired tokenizer files, the true special ids, and a sentence for each thing changed or noticed.
+
+    Files of other kinds and those without fault come back as they were given. `fallback` (the base's files) serves a missing
+    tokenizer.model; `model_max_length` is written where tokenizer_config.json gives no usable limit. Raises InputError for
+    damaged files, tokens with two ids, a gap between ids, and a table too small for the pieces of tokenizer.model.
+    """
+    model = files.get(MODEL, (fallback or {}).get(MODEL))
+    if model is None:
+        return _without_model(files, rows)
+    data = small_bytes(MODEL, model, MODEL_LIMIT)
+    vocabulary = read_sentencepiece(data)
+    added, dropped = _added_tokens(files, vocabulary, rows)
+    known = {**vocabulary.ids, **added}
+    special, settings = small_object(files, SPECIAL), small_object(files, TOKENIZER_CONFIG)
+    tokens = _resolve(special, settings, vocabulary, known)
+
+    notes = [] if MODEL in files else [f"{MODEL}: taken from the base"]
+    notes += [f"{MODEL}: LLaMA's own, by its sha256"] if hashlib.sha256(data).hexdigest() == LLAMA_TOKENIZER else []
+    notes += [f"tokenizer: {shown(name)} (id {i}) dropped, the table has {rows:,} rows" for name, i in dropped.items()]
+    repairs = (
+        _repair_added(small_object(files, ADDED), vocabulary, added, dropped),
+        _repair_map(special, tokens, known),
+        _repair_settings(settings, tokens, known, added, model_max_length),
+    )
+    result: dict[str, Path | bytes] = {**files, MODEL: model}
+    for repair in repairs:
+        result[repair.name] = _kept_or_new(files, repair)
+        notes += repair.sentences if repair.name in files else [f"{repair.name}: written, it was missing"] * bool(repair.content)
+    if not added:
+        del result[ADDED]
+    wrong = bool(dropped) or any(repair.wrong for repair in repairs)
+    if FAST in files and (reason := _reason_to_drop(small_object(files, FAST, limit=FAST_LIMIT), vocabulary, added, wrong)):
+        del result[FAST]
+        notes.append(f"{FAST}: dropped, {reason}; {MODEL} serves instead")
+    ids = SpecialIds(**{role: known[token] for role, token in tokens.items()}, added=added, base_vocabulary=len(vocabulary.ids))
+    return result, ids, tuple(notes)
+
+
+def _without_model(files: Files, rows: int) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
+    """Nothing to check against: the files stay as they are and the ids are LLaMA's."""
+    listing = small_object(files, ADDED)
+    added = {name: i for name, i in listing.items() if is_token_id(i) and 2 < i < rows}
+    ids = SpecialIds(bos=1, eos=2, pad=0, unk=0, added=added, base_vocabulary=min(added.values(), default=rows))
+    return dict(files), ids, (f"{MODEL}: in neither folder, so the tokenizer files are not checked and bos/eos/pad ids 1/2/0 are assumed",)
+
+
+# --- the tokens -----------------------------------------------------------------------------------------------------
+
+
+def _added_tokens(files: Files, vocabulary: Vocabulary, rows: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tokens behind the pieces of tokenizer.model, by every file that names them: those with a row, and those without."""
+    base = len(vocabulary.ids)
+    if base > rows:
+        raise InputError(
+            f"`{MODEL}` has {base:,} pieces, but the embedding table only {rows:,} rows",
+            hint=RIGHT_TOKENIZER,
+        )
+    names: dict[int, str] = {i: name for name, i in vocabulary.ids.items()}
+    ids: dict[str, int] = dict(vocabulary.ids)
+    listing = small_object(files, ADDED)
+    decoder = _decoder(small_object(files, TOKENIZER_CONFIG)) or {}
+    for source, tokens in ((ADDED, listing), (TOKENIZER_CONFIG, {name: i for i, name in decoder.items()})):
+        for name, i in tokens.items():
+            if not is_token_id(i):
+                what = f"`{source}` gives {shown(name)} an id that is not a whole number"
+                raise InputError(what, facts={"id": shown(repr(i))}, hint=RIGHT_TOKENIZER)
+            if ids.setdefault(name, i) != i or names.setdefault(i, name) != name:
+                facts = {f"id {i}": shown(names.get(i, name)), shown(name): f"id {ids[name]}"}
+                what = f"`{source}` gives {shown(name)} the id {i}, which contradicts the other tokens"
+                raise InputError(what, facts=facts, hint=RIGHT_TOKENIZER)
+    added = {name: i for name, i in sorted(ids.items()) if base <= i < rows}
+    if sorted(added.values()) != list(range(base, base + len(added))):
+        raise InputError(
+            f"the added tokens do not follow the {base:,} pieces of `{MODEL}` without a gap",
+            facts={"added tokens": listed(f"{name} {i}" for name, i in added.items())},
+            hint=RIGHT_TOKENIZER,
+        )
+    return added, {name: i for name, i in sorted(ids.items()) if i >= rows}
+
+
+def is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < NO_LIMIT
+
+
+def _resolve(special: Mapping[str, Any], settings: Mapping[str, Any], vocabulary: Vocabulary, known: Mapping[str, int]) -> dict[str, str]:
+    """The token for each role: the first that the files name and that can be right, else tokenizer.model's own.
+
+    special_tokens_map.json goes first, as in transformers 4.28. SentencePiece knows one unk. bos can't be its eos nor eos its
+    bos, which is what LLaVA's training code of 2023 wrote; pad falls back on unk, as there.
+    """
+    tokens = {"unk": vocabulary.unk}
+    own = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad or vocabulary.unk}
+    swapped = {"bos": vocabulary.eos, "eos": vocabulary.bos}
+    for role, fallback in own.items():
+        named = (token_text(source.get(f"{role}_token")) for source in (special, settings))
+        fitting = (name for name in named if name is not None and name in known and name != swapped.get(role))
+        tokens[role] = next(fitting, fallback)
+    return tokens
+
+
+def token_text(value: Any) -> str | None:
+    """The text of a token, which stands in the JSON as a string or as an object with a `content`."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+# --- the JSON files -------------------------------------------------------------------------------------------------
+
+
+def _repair_added(old: Mapping[str, Any], vocabulary: Vocabulary, added: Mapping[str, int], dropped: Mapping[str, int]) -> Repair:
+    pieces = [name for name in old if name in vocabulary.ids]
+    elsewhere = [name for name in added if name not in old]
+    sentences = [f"{ADDED}: dropped {listed(pieces)}, already pieces of {MODEL}"] * bool(pieces)
+    sentences += [f"{ADDED}: {listed(elsewhere)} taken from {TOKENIZER_CONFIG}"] * bool(elsewhere)
+    return Repair(ADDED, added, tuple(sentences), bool(dropped))
+
+
+def _repair_map(old: Mapping[str, Any], tokens: Mapping[str, str], known: Mapping[str, int]) -> Repair:
+    new, changes = _roles(old, tokens, typed=False)
+    extra = old.get("additional_special_tokens")
+    if _all_known(extra, known):
+        new["additional_special_tokens"] = extra
+    return Repair(SPECIAL, new, _sentences(SPECIAL, changes, old, new), _some_wrong(old, new))
+
+
+def _repair_settings(
+    old: Mapping[str, Any], tokens: Mapping[str, str], known: Mapping[str, int], added: Mapping[str, int], model_max_length: object
+) -> Repair:
+    new, changes = _roles(old, tokens, typed=True)
+    new |= {key: old[key] for key, kind in SETTINGS.items() if type(old.get(key)) is kind}
+    new |= {key: old[key] for key in SIDES if old.get(key) in ("left", "right")}
+    if _all_known(old.get("additional_special_tokens"), known):
+        new["additional_special_tokens"] = old["additional_special_tokens"]
+    if old.get("sp_model_kwargs") == {}:
+        new["sp_model_kwargs"] = {}
+    decoder = _decoder(old)
+    if decoder and all(known.get(name) == i for i, name in decoder.items()) and set(added) <= set(decoder.values()):
+        new["added_tokens_decoder"] = old["added_tokens_decoder"]  # readers that know it ignore added_tokens.json: all or nothing
+
+    if new.get("tokenizer_class") != "LlamaTokenizer":
+        changes.append(f"class {_described(old.get('tokenizer_class'))} -> `LlamaTokenizer`")
+        new["tokenizer_class"] = "LlamaTokenizer"
+    if is_length(model_max_length) and not is_length(new.get("model_max_length")):
+        changes.append(f"model_max_length -> {model_max_length}")
+        new["model_max_length"] = model_max_length
+    missing = {key: value for key, value in EXPLICIT.items() if key not in new}
+    if missing:
+        changes.append("made explicit " + ", ".join(f"`{key}` {str(value).lower()}" for key, value in missing.items()))
+    new |= missing
+    return Repair(TOKENIZER_CONFIG, new, _sentences(TOKENIZER_CONFIG, changes, old, new), _some_wrong(old, new))
+
+
+def _roles(old: Mapping[str, Any], tokens: Mapping[str, str], *, typed: bool) -> tuple[dict[str, Any], list[str]]:
+    new: dict[str, Any] = {}
+    changes: list[str] = []
+    for role, token in sorted(tokens.items()):
+        value = old.get(f"{role}_token")
+        new[f"{role}_token"] = value if token_text(value) == token and _well_formed(value, typed=typed) else token
+        if new[f"{role}_token"] != value:
+            form = " of unknown form" * (token_text(value) == token)
+            changes.append(f"{role} {_described(value)}{form} -> {shown(token)}")
+    return new, changes
+
+
+def _well_formed(value: Any, *, typed: bool) -> bool:
+    """A plain string, or AddedToken's fields; tokenizer_config.json marks those with `__type`, special_tokens_map.json may."""
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    fields = {key: flag for key, flag in value.items() if key not in ("content", "__type")}
+    kind = value.get("__type", None if typed else "AddedToken")
+    return kind == "AddedToken" and set(fields) <= TOKEN_FIELDS and all(isinstance(flag, bool) for flag in fields.values())
+
+
+def _described(value: Any) -> str:
+    content = token_text(value)
+    if content is None:
+        return "missing" if value is None else "unreadable"
+    return shown(content) if content else "empty"
+
+
+def _all_known(tokens: Any, known: Mapping[str, int]) -> bool:
+    return isinstance(tokens, list) and all(token_text(token) in known and _well_formed(token, typed=False) for token in tokens)
+
+
+def _decoder(settings: Mapping[str, Any]) -> dict[int, str] | None:
+    """`added_tokens_decoder` as id -> token, None where it is not of transformers' form or names a token twice."""
+    entries = settings.get("added_tokens_decoder")
+    if not isinstance(entries, dict) or not all(key.isascii() and key.isdigit() and len(key) < 10 for key in entries):
+        return None
+    decoder = {int(key): name for key, value in entries.items() if (name := token_text(value)) and _well_formed(value, typed=False)}
+    return decoder if len(set(decoder.values())) == len(entries) else None
+
+
+def is_length(value: object) -> TypeGuard[int]:
+    """Whether a `model_max_length` is a limit: transformers writes 10^30 where it knows none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < NO_LIMIT
+
+
+def _sentences(name: str, changes: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
+    gone = [key for key in old if key not in new]
+    return (f"{name}: {', '.join(changes)}",) * bool(changes) + (f"{name}: dropped {listed(gone)}",) * bool(gone)
+
+
+def _some_wrong(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a token that was named, and not just left out, is another one now."""
+    return any(old.get(key) is not None and token_text(old[key]) != token_text(new[key]) for key in TOKENS)
+
+
+def _reason_to_drop(fast: dict[str, Any], vocabulary: Vocabulary, added: Mapping[str, int], wrong: bool) -> str | None:
+    """Why tokenizer.json can't go along, None where it says the same as the other files. LLaVA itself reads only the slow files."""
+    if wrong:
+        return "its tokens were repaired elsewhere"
+    model, steps, entries = fast.get("model"), fast.get("normalizer"), _list(fast, "added_tokens")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("vocab") != vocabulary.ids:
+        return f"its vocabulary is not that of {MODEL}"
+    if not all(isinstance(entry, dict) for entry in entries):
+        return "its added tokens are unreadable"
+    behind = [entry for entry in entries if token_text(entry) not in vocabulary.ids]
+    if [(token_text(entry), entry.get("id")) for entry in behind] != sorted(added.items(), key=lambda item: item[1]):
+        return "its added tokens differ"
+    if any(entry.get("normalized") is not False for entry in behind):
+        return "it does not find added tokens inside a text"  # 4.28 wrote `normalized: true`, seen in tokenizers 0.23
+    kinds = [step.get("type") for step in _list(steps, "normalizers") if isinstance(step, dict)]
+    if kinds != ["Prepend", "Replace"] or fast.get("pre_tokenizer") is not None:
+        return "it puts blanks where LLaVA's own tokenizer does not"
+    return None
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def _kept_or_new(files: Files, repair: Repair) -> Path | bytes:
+    new = _dump(repair.content)
+    return files[repair.name] if repair.name in files and _dump(small_object(files, repair.name)) == new else new
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,495 @@
+"""What a checkpoint is compared with, and what comes of it: tensors by name and value, files by digest, the published table."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.checkpoint import Checkpoint, Origin, layout_of, open_checkpoint
+from ..checkpoint.manifest import GIT, Manifest, Sum, TensorEntry, find_manifest, is_inside, read_manifest, read_sums
+from ..checkpoint.rehash import Reading, digest_file, digests, rehash, size_of
+from ..checkpoint.tower import open_tower
+from ..errors import HubError, InputError, LlavaWeightsError
+from ..events import Event
+from ..families.files import CONFIG_FILES, WEIGHT_SUFFIXES
+from ..families.layouts import DROPPED, TABLES, Names, canonical
+from ..families.projectors import NAMES
+from ..families.published import recognise
+from ..findings import Finding, Verdict
+from ..formats.folder import member
+from ..storage.http import endpoint
+from ..storage.hub import HubSource, explain, parse_source, source_text
+from ..storage.retry import ANSWER, within
+from ..storage.strict_json import load_object
+from ..tensors.lazy import LazyTensor, cast
+from ..tensors.resize import resized
+from ..text import few, listed, shown
+from ..transforms.projector import ONE, paired, single
+from .compare_files import KNOWN, compare_files
+
+
+def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
+    """The commit of a repository, and the digests that the Hub has of the files in its folder: sha256 of large files, git's of small ones.
+
+    Raises HubError.
+    """
+    address = endpoint()
+    from huggingface_hub import HfApi, constants
+
+    api = HfApi(endpoint=address, library_name="llava-weights")
+    how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+    explained: LlavaWeightsError | None = None
+    try:
+        info = within(ANSWER, lambda: api.model_info(source.repo_id, **how))
+    except Exception as error:
+        explained = explain(error, source)
+        if explained is None:
+            raise
+    if explained:  # outside of `except`: the library's own message may hold a token, so it must not be the context
+        raise explained
+    prefix = f"{source.folder}/" if source.folder else ""
+    sums = []
+    for sibling in info.siblings or ():
+        name = sibling.rfilename.removeprefix(prefix)
+        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        if sibling.rfilename.startswith(prefix) and digest and is_inside(name):
+            sums.append(Sum(name, "sha256" if sibling.lfs else GIT, digest))
+    if not sums:
+        raise HubError(f"`{source.repo_id}` has no files there", hint="check the revision and the folder")
+    return str(info.sha), tuple(sums)
+
+
+PUBLISHED = "published"  # as the name of a reference: the table in families/published.py
+SINGLE = ("projector.weight", "projector.bias")
+SHOWN = 20  # failures of one level that are listed one by one
+PROVED = "equal to"  # how the reason of an explained tensor begins that another comparison proved
+LARGEST_SMALL = 64 << 20  # bytes of a small file
+DAMAGED = "get the file again, or repeat the command that wrote it"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the checkpoint is compared with: the values of `checkpoint`, the digests of `tensors` and `files` that a manifest lists, the
+    digests of files in a list, or nothing of these for the published table."""
+
+    label: str
+    tensors: Mapping[str, TensorEntry] | None = None  # of a checkpoint only once `read_reference` has read them
+    files: Mapping[str, str] = field(default_factory=dict)  # of a manifest: name -> sha256
+    sums: tuple[Sum, ...] = ()
+    source: Path | None = None  # the list
+    complete: bool = True  # a file that is listed must be there
+    checkpoint: Checkpoint | None = None  # beside a manifest: its small files alone, those that are as it lists them
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        md5 = ("md5",) if self.label == PUBLISHED else ()
+        return tuple(dict.fromkeys(("sha256", *md5, *(entry.algorithm for entry in self.sums))))
+
+    @property
+    def has_values(self) -> bool:
+        """Whether its tensors can be read, and are not digests in a manifest."""
+        return self.checkpoint is not None and bool(self.checkpoint.origin.files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files that are read."""
+        return sum(file.size for file in self.checkpoint.origin.files) if self.checkpoint and self.tensors is None else 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is compared: its files by name, what was just read of them, and which tensors each weight file holds.
+
+    `explained` are tensors that the reference need not have, with the reason in words.
+    """
+
+    place: Path
+    checkpoint: Checkpoint | None
+    files: Mapping[str, Path]
+    reading: Reading
+    weights: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    explained: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_reference(against: str | Path) -> Reference:
+    """What `against` names. Nothing but headers, a manifest or a list is read.
+
+    Raises InputError where it is nothing to compare with (a bad reference is no failure of the checkpoint), HubError where the Hub
+    can't be asked.
+    """
+    if str(against) == PUBLISHED and not os.path.exists(against):
+        return Reference(PUBLISHED)
+    source = parse_source(source_text(against))
+    if isinstance(source, HubSource):
+        commit, sums = hub_sums(source)
+        return Reference(f"{source.repo_id}@{commit[:12]}", sums=sums, complete=False)
+    path = source.path
+    label = shown(path.resolve().name)
+    if path.suffix == ".json":
+        manifest = read_manifest(path)
+        files = {name: entry.sha256 for name, entry in manifest.files.items()}
+        return Reference(label, manifest.tensors, files, checkpoint=_recorded_checkpoint(manifest))
+    if not path.is_dir() and path.suffix not in WEIGHT_SUFFIXES:
+        return Reference(label, sums=read_sums(path), source=path.absolute())
+    return Reference(label, checkpoint=open_checkpoint(path))
+
+
+def _recorded_checkpoint(manifest: Manifest) -> Checkpoint | None:
+    """The small files that lie beside a manifest and have its digests, so that they can be compared by meaning; None without a config."""
+    folder, files = manifest.path.absolute().parent, {}
+    try:
+        for name, entry in manifest.files.items():
+            path = member(folder, name) if name in KNOWN else folder
+            if path.is_file() and size_of(path) == entry.size <= LARGEST_SMALL and digest_file(path) == entry.sha256:
+                files[name] = path
+        config = load_object(files[CONFIG_FILES[0]]) if CONFIG_FILES[0] in files else {}
+    except (InputError, OSError):  # then the digests alone are compared
+        return None
+    tensors = {name: LazyTensor(dtype=entry.dtype, shape=entry.shape) for name, entry in manifest.tensors.items()}
+    return Checkpoint(tensors, config, Origin(folder.name, folder, "safetensors", ()), files) if config else None
+
+
+def read_reference(
+    reference: Reference, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+) -> tuple[Reference, list[Finding]]:
+    """The reference with digests of its values, and what is wrong with a manifest that lies beside them: it is not asked for any.
+
+    Raises InputError where the values can't be read.
+    """
+    other = reference.checkpoint
+    if other is None or reference.tensors is not None:
+        return reference, []
+    reading = rehash({Path(file.path).name: Path(file.path) for file in other.origin.files}, other.tensors, jobs=jobs, on_event=on_event)
+    if reading.damaged:
+        raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=DAMAGED)
+    stale = f"the manifest beside {reference.label}"
+    try:
+        manifest = find_manifest(other.origin.path)
+        recorded = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
+        wrong = [name for name, entry in reading.tensors.items() if manifest and recorded.get(name) != entry.sha256]
+        text = f"{stale} is not of its values, which were compared: {few(wrong)}" if wrong else ""
+    except InputError as error:
+        text = f"{stale} was not asked: {error.what}"
+    found = [Finding("against", "warning", reference.label, text, "see which of the two is right", "stale-manifest")] if text else []
+    return replace(reference, tensors=reading.tensors), found
+
+
+def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = None, jobs: int = 2) -> list[Finding]:
+    """Findings of level "against" or "published" for what was read of the subject. Raises InputError where it changes meanwhile."""
+    if reference.label == PUBLISHED:
+        return list(_published(subject))
+    if reference.tensors is None:
+        return list(_by_files(subject, reference))
+    findings = list(_by_tensors(subject, reference, jobs))
+    if reference.files and (told := _by_recorded_files(subject, reference)):
+        return findings + told
+    if reference.checkpoint and subject.checkpoint:
+        findings += compare_files(subject.checkpoint, reference.checkpoint, reference.label, "against", tower=tower)
+    return findings
+
+
+def compare_tower(
+    checkpoint: Checkpoint, reading: Reading, given: Checkpoint, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+) -> tuple[list[Finding], dict[str, str]]:
+    """The tower in `checkpoint` beside the one that was given, cast to its dtype; and the tensors that it proves, with the reason."""
+    tower, label = open_tower(given), shown(given.origin.name)
+    inside = {canonical(name): name for name in reading.tensors}
+    pairs = {f"tower.{behind}": tensor for behind, tensor in tower.tensors.items() if f"tower.{behind}" in inside}
+    if not pairs:
+        text = f"{shown(checkpoint.origin.name)} holds no vision tower to compare with {label}"
+        return [Finding("against", "unproved", label, text, rule="vision-tower", part="no vision tower to compare")], {}
+    same_dtype = {inside[part]: cast(tensor, reading.tensors[inside[part]].dtype) for part, tensor in pairs.items()}
+    found = digests(same_dtype, jobs=jobs, on_event=on_event)
+    ours = {name: (reading.tensors[name].dtype, reading.tensors[name].shape, reading.tensors[name].sha256) for name in found}
+    wrong = [failed("against", name, f"{shown(name)} is not that of {label}") for name in found if found[name] != ours[name]]
+    extra = [name for part, name in inside.items() if part.startswith("tower.") and name not in found and not re.fullmatch(DROPPED, name)]
+    lacking = [behind for behind in tower.tensors if f"tower.{behind}" not in inside]
+    wrong += (
+        [failed("against", extra[0], f"{counted(len(extra), 'tensor')} of the tower are not in {label}: {few(extra)}")] if extra else []
+    )
+    wrong += [failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} of {label} are missing: {few(lacking)}")] if lacking else []
+    part = f"the vision tower (by {label})"
+    text = f"{counted(len(found), 'tensor')} of the vision tower equal to {label}"
+    findings = [replace(each, rule="vision-tower") for each in folded("against", label, wrong, text, part=part)]
+    return findings, {} if wrong else dict.fromkeys(found, f"{PROVED} the vision tower {label}")
+
+
+def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Finding]:
+    label, theirs = reference.label, reference.tensors or {}
+    ours = _in_form_of(subject, theirs, jobs)
+    pairs, alone = Names(theirs).match(ours)
+    taken = set(pairs.values())
+    there = [name for name in theirs if name not in taken]
+    unlike = {name: other for name, other in pairs.items() if kind(ours[name]) != kind(theirs[other])}
+    alike = {name: other for name, other in pairs.items() if name not in unlike and not re.fullmatch(DROPPED, name)}
+    buffers = dict.fromkeys(name for name in (*alone, *there, *pairs) if re.fullmatch(DROPPED, name))
+    grown = {name: other for name, other in unlike.items() if _is_grown(name, ours[name], theirs[other])}
+    layouts = (subject.checkpoint.layout if subject.checkpoint else "", layout_of(theirs))
+    source = layouts == ("llava", "llava-hf")  # which the reference was converted from
+    shorter = {name: other for name, other in unlike.items() if source and _is_grown(name, theirs[other], ours[name])}
+    heads = _heads(subject.checkpoint, ours, {name: theirs[other].shape[0] for name, other in grown.items()}, jobs)
+    rows = {other: ours[name].shape[0] for name, other in shorter.items()} if reference.has_values else {}
+    their_heads = _heads(reference.checkpoint, theirs, rows, jobs)
+    compared = {**alike, **grown, **{name: other for name, other in shorter.items() if other in their_heads}}
+    within = source and not any(canonical(name).startswith("tower.") for name in ours)  # named there, and not held
+    towers = [name for name in there if within and canonical(name).startswith("tower.") and name not in buffers]
+
+    def wrong() -> Iterator[Finding]:
+        for name, other in unlike.items():
+            if name not in (*buffers, *grown, *shorter):
+                yield failed("against", name, f"{shown(name)} is {kind(ours[name])}, in {label} it is {kind(theirs[other])}")
+        if lacking := [name for name in there if name not in buffers and name not in towers]:
+            yield failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} only in {label}: {few(lacking)}")
+        yield from differing("against", {**ours, **heads}, {**theirs, **their_heads}, compared, f"{label} has")
+
+    if buffers:
+        yield Finding("against", "unchecked", label, f"buffers that no program reads were left out: {listed(buffers)}")
+    lengths = {name: heads[name].shape[0] if name in heads else ours[name].shape[0] for name in compared if name not in alike}
+    told_rows = "".join(f", {count:,} rows of {shown(name)}" for name, count in lengths.items())
+    text = f"{counted(len(alike), 'tensor')}{told_rows} equal to {label}" if compared else ""
+    yield from folded("against", label, wrong(), text, part=f"values of {counted(len(compared), 'tensor')} (by {label})")
+    for name, other in grown.items():
+        count = ours[name].shape[0] - theirs[other].shape[0]
+        told = f"{shown(name)} has {counted(count, 'row')} more than in {label}, which were not compared"
+        yield Finding("against", "unchecked", name, told, part=f"unchecked: {counted(count, 'row')} of {shown(name)}")
+    for name, other in shorter.items():
+        count = theirs[other].shape[0] - ours[name].shape[0]
+        if name in compared:
+            told = f"{shown(name)} has {counted(count, 'row')} less than in {label}, which a conversion adds"
+            yield Finding("against", "unchecked", name, told, part=f"unchecked: {counted(count, 'row')} of {label}")
+        else:
+            told = f"{shown(name)} has {counted(count, 'row')} less than in {label}, whose digest is of all of them"
+            yield Finding("against", "unproved", name, told, part=f"{shown(name)} not compared")
+    if towers:
+        told = (
+            f"the {counted(len(towers), 'tensor')} of a vision tower in {label} were not compared: the original layout only names its tower"
+        )
+        yield Finding("against", "unchecked", label, told, part=f"unchecked: the vision tower of {label}")
+    yield from _without_counterpart([name for name in alone if name not in buffers], subject.explained, label)
+
+
+def _in_form_of(subject: Side, theirs: Mapping[str, TensorEntry], jobs: int) -> Mapping[str, TensorEntry]:
+    """What was read of `subject`; where one side has the single Linear of a projector and the other the two layers that stand for it in
+    llava-hf, then with that Linear, or those layers, under the names of `theirs`. As it is where ours are no such layers."""
+    ours, checkpoint = subject.reading.tensors, subject.checkpoint
+    mine, other = ({canonical(name): name for name in side if canonical(name).startswith("projector.")} for side in (ours, theirs))
+    if checkpoint is None or not ((_is_single(mine) and _is_pair(other)) or (_is_pair(mine) and _is_single(other))):
+        return ours
+    parts = {part: checkpoint.tensors[name] for part, name in mine.items()}
+    if any(each.dtype not in ONE or len(each.shape) != (1 if part.endswith("bias") else 2) for part, each in parts.items()):
+        return ours
+    made: list[dict[str, LazyTensor]] = []
+    try:
+        if _is_single(mine):
+            made += [paired(parts[SINGLE[0]], parts[SINGLE[1]], "identity")]
+            made += [paired(parts[SINGLE[0]], parts[SINGLE[1]], "relu")]
+        elif found := single(parts, str(checkpoint.config.get("projector_hidden_act", "gelu"))):
+            made.append(dict(zip(SINGLE, found, strict=True)))
+    except InputError:  # no such form, or no room for it
+        pass
+    rest = {name: entry for name, entry in ours.items() if name not in mine.values()}
+    found_forms = [
+        {
+            other[part]: TensorEntry(other[part], dtype, shape, form[part].nbytes, digest, ours[next(iter(mine.values()))].shard)
+            for part, (dtype, shape, digest) in digests(form, jobs=jobs).items()
+        }
+        for form in made
+    ]
+    if not found_forms:
+        return ours
+    return rest | max(found_forms, key=lambda form: sum(entry.sha256 == theirs[name].sha256 for name, entry in form.items()))
+
+
+def _is_single(parts: Mapping[str, str]) -> bool:
+    return {*parts} == {*SINGLE}
+
+
+def _is_pair(parts: Mapping[str, str]) -> bool:
+    return {*parts} == {*NAMES}
+
+
+def _is_grown(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
+    """Whether it is a vocabulary table to which rows were added."""
+    same = (ours.dtype, ours.shape[1:]) == (theirs.dtype, theirs.shape[1:])
+    return canonical(name) in TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
+
+
+def _heads(checkpoint: Checkpoint | None, entries: Mapping[str, TensorEntry], rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:
+    """Digests of the first rows of these tables."""
+    tensors = checkpoint.tensors if checkpoint else {}
+    heads = {name: resized(tensors[name], count) for name, count in rows.items()}
+    return {
+        name: replace(entries[name], shape=shape, nbytes=heads[name].nbytes, sha256=digest)
+        for name, (_, shape, digest) in digests(heads, jobs=jobs).items()
+    }
+
+
+def _without_counterpart(alone: Sequence[str], explained: Mapping[str, str], label: str) -> Iterator[Finding]:
+    """Tensors that nothing was compared with."""
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name in alone:
+        reasons[explained.get(name, "")].append(name)
+    for reason, names in reasons.items():
+        count = counted(len(names), "tensor")
+        if reason.startswith(PROVED):
+            yield Finding("against", "note", names[0], f"{count} not in {label}, but {reason}")
+        elif reason:
+            yield Finding("against", "unchecked", names[0], f"{count} not in {label}, {reason}: {few(names)}", part=f"unchecked: {count}")
+        else:
+            text = f"{count} not in {label}, and nothing explains them: {few(names)}"
+            yield Finding("against", "unproved", names[0], text, part=f"{count} without counterpart in {label}")
+
+
+def _by_recorded_files(subject: Side, reference: Reference) -> list[Finding]:
+    """The small files by the digests in a manifest. Nothing where they are other files, and those it lists can be compared by meaning.
+
+    Where the names of the tensors are of another layout, so are the files.
+    """
+    names = {*(reference.tensors or ())}
+    if (names and not names & {*subject.reading.tensors}) or not subject.place.is_dir():
+        why = "this is one file of it" if not subject.place.is_dir() else "it is of another layout"
+        text = f"the small files were not compared with {reference.label}: {why}"
+        return [Finding("against", "unchecked", reference.label, text, rule="small-files", part="small files not compared")]
+    listed_names = [name for name in reference.files if name in KNOWN]
+    lacking = [name for name in listed_names if name not in subject.files]
+    unlike = [
+        name for name in listed_names if subject.reading.files.get(name, {}).get("sha256") != reference.files[name] and name not in lacking
+    ]
+    other = {*lacking, *unlike}
+    if other and subject.checkpoint and reference.checkpoint and other <= {*reference.checkpoint.files}:
+        return []
+    wrong = [failed("against", name, f"{shown(name)} is listed in {reference.label} and is not here") for name in lacking]
+    wrong += [failed("against", name, f"{shown(name)} is not the file that {reference.label} lists") for name in unlike]
+    text = f"{counted(len(listed_names), 'small file')} as listed in {reference.label}" if listed_names else ""
+    findings = folded("against", reference.label, wrong, text, part=f"small files (by {reference.label})")
+    if unlisted := [name for name in subject.files if name in KNOWN and name not in reference.files]:
+        part = f"unchecked: {listed(unlisted)}"
+        findings.append(Finding("against", "unchecked", unlisted[0], f"not listed in {reference.label}: {listed(unlisted)}", part=part))
+    return [replace(each, rule="small-files") for each in findings]
+
+
+def _by_files(subject: Side, reference: Reference) -> Iterator[Finding]:
+    """File by file: a name in a list counts from this folder, from the list's own, or, with this folder's name in front, from above."""
+    place, files, reading = subject.place, subject.files, subject.reading
+    folder = Path(os.path.abspath(place if place.is_dir() else place.parent))
+    roots = (folder, folder.parent, *((reference.source.parent,) if reference.source else ()))
+    names = {os.path.abspath(path): name for name, path in files.items()}
+    wrong: list[Finding] = []
+    absent: list[str] = []
+    elsewhere: list[str] = []
+    matched, seen = set(), set()
+    for entry in reference.sums:
+        name = next((names[where] for root in roots if (where := os.path.abspath(root / entry.path)) in names), None)
+        if name is None:
+            top, inner, _ = entry.path.partition("/")
+            (elsewhere if place.is_file() or (inner and top != roots[0].name) else absent).append(entry.path)
+            continue
+        seen.add(name)
+        found = reading.files.get(name, {}).get(entry.algorithm, "")
+        if found == entry.digest:
+            matched.add(name)
+        else:
+            text = f"{shown(name)} has the {entry.algorithm} {found[:16]}..., {reference.label} lists {entry.digest[:16]}..."
+            wrong.append(failed("against", name, text if found else f"{shown(name)} can't be read"))
+    verdict: Verdict = "failed" if reference.complete else "unchecked"
+    wrong += [Finding("against", verdict, name, f"{shown(name)} is listed in {reference.label} and is not here") for name in absent]
+    text = f"{counted(len(matched), 'file')} as listed in {reference.label}" if matched else ""
+    yield from folded("against", reference.label, wrong, text, part=f"{_named(matched)} (by {reference.label})")
+    weights = {name: tensors for name, tensors in subject.weights.items() if name not in seen}
+    small = [name for name, path in files.items() if name not in seen and name not in weights and path != reference.source]
+    if small:
+        part = f"unchecked: {listed(small)}"
+        yield Finding("against", "unchecked", small[0], f"not listed in {reference.label}: {listed(small)}", part=part)
+    yield from _unlisted_weights(weights, subject.explained, reference.label)
+    if elsewhere:
+        yield Finding("against", "unchecked", elsewhere[0], f"{reference.label} also lists other files: {listed(elsewhere)}")
+
+
+def _named(files: Collection[str]) -> str:
+    return f"{len(files):,} files" if len(files) > 3 else listed(sorted(files))
+
+
+def _unlisted_weights(weights: Mapping[str, Sequence[str]], explained: Mapping[str, str], label: str) -> Iterator[Finding]:
+    """Weight files that no digest was compared with."""
+    open_files = [name for name, tensors in weights.items() if not tensors or any(tensor not in explained for tensor in tensors)]
+    if open_files:
+        count = sum(len(weights[name]) for name in open_files)
+        text = f"no weights were compared in {listed(open_files)}: {label} does not list them"
+        part = f"{counted(count, 'tensor')} in {counted(len(open_files), 'weight file')} without counterpart in {label}"
+        yield Finding(
+            "against", "unproved", open_files[0], text, "compare with a checkpoint or its manifest, whatever its files", part=part
+        )
+    yield from _without_counterpart([name for file in weights if file not in open_files for name in weights[file]], explained, label)
+
+
+def differing(
+    level: str, ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], pairs: Mapping[str, str], whose: str
+) -> Iterator[Finding]:
+    """A finding for each pair (our name -> their name) of tensors whose values differ; two that changed places are one finding."""
+    wrong = {name: other for name, other in pairs.items() if ours[name].sha256 != theirs[other].sha256}
+    owners: dict[str, list[str]] = defaultdict(list)
+    for name, other in wrong.items():
+        owners[theirs[other].sha256].append(name)
+    told: set[str] = set()
+    for name, other in wrong.items():
+        if name in told:
+            continue
+        entry, expected, owner = ours[name], theirs[other].sha256, owners[ours[name].sha256]
+        partner = next((each for each in owner if ours[each].sha256 == expected and each not in told), None)
+        if partner is not None:
+            told.add(partner)
+            where = listed(dict.fromkeys((entry.shard, ours[partner].shard)))
+            yield failed(level, name, f"{shown(name)} and {shown(partner)} in {where} are exchanged: each holds the other's values")
+        else:
+            holds = f"; it holds those of {shown(owner[0])}" if owner else ""
+            yield failed(level, name, f"{shown(name)} in {shown(entry.shard)} does not have the values that {whose}{holds}")
+
+
+def _published(subject: Side) -> Iterator[Finding]:
+    """Which published file each file is. Most good files were never published, so an unknown one is no failure, but no proof either."""
+    known = {name: recognise(sha256=digests["sha256"], md5=digests["md5"]) for name, digests in subject.reading.files.items()}
+    for name, found in known.items():
+        if found:
+            yield Finding(PUBLISHED, "ok", name, f"{shown(name)} is {found.what} ({found.source})", part=f"{shown(name)} (as published)")
+    unknown = [name for name, found in known.items() if not found]
+    weights, others = ([name for name in unknown if (name in subject.weights) == whether] for whether in (True, False))
+    if others:
+        yield Finding(
+            PUBLISHED, "unchecked", others[0], f"not among the published files: {listed(others)}", part=f"unchecked: {listed(others)}"
+        )
+    if weights:
+        text = f"weight files that are not among the published ones: {listed(weights)}"
+        yield Finding(PUBLISHED, "unproved", weights[0], text, part=f"{counted(len(weights), 'weight file')} that nobody published")
+
+
+# --- findings -------------------------------------------------------------------------------------------------------
+
+
+def failed(level: str, subject: str, text: str, remedy: str = DAMAGED) -> Finding:
+    return Finding(level, "failed", subject, text, "" if level == "against" else remedy)
+
+
+def folded(level: str, subject: str, findings: Iterable[Finding], ok: str, *, part: str = "") -> list[Finding]:
+    """The findings of a level, failures after the first SHOWN as one; where nothing failed, `ok` in one more, unless it is empty.
+
+    `part` is what the headline says is proved then.
+    """
+    every = list(findings)
+    failures = [found for found in every if found.verdict == "failed"]
+    more = f"and {len(failures) - SHOWN:,} more, the last of them {shown(failures[-1].subject)}" if len(failures) > SHOWN else ""
+    shortened = [found for found in every if found.verdict != "failed" or found in failures[:SHOWN]]
+    shortened += [failed(level, failures[-1].subject, more)] if more else []
+    return shortened if failures or not ok else [Finding(level, "ok", subject, ok, part=part), *shortened]
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def kind(tensor: LazyTensor | TensorEntry) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -1,0 +1,142 @@
+"""Made again from its sources, is it the same? The strongest check (L4): every tensor is computed anew, and nothing is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.manifest import TensorEntry, find_manifest
+from ..checkpoint.rehash import digests
+from ..errors import InputError, UsageError
+from ..events import Event
+from ..families.projectors import FORMS
+from ..families.prompts import CONVERSATIONS
+from ..findings import Finding
+from ..tensors.lazy import FLOATS
+from ..tensors.low_rank import Arithmetic
+from ..text import shown
+from ..transforms.convert import TARGETS, convert
+from ..transforms.delta import apply_delta
+from ..transforms.lora import merge_lora, open_weighted
+from .checksums import failed, folded
+
+TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
+DEFAULTS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
+Listener = Callable[[Event], None]
+OTHER = "give the sources and options that it was made with: README.md and the manifest name them"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a checkpoint was made, by the recipe beside it. Only values that the commands could have recorded."""
+
+    to: str = ""
+    dtype: str | None = None
+    arithmetic: Arithmetic = "peft"
+    scale: float = 1.0
+    projector_form: str | None = None
+    conv_mode: str | None = None
+    image_token: str | None = None
+    image_aspect: str | None = None
+    tower_name: str | None = None
+
+
+def derive(
+    made: Checkpoint,
+    base: Checkpoint,
+    *,
+    delta: Checkpoint | None = None,
+    lora: Sequence[str] = (),
+    tower: Checkpoint | None = None,
+    accept_tower: bool = False,
+) -> Checkpoint:
+    """What `made` should be, as lazy tensors: `base` with the delta and the adapters, in the layout of `made`.
+
+    The options (arithmetic, scale, dtype, projector form) are those of its manifest, the defaults where it has none. Raises
+    InputError where the manifest records options that no command takes, or the sources do not fit.
+    """
+    options = _options(made)
+    result = apply_delta(base, delta, accept_base=True) if delta else base
+    dtype = None if options.dtype == "F64" else options.dtype  # which no command makes
+    if lora:
+        merged_dtype = None if made.layout == "llava-hf" else dtype
+        adapters = [open_weighted(text) for text in lora]
+        result = merge_lora(result, adapters, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
+    if made.layout == "llava-hf":
+        rows = next((made.tensors[name].rows for name in TABLES if name in made.tensors), None)
+        how: Any = {"projector_form": options.projector_form, "conv_mode": options.conv_mode, "image_token": options.image_token}
+        how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower}
+        result = convert(result, "llava-hf", vocab_size=rows, image_aspect=options.image_aspect, **how)
+    elif options.to == "llava":
+        result = convert(result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, accept_tower=accept_tower)
+    elif tower:
+        raise UsageError(f"`{made.origin.name}` was not converted, so no vision tower went into it", hint="leave `--vision-tower` out")
+    return result
+
+
+def compare_derived(
+    made: Checkpoint,
+    derived: Checkpoint,
+    *,
+    entries: Mapping[str, TensorEntry] | None = None,
+    jobs: int = 2,
+    on_event: Listener = lambda event: None,
+) -> list[Finding]:
+    """One finding for each tensor of `made` that its sources do not give, or one `ok` for all. Reads the sources whole.
+
+    `entries` are digests that were just taken of `made`'s values; without them the values are read here. What its manifest says of
+    them is never asked.
+    """
+    parameters = made.parameters()
+    if entries is None:
+        wanted = digests(parameters, jobs=jobs, on_event=on_event)
+    else:
+        wanted = {name: (entry.dtype, entry.shape, entry.sha256) for name, entry in entries.items() if name in parameters}
+    found = digests(derived.parameters(), jobs=jobs, on_event=on_event)
+    wrong = [failed("L4", name, f"`{name}` is not what the sources give", OTHER) for name in wanted if wanted[name] != found.get(name)]
+    wrong += [failed("L4", name, f"`{name}` comes from the sources, and is missing", OTHER) for name in found if name not in wanted]
+    options = _unusual(derived)
+    text = f"{len(found):,} tensors made again from the sources{options}, every bit equal"
+    return folded("L4", made.origin.name, wrong, text, part=f"values of {len(found):,} tensors (by the sources{options})")
+
+
+def _unusual(derived: Checkpoint) -> str:
+    """The options that change values and are not the commands' defaults, which only the manifest tells."""
+    steps = [(key, value) for step in derived.history for key, value in step.options.items()]
+    told = [f"{key} {value}" for key, value in steps if key in DEFAULTS and value != DEFAULTS[key]]
+    return f" with {', '.join(told)}, as its manifest records" if told else ""
+
+
+def _options(made: Checkpoint) -> Options:
+    """The options of every step of the recipe, later ones over earlier ones. A manifest that can't be read at all records none."""
+    try:
+        manifest = find_manifest(made.origin.path)
+    except InputError:  # which is a finding of its own
+        return Options()
+    if manifest is None:
+        return Options()
+    if manifest.doubt:
+        raise InputError(manifest.doubt, hint="run `llava-weights verify` without sources")
+    recorded = {key: value for step in manifest.recipe for key, value in step.get("options", {}).items() if value is not None}
+    known: dict[str, Callable[[Any], bool]] = {
+        "to": lambda value: value in TARGETS,
+        "dtype": lambda value: value in FLOATS,
+        "arithmetic": lambda value: value in get_args(Arithmetic),
+        "scale": lambda value: type(value) in (int, float) and math.isfinite(value),
+        "projector_form": lambda value: value in FORMS,
+        "conv_mode": lambda value: value in CONVERSATIONS,
+        "image_token": lambda value: 0 < len(value) < 256,
+        "image_aspect": lambda value: value in ("square", "pad"),
+        "tower_name": lambda value: len(value) < 4096,
+    }
+    options = {key: recorded[key] for key in known if key in recorded}
+    for key, value in options.items():
+        if not isinstance(value, (int, float) if key == "scale" else str) or not known[key](value):
+            what = f"the recipe in {shown(manifest.path.name)} records the {key} {shown(str(value))}, which no command takes"
+            raise InputError(
+                what, facts={"path": manifest.path}, hint="get the manifest again, or run `llava-weights verify` without sources"
+            )
+    return Options(**options)

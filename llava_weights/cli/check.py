@@ -1,0 +1,273 @@
+"""The commands that prove: verify, checksum, diff, smoke."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from .options import AcceptTower, Jobs, Show, VisionTower, grouped
+from .session import session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ..findings import Finding
+    from ..smoke.logits import Smoke
+    from .console import Console
+
+
+PROMPT = "the meaning of life is"  # of LLaVA-13b-delta-v0's model card, which shows the babble of an unapplied delta as its answer
+
+Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owner/name[@rev] or hf://owner/name.")]
+Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
+Summary = Annotated[
+    Path | None,
+    typer.Option("--summary", metavar="FILE", help="Append the findings to this file as Markdown, by default to $GITHUB_STEP_SUMMARY."),
+]
+Replace = Annotated[bool, typer.Option("--force", help="Replace the file of --junit.")]
+
+
+@grouped
+def verify(
+    *,
+    path: Checked,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Manifest, checkpoint, checksum list (SHA256SUMS, md5, checklist.chk), or owner/name[@rev]."),
+    ] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="Compare with the checksums that the authors published.")] = False,
+    base: Annotated[str | None, typer.Option("--base", help="What PATH was made from: make every tensor again and compare.")] = None,
+    delta: Annotated[
+        str | None, typer.Option("--delta", help="The delta that was applied; with --published, it tells the author's files.")
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
+    vision_tower: VisionTower = None,
+    accept_tower: AcceptTower = False,
+    strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure: exit 4.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="RULE", help="Takes a rule, as its warnings name it, out of --strict. Repeats.")
+    ] = None,
+    jobs: Jobs = 2,
+    junit: Junit = None,
+    summary: Summary = None,
+    force: Replace = False,
+    show: Show,
+) -> None:
+    """Prove that a checkpoint is whole and right: structure, health, digests, and what it is compared with. Exit 4 if it is not."""
+    with session(show) as console:
+        from ..checks.verify import verify as check
+
+        if published and against:
+            raise UsageError("`--against` and `--published` name two things to compare with", hint="run `verify` once for each")
+        if published and delta and (lora or vision_tower):
+            raise UsageError("an author's files are predicted from the delta alone", hint="leave `--lora` and `--vision-tower` out")
+        _check_accept(accept_tower, vision_tower)
+        _check_reports(junit, summary, force, [path, against, base, delta, vision_tower, *(lora or [])])
+        sources: Any = {"base": base, "delta": delta, "lora": lora or [], "vision_tower": vision_tower, "accept_tower": accept_tower}
+        other = "published" if published else against
+        result = check(path, against=other, deep=deep, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources)
+        _prove(console, result.name, result.findings, result.exit_code, result.facts, junit, summary, force=force)
+
+
+@grouped
+def checksum(
+    *,
+    path: Checked,
+    force: Annotated[bool, typer.Option("--force", help="Replace checksums that say something else.")] = False,
+    jobs: Jobs = 2,
+    show: Show,
+) -> None:
+    """Write SHA256SUMS and the manifest for any checkpoint."""
+    with session(show, writes=True) as console:
+        from ..checks.verify import checksum as write
+
+        written = [str(file) for file in write(path, force=force, jobs=jobs, on_event=console.on_event)]
+        console.document([f"Wrote {file}" for file in written] or ["Everything is recorded already"], {"written": written})
+
+
+@grouped
+def diff(
+    *,
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: folder, file, owner/name[@rev].")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another, in any layout and container.")],
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest difference of two values that count as equal.")] = 0.0,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Heat map of the relative change, as .svg or .png.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --plot: replace FILE.")] = False,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, show_default="20", help="Lines of differing tensors to show; --json has all.")
+    ] = None,
+    jobs: Jobs = 2,
+    show: Show,
+) -> None:
+    """Compare two checkpoints tensor by tensor, across layouts and containers. Exit 0 equal, 4 different."""
+    with session(show) as console:
+        from ..checkpoint.checkpoint import open_checkpoint
+        from ..checks.diff import diff as compare
+        from ..checks.diff import document, table
+        from .plot import check_plot, write_plot
+
+        if limit is not None and show.json:
+            raise UsageError("`--limit` cuts the lines for people, `--json` has every tensor", hint="pass one of them")
+        if plot:
+            check_plot(plot, force=force, inputs=[a, b])
+        elif force:
+            raise UsageError("`--force` belongs to `--plot`", hint="pass both")
+        found = compare(
+            open_checkpoint(a, progress=show.bars),
+            open_checkpoint(b, progress=show.bars),
+            tolerance=tolerance,
+            jobs=jobs,
+            on_event=console.on_event,
+        )
+        if plot:
+            write_plot(found, plot, force=force)
+        console.document(table(found, limit=limit or 20), document(found))
+        raise typer.Exit(0 if found.equal else 4)
+
+
+@grouped
+def smoke(
+    *,
+    path: Checked,
+    reference: Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="Compare with logits recorded by --record.")] = None,
+    original: Annotated[str | None, typer.Option("--original", metavar="DIR", help="Compare with this unconverted checkpoint.")] = None,
+    record: Annotated[
+        Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and keep what comes of them.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and tell the perplexity of plain English.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
+    vision_tower: VisionTower = None,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to compute.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="F32|BF16|F16", help="Dtype of the arithmetic; only F32 can tell `same`.")
+    ] = "F32",
+    resident: Annotated[
+        bool, typer.Option("--resident", help="Keep the whole model on the device; else it streams, layer by layer.")
+    ] = False,
+    atol: Annotated[
+        float | None, typer.Option("--atol", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
+    ] = None,
+    accept_tower: AcceptTower = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file of --record or --junit.")] = False,
+    junit: Junit = None,
+    summary: Summary = None,
+    show: Show,
+) -> None:
+    """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt.
+
+    Exit 4 if it computes something else; on a prompt only for an unapplied delta: the rest is yours to judge.
+    """
+    with session(show) as console:
+        from ..checkpoint.checkpoint import open_checkpoint
+        from ..smoke.logits import check_numbers
+
+        runs = {"--reference": reference, "--original": original, "--record": record, "--prompt": prompt}
+        more = {"--image": image, "--atol": atol, "--vision-tower": vision_tower, "--junit": junit, "--summary": summary}
+        _check_run(runs, more)
+        _check_accept(accept_tower, vision_tower)
+        how: Any = check_numbers(device, dtype, atol)
+        _check_reports(junit, summary, force, [path, original, vision_tower, reference], record)
+        model = open_checkpoint(path, whole=True, progress=show.bars)
+        tower = open_checkpoint(vision_tower, progress=show.bars) if vision_tower else None
+        how |= {"tower": tower, "resident": resident, "accept_tower": accept_tower}
+        limit = how.pop("atol")
+        if record:
+            from ..smoke.recording import record as keep
+
+            kept = keep(model, record, force=force, on_event=console.on_event, **how)
+            console.document([f"Wrote {record}: {len(kept.probes)} probes"], {"written": str(record)})
+        elif reference or original:
+            from ..smoke.logits import compare, compare_original, table
+
+            how |= {"atol": limit, "on_event": console.on_event}
+            if original:
+                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
+            else:
+                done = compare(model, reference or Path(), **how)
+            _prove(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)
+        else:
+            from ..smoke.generate import sample
+
+            text = sample(model, PROMPT if prompt is None else prompt, image=image, **how)
+            said = (text.prompt + text.text).split("\n")
+            _prove(console, model.origin.name, text.findings, 4 if text.delta else 0, asdict(text), junit, summary, said, force=force)
+
+
+def _check_accept(accept_tower: bool, vision_tower: str | None) -> None:
+    if accept_tower and not vision_tower:
+        raise UsageError("`--accept-tower` belongs to `--vision-tower`", hint="pass both")
+
+
+def _measured(done: Smoke) -> dict[str, Any]:
+    rows = [asdict(row) for row in done.rows]
+    return {"against": done.against, "result": done.verdict, "first_wrong": done.first_wrong, "rows": rows}
+
+
+def _check_run(runs: Mapping[str, object], more: Mapping[str, object]) -> None:
+    """Raise UsageError where flags of `runs` name two runs of the model, or one of `more` changes nothing of the one that is named."""
+    given = [flag for flag, value in runs.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'`{flag}`' for flag in given)} are different runs", hint="pass one of them")
+    mode = given[0] if given else "the usual prompt"
+    compares = mode in ("--reference", "--original")
+    idle = {"--image": mode != "--prompt", "--atol": not compares, "--junit": mode == "--record", "--summary": mode == "--record"}
+    idle["--vision-tower"] = more["--image"] is None and not compares and mode != "--record"
+    if names := [f"`{flag}`" for flag, value in more.items() if value is not None and idle[flag]]:
+        raise UsageError(f"{', '.join(names)} changes nothing of a run with {mode}", hint="leave it out")
+
+
+def _check_reports(
+    junit: Path | None, summary: Path | None, force: bool, inputs: Sequence[str | Path | None], record: Path | None = None
+) -> None:
+    """Before the work: whether the reports can be written. Raises UsageError for two in one file, and as `check_file` does."""
+    from ..storage.output_file import check_file
+
+    appended = None if record else _appended(summary)
+    if junit and appended and junit.absolute() == appended.absolute():
+        raise UsageError("`--junit` and `--summary` are the same file", hint="give each its own")
+    if force and not (junit or record):
+        raise UsageError("`--force` replaces a file that is written, and none is", hint="leave it out")
+    given = [source for source in inputs if source]
+    for file in filter(None, (junit, record)):
+        check_file(file, force=force, inputs=given)
+    if appended:
+        check_file(appended, append=True, inputs=given)
+
+
+def _appended(summary: Path | None) -> Path | None:
+    """The file of `--summary`, else the page of a job of GitHub Actions."""
+    page = os.environ.get("GITHUB_STEP_SUMMARY")
+    return summary or (Path(page) if page else None)
+
+
+def _prove(
+    console: Console,
+    name: str,
+    findings: Sequence[Finding],
+    code: int,
+    facts: Mapping[str, Any],
+    junit: Path | None,
+    summary: Path | None,
+    before: Sequence[str] = (),
+    *,
+    force: bool = False,
+) -> None:
+    """Show the findings, write the reports that were asked for, and end with the exit code."""
+    from ..cli import report
+    from ..storage.output_file import write_report
+
+    shown = report.lines(name, findings, code, verbose=console.verbose)
+    console.document([*before, *shown], report.document(name, findings, code, facts))
+    if junit:
+        write_report(junit, report.junit(name, findings), force=force)
+    if appended := _appended(summary):
+        write_report(appended, report.markdown(name, findings, code).encode(), append=True)
+    raise typer.Exit(code)

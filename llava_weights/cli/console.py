@@ -1,0 +1,351 @@
+"""The only module that prints: sentences for people, JSON lines for programs (`--json`), or next to nothing (`--quiet`).
+
+Narration, progress and errors go to stderr, data to stdout. What comes from files may hold anything, so every line is cleaned of control
+characters, of access tokens and of what a CI would take for a command on its way out. Printing never fails a job: a reader that has gone
+away is no reason to stop writing 26 GB.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import math
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from typing import Any, TextIO
+
+from .. import __version__
+from ..errors import Interrupted, LlavaWeightsError, OutputError
+from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
+from ..text import clock_face, command_free, redact, sentences, shards, size, two_columns, visible
+from .progress import Meter
+
+SCHEMA = 1  # of every JSON line; fields may be added under the same number
+BAR_INTERVAL, JSON_INTERVAL, LINE_INTERVAL = 0.1, 1.0, 30.0  # seconds between two signs of progress
+WRITING_FAILED = (1, 3, 5, 6)  # exit codes after which a reader wonders what lies on disk
+COLOURS = {"error": "1;31", "warning": "33", "hint": "36"}
+
+
+class Console:
+    """Where every word to the user goes. Safe to call from any thread; `writes` is set by commands that make an output."""
+
+    def __init__(
+        self,
+        *,
+        json: bool = False,
+        quiet: bool = False,
+        verbose: bool = False,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.json, self.quiet, self.verbose, self.writes = json, quiet, verbose, False
+        self._out = sys.stdout if out is None else out
+        self._err = sys.stderr if err is None else err
+        self._clock = clock
+        self._lock = threading.Lock()  # not reentrant, so that the status signal can tell that it cut into a line
+        self._meter: Meter | None = None
+        self._live = self._bar_shown = self._status_wanted = False
+        self._shown_at = -math.inf
+        self._signals: dict[int, Any] = {}
+        terminal = _is_terminal(self._err)
+        self._animated = terminal and not (json or quiet)
+        self._coloured = not os.environ.get("NO_COLOR") and (terminal or _set("FORCE_COLOR"))
+        self._traces = verbose or _set("LLAVA_WEIGHTS_DEBUG")
+
+    def plan(self, rows: Sequence[tuple[str, str]], document: Mapping[str, Any]) -> None:
+        """What will be done: narration in two columns, or the JSON line `plan`."""
+        with self._turn():
+            self._say("plan", document, "Plan", *two_columns(rows))
+
+    def on_event(self, event: Event) -> None:
+        """Show what the engine tells."""
+        with self._turn():
+            match event:
+                case ReadingBack():
+                    self._say("reading_back", asdict(event), f"Reading back {size(event.nbytes)}")
+                case Started():
+                    self._start(event)
+                case Progress():
+                    self._progress(event)
+                case ShardDone():
+                    self._shard_done(event)
+                case Note():
+                    self._note(event)
+
+    def document(self, text: str | Sequence[str], document: Mapping[str, Any]) -> None:
+        """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for. `text` is one with lines of its
+        own, or a list of lines, each of which stays one whatever it holds.
+
+        In JSON it is one line of type `summary` unless `document` has its own `type`: the last line of stdout is what a program wants.
+        Raises OutputError where stdout can't take it; a reader that closed the pipe has had enough, which is no error.
+        """
+        with self._turn():
+            self._erase()
+            if self.json:
+                failure = self._emit(self._out, str(document.get("type", "summary")), document)
+            else:
+                failure = _write(self._out, _clean_lines(text))
+        if isinstance(failure, OSError) and not isinstance(failure, BrokenPipeError):
+            raise OutputError(
+                f"standard output can't be written: {failure.strerror}", hint="check the disk or the program that it goes to"
+            ) from failure
+
+    def summary(self, lines: Sequence[str], document: Mapping[str, Any], path: str | None = None) -> None:
+        """The end of a command that wrote: human lines, or the path alone (`--quiet`), or the last JSON line."""
+        with self._turn():
+            self._meter = None
+            if self.json:
+                self._emit(self._out, "summary", document)
+            elif not self.quiet:
+                self._narrate(*lines)
+            elif path is not None:
+                _write(self._out, f"{clean(path) if _is_terminal(self._out) else path}\n")  # exact for a script
+
+    def error(self, error: LlavaWeightsError | Interrupted) -> int:
+        """What happened, the facts, a hint, what was written; returns the exit code."""
+        return self._report(error, error)
+
+    def unexpected(self, error: BaseException) -> int:
+        """A bug of ours: say so and keep the traceback where it can be attached to a report; returns 1."""
+        first = (str(error).strip() or "no message").splitlines()[0]
+        found = ", ".join(f"{name} {version}" for name, version in versions().items())
+        problem = LlavaWeightsError(
+            f"unexpected {type(error).__name__}: {first}",
+            facts={"traceback": _save_traceback(found, error), "versions": found},
+            hint="this is a bug in llava-weights; please report it with the traceback",
+        )
+        return self._report(problem, error)
+
+    def close(self) -> None:
+        """Leave the terminal and the signals as they were found."""
+        with self._turn():
+            self._end()
+        if threading.current_thread() is threading.main_thread():
+            while self._signals:
+                signal.signal(*self._signals.popitem())
+
+    def install_status_signal(self) -> None:
+        """SIGUSR1 (SIGINFO, which is Ctrl-T, on BSD and macOS) prints one status line, in every mode."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in ("SIGUSR1", "SIGINFO"):
+            if (number := getattr(signal, name, None)) is not None and number not in self._signals:
+                self._signals[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
+
+    def _on_signal(self, *_: object) -> None:
+        self._status_wanted = True
+        if not self._lock.locked():  # else whoever is printing, perhaps this very thread, ends its turn with the status
+            with self._turn():
+                pass
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._lock:
+            yield
+            if self._status_wanted:
+                self._status_wanted = False
+                self._tell(self._meter)
+
+    def _tell(self, meter: Meter | None) -> None:
+        if meter is None:
+            self._narrate("Nothing is being written yet")
+        elif self.json:
+            self._emit(self._out, "progress", meter.document(self._clock()))
+        else:
+            self._narrate(meter.line(self._clock()))
+
+    def _start(self, event: Started) -> None:
+        self._shown_at = self._clock()
+        self._meter, self._live = Meter.start(event, self._shown_at), True
+        kept = f"; {event.done_shards} ({size(event.done_nbytes)}) are finished from an earlier run" if event.done_shards else ""
+        line = f"{event.what} {shards(event.shards) + ', ' if event.what == 'Writing' else ''}{size(event.nbytes)}{kept}"
+        self._say("started", asdict(event), *([line] if kept or not self._animated else ()))
+        if self._animated:
+            self._draw(self._meter)
+
+    def _progress(self, event: Progress) -> None:
+        if self._meter is None or not self._live:  # a worker that has not yet heard of the end
+            return
+        now = self._clock()
+        self._meter.update(event, now)
+        interval = JSON_INTERVAL if self.json else BAR_INTERVAL if self._animated else LINE_INTERVAL
+        if self.quiet or now - self._shown_at < interval:
+            return
+        self._shown_at = now
+        (self._draw if self._animated else self._tell)(self._meter)
+
+    def _shard_done(self, event: ShardDone) -> None:
+        if self._meter is None or not self._live:
+            return
+        now = self._clock()
+        self._meter.finish(event, now)
+        line = f"[{clock_face(now - self._meter.begun)}] {event.name}: {event.index} of {shards(event.shards)}, {size(event.nbytes)}"
+        line += f", sha256 {event.sha256}" if self.verbose else ""
+        self._say("shard", asdict(event), *([line] if self.verbose or not self._animated else ()))
+
+    def _note(self, event: Note) -> None:
+        if self.json and not self.quiet:
+            self._emit(self._err, "note", asdict(event))  # beside the data, as errors are
+        elif not self.quiet:
+            self._narrate(event.text, label="warning" if event.warning else "")
+
+    def _report(self, error: LlavaWeightsError | Interrupted, raised: BaseException) -> int:
+        trace = _trace(raised) if self._traces else None
+        with self._turn():
+            self._end()
+            written = self._written(error)
+            if self.json:
+                document = {"code": error.exit_code, "what": error.what, "facts": error.facts, "hint": error.hint, "written": written}
+                self._emit(self._err, "error", document | ({"traceback": trace} if trace else {}))
+            else:
+                self._narrate(*(trace or "").splitlines())
+                self._explain(error, written)
+        return error.exit_code
+
+    def _explain(self, error: LlavaWeightsError | Interrupted, written: str | None) -> None:
+        if isinstance(error, Interrupted):
+            self._narrate(sentences(error.what[:1].upper() + error.what[1:], error.hint, written))
+            return
+        self._narrate(error.what, label="error")
+        self._narrate(*two_columns(list(error.facts.items())))
+        if last := sentences(error.hint, written):
+            self._narrate("")
+            self._narrate(last, label="hint" if error.hint else "")
+
+    def _written(self, error: LlavaWeightsError | Interrupted) -> str | None:
+        """What lies on disk now: the writer's words, else what the events told. None where the command writes nothing."""
+        interrupted = isinstance(error, Interrupted)
+        if not self.writes or not (interrupted or error.exit_code in WRITING_FAILED):
+            return error.kept
+        seen = "Nothing was written" if self._meter is None else f"{self._meter.finished} are finished and kept"
+        return sentences(error.kept or seen, "Run the same command to continue" if interrupted else None)
+
+    def _end(self) -> None:
+        self._live = False
+        self._erase()
+
+    def _draw(self, meter: Meter) -> None:
+        line = meter.bar(self._clock(), _columns(self._err) - 1, ascii_only=not _blocks(self._err))  # a full last column would wrap
+        self._bar_shown = True  # before the write, which Ctrl-C may cut
+        _write(self._err, f"\r{line}\x1b[K")
+
+    def _erase(self) -> None:
+        if self._bar_shown:
+            self._bar_shown = False
+            _write(self._err, "\r\x1b[K")
+
+    def _say(self, kind: str, document: Mapping[str, Any], *lines: str) -> None:
+        if self.json and not self.quiet:
+            self._emit(self._out, kind, document)
+        elif lines and not self.quiet:
+            self._narrate(*lines)
+
+    def _narrate(self, *lines: str, label: str = "") -> None:
+        self._erase()
+        start = f"\x1b[{COLOURS[label]}m{label}\x1b[0m: " if label and self._coloured else f"{label}: " if label else ""
+        _write(self._err, "".join(f"{start}{clean(line)}\n" for line in lines))
+
+    def _emit(self, stream: TextIO | None, kind: str, document: Mapping[str, Any]) -> Exception | None:
+        head = {"type": kind, "schema": SCHEMA}
+        line = jsonlib.dumps(_plain(head | dict(document) | head), allow_nan=False)
+        return _write(stream, line.replace("##", "#\\u0023") + "\n")  # the same text, and no command to a CI
+
+
+def clean(text: str) -> str:
+    """`text` as it may be shown: no access tokens, nothing that moves the cursor, reorders the line or commands a CI."""
+    return command_free(visible(redact(text)))
+
+
+def _clean_lines(text: str | Sequence[str]) -> str:
+    lines = text.removesuffix("\n").split("\n") if isinstance(text, str) else text
+    return "".join(clean(line) + "\n" for line in lines)
+
+
+def _plain(value: object) -> object:
+    """What JSON can hold: no NaN (a word instead), no paths, no tokens."""
+    match value:
+        case None | bool() | int():
+            return value
+        case float():
+            return value if math.isfinite(value) else str(value)
+        case Mapping():
+            return {redact(str(key)): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case _:
+            return redact(str(value))
+
+
+def versions() -> dict[str, str]:
+    """What a bug report should name; imports none of the heavy packages."""
+    found = {"llava-weights": __version__, "platform": sys.platform}
+    with suppress(ImportError):  # a half-installed dependency may be the very reason for the report
+        from ..checkpoint.manifest import environment
+
+        found |= environment()
+    return found
+
+
+def _save_traceback(found: str, error: BaseException) -> str:
+    """The path of a file that can go into a bug report, or why there is none."""
+    about = [f"command: {shlex.join(sys.argv)}", f"versions: {found}", ""]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="llava-weights-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(_clean_lines("\n".join([*about, _trace(error)])))
+    except OSError as error:
+        return f"could not be saved: {error.strerror}; `-v` shows it"
+    return path
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+def _write(stream: TextIO | None, text: str) -> Exception | None:
+    """Write what the stream's encoding can hold, escapes for the rest. A stream that fails is silenced and the reason returned."""
+    if stream is None:  # the descriptor was closed before the program began
+        return None
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError) as error:  # ValueError: the file object is closed
+        with suppress(OSError, ValueError):  # or the interpreter would fail at exit on what is still buffered, with code 120
+            descriptor, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+        return error
+    return None
+
+
+def _set(variable: str) -> bool:
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    with suppress(ValueError):  # a closed file
+        return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    return False
+
+
+def _columns(stream: TextIO | None) -> int:
+    with suppress(OSError, ValueError):
+        return int(os.environ.get("COLUMNS", 0)) or (stream and os.get_terminal_size(stream.fileno()).columns) or 80
+    return 80
+
+
+def _blocks(stream: TextIO | None) -> bool:
+    """Whether the encoding has the characters that tqdm draws a smooth bar with."""
+    with suppress(UnicodeEncodeError):
+        return bool("\u2588\u258f".encode(getattr(stream, "encoding", None) or "utf-8"))
+    return False

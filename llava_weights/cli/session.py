@@ -1,0 +1,242 @@
+"""What the commands share: the console of one run and its exit codes, and carrying out a plan."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, Terminated, UsageError, shortage
+from ..events import Note, listening
+from .console import Console
+from .options import Layout, Run, Show
+
+if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..families.published import Role
+
+
+@contextmanager
+def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
+    """A console for one command; every way of ending becomes its text and its exit code."""
+    from ..tensors.dtypes import one_thread
+
+    console = Console(json=show.json, quiet=show.quiet, verbose=show.verbose)
+    console.writes = writes
+    console.install_status_signal()
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with one_thread(), listening(console.on_event):
+            yield console
+    except LlavaWeightsError as error:
+        raise typer.Exit(console.error(error)) from None
+    except KeyboardInterrupt as error:
+        raise typer.Exit(console.error(Interrupted.of(error))) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except OSError as error:  # of an input: what is written has its own errors
+        if error.filename is None:
+            known = shortage(error)
+            raise typer.Exit(console.error(known) if known else console.unexpected(error)) from None
+        from ..storage.reading import unreadable
+
+        raise typer.Exit(console.error(unreadable(Path(str(error.filename)), error))) from None
+    except Exception as error:
+        known = shortage(error)
+        raise typer.Exit(console.error(known) if known else console.unexpected(error)) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        console.close()
+        from ..storage.remote import forget
+
+        forget()  # here, since `main` leaves without what is registered for the end
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -> None:
+    """Plan, show the plan, then do it. A dry run ends with the exit code that the real one would start with."""
+    from time import monotonic
+
+    from ..write.destinations import is_address
+    from ..write.execute import execute, preflight
+    from ..write.executors import open_executor
+    from ..write.plan import make_plan
+    from ..write.portions import execute_portion, to_portion
+    from ..write.upload import job_at
+    from .report import explain, outcome, portion_outcome
+
+    portion = to_portion(run.shards) if run.shards else None
+    target, make_job = job_at(output, reread=run.reread, on_event=console.on_event)
+    sizes: Any = {"max_shard_size": run.max_shard_size, "max_memory": run.max_memory}
+    plan = make_plan(checkpoint, jobs=run.jobs, upload=is_address(output), accept_values=run.accept_values, **sizes)
+    rows, document = explain(plan, output)
+    console.plan(rows, document)
+    made = run.push is not None and _may_push(run.push, target, document, force=run.force)
+    if run.dry_run:
+        if not made:
+            preflight(plan, target, force=run.force, make_job=make_job)
+        console.summary(["Nothing was written (dry run)"], {"dry_run": True})
+        return
+    begun = monotonic()
+    how: Any = {"force": run.force, "on_event": console.on_event}
+    if portion:
+        part = execute_portion(plan, target, portion, **how)
+        console.summary(*portion_outcome(part, monotonic() - begun))
+        return
+    lines, ended = [f"{output} is complete"], {"output": output}
+    if not made:
+        how |= {"restart": run.restart, "reread": run.reread, "complete": run.finish, "make_job": make_job}
+        with open_executor(run.executor, run.ray_address, cpus=run.jobs) as pool:
+            report = execute(plan, target, pool=pool, **how)
+        lines, ended = outcome(report, output, monotonic() - begun)
+    if run.push is not None:
+        _push(run.push, target, lines, ended, force=run.force)
+    console.summary(lines, ended, output)
+
+
+def _may_push(repository: str, target: Path, plan: dict[str, Any], *, force: bool) -> bool:
+    """Whether the output is there already, so that only pushing is left. Raises now what would make it fail after hours of work."""
+    from ..write.upload import differences, repository_of
+
+    hub = repository_of(repository)
+    with suppress(InputError, OSError):
+        if not differences(plan, target):
+            hub.check()
+            return True
+    hub.refuse_occupied() if not force else hub.check()
+    return False
+
+
+def _push(repository: str, target: Path, lines: list[str], document: dict[str, Any], *, force: bool) -> None:
+    """Publish the output, and tell where."""
+    from ..write.upload import push, repository_of
+
+    hub = repository_of(repository)
+    document["pushed"] = push(target, hub, force=force)
+    lines.append(f"Published on {document['pushed']}{hub.made and f' ({hub.made})'}")
+
+
+def _one_way(run: Run, output: str) -> None:
+    """Raise UsageError where the options name two ways of working, or one that does not exist."""
+    from ..write.destinations import is_address
+    from ..write.portions import to_portion
+
+    given = {"--executor": run.executor, "--shards": run.shards, "--finish": run.finish}
+    named = [f"`{name}`" for name, value in given.items() if value]
+    if len(named) > 1 or (named and run.restart and not run.executor):
+        raise UsageError(f"{' and '.join(named + ['`--restart`'] * run.restart)} are different ways of working", hint="pass one of them")
+    if run.executor not in (None, "ray"):
+        raise UsageError(f"there is no executor `{run.executor}`", hint="choose `ray`, or leave it out")
+    if not run.reread and (run.shards or run.finish):
+        raise UsageError("`--no-reread` changes nothing of portions: the finish always reads them", hint="leave it out")
+    if run.shards:
+        to_portion(run.shards)
+    if run.ray_address and not run.executor:
+        raise UsageError("`--ray-address` belongs to `--executor ray`", hint="pass both")
+    if (run.push and run.shards) or (is_address(output) and (run.push or run.shards or run.finish)):
+        raise UsageError("portions and an output elsewhere can't be pushed, nor portions be written elsewhere", hint="give `-o` a folder")
+
+
+def check_options(
+    run: Run,
+    output: str,
+    *,
+    to: str | None = None,
+    layout: Layout | None = None,
+    dtype: str | None = None,
+    lora: Sequence[str] | None = None,
+    arithmetic: str | None = None,
+    scale: float | None = None,
+    non_lora: Path | None = None,
+) -> None:
+    """Before anything is opened: raise UsageError for a value that an option can't have, and for an option without an effect."""
+    from ..tensors.dtypes import to_dtype
+    from ..transforms.convert import check_conversion
+    from ..transforms.lora import check_merge
+    from ..write.plan import parse_size
+
+    if not output:
+        raise UsageError("`-o` is empty", hint="give the folder to write")
+    given = layout.given if layout else {}
+    merging = {"--arithmetic": arithmetic, "--scale": scale, "--non-lora": non_lora}
+    if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
+        raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
+    check_merge(arithmetic=arithmetic or "peft", scale=1.0 if scale is None else scale, dtype=to_dtype(dtype))
+    if to is None and (given or (dtype and not lora)):
+        names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given or ("dtype",))
+        raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
+    if given.pop("accept_tower", False) and "vision_tower" not in given:
+        raise UsageError("`--accept-tower` belongs to `--vision-tower`", hint="pass both")
+    given.pop("vision_tower", None)
+    if to is not None:
+        check_conversion(to, dtype=dtype, **given)
+    parse_size(run.max_shard_size, "max-shard-size")
+    if run.max_memory is not None:
+        parse_size(run.max_memory, "max-memory")
+    _one_way(run, output)
+
+
+def merge(
+    model: Checkpoint,
+    loras: Sequence[str],
+    arithmetic: str | None,
+    *,
+    scale: float | None = None,
+    dtype: str | None = None,
+    non_lora: Path | None = None,
+    progress: bool | None = None,
+) -> Checkpoint:
+    """`model` with the adapters of the command line merged in; itself where there are none."""
+    if not loras:
+        return model
+    from ..transforms.lora import merge_lora, open_weighted, to_arithmetic
+
+    adapters = [open_weighted(text, non_lora=non_lora, progress=progress) for text in loras]
+    rule = to_arithmetic(arithmetic or "peft")
+    return merge_lora(model, adapters, arithmetic=rule, scale=1.0 if scale is None else scale, dtype=dtype)
+
+
+def converted(
+    checkpoint: Checkpoint, to: str | None, layout: Layout, *, dtype: str | None = None, progress: bool | None = None
+) -> Checkpoint:
+    """`checkpoint` in the layout that `--to` names; itself where it names none."""
+    if to is None:
+        return checkpoint
+    from ..checkpoint.checkpoint import open_checkpoint
+    from ..checkpoint.tower import holds_tower
+    from ..transforms.convert import convert
+
+    given = layout.given
+    named = given.pop("vision_tower", None)
+    if to == "llava" and named and holds_tower(checkpoint):  # the original's config names its tower; no weights are asked for
+        given["tower_name"], named = named, None
+    tower = open_checkpoint(named, progress=progress) if named else None
+    return convert(checkpoint, to, tower=tower, dtype=dtype, **given)
+
+
+def note(console: Console, text: str, *, warning: bool = False) -> None:
+    console.on_event(Note(text, warning))
+
+
+def check_given(console: Console, roles: Sequence[tuple[Role, Checkpoint]]) -> None:
+    """Hash every input file and say which published file it is. Raises MismatchError where one is known not to fit its role."""
+    from ..checkpoint.checkpoint import need_files
+    from ..checks.published import check_inputs
+
+    for role, checkpoint in roles:
+        need_files(checkpoint, "`--check-inputs`")
+        for finding in check_inputs([Path(file.path) for file in checkpoint.origin.files], role, on_event=console.on_event):
+            if finding.verdict == "wrong":
+                raise MismatchError(
+                    finding.text,
+                    facts={"file": finding.file, "sha256": finding.sha256},
+                    hint="give the file that belongs in this role",
+                )
+            note(console, finding.text)

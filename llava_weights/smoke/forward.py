@@ -1,0 +1,291 @@
+"""The forward pass of transformers' own model, streamed from a checkpoint: bit for bit the whole-model forward.
+
+`load_forward` builds the model from the config alone, without a value in it; streaming.py gives the values to each part while
+it computes. `load_original` is the other path, for comparison: CLIP, projector and decoder joined as LLaVA's own code does it
+(image_features.py). Nothing of transformers but its model classes is used: no Auto class, no `from_pretrained`, no code of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import known_decoder
+from ..checkpoint.hf_config import select_layer
+from ..checkpoint.tokenizer import read_special_ids
+from ..checkpoint.tower import VisionTower, open_tower, own_tower
+from ..errors import InputError
+from ..families.decoders import CLASSES, KINDS, PARTS
+from ..families.layouts import canonical
+from ..families.targets import DEFAULT_PARTS, TARGETS
+from ..tensors.lazy import FLOATS, LazyTensor
+from ..text import shown
+from .image_features import IMAGE, Splice
+from .streaming import Streamed
+
+if TYPE_CHECKING:
+    import torch
+
+
+RIGHT = "give the config.json that belongs to these weights"
+# Keys of a config that change no product, only what code runs, how it is stored or what comes back.
+IGNORED = re.compile(
+    r"_.*|mm_.*|auto_map|architectures|model_type|transformers_version|quantization_config|(torch_)?dtype|attn_implementation"
+    r"|output_.*|(use_)?return_dict|torchscript|use_cache|(max|min)_length"
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An input that is stored, never made again from a seed or a tokenizer (facts: verify 2.3)."""
+
+    name: str
+    ids: np.ndarray  # int64 [T]; for an original LLaVA -200 stands for an image, or a run of <im_patch>
+    pixel_values: np.ndarray | None = None  # float32 [images, 3, S, S], for anyres [images, tiles, 3, S, S] padded with zeros
+    image_sizes: np.ndarray | None = None  # int64 [images, 2], height and width, for anyres
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`hidden`: "vision" (features behind the projector, all tiles, [N, H]), "embeddings" (what enters the decoder), "layer.0",
+    ... (what each layer gives), float32 [T, H]."""
+
+    logits: np.ndarray  # float32 [T, V]
+    hidden: Mapping[str, np.ndarray]
+
+
+class Runner:
+    """A model that computes from its checkpoint. Made by `load_forward` or `load_original`; not for two threads at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, stream: Streamed, model: Any, enter: Callable[[Probe], dict[str, Any]], mark: int | None = None
+    ) -> None:
+        self.checkpoint, self.dtype, self.device = checkpoint, stream.dtype, stream.device
+        self._stream, self._model, self._enter = stream, model, enter
+        self._mark = mark  # the id that stands for an image and has no row
+        decoder = getattr(model.model, "language_model", model.model)
+        self._vocabulary: int = decoder.embed_tokens.num_embeddings
+        stream.watch("embeddings", decoder.layers[0], entering=True)
+        for number, layer in enumerate(decoder.layers):
+            stream.watch(f"layer.{number}", layer)
+
+    def __call__(self, probe: Probe) -> Outcome:
+        """Logits and hidden states of one probe. Raises InputError for a probe that does not fit the model, and where the
+        checkpoint's files changed or a `.bin` record is damaged."""
+        with self._stream.session() as hidden:
+            output = self._run(probe, use_cache=False)
+            return Outcome(_numpy(output.logits), {name: _numpy(value) for name, value in hidden.items()})
+
+    def generate(
+        self, ids: np.ndarray, *, pixel_values: np.ndarray | None = None, image_sizes: np.ndarray | None = None, new_tokens: int, eos: int
+    ) -> list[int]:
+        """The tokens that follow `ids`, each the most likely one: at most `new_tokens`, up to and with `eos`."""
+        import torch
+
+        chosen: list[int] = []
+        with self._stream.session():
+            output = self._run(Probe("prompt", ids, pixel_values, image_sizes), use_cache=True)
+            while True:
+                chosen.append(int(output.logits[0, -1].float().argmax()))
+                if chosen[-1] == eos or len(chosen) >= new_tokens:
+                    return chosen
+                latest = torch.tensor([chosen[-1:]], device=self.device)
+                output = self._model(input_ids=latest, past_key_values=output.past_key_values, use_cache=True)
+
+    def _run(self, probe: Probe, **options: Any) -> Any:
+        ids = probe.ids
+        wrong = ids[((ids < 0) | (ids >= self._vocabulary)) & (ids != self._mark)]
+        if ids.ndim != 1 or not ids.size or wrong.size:
+            facts = {"ids": f"shape {list(ids.shape)}", "without a row": wrong[:5].tolist(), "rows": f"{self._vocabulary:,}"}
+            raise InputError(
+                f"the ids of probe {shown(probe.name)} do not fit the model",
+                facts=facts,
+                hint="give a recording of the same model, with the same tokens",
+            )
+        try:
+            return self._model(**self._enter(probe), **options)
+        except (ValueError, IndexError, TypeError, RuntimeError) as error:  # transformers' own: image tokens and features do not match
+            if "memory" in str(error):
+                raise
+            what = f"the probe {shown(probe.name)} does not fit the model: {error}"
+            raise InputError(
+                what, hint="compare config.json, above all `image_grid_pinpoints` and the token ids, with its authors'"
+            ) from error
+
+
+def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", resident: bool = False) -> Runner:
+    """A text model (Llama, Mistral, Qwen2) or a llava-hf model, computing in `dtype` whatever its weights are stored in.
+
+    Raises InputError where config and tensors are not exactly those of a model that transformers can build, UsageError for a
+    dtype or device that there is not. `resident` keeps on the device what has been read.
+    """
+    import torch
+
+    kind = checkpoint.config.get("model_type")
+    if kind not in KINDS.get(checkpoint.layout, ()):
+        facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(KINDS.values(), ()))}
+        raise InputError(
+            f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint="`verify` and `diff` check what can't be run"
+        )
+    stream = Streamed(dtype=dtype, device=device, resident=resident)
+    tensors = _by_place(checkpoint)
+    model = _build(checkpoint.config, str(kind), len(tensors))
+    tiles = any(row.model_type == kind and row.tiles for row in TARGETS)
+    stream.attach(model, tensors, canonical)
+
+    def enter(probe: Probe) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": torch.tensor(probe.ids, device=device)[None]}
+        if probe.pixel_values is not None:
+            inputs["pixel_values"] = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
+            if probe.image_sizes is not None and tiles:
+                inputs["image_sizes"] = torch.tensor(probe.image_sizes, device=device)
+        return inputs
+
+    if checkpoint.layout == "llava-hf":
+        stream.watch("vision", model.model.multi_modal_projector)
+    return Runner(checkpoint, stream, model, enter)
+
+
+def load_original(
+    checkpoint: Checkpoint, *, tower: Checkpoint | None = None, dtype: str = "F32", device: str = "cpu", resident: bool = False
+) -> Runner:
+    """A LLaVA in the original layout; its vision tower from the checkpoint, else from the CLIP repository `tower`.
+
+    Raises as `load_forward`. Without a tower only probes without an image can run.
+    """
+    import torch
+
+    known = known_decoder(checkpoint.config)
+    if checkpoint.layout != "llava" or known is None or not known.runs:
+        facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
+        raise InputError(
+            f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout",
+            facts=facts,
+            hint="give a LLaVA as haotian-liu's code writes it, or convert it first",
+        )
+    stream = Streamed(dtype=dtype, device=device, resident=resident)
+    parts: dict[str, dict[str, LazyTensor]] = {"tower": {}, "projector": {}, "newline": {}}
+    for place, tensor in _by_place(checkpoint).items():
+        part = place.partition(".")[0]
+        parts.setdefault(part if part in parts else "decoder", {})[place] = tensor
+    decoder = _build(checkpoint.config, known.model_type, len(parts["decoder"]))
+    stream.attach(decoder, parts["decoder"], canonical)
+    vision, known_tower = _vision(checkpoint, tower, stream)
+    layer = select_layer(checkpoint.config, known_tower) if known_tower else 0
+    class_token = known_tower is not None and known_tower.class_token
+    projector = _projector(parts["projector"])
+    stream.attach(projector, parts["projector"], "projector.{}".format)
+    stream.watch("vision", projector)
+    with stream.session():
+        newline = next(map(stream.values, parts["newline"].values()), None)
+    patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
+    splice = Splice(
+        checkpoint.config,
+        decoder.model.embed_tokens,
+        vision,
+        known_tower.image_size if known_tower else 0,
+        layer,
+        class_token,
+        projector,
+        newline,
+        patch,
+    )
+
+    def enter(probe: Probe) -> dict[str, Any]:
+        ids, pixels = torch.tensor(probe.ids, device=device), None
+        if probe.pixel_values is not None:
+            pixels = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
+        return {"inputs_embeds": splice(ids, pixels, probe.image_sizes)[None]}
+
+    return Runner(checkpoint, stream, decoder, enter, IMAGE)
+
+
+def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) -> tuple[Any, VisionTower | None]:
+    """The model of the vision tower, and what it is; None for both where there is none."""
+    reference = open_tower(given) if given else None
+    tower = own_tower(checkpoint.tensors, vision_config=None, model=checkpoint, reference=reference) or reference
+    if tower is None:
+        return None, None
+    model = _build(tower.config, tower.config["model_type"], len(tower.tensors))
+    stream.attach(model, tower.tensors, lambda name: name.removeprefix("vision_model."))
+    return model, tower
+
+
+def _projector(tensors: Mapping[str, LazyTensor]) -> Any:
+    """The projector that these tensors make: one Linear, or several with GELU between them at the odd numbers."""
+    import torch
+    from torch import nn
+
+    def linear(weight: LazyTensor) -> nn.Module:
+        return nn.Linear(weight.shape[-1], weight.shape[0], device="meta", dtype=torch.float32)
+
+    if whole := tensors.get("projector.weight"):
+        return linear(whole)
+    matrices = [tensors[name] for number in range(0, 16, 2) if (name := f"projector.{number}.weight") in tensors]
+    return nn.Sequential(*[module for matrix in matrices for module in (nn.GELU(), linear(matrix))][1:])
+
+
+def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
+    """transformers' model of `kind` on the meta device, with eager attention. Raises InputError where it can't be built."""
+    import torch
+
+    transformers = _transformers()
+    settings = _plain(config)
+    for part, kinds in PARTS.items():
+        inner = settings.get(part, {})
+        if not isinstance(inner, dict) or inner.setdefault("model_type", DEFAULT_PARTS[part]) not in kinds:
+            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT)
+    layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in PARTS))]
+    if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):
+        raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT)
+    config_class, model_class = (getattr(transformers, name) for name in CLASSES[kind])
+    try:
+        built = config_class(**settings)
+        built._attn_implementation = "eager"
+        with torch.device("meta"):
+            return model_class(built).eval()
+    except Exception as error:  # transformers and its validators raise a dozen kinds
+        raise InputError(f"transformers can't build a `{kind}` from this config: {error}", hint=RIGHT) from error
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the keys of `IGNORED`, so that none names code to run; its parts keep their `model_type`."""
+    kept = {key: value for key, value in config.items() if not IGNORED.fullmatch(key)}
+    for part in PARTS:
+        if isinstance(inner := kept.get(part), dict):
+            kept[part] = _plain(inner) | {"model_type": inner["model_type"]} if "model_type" in inner else _plain(inner)
+    return kept
+
+
+def _by_place(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """Tensors by their canonical name. Raises InputError for one name twice, and for values that are no floats."""
+    placed: dict[str, LazyTensor] = {}
+    for name, tensor in checkpoint.parameters().items():
+        if canonical(name) in placed:
+            raise InputError(
+                f"{shown(name)} is there twice, under names of two layouts", hint="remove one of the two, or make the checkpoint again"
+            )
+        if tensor.dtype not in FLOATS:
+            raise InputError(f"{shown(name)} is stored as {tensor.dtype}", hint="give a checkpoint that is not quantised")
+        placed[canonical(name)] = tensor
+    return placed
+
+
+def _numpy(value: torch.Tensor) -> np.ndarray:
+    """[.., T, N] as float32 [T, N] in host memory."""
+    return value.flatten(0, -2).float().cpu().numpy()
+
+
+def _transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        hint = "install it: `pip install 'transformers>=5.17'`"
+        raise InputError("a forward pass needs the package `transformers`, which is not installed", hint=hint) from error
+    return transformers

@@ -1,0 +1,198 @@
+"""Does a checkpoint read and write English? What follows a prompt, and how surprised the model is by a plain paragraph.
+
+The test of the published models' users: "the meaning of life is", and look whether what comes is language. An unapplied delta, a
+delta on the wrong base or a LoRA left out of half the layers babbles; a small fault does not, and needs logits.py. The reader judges:
+which perplexity is too much depends on the model. Only what the values themselves tell, an unapplied delta, is called a failure.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.diagnose import role_of
+from ..checkpoint.hf_tokenizer import hf_tokenizer
+from ..checkpoint.processor import processor_files, read_image_settings
+from ..checkpoint.small_files import small_object, small_text
+from ..checkpoint.tokenizer import FAST, FAST_LIMIT
+from ..checkpoint.tower import tower_hint
+from ..errors import InputError
+from ..families.targets import TARGETS
+from ..families.towers import TOWERS
+from ..findings import Finding
+from ..storage.reading import open_regular
+from ..storage.strict_json import parse_json
+from ..text import shown
+from .forward import Probe
+from .image_features import IMAGE
+from .probes import Sight, check_given, find_sight, image_id, table_rows
+from .recording import load_runner
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+PARAGRAPH = (
+    "The train left the small town early in the morning, before most of the people there were awake. A woman sat by the window with "
+    "a cup of coffee in her hands and watched the fields go by. It had rained during the night, and the roads between the farms were "
+    "still wet. She was on her way to the city to see her brother, who had moved there two years ago to work in a hospital. They had "
+    "not talked much since then, but last week he had called her and asked if she would come to visit him for a few days."
+)
+NEW_TOKENS = 32
+IMAGE_WORD = "<image>"
+KINDS = {
+    *(row.image_processor for row in TOWERS),
+    *(row.padding_processor for row in TARGETS),
+    *(row.image_processor for row in TARGETS if row.tiles),
+}
+SETTINGS = re.compile(r"do_\w+|image_mean|image_std|size|crop_size|resample|rescale_factor|image_grid_pinpoints")
+APPLY = "apply it to the very base that it was made from: `llava-weights apply-delta`"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`text` follows `prompt`, the most likely token each time. `perplexity` is that of `PARAGRAPH`, a token."""
+
+    prompt: str
+    text: str
+    tokens: tuple[int, ...]
+    perplexity: float
+    delta: bool  # by its values, this is an unapplied delta
+    warnings: tuple[str, ...] = ()  # about the vision tower that was given
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The perplexity, which is no verdict, and what is wrong for certain or perhaps."""
+        text = f"perplexity {self.perplexity:,.1f} a token, on a paragraph of plain English"
+        found = [Finding("L5", "note", "sample", text)]
+        if self.delta:
+            found.append(Finding("L1", "failed", "state", "this is a delta that was never applied", APPLY, "state"))
+        return (*found, *(Finding("L5", "warning", "vision tower", text) for text in self.warnings))
+
+
+def sample(
+    checkpoint: Checkpoint,
+    prompt: str,
+    *,
+    image: Path | None = None,
+    new_tokens: int = NEW_TOKENS,
+    tower: Checkpoint | None = None,
+    device: str = "cpu",
+    dtype: str = "F32",
+    resident: bool = False,
+    accept_tower: bool = False,
+) -> Sample:
+    """What the model writes after `prompt`, at most `new_tokens` tokens. An image stands where `<image>` is in it, else before it.
+
+    The prompt is taken as it is: no chat template is put around it. Raises InputError where there is no tokenizer, for an image
+    that can't be read or that the model has no eyes for, and as `load_forward` and `check_given`.
+    """
+    doubts = check_given(checkpoint, tower, accept=accept_tower)
+    runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
+    rows = table_rows(checkpoint)
+    made = hf_tokenizer(checkpoint.files, rows=rows, processor_class="LlavaProcessor")
+    tokenizer = _tokenizer(small_text(made.files, FAST, limit=FAST_LIMIT) or "")
+    ids = tokenizer.encode(prompt).ids
+    probe = Probe("prompt", np.array(ids, np.int64))
+    if image is not None:
+        sight = find_sight(checkpoint, tower)
+        if sight is None:
+            raise InputError(
+                f"{shown(checkpoint.origin.name)} can't see an image: no vision tower is at hand",
+                hint=tower_hint(checkpoint.config) if checkpoint.layout == "llava" else None,
+            )
+        mark = image_id(checkpoint) if checkpoint.layout == "llava-hf" else made.image_id
+        probe = _with_image(checkpoint, sight, tokenizer, prompt, image, mark)
+    paragraph = Probe("paragraph", np.array(tokenizer.encode(PARAGRAPH).ids, np.int64))
+    perplexity = _perplexity(runner(paragraph).logits, paragraph.ids)
+    images = {"pixel_values": probe.pixel_values, "image_sizes": probe.image_sizes}
+    tokens = runner.generate(probe.ids, **images, new_tokens=new_tokens, eos=made.eos)
+    return Sample(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, role_of(checkpoint) == "delta", doubts.warnings)
+
+
+def _tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json; transformers' classes are not needed, and depend on its version (facts: llava-hf 3.6)."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise InputError(f"`{FAST}` can't be used: {shown(str(error))}", hint="take the tokenizer from the authors of the model") from error
+
+
+def _perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
+    """exp of the mean surprise of each token but the first, in nats; infinite where logits are."""
+    values = logits[:-1].astype(np.float64)
+    if not np.isfinite(values).all():
+        return math.inf
+    shifted = values - values.max(axis=1, keepdims=True)
+    surprise = np.log(np.exp(shifted).sum(axis=1)) - np.take_along_axis(shifted, ids[1:, None], axis=1)[:, 0]
+    return float(np.exp(min(surprise.mean(), 700.0)))  # exp(710) is more than a float64 holds
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prompt: str, image: Path, mark: int) -> Probe:
+    """The prompt with one place for each feature of the image in llava-hf, and -200 in LLaVA's own form."""
+    word = tokenizer.id_to_token(mark)
+    if word is None:
+        raise InputError(
+            f"the tokenizer has no token for the image, id {mark}", hint="convert the model again: llava-weights adds the token"
+        )
+    text = prompt.replace(IMAGE_WORD, word) if IMAGE_WORD in prompt else prompt if word in prompt else f"{word}\n{prompt}"
+    ids = tokenizer.encode(text).ids
+    if ids.count(mark) != 1:
+        raise InputError(f"the prompt has {ids.count(mark)} places for one image", hint=f"write `{IMAGE_WORD}` once")
+    pixels, sizes = _pixels(_image_settings(checkpoint, sight), image)
+    size = (int(sizes[0, 0]), int(sizes[0, 1])) if sizes is not None else (sight.side, sight.side)
+    run = [mark] * sight.features(size) if checkpoint.layout == "llava-hf" else [IMAGE]
+    at = ids.index(mark)
+    return Probe("prompt", np.array([*ids[:at], *run, *ids[at + 1 :]], np.int64), pixels, sizes)
+
+
+def _image_settings(checkpoint: Checkpoint, sight: Sight) -> dict[str, Any]:
+    """What preprocessor_config.json says; for an original, which has none, what a conversion would write."""
+    own = small_object(checkpoint.files, "preprocessor_config.json")
+    if own.get("image_processor_type") in KINDS:
+        return own
+    tower = sight.tower
+    settings = read_image_settings(tower.preprocessor, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
+    files = processor_files(
+        settings,
+        target=next(row for row in TARGETS if row.tiles == (sight.pinpoints is not None)),
+        image_token=IMAGE_WORD,
+        select_strategy="default",
+        aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "square",
+        pinpoints=[[height, width] for width, height in sight.pinpoints] if sight.pinpoints else None,
+        template="",
+    )
+    made: dict[str, Any] = parse_json(files["preprocessor_config.json"], name="preprocessor_config.json")
+    return made
+
+
+def _pixels(settings: dict[str, Any], path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """pixel_values and image_sizes of one image, by transformers' class built from settings alone: no Auto class."""
+    try:
+        import transformers
+        from PIL import Image
+    except ImportError as error:
+        raise InputError("reading an image needs the package `pillow`, which is not installed", hint="`pip install pillow`") from error
+    name = settings["image_processor_type"]
+    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # 5.x: the bare name needs torchvision
+    with open_regular(path):  # a pipe or a missing file is refused before PIL waits for it
+        pass
+    try:
+        with Image.open(path) as picture:
+            rgb = picture.convert("RGB")
+    except Exception as error:  # PIL raises a dozen kinds, for a picture of too many pixels too
+        raise InputError(f"{shown(path.name)} is no image that can be read: {shown(str(error))}", hint="give a PNG or JPEG file") from error
+    made = kind(**{key: value for key, value in settings.items() if SETTINGS.fullmatch(key)})(images=rgb, return_tensors="np")
+    sizes = made.get("image_sizes")
+    return np.asarray(made["pixel_values"], np.float32), None if sizes is None else np.asarray(sizes, np.int64)

@@ -1,0 +1,380 @@
+"""Does a checkpoint compute what it should? Its forward pass against recorded logits, or against the unconverted checkpoint.
+
+Computed in float32 from the weights as they are stored, in eager attention, on stored ids and pixels (facts: verify 2.3). A
+reference proves something where another program made it, as LLaVA's own code; a recording of our own proves that nothing changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import findings
+from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
+from ..checkpoint.tower import Doubts, tower_hint
+from ..errors import InputError, UsageError, VerificationError, finite
+from ..events import Note
+from ..findings import Finding
+from ..text import shown
+from .forward import Outcome, Runner
+from .probes import built_in_probes, check_given, find_sight, in_layout
+from .recording import Listener, Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
+
+Where = Literal["text", "image"]
+Verdict = Literal["same", "plausible", "suspicious", "different"]
+ORDER: tuple[Verdict, ...] = ("same", "plausible", "suspicious", "different")  # from good to bad
+PRECISION = ("F32", "F16", "BF16")  # from fine to coarse
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may differ: normalised mean square error, max |d| in standard deviations of the reference's logits, share of places with
+    the same first choice, mean KL in nats; and the error of a hidden state at one place, from which a layer is called wrong."""
+
+    nmse: float
+    largest: float
+    top1: float
+    kl: float
+    hidden: float
+
+
+# Facts, verify 2.3: about ten times the noise of a trained model of 1.3 M parameters. float32 leaves 5 orders of magnitude to any
+# structural fault; half precision hides a layernorm of the wrong layer, so that it can only be "plausible".
+LIMITS = {
+    "F32": Limits(1e-9, 1e-4, 1.0, 1e-8, 1e-10),
+    "F16": Limits(2e-4, 0.15, 0.98, 1e-3, 2e-4),
+    "BF16": Limits(2e-3, 0.4, 0.95, 1e-2, 2e-3),
+}
+# In float32, a LoRA merged and rounded against the same LoRA beside its base: what rounding to this dtype costs.
+MERGED = {"F32": LIMITS["F32"], "F16": Limits(1e-7, 5e-3, 0.99, 1e-6, 1e-7), "BF16": Limits(2e-6, 1e-2, 0.99, 5e-6, 2e-6)}
+SUSPICIOUS = 1e-7  # NMSE up to which float32 may be another order of summation in a very deep model, and is no structural fault
+MARGIN = 3  # another first choice counts where the reference preferred its own by this many times the difference that is allowed
+
+ABOUT = {
+    "vision": "compare the vision tower and the projector, their config (layer, activation) and the pixels",
+    "embeddings": "compare the rows of the embedding table, and where the features of images go (tokens, `image_grid_pinpoints`)",
+    "layer": "compare this layer's weights, and rms_norm_eps, rope_theta and heads in the config: `llava-weights diff` names tensors",
+    "head": "compare the last norm and `lm_head`",
+    "": "`llava-weights diff` with the checkpoint that it was made of names the tensors",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Differences of one probe, at places of text or of images. `flips` are the other first choices that count (`MARGIN`)."""
+
+    probe: str
+    where: Where
+    places: int
+    nmse: float
+    max_abs: float
+    max_std: float  # max_abs in standard deviations of the reference's logits
+    mean_abs: float
+    mean_kl: float
+    max_kl: float
+    min_cosine: float
+    top1: float
+    top5: float
+    flips: int
+    non_finite: int
+
+    def beyond(self, limits: Limits) -> list[str]:
+        """Each limit that is passed, in words."""
+        flipped = 1 - self.flips / self.places
+        checks = (
+            ("NMSE", self.nmse, limits.nmse),
+            ("max |d| / std", self.max_std, limits.largest),
+            ("mean KL", self.mean_kl, limits.kl),
+        )
+        # Where images are, nothing was trained to follow: there the first choice is shown, not judged.
+        top = [f"top-1 {flipped:.3f} (limit {limits.top1})"] if self.where == "text" and flipped < limits.top1 else []
+        return [f"{name} {value:.1e} (limit {limit:.0e})" for name, value, limit in checks if not value <= limit] + top
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """`verdict` is the worst of all probes, None where nothing could be compared. `first_wrong`: "vision", "embeddings", "layer.N",
+    "head", or nothing where all is well or the reference has no hidden states."""
+
+    name: str
+    against: str
+    findings: tuple[Finding, ...]
+    rows: tuple[Row, ...]
+    limits: Limits
+    verdict: Verdict | None
+    first_wrong: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0 same or plausible, 4 suspicious or different, 3 where nothing could be compared."""
+        return findings.exit_code(self.findings)
+
+
+def compare(
+    checkpoint: Checkpoint,
+    reference: Path | Recording,
+    *,
+    tower: Checkpoint | None = None,
+    device: str = "cpu",
+    dtype: str = "F32",
+    resident: bool = False,
+    atol: float | None = None,
+    accept_tower: bool = False,
+    on_event: Listener = lambda event: None,
+) -> Smoke:
+    """Run the reference's own ids and pixels and compare, on the rows of the vocabulary that both have.
+
+    `atol` is the largest difference of a logit that may be; it then decides alone. Raises as `load_forward`, `read_recording` and
+    `check_given`; a probe that the checkpoint can't run is a failure of the checkpoint, since the reference could.
+    """
+    doubts = check_given(checkpoint, tower, accept=accept_tower)
+    recording = reference if isinstance(reference, Recording) else read_recording(reference)
+    runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
+    half = max(dtype, recording.dtype, key=PRECISION.index) != "F32"
+    limits = LIMITS[max(dtype, recording.dtype, key=PRECISION.index)]
+    if not half and recording.metadata.get("adapter") == "unmerged":
+        limits = MERGED.get(main_dtype(checkpoint.parameters()), LIMITS["F32"])
+    blind = checkpoint.layout == "llava" and find_sight(checkpoint, tower) is None
+    found, rows, wrong, verdicts = _doubtful(checkpoint, doubts, on_event), list[Row](), list[str](), list[Verdict]()
+    for one in recording.probes:
+        if blind and one.probe.pixel_values is not None:
+            text = f"{shown(one.probe.name)} was not run: the checkpoint has no vision tower"
+            found.append(Finding("L5", "unchecked", one.probe.name, text, tower_hint(checkpoint.config)))
+            continue
+        finding, new, layer, verdict = _compare_one(checkpoint, runner, recording, one, limits, half, atol)
+        found.append(finding)
+        rows += new
+        verdicts.append(verdict)
+        wrong += [layer] * bool(layer)
+        on_event(Note(finding.text, warning=finding.verdict == "failed"))
+    worst = max(verdicts, key=ORDER.index, default=None)
+    first = min(wrong, key=_depth, default="")
+    against = recording.metadata.get("model", recording.metadata.get("producer", "the reference"))
+    return Smoke(checkpoint.origin.name, against, tuple(found), tuple(rows), limits, worst, first)
+
+
+def _doubtful(checkpoint: Checkpoint, doubts: Doubts, on_event: Listener) -> list[Finding]:
+    """A warning for each that there is about the tower that was given."""
+    for text in doubts.notes:
+        on_event(Note(text))
+    return [Finding("L5", "warning", checkpoint.origin.name, text, tower_hint(checkpoint.config)) for text in doubts.warnings]
+
+
+def _compare_one(
+    checkpoint: Checkpoint, runner: Runner, recording: Recording, one: Recorded, limits: Limits, half: bool, atol: float | None
+) -> tuple[Finding, list[Row], str, Verdict]:
+    name = shown(one.probe.name)
+
+    def failed(text: str, layer: str = "") -> Finding:
+        return Finding("L5", "failed", one.probe.name, text, ABOUT[layer.partition(".")[0]])
+
+    probe = one.probe if recording.layout == checkpoint.layout else in_layout(one.probe, one.image, checkpoint)
+    try:
+        outcome = runner(probe)
+    except InputError as error:
+        return failed(f"{name} can't be run: {error.what}", "embeddings"), [], "", "different"
+    if len(outcome.logits) != len(one.image):
+        text = f"{name} became {len(outcome.logits):,} places, in the reference {len(one.image):,}: images have other numbers of features"
+        return failed(text, "embeddings"), [], "embeddings", "different"
+    rows = measure(one, outcome, limits)
+    verdict = judge(rows, limits, half, atol)
+    largest = max(row.max_abs for row in rows)
+    figures = f"NMSE {max(row.nmse for row in rows):.1e}, max |d| {largest:.1e}, top-1 {min(row.top1 for row in rows):.3f}"
+    if atol is not None:
+        figures += f" (atol {atol:.0e})"
+    if verdict in ("same", "plausible"):
+        why = "half precision hides small faults; " if half else "up to the rounding of the merge; " if verdict == "plausible" else ""
+        return Finding("L5", "ok", one.probe.name, f"{name} {verdict}: {why}{figures}"), rows, "", verdict
+    layer = _first_wrong(one, outcome, limits) or ("head" if _has_layers(one) and max(row.nmse for row in rows) > limits.nmse else "")
+    beyond = list(dict.fromkeys(text for row in rows for text in row.beyond(limits))) if atol is None else []
+    bad = sum(row.non_finite for row in rows)
+    parts = [f"{bad:,} logits are infinite or no numbers"] * bool(bad) + [figures, *beyond] + [f"first wrong: {layer}"] * bool(layer)
+    return failed(f"{name} {verdict}: {'; '.join(parts)}", layer), rows, layer, verdict
+
+
+def measure(one: Recorded, outcome: Outcome, limits: Limits) -> list[Row]:
+    """One row for the places of text and one for those of images, as far as there are any."""
+    width = min(one.logits.shape[1], outcome.logits.shape[1])
+    theirs = one.logits[:, :width].astype(np.float64)
+    ours = outcome.logits[one.positions, :width].astype(np.float64)
+    spread = float(theirs.std()) or 1.0
+    inside = one.image[one.positions]
+    kinds: tuple[tuple[Where, np.ndarray], ...] = (("text", ~inside), ("image", inside))
+    return [_row(one.probe.name, where, ours[chosen], theirs[chosen], spread, limits) for where, chosen in kinds if chosen.any()]
+
+
+def _row(name: str, where: Where, ours: np.ndarray, theirs: np.ndarray, spread: float, limits: Limits) -> Row:
+    """Figures over float64 [places, vocabulary]. What is not finite makes them infinite, so that no limit holds."""
+    bad = int((~np.isfinite(ours)).sum())
+    if bad:
+        worst = float("inf")
+        return Row(name, where, len(ours), worst, worst, worst, worst, worst, worst, -1.0, 0.0, 0.0, len(ours), bad)
+    difference = np.abs(ours - theirs)
+    ours_log, theirs_log = _log_softmax(ours), _log_softmax(theirs)
+    divergence = np.maximum((np.exp(theirs_log) * (theirs_log - ours_log)).sum(axis=1), 0)
+    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    cosine = np.divide((ours * theirs).sum(axis=1), lengths, out=np.zeros(len(ours)), where=lengths > 0)
+    best, other = theirs.argmax(axis=1), ours.argmax(axis=1)
+    lead = theirs.max(axis=1) - np.take_along_axis(theirs, other[:, None], axis=1)[:, 0]
+    few = min(5, theirs.shape[1])
+    tops = (np.argpartition(values, -few, axis=1)[:, -few:] for values in (ours, theirs))
+    shared = [len(set(mine) & set(yours)) / few for mine, yours in zip(*(top.tolist() for top in tops), strict=True)]
+    return Row(
+        probe=name,
+        where=where,
+        places=len(ours),
+        nmse=float((difference**2).sum() / max((theirs**2).sum(), np.finfo(float).tiny)),
+        max_abs=float(difference.max()),
+        max_std=float(difference.max() / spread),
+        mean_abs=float(difference.mean()),
+        mean_kl=float(divergence.mean()),
+        max_kl=float(divergence.max()),
+        min_cosine=float(cosine.min()),
+        top1=float((best == other).mean()),
+        top5=float(np.mean(shared)),
+        flips=int((lead > MARGIN * limits.largest * spread).sum()),
+        non_finite=0,
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted: np.ndarray = logits - logits.max(axis=1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def judge(rows: Sequence[Row], limits: Limits, half: bool, atol: float | None) -> Verdict:
+    """Half precision, and a merge that rounds, is at best "plausible": what it hides is named in `LIMITS`."""
+    good: Verdict = "plausible" if half or limits not in LIMITS.values() else "same"
+    if any(row.non_finite for row in rows):
+        return "different"
+    if atol is not None:
+        return good if all(row.max_abs <= atol for row in rows) else "different"
+    if not any(row.beyond(limits) for row in rows):
+        return good
+    return "suspicious" if good == "same" and all(row.nmse <= SUSPICIOUS for row in rows) else "different"
+
+
+def _first_wrong(one: Recorded, outcome: Outcome, limits: Limits) -> str:
+    """The first hidden state that differs at one of its recorded places, nothing where none does."""
+    for key, theirs in sorted(one.hidden.items(), key=lambda item: _depth(item[0])):
+        value = outcome.hidden.get(key)
+        if value is None:
+            continue
+        if theirs[:, 0].max() >= len(value):
+            return key
+        ours = sketch(value, theirs[:, 0])[:, 2:].astype(np.float64)
+        scale = np.maximum((theirs[:, 2:].astype(np.float64) ** 2).sum(axis=1), np.finfo(float).tiny)
+        if not (((ours - theirs[:, 2:]) ** 2).sum(axis=1) / scale <= limits.hidden).all():
+            return key
+    return ""
+
+
+def _has_layers(one: Recorded) -> bool:
+    return any(key.startswith("layer.") for key in one.hidden)
+
+
+def _depth(key: str) -> int:
+    """Where in the model a hidden state is, from front to back."""
+    places = {"vision": -2, "embeddings": -1, "head": 1 << 30}
+    return places[key] if key in places else int(key.partition(".")[2])
+
+
+def compare_original(
+    checkpoint: Checkpoint,
+    original: Checkpoint,
+    *,
+    tower: Checkpoint | None = None,
+    device: str = "cpu",
+    dtype: str = "F32",
+    resident: bool = False,
+    atol: float | None = None,
+    accept_tower: bool = False,
+    seed: int | None = None,
+    on_event: Listener = lambda event: None,
+) -> Smoke:
+    """Compare with the unconverted checkpoint, which runs in float32 on a path of its own (`load_original`), on built-in probes.
+
+    `tower` is the CLIP of an original that holds none; without it only text is compared, and a finding says so. `seed` as in `record`.
+    Raises as `compare`.
+    """
+    if original.layout != "llava":
+        raise InputError(
+            f"{shown(original.origin.name)} is no LLaVA in the original layout", hint="record it, and compare with the recording"
+        )
+    warnings = _doubtful(original, check_given(original, tower, accept=accept_tower), on_event)
+    seed = draw_seed() if seed is None else seed
+    probes = built_in_probes(original, tower=tower, seed=seed)
+    on_event(Note(f"rows of the vocabulary table drawn with seed {seed}"))
+    reference = make_recording(original, probes, tower=tower, device=device, resident=resident, on_event=on_event)
+    how: Any = {"device": device, "dtype": dtype, "resident": resident, "atol": atol, "accept_tower": accept_tower}
+    smoke = compare(checkpoint, reference, tower=tower if checkpoint.layout == "llava" else None, **how, on_event=on_event)
+    if not any(probe.pixel_values is not None for probe in probes):
+        text = "no image was compared: the original holds no vision tower"
+        warnings.append(Finding("L5", "unchecked", original.origin.name, text, tower_hint(original.config)))
+    return replace(smoke, findings=tuple(dict.fromkeys((*warnings, *smoke.findings))))
+
+
+def smoke_test(
+    path: Source,
+    *,
+    reference: str | Path | Recording | None = None,
+    original: Source | None = None,
+    tower: Source | None = None,
+    device: str = "cpu",
+    dtype: str = "F32",
+    resident: bool = False,
+    atol: float | None = None,
+    accept_tower: bool = False,
+    on_event: Listener = lambda event: None,
+) -> Smoke:
+    """The checkpoint at `path` against a recorded `reference` or an unconverted `original`: one line in a user's own tests.
+
+    Raises UsageError for a value that an option can't have, and for a `tower` that neither of the two has a use for, VerificationError
+    where they differ, MismatchError where `tower` is not the one that the original's config names, unless `accept_tower`, InputError
+    where nothing could be compared.
+    """
+    if (reference is None) == (original is None):
+        raise UsageError("a smoke test compares with either a reference or an original", hint="pass one of `--reference` and `--original`")
+    how: Any = {**check_numbers(device, dtype, atol), "resident": resident, "accept_tower": accept_tower, "on_event": on_event}
+    checkpoint = opened(path, "checkpoint", whole=True)
+    how["tower"] = opened(tower, "tower") if tower is not None else None
+    if original is not None:
+        smoke = compare_original(checkpoint, opened(original, "original", whole=True), **how)
+    else:
+        smoke = compare(checkpoint, reference if isinstance(reference, Recording) else Path(to_place(reference, "reference")), **how)
+    if smoke.exit_code == 4:
+        bad = [finding for finding in smoke.findings if finding.verdict == "failed"]
+        facts = {f"probe {number}": finding.text for number, finding in enumerate(bad, 1)}
+        raise VerificationError(f"{shown(smoke.name)} is {smoke.verdict} from {shown(smoke.against)}", facts=facts, hint=bad[0].remedy)
+    if smoke.exit_code:
+        raise InputError(
+            "nothing could be compared",
+            facts={f.subject: f.text for f in smoke.findings},
+            hint=next((f.remedy for f in smoke.findings if f.remedy), None),
+        )
+    return smoke
+
+
+def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[str, Any]:
+    """Options of a comparison as its functions take them. Raises UsageError for a value that one of them can't have."""
+    if atol is not None and finite("atol", atol) < 0:
+        raise UsageError(f"`atol` is {atol!r}, it must be a number from 0 on", hint="leave it out for the usual limits")
+    device, dtype = check_forward(device, dtype)
+    return {"device": device, "dtype": dtype, "atol": atol}
+
+
+def table(smoke: Smoke) -> list[str]:
+    """The measurements for people: a line a probe and kind of place."""
+    head = ("probe", "places", "NMSE", "max |d|", "max |d|/std", "mean |d|", "mean KL", "top-1", "top-5")
+    rows = [head] + [
+        (f"{row.probe} {row.where}", f"{row.places}", f"{row.nmse:.1e}", f"{row.max_abs:.1e}", f"{row.max_std:.1e}", f"{row.mean_abs:.1e}",
+         f"{row.mean_kl:.1e}", f"{row.top1:.3f}", f"{row.top5:.3f}")
+        for row in smoke.rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,213 @@
+"""The inputs of a smoke test, made from a checkpoint's config and tokenizer alone: the same for every checkpoint of its shapes.
+
+Four kinds (facts: verify 2.3): text, an image with text, the ids of every added token and of the last rows, and a row of each part of
+the vocabulary table, other ones with each seed. They are stored with a reference and never made again, so that a change here makes no
+old reference useless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import known_decoder
+from ..checkpoint.tokenizer import read_special_ids
+from ..checkpoint.tower import Doubts, VisionTower, check_tower, holds_tower, open_tower, own_tower
+from ..errors import UsageError
+from ..families.layouts import canonical
+from ..families.originals import fitting
+from ..families.targets import DEFAULTS, TARGETS
+from ..families.towers import TOWERS
+from ..text import shown
+from .forward import Probe
+from .image_features import IMAGE, best_grid, unpad
+
+TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
+LAST_ROWS, MOST_ADDED = 8, 64
+TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
+TILED = tuple(row.model_type for row in TARGETS if row.tiles)
+HUB_IMAGE = DEFAULTS["image_token_index"]
+USUAL = TOWERS[0].pixels[0]  # the range of pixels of the images that are made
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a LLaVA takes images in: `side` in pixels of a tile, `patches` along it, `extra` features of a tile beside its patches.
+    `pinpoints` are (width, height) in pixels where images are cut into tiles, else None."""
+
+    tower: VisionTower
+    extra: int
+    pinpoints: list[list[int]] | None
+
+    @property
+    def side(self) -> int:
+        return self.tower.image_size
+
+    @property
+    def patches(self) -> int:
+        return self.side // self.tower.patch_size
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of tiles of an image of (height, width)."""
+        return best_grid(size, self.pinpoints, self.side)
+
+    def features(self, size: tuple[int, int]) -> int:
+        """How many places an image of (height, width) takes in the text."""
+        if self.pinpoints is None:
+            return self.patches**2 + self.extra
+        rows, columns = (tiles * self.patches for tiles in self.grid(size))
+        left = unpad(cast(Any, np.empty((rows, columns, 0))), size).shape  # only its shape counts
+        return self.patches**2 + left[0] * (left[1] + 1)
+
+    def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Images to try, (height, width): with tiles, one that fits two grids equally well, and one that takes several rows."""
+        if self.pinpoints is None:
+            yield "image", (self.side, self.side)
+        else:
+            narrow = [(self.side, width) for width in range(3 * self.side // 4, self.side)]
+            wide = [(4 * self.side // 3, width) for width in range(5 * self.side // 2, 3 * self.side)]
+            for name, candidates in (("image", wide), ("image-tie", narrow)):
+                yield name, next(filter(self._clear, candidates), candidates[0])
+
+    def _clear(self, size: tuple[int, int]) -> bool:
+        """Whether the crop of the padding is far from a whole number, where programs round in different ways."""
+        (height, width), (rows, columns) = size, (tiles * self.patches for tiles in self.grid(size))
+        cut = height * columns / width if width / height > columns / rows else width * rows / height
+        return cut > 1 and 0.2 < cut % 1 < 0.8
+
+
+def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None, seed: int = 0) -> tuple[Probe, ...]:
+    """Probes in the form of the checkpoint's layout, the same for the same seed; without an image where no vision tower can see it.
+
+    `tower` serves where an original LLaVA has none inside. `seed` tells which row of each part of the vocabulary table is read.
+    Raises InputError for tokenizer files or a config that can't be right.
+    """
+    rows = table_rows(checkpoint)
+    known = read_special_ids(checkpoint.files, rows)
+    hub = checkpoint.layout == "llava-hf"
+    mark = image_id(checkpoint) if hub else IMAGE
+    words = [word for k in range(1, 100) if (word := 3 + (7919 * k * k + 104729 * k) % max(1, known.base_vocabulary - 3)) != mark]
+    added = [i for i in sorted(known.added.values())[:MOST_ADDED] if i != mark]
+    probes = [
+        Probe("text", _ids([known.bos], words[:TEXT])),
+        Probe("rows", _ids([known.bos], words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
+        Probe("table", _ids([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i != mark])),
+    ]
+    sight = find_sight(checkpoint, tower)
+    for name, size in sight.sizes() if sight else ():
+        count = sight.features(size) if hub and sight else 1
+        ids = _ids([known.bos], words[:AROUND], [mark] * count, words[TEXT : TEXT + AROUND])
+        probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
+    return tuple(probes)
+
+
+def table_ids(rows: int, seed: int) -> list[int]:
+    """One id of each of TABLE_PARTS equal parts of `rows` rows. As many seeds in a row as a part has rows give every id."""
+    parts = min(TABLE_PARTS, rows)
+    edges = [rows * part // parts for part in range(parts + 1)] if parts else [0]
+    # A prime step from part to part, so that the ids of one recording are no comb.
+    return [start + (seed + 7919 * part) % (stop - start) for part, (start, stop) in enumerate(pairwise(edges))]
+
+
+def _image_probe(name: str, ids: np.ndarray, sight: Sight, size: tuple[int, int]) -> Probe:
+    if sight.pinpoints is None:
+        return Probe(name, ids, pattern(1, sight.side))
+    rows, columns = sight.grid(size)
+    return Probe(name, ids, pattern(1 + rows * columns, sight.side)[None], np.array([size]))
+
+
+def pattern(tiles: int, side: int) -> np.ndarray:
+    """[tiles, 3, side, side] in CLIP's range: no symmetry in x, y or channel, so that no flip, transpose or BGR goes unseen."""
+    tile, channel, y, x = np.ogrid[:tiles, :3, :side, :side]
+    values = (7 * x + 13 * y + 29 * channel + 53 * tile + x * y // 11) % 256
+    mean, std = (np.reshape(each, (3, 1, 1)) for each in (USUAL.mean, USUAL.std))
+    return cast(np.ndarray, ((values / 255 - mean) / std).astype(np.float32))
+
+
+def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight | None:
+    """How this checkpoint sees, None for a text model and for an original LLaVA without a vision tower at hand."""
+    config, hub = checkpoint.config, checkpoint.layout == "llava-hf"
+    if checkpoint.layout not in ("llava", "llava-hf"):
+        return None
+    given = open_tower(tower) if tower and not hub else None
+    vision = config.get("vision_config") if hub else None
+    found = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given) or given
+    if found is None:
+        return None
+    if hub:
+        pairs = config.get("image_grid_pinpoints") if config.get("model_type") in TILED else None
+        extra = config.get("vision_feature_select_strategy") == "full" and found.class_token
+        return Sight(found, int(extra), [[width, height] for height, width in pairs] if pairs else None)
+    decoder = known_decoder(config)
+    family = next(fitting(config, decoder=decoder.model_type, tower=found.kind), None) if decoder else None
+    tiled = family is not None and family.target in TILED
+    extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
+    return Sight(found, int(extra), config.get("image_grid_pinpoints") if tiled else None)
+
+
+def check_given(checkpoint: Checkpoint, tower: Checkpoint | None, *, accept: bool = False) -> Doubts:
+    """What there is to say of a tower that is given beside a checkpoint. Raises UsageError where the checkpoint has no use for one,
+    MismatchError where its config names another published one, unless `accept`."""
+    if tower is None:
+        return Doubts()
+    if checkpoint.layout != "llava":
+        why = "holds its own vision tower" if holds_tower(checkpoint) else "is no LLaVA in the original layout"
+        raise UsageError(f"{shown(checkpoint.origin.name)} {why}, so none can be given", hint="leave `--vision-tower` out")
+    return Doubts() if holds_tower(checkpoint) else check_tower(checkpoint, open_tower(tower), accept=accept)
+
+
+def image_id(checkpoint: Checkpoint) -> int:
+    """The id that stands for a feature of an image in a llava-hf model."""
+    return int(checkpoint.config.get("image_token_index") or checkpoint.config.get("image_token_id") or HUB_IMAGE)
+
+
+def table_rows(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding table, in any layout."""
+    return next((tensor.rows for name, tensor in checkpoint.tensors.items() if canonical(name) == "text.embed_tokens.weight"), 0)
+
+
+def image_places(checkpoint: Checkpoint, probe: Probe, length: int, tower: Checkpoint | None = None) -> np.ndarray:
+    """bool [length]: which places of the sequence that `probe` became hold features of an image."""
+    if probe.pixel_values is None:
+        return np.zeros(length, bool)
+    if checkpoint.layout == "llava-hf":
+        return np.asarray(probe.ids == image_id(checkpoint))
+    marks = probe.ids == IMAGE
+    if not marks.any():
+        patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
+        return np.asarray(probe.ids == patch)
+    images = int(marks.sum())
+    counts = [(length - int((~marks).sum())) // images] * images
+    if images > 1 and probe.image_sizes is not None and (sight := find_sight(checkpoint, tower)):
+        counts = [sight.features((int(height), int(width))) for height, width in probe.image_sizes]
+    lengths = np.ones(len(marks), int)
+    lengths[marks] = counts
+    return np.repeat(marks, lengths)
+
+
+def in_layout(probe: Probe, places: np.ndarray, checkpoint: Checkpoint) -> Probe:
+    """`probe`, recorded from another layout, with ids as `checkpoint` takes them: one image token a feature, or -200 an image.
+
+    `places` are those of `image_places`. Pixels and the text's ids stay; images side by side can't be told apart for the latter.
+    """
+    if not places.any():
+        return probe
+    ids = probe.ids
+    expanded = len(ids) == len(places)
+    if checkpoint.layout == "llava-hf":
+        full = np.full(len(places), image_id(checkpoint))
+        full[~places] = ids[~places] if expanded else ids[ids != IMAGE]
+        return Probe(probe.name, full, probe.pixel_values, probe.image_sizes)
+    if not expanded:
+        return probe
+    first = places & ~np.concatenate(([False], places[:-1]))
+    return Probe(probe.name, np.where(first, IMAGE, ids)[first | ~places], probe.pixel_values, probe.image_sizes)
+
+
+def _ids(*parts: Iterable[int]) -> np.ndarray:
+    return np.array([i for part in parts for i in part], np.int64)

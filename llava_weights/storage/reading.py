@@ -1,0 +1,396 @@
+"""What one worker holds while it makes rows: open files, reused buffers, running checks and counts.
+
+Reads are `pread` into private memory, never a memory map: a mapped file that is truncated kills the process with SIGBUS.
+Behind each large read the page cache is dropped, since keeping three times the model there is what makes `cp` slow.
+
+Readers of weight files: a path in, an ordered `dict` of tensors out, from headers only.
+
+This file holds what every reader does first: open a regular file without being trapped by a pipe, and name what a file
+is when it is not what its name says.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import threading
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ..errors import InputError, LlavaWeightsError, shortage
+from ..text import shown
+
+T = TypeVar("T")
+DROP_BEHIND = 64 << 10  # reads below this stay in the page cache, where read-ahead serves the neighbours (facts: perf 6)
+READABLE = "check its permissions and the disk, then run the same command again"
+# The page cache is given back in stretches: each call drains lists of every processor, and one for each 8 MiB read doubled the
+# kernel's share of a run (6 GB: 3.0 s, with stretches 1.8 s; without dropping, 13 s).
+STRETCH = 32 << 20
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file as it was when it was indexed; every later read checks that it is still the same file.
+
+    `path` is a path of this machine, or the address of a file that is read over the network, whose `etag` stands for its time.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int = field(repr=False)  # tells two files apart, but is no part of a plan's identity: network file systems renumber
+    header_sha256: str = ""  # of the bytes that name the tensors: safetensors header, zip directory and data.pkl
+    etag: str = ""
+    ctime_ns: int = field(default=0, repr=False, compare=False)  # no program can set it back, as it can the mtime
+
+    @classmethod
+    def at(cls, path: Path, header_sha256: str = "") -> SourceFile:
+        """The file at `path` now. Raises InputError where the system does not say."""
+        try:
+            return cls.of(path, os.stat(path), header_sha256)
+        except OSError as error:
+            raise shortage(error) or InputError(
+                f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}, hint=READABLE
+            ) from error
+
+    @classmethod
+    def of(cls, path: Path, status: os.stat_result, header_sha256: str = "") -> SourceFile:
+        """The file at `path`, which was open when it had this `status`; or the one elsewhere whose headers it holds."""
+        place = os.path.abspath(path)
+        if elsewhere := SHADOWS.get(place):
+            return replace(elsewhere, header_sha256=header_sha256)
+        return cls(place, status.st_size, status.st_mtime_ns, status.st_ino, header_sha256, ctime_ns=status.st_ctime_ns)
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.path
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+    @property
+    def state(self) -> list[int]:
+        """What no change of the file leaves as it was. Much else changes it too: chmod, a hard link, another mount of the same disk."""
+        return [self.inode, self.ctime_ns]
+
+
+SHADOWS: dict[str, SourceFile] = {}  # files of this machine that hold the headers of one elsewhere; remote.py makes them
+NO_DESCRIPTOR = -1  # of a file that is read over the network
+
+
+@dataclass(frozen=True)
+class Record:
+    """A zip member that holds a tensor's storage: `size` bytes at `offset`, with the CRC-32 that its writer took."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+class DropBehind:
+    """Gives back the page cache behind the reads of several threads, once a stretch of a file has been read by any of them."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.behind: dict[SourceFile, list[tuple[int, int]]] = defaultdict(list)
+
+    def passed(self, file: SourceFile, fd: int, start: int, stop: int, least: int = STRETCH) -> None:
+        """Bytes [start, stop) were read. Drops every joined range of at least `least` bytes."""
+        with self.turn:
+            joined: list[tuple[int, int]] = []
+            for first, last in sorted((*self.behind[file], (start, stop))):
+                if joined and first <= joined[-1][1]:
+                    joined[-1] = joined[-1][0], max(last, joined[-1][1])
+                else:
+                    joined.append((first, last))
+            self.behind[file] = [(first, last) for first, last in joined if last - first < least]
+        for first, last in joined:
+            if last - first >= least:
+                drop_cache(fd, first, last - first)
+
+
+class Watcher(Protocol):
+    """Sees the values that are read (tensors/holes.py)."""
+
+    def look(self, file: SourceFile, offset: int, data: memoryview, work: Workspace) -> None:
+        """The bytes of `file` from `offset` on. Raises InputError where they can't be values."""
+
+
+@dataclass
+class Workspace:
+    """Open files, scratch buffers, CRC pieces and tallies of one worker. Not shared between threads."""
+
+    drop_cache: bool = True
+    behind: DropBehind = field(default_factory=DropBehind)  # shared by the workers of a file
+    stopping: threading.Event = field(default_factory=threading.Event)  # set where waiting for a network has lost its purpose
+    watch: Watcher | None = None
+    tallies: Counter[str] = field(default_factory=Counter)
+    crc_pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
+    _fds: dict[SourceFile, int] = field(default_factory=dict)
+    _buffers: list[memoryview] = field(default_factory=list)
+    _depth: int = 0
+    _latest: tuple[object, Any] | None = None
+
+    @contextmanager
+    def scratch(self, nbytes: int) -> Iterator[memoryview]:
+        """`nbytes` of page-aligned private memory, reused by the next caller at the same depth."""
+        if self._depth == len(self._buffers):
+            self._buffers.append(private_buffer(nbytes))
+        elif len(self._buffers[self._depth]) < nbytes:
+            self._buffers[self._depth] = private_buffer(nbytes)
+        view = self._buffers[self._depth][:nbytes]
+        self._depth += 1
+        try:
+            yield view
+        finally:
+            self._depth -= 1
+
+    def latest(self, owner: object, make: Callable[[], T]) -> T:
+        """What `make` returns, kept until another owner asks: for what every window of one tensor needs."""
+        if self._latest is None or self._latest[0] is not owner:
+            self._latest = None  # gone before the next one is made
+            self._latest = owner, make()
+        made: T = self._latest[1]
+        return made
+
+    def read(self, file: SourceFile, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of `file` from `offset`. Raises InputError where the file ended early or changed."""
+        fd = self._fds.get(file)
+        if fd is None:
+            fd = self._fds[file] = open_source(file)
+        if fd == NO_DESCRIPTOR:
+            from .ranges import read
+
+            return read(file, offset, out, self.stopping)
+        done = 0
+        while done < len(out):
+            with reading(file):
+                got = os.preadv(fd, [out[done:]], offset + done)
+                status = None if got else os.fstat(fd)
+            if status:
+                raise changed(file, status)
+            done += got
+        if self.drop_cache and done >= DROP_BEHIND:
+            self.behind.passed(file, fd, offset, offset + done)
+
+    def check(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
+        """Take the CRC-32 of a piece of `record` while it is in cache; `crc_errors` joins the pieces."""
+        self.crc_pieces[file, record].append((offset - record.offset, len(data), zlib.crc32(data)))
+
+    def recheck_sources(self) -> None:
+        """Raise InputError if a file that was read is no longer what was indexed."""
+        for file, fd in self._fds.items():
+            if fd == NO_DESCRIPTOR:
+                from .ranges import check
+
+                check(file)
+                continue
+            with reading(file):
+                status = os.fstat(fd)
+            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise changed(file, status)
+
+    def close(self) -> None:
+        for file, fd in self._fds.items():
+            if fd == NO_DESCRIPTOR:
+                continue
+            if self.drop_cache:
+                self.behind.passed(file, fd, 0, 0, least=1)
+            os.close(fd)
+        self._fds.clear()
+        self._buffers.clear()
+        self._latest = None
+
+
+def private_buffer(nbytes: int) -> memoryview:
+    """Page-aligned anonymous memory; MAP_PRIVATE because `mmap(-1, n)` alone would count as shared memory."""
+    if not nbytes:
+        return memoryview(bytearray())
+    return memoryview(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def drop_cache(fd: int, start: int = 0, size: int = 0) -> None:
+    """Give back the page cache of a range, or from `start` to the end. An advice: where a file system can't take it, nothing is lost."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def reading(file: SourceFile) -> Iterator[None]:
+    """What the system refuses inside becomes an InputError that names `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise shortage(error) or InputError(
+            f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}, hint=READABLE
+        ) from error
+
+
+def open_source(file: SourceFile) -> int:
+    """A descriptor of `file`, or InputError where it is gone or no longer the file that was indexed."""
+    if file.remote:
+        from .ranges import check
+
+        check(file)
+        return NO_DESCRIPTOR
+    with reading(file):
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with reading(file):
+            status = os.fstat(fd)
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise changed(file, status)
+    except InputError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def changed(file: SourceFile, status: os.stat_result) -> InputError:
+    return InputError(
+        f"`{file.name}` changed while it was being read",
+        facts={"file": file.path, "size": f"{file.size:,} bytes when indexed, {status.st_size:,} now"},
+        hint="wait until nothing writes to the inputs, then run the same command again",
+    )
+
+
+def touched(files: Iterable[SourceFile]) -> set[SourceFile]:
+    """Those of the files on this machine that have another inode or change time than when they were indexed."""
+    return {file for file in files if not file.remote and SourceFile.at(Path(file.path)).state != file.state}
+
+
+def steady(read: Callable[[], T], files: Collection[SourceFile], same_header: Callable[[SourceFile], bool]) -> T:
+    """What `read` returns of `files`. Where one was touched since it was indexed, it has to return the same once more, since what a file
+    holds can change while its size and time stay. Raises InputError where it does not."""
+    found = read()
+    moved = touched(files)
+    if moved:
+        again = read()
+        for file in moved:
+            if again != found or not same_header(file):
+                raise changed(file, os.stat(file.path))
+    return found
+
+
+def crc_errors(workspaces: list[Workspace]) -> Iterator[tuple[SourceFile, Record]]:
+    """The records whose bytes are not those that the zip's writer wrote. Records read only in part are not judged."""
+    pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = defaultdict(list)
+    for workspace in workspaces:
+        for key, found in workspace.crc_pieces.items():
+            pieces[key] += found
+    for (file, record), found in pieces.items():
+        position = crc = 0
+        for offset, size, piece in sorted(set(found)):
+            if offset != position:
+                break
+            crc, position = crc32_combine(crc, piece, size), position + size
+        if position == record.size and crc != record.crc32:
+            yield file, record
+
+
+def check_crcs(workspaces: list[Workspace]) -> None:
+    """Raise InputError for the first of `crc_errors`."""
+    for file, record in crc_errors(workspaces):
+        raise InputError(
+            f"`{file.name}` is damaged: bytes {record.offset:,} to {record.offset + record.size:,} do not match their CRC-32",
+            facts={"file": file.path},
+            hint="download or copy the file again",
+        )
+
+
+def crc32_combine(first: int, second: int, second_size: int) -> int:
+    """CRC-32 of two concatenated byte strings from theirs, as zlib's C function of this name (Python's zlib lacks it)."""
+    # Appending n zero bytes multiplies by x^(8n) modulo the CRC polynomial, in reflected bit order; bit 31 is x^0.
+    power, square, exponent = 0x80000000, 0x00800000, second_size  # x^0, x^8
+    while exponent:
+        if exponent & 1:
+            power = _multiply(square, power)
+        square, exponent = _multiply(square, square), exponent >> 1
+    return _multiply(power, first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = (b >> 1) ^ (0xEDB88320 if b & 1 else 0)
+    return product
+
+
+DOWNLOAD_AGAIN = "download the file again, for example with `hf download`"
+
+# What the first bytes of a file say it is, and what to do about it.
+DISGUISES = (
+    (b"version https://git-lfs", "a Git LFS pointer: the file itself was not downloaded", "run `git lfs pull` in its repository"),
+    (b"<", "an HTML or XML page, not the file that its name promises", DOWNLOAD_AGAIN),
+    (b"GGUF", "a GGUF file, whose weights are quantised", "give the unquantised checkpoint that it was made from"),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes it", "name it `.bin`, or `.pth`, if it holds a torch checkpoint"),
+    (b"\x80\x02", "a bare pickle, as torch.save wrote it before version 1.6", "download the file in safetensors format"),
+)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """A read-only descriptor of a regular file and its status. A pipe, folder or device is an InputError, and so is any
+    OSError on the way: opening a pipe does not wait for its writer."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise irregular(path, status)
+        yield fd, status
+    except OSError as error:
+        raise unreadable(path, error) from error
+    finally:
+        os.close(fd)
+
+
+def unreadable(path: Path, error: OSError) -> LlavaWeightsError:
+    """The refusal for a file that the operating system does not let us read."""
+    if known := shortage(error):
+        return known
+    if error.errno == errno.ENOENT:
+        return InputError(f"{shown(path.name)} does not exist", facts={"path": path}, hint="check the path, or download what is missing")
+    hint = "check its permissions, its folders' and the disk, then run the same command again"
+    return InputError(f"{shown(path.name)} can't be read: {error.strerror}", facts={"path": path}, hint=hint)
+
+
+def irregular(path: Path, status: os.stat_result) -> InputError:
+    """The refusal for what is there under the name of a file, and is none."""
+    kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+    return InputError(f"{shown(path.name)} is {kind}, not a file", facts={"path": path}, hint=DOWNLOAD_AGAIN)
+
+
+def present(path: Path) -> bool:
+    """Whether something has this name, if only a link. A disk that fails is an InputError: `os.path.lexists` would call it absence."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have such a name
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise unreadable(path, error) from error
+    return True
+
+
+def refuse_disguise(path: Path, head: bytes) -> None:
+    """Raise InputError naming what the file is, where its first bytes give it away as something else."""
+    if not head:
+        raise InputError(f"{shown(path.name)} is empty", facts={"path": path}, hint=DOWNLOAD_AGAIN)
+    for magic, kind, hint in DISGUISES:
+        if head.lstrip().startswith(magic):
+            raise InputError(f"{shown(path.name)} is {kind}", facts={"path": path}, hint=hint)

@@ -1,0 +1,84 @@
+"""A vocabulary table with more rows, or with fewer."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..storage.reading import Workspace
+from .dtypes import ITEMSIZE
+from .lazy import LazyTensor, read_rows
+
+BLOCK = 1 << 20  # bytes of the source that are summed at once; part of the rule, since sums of BF16 depend on the order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown(LazyTensor):
+    """`source` with new rows behind it: each is the mean of the source's rows, taken in float64.
+
+    Deterministic where transformers' converters draw them at random, unseeded. Not zeros: transformers 4.36-4.40 takes an
+    all-zero embedding for a place of an image (facts: llava-hf 1.3).
+    """
+
+    source: LazyTensor
+
+    @property
+    def inputs(self) -> tuple[LazyTensor, ...]:
+        return (self.source,)
+
+    @property
+    def _block(self) -> int:
+        unit = self.source.row_unit
+        return max(BLOCK // (self.row_nbytes * unit), 1) * unit
+
+    def scratch(self, rows: int) -> int:
+        values = self._block * self.numel // max(self.rows, 1)
+        return max(self.source.scratch(rows), self.source.scratch(self._block) + values * (ITEMSIZE[self.dtype] + 4 + 8))
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        common = max(0, min(stop, self.source.rows) - start)
+        if common:
+            self.source.rows_into(out[: common * self.row_nbytes], start, start + common, work)
+        if new := stop - start - common:
+            out[common * self.row_nbytes :] = work.latest(self, self._mean) * new
+
+    def _mean(self) -> bytes:
+        """One row, as bytes. Its own workspace: what the source counts and checks belongs to the pass that writes it."""
+        total = np.zeros(self.numel // self.rows, np.float64)
+        with closing(Workspace()) as work:
+            for start in range(0, self.source.rows, self._block):
+                rows = read_rows(self.source, start, min(start + self._block, self.source.rows), work)
+                total += rows.sum(axis=0, dtype=np.float64)
+        return encoded(total / self.source.rows, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(LazyTensor):
+    """The first rows of `source`."""
+
+    source: LazyTensor
+
+    @property
+    def inputs(self) -> tuple[LazyTensor, ...]:
+        return (self.source,)
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        self.source.rows_into(out, start, stop, work)
+
+
+def resized(tensor: LazyTensor, rows: int) -> LazyTensor:
+    """`tensor` with `rows` rows: as it is, cut, or grown by rows that hold the mean of the others."""
+    if rows == tensor.rows:
+        return tensor
+    return (Grown if rows > tensor.rows else Head)(dtype=tensor.dtype, shape=(rows, *tensor.shape[1:]), source=tensor)
+
+
+def encoded(values: np.ndarray, dtype: str) -> bytes:
+    """Values as bytes of F16, BF16, F32 or F64, rounded to nearest even; BF16 by way of float32, as torch does."""
+    if dtype != "BF16":
+        return bytes(values.astype(f"<f{ITEMSIZE[dtype]}").tobytes())
+    bits = values.astype("<f4").view("<u4")
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return bytes(np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes())  # rounding carries out of a full NaN

@@ -1,0 +1,348 @@
+"""An adapter as data: the low-rank updates and replaced tensors of a PEFT or LLaVA folder, each under the name of what it changes.
+
+Nothing is merged here, and no base is known yet. Every tensor of the files gets exactly one place or is refused by name, since
+PEFT itself drops without a word what it can't place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..checkpoint.checkpoint import Origin, to_place
+from ..errors import InputError
+from ..families.files import ADAPTER_FILES, PROJECTOR_FILES, TOKENIZER_FILES, TRAINED_BESIDE
+from ..families.layouts import VOCABULARY
+from ..formats.folder import index_file, member, optional
+from ..formats.safetensors import index_safetensors
+from ..formats.torch_zip import index_torch_zip
+from ..storage.hub import HubSource, fetch, parse_source, source_text
+from ..storage.reading import SourceFile, present, unreadable
+from ..storage.remote import is_remote, shadowed
+from ..storage.strict_json import load_object
+from ..tensors.lazy import FLOATS, LazyTensor
+from ..text import few, legible, listed, shown
+from .adapter_config import DAMAGED, LoraRules, quantised_base, read_rules, short_base
+from .adapter_names import Contents, bare, parameter_names, sort_names
+
+Kind = Literal["linear", "embedding", "conv", "parameter"]
+
+PROJECTOR_NAME = r"model\.mm_projector\.(\d\.)?(weight|bias)"
+# The parts that a module has, those that it needs and those that it may have.
+SLOTS = (({"A", "B"}, {"A", "B", "magnitude", "bias"}), ({"embedding_A", "embedding_B"}, {"embedding_A", "embedding_B", "magnitude"}))
+
+ZERO_3 = "gather the full weights with DeepSpeed's `zero_to_fp32.py` from the `global_stepN` folder, then merge those"
+UNPLACED = "an adapter with such a tensor can't be merged as a whole; check that the file is the one its training wrote"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One adapted module, by its name without PEFT's prefix, such as `model.layers.0.self_attn.q_proj`.
+
+    `a` is [rank, in] and `b` [out, rank]; of an embedding [rank, vocabulary] and [width, rank]; of a convolution with the
+    kernel's axes behind; of a stack of experts [rank * experts, in] and [out, rank * experts], for the `parameter` so called.
+    """
+
+    name: str
+    kind: Kind
+    a: LazyTensor
+    b: LazyTensor
+    scale: float
+    rank: int
+    magnitude: LazyTensor | None = None
+    bias: LazyTensor | None = None
+    fan_in_fan_out: bool = False
+    parameter: str = ""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter does to a base, under the names that its training used. `replacements` replace, they never add.
+
+    `rows` replace single rows: indices and the tensor that holds them in that order; negative ones count from the end of the
+    extended table. `config` is LLaVA's config.json where there is one; `peft` are facts of adapter_config.json.
+    """
+
+    origin: Origin
+    modules: tuple[Module, ...] = ()
+    replacements: Mapping[str, LazyTensor] = field(default_factory=dict)
+    rows: Mapping[str, tuple[tuple[int, ...], LazyTensor]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    peft: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def open_adapter(
+    source: str | Path, *, revision: str | None = None, non_lora: str | Path | None = None, progress: bool | None = None
+) -> Adapter:
+    """Open an adapter: a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address
+    as `open_checkpoint` takes it.
+
+    `non_lora` stands in for the `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. Reads headers and small JSON
+    files only. Raises UsageError for what is no path, InputError for anything missing, damaged, not LoRA, or without a place; HubError
+    where the Hub can't serve it.
+    """
+    source, non_lora = to_place(source, "adapter"), Path(to_place(non_lora, "file of `non_lora`")) if non_lora is not None else None
+    text = source_text(source)
+    if is_remote(text):
+        with shadowed(text, revision) as shadow:
+            return _open(shadow.path, shadow.name, shadow.revision, non_lora)
+    parsed = parse_source(text)
+    if isinstance(parsed, HubSource):
+        repo = fetch(parsed, revision=revision, progress=progress)
+        opened = _open(repo.folder, repo.repo_id, repo.revision, non_lora)
+        return replace(opened, notes=(*opened.notes, f"{repo.repo_id} comes from the cache")) if repo.from_cache else opened
+    if revision is not None:
+        raise InputError(f"`{source}` is a local path, so it has no revision `{revision}`", hint="leave out `--revision`")
+    return _open(parsed.path, parsed.path.resolve().name, None, non_lora)
+
+
+def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) -> Adapter:
+    folder = path if path.is_dir() else path.parent
+    file = _weights_in(path) if path.is_dir() else path
+    found = index_file(file)
+    _check_sound(found.tensors, file.name)
+    files = {entry: there for entry in TOKENIZER_FILES if (there := optional(folder, entry))}
+    origin = Origin(legible(name), path.absolute(), found.container, found.files, revision)
+    adapter = Adapter(origin, config=_config_in(folder), files=files)
+    if any("mm_projector." in key for key in found.tensors) and not any("lora_" in key for key in found.tensors):
+        return _projector(adapter, file, found.tensors, non_lora)
+    if not present(folder / "adapter_config.json"):
+        facts = {"folder": folder, "tensors": few(found.tensors)}
+        hint = "its rank and alpha are there, without which the weights mean nothing; download the whole adapter"
+        raise InputError(f"there is no `adapter_config.json` beside {shown(file.name)}", facts=facts, hint=hint)
+    rules = read_rules(member(folder, "adapter_config.json"))
+    contents = sort_names(found.tensors, file.name)
+    modules, rows = _modules(contents, rules, file.name), _rows(contents, rules)
+    _refuse_unplaced(contents.unplaced, file.name)
+    adapter = replace(adapter, modules=modules, rows=rows, replacements=contents.replacements, notes=(*found.notes, *contents.notes))
+    return _with_facts(_with_non_lora(adapter, folder, contents, non_lora), rules)
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file to read in a folder. Raises InputError saying what is there instead, and where an adapter is near."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    whole = any(re.fullmatch(r"(pytorch_)?model\b.*\.(bin|safetensors)", name) for name in names)
+    wanted = ADAPTER_FILES if whole or "adapter_config.json" in names else (*ADAPTER_FILES, *PROJECTOR_FILES)
+    if found := next((name for name in wanted if name in names), None):
+        return member(folder, found)
+    near = [name for name in names if any((folder / name / file).exists() for file in ADAPTER_FILES)]
+    hint = f"there is one in {listed(near)}" if near else "give the folder that its training wrote, with `adapter_config.json` in it"
+    facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": listed(wanted)}
+    raise InputError(f"there is no adapter in {shown(folder.resolve().name)}", facts=facts, hint=hint)
+
+
+def _config_in(folder: Path) -> Mapping[str, Any]:
+    return load_object(member(folder, "config.json")) if present(folder / "config.json") else {}
+
+
+def _check_sound(tensors: Mapping[str, LazyTensor], file: str) -> None:
+    """Raise InputError naming the tensors that hold nothing, as DeepSpeed leaves them, or that hold no floats."""
+    if empty := [name for name, tensor in tensors.items() if 0 in tensor.shape]:
+        facts = {"tensors": few(empty), "shape": list(tensors[empty[0]].shape)}
+        raise InputError(f"{len(empty):,} tensors of {shown(file)} are empty: ZeRO-3 kept their values elsewhere", facts=facts, hint=ZERO_3)
+    if other := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]:
+        facts = {"tensors": few(other), "dtype": tensors[other[0]].dtype}
+        raise InputError(f"{len(other):,} tensors of {shown(file)} do not hold floats", facts=facts, hint="give the unquantised adapter")
+
+
+def _refuse_unplaced(names: Sequence[str], file: str) -> None:
+    if names:
+        raise InputError(f"{len(names):,} tensors of {shown(file)} have no place: {few(names)}", hint=UNPLACED)
+
+
+# --- the low-rank updates --------------------------------------------------------------------------------------------
+
+
+def _modules(contents: Contents, rules: LoraRules, file: str) -> tuple[Module, ...]:
+    """The adapted modules in the order of the file. Raises InputError for half ones, and for those that are not as `rules` say."""
+    half = [key for key, parts in contents.parts.items() if not any(need <= parts.keys() <= most for need, most in SLOTS)]
+    if half:
+        held = sorted({slot for key in half for slot in contents.parts[key]})
+        facts = {"modules": few(half), "parts that are there": listed(held)}
+        raise InputError(f"{shown(file)} does not hold both factors of {len(half):,} modules", facts=facts, hint=UNPLACED)
+    names = parameter_names(contents.parts, rules.target_parameters)
+    rules.check_effort(f"{key}.{names.get(key, '')}" for key in contents.parts)
+    modules = {key: _module(key, parts, rules, names.get(key, "")) for key, parts in contents.parts.items()}
+    problems = {key: problem for key, module in modules.items() if (problem := _problem(module, rules))}
+    if problems:
+        first = next(iter(problems))
+        facts = {"modules": few(problems), "of these": f"{shown(first)} {problems[first]}"}
+        raise InputError(f"{len(problems):,} modules of {shown(file)} are not as `adapter_config.json` says", facts=facts, hint=DAMAGED)
+    return tuple(modules.values())
+
+
+def _module(key: str, parts: Mapping[str, LazyTensor], rules: LoraRules, parameter: str) -> Module:
+    name = bare(key)
+    embedding = "embedding_A" in parts
+    a, b = (parts["embedding_A"], parts["embedding_B"]) if embedding else (parts["A"], parts["B"])
+    kind: Kind = "parameter" if parameter else "embedding" if embedding else "conv" if len(a.shape) > 2 else "linear"
+    matched = f"{name}.{parameter}" if parameter else name  # what PEFT matches its patterns against
+    return Module(
+        name=name,
+        kind=kind,
+        a=a,
+        b=b,
+        scale=rules.scale_of(matched),
+        rank=rules.rank_of(matched),
+        magnitude=parts.get("magnitude"),
+        bias=parts.get("bias"),
+        fan_in_fan_out=rules.fan_in_fan_out and kind == "linear",
+        parameter=parameter,
+    )
+
+
+def _problem(module: Module, rules: LoraRules) -> str:
+    """How a module contradicts its rank or the variants that adapter_config.json announces; empty if it does not."""
+    a, b, rank = module.a.shape, module.b.shape, module.rank
+    stacked = module.kind == "parameter" and a[0] % rank == 0  # experts, one below the other
+    ones = (1,) * (len(b) - 2)
+    if len(a) != len(b) or len(a) < 2 or a[0] != b[1] or b[2:] != ones or not (stacked or a[0] == rank):
+        return f"has factors of the shapes {list(a)} and {list(b)}, which is not rank {rank}"
+    if module.magnitude and module.magnitude.shape not in ((b[0],), (1, b[0], *ones)):
+        return f"has a magnitude of the shape {list(module.magnitude.shape)} for {b[0]} outputs"
+    if module.bias and module.bias.shape != (b[0],):
+        return f"has a bias of the shape {list(module.bias.shape)} for {b[0]} outputs"
+    if rules.dora != (module.magnitude is not None):
+        return "lacks the magnitude of DoRA" if rules.dora else "has the magnitude of DoRA, but `use_dora` is not set"
+    if rules.bias != (module.bias is not None) and module.kind != "embedding":
+        return "lacks the bias of `lora_B`" if rules.bias else "has a bias of `lora_B`, but `lora_bias` is not set"
+    return ""
+
+
+def _rows(contents: Contents, rules: LoraRules) -> dict[str, tuple[tuple[int, ...], LazyTensor]]:
+    """The trained rows of embeddings, by the table's name. Raises InputError where the config does not say which rows they are."""
+    rows = {}
+    for module, tensor in contents.rows.items():
+        indices = rules.indices_of(module)
+        if indices is None or tensor.shape[:1] != (len(indices),):
+            facts = {"rows": list(tensor.shape)[:1], "trainable_token_indices": len(indices or ())}
+            what = f"the trained rows of {shown(module)} are not those that `adapter_config.json` lists"
+            raise InputError(what, facts=facts, hint=DAMAGED)
+        rows[f"{module}.weight"] = (indices, tensor)
+    return rows
+
+
+# --- what LLaVA's training saves besides ----------------------------------------------------------------------------
+
+
+def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None) -> Adapter:
+    """With what `non_lora_trainables.bin` replaces, and the config that was written with it."""
+    path = given or _find_non_lora(folder, adapter.config)
+    if path is None and (folder / "trainer_state.json").exists():
+        note = (
+            f"this is a checkpoint of the Trainer; if LLaVA's, the projector of that step is not in it: give `--non-lora {TRAINED_BESIDE}`"
+        )
+        return replace(adapter, notes=(*adapter.notes, note))
+    if path is None:
+        return adapter
+    tensors, file = _index(path)
+    _check_sound(tensors, path.name)
+    found = sort_names(_strip(tensors), path.name)
+    again = [f"{key}.{slot}" for key, parts in found.parts.items() for slot in parts]
+    strange = [f"{key}.{slot}" for key, parts in found.parts.items() for slot in parts if slot not in contents.parts.get(key, {})]
+    _refuse_unplaced([*found.unplaced, *found.rows, *strange], path.name)
+    both = [name for name in found.replacements if name in adapter.replacements]
+    _refuse_unplaced([name for name in both if found.replacements[name].shape != adapter.replacements[name].shape], path.name)
+    notes = [*adapter.notes, *found.notes]
+    notes += [] if tensors else [f"{shown(path.name)} is empty: training changed nothing but the LoRA"]
+    notes += [f"in both files, taken from the adapter: {few([*both, *again])}"] if both or again else []
+    config = adapter.config
+    if not config and (config := next((c for c in map(_config_in, (path.parent, folder.absolute().parent)) if _is_llava(c)), {})):
+        notes.append("config.json is the one of the finished training, the adapter has none")
+    origin = replace(adapter.origin, files=(*adapter.origin.files, file))
+    replacements = {**found.replacements, **adapter.replacements}
+    return replace(adapter, origin=origin, replacements=replacements, config=config, notes=tuple(notes))
+
+
+def _find_non_lora(folder: Path, config: Mapping[str, Any]) -> Path | None:
+    """The file beside the adapter, None for an adapter that is not LLaVA's. Raises InputError where LLaVA's lacks it.
+
+    train.py writes it, and config.json, once at the end: not into the Trainer's `checkpoint-N` (LLaVA #742, #1200, #1245),
+    which is known by its trainer_state.json and the config.json above it.
+    """
+    if present(folder / TRAINED_BESIDE):
+        return member(folder, TRAINED_BESIDE)
+    above = folder.absolute().parent
+    checkpoint = not config and (folder / "trainer_state.json").exists() and _is_llava(_config_in(above))
+    if not _is_llava(config) and not checkpoint:
+        return None
+    facts = {"folder": folder, "what it holds": "the projector, and what else was trained besides the LoRA"}
+    hint = "training writes it when it ends; before that, get it from the `global_stepN` folder with DeepSpeed's `zero_to_fp32.py`"
+    if (above / TRAINED_BESIDE).exists():
+        facts["there is one above"] = f"{above / TRAINED_BESIDE}, of the end of the training"
+        hint = f"if that one will do, give `--non-lora {above / TRAINED_BESIDE}`"
+    raise InputError(f"this adapter of LLaVA lacks its `{TRAINED_BESIDE}`", facts=facts, hint=hint)
+
+
+def _is_llava(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of LLaVA's own, which name the tower; llava-hf's nest a `vision_config` instead."""
+    return "mm_vision_tower" in config
+
+
+def _index(path: Path) -> tuple[Mapping[str, LazyTensor], SourceFile]:
+    """The tensors of a file that may be empty, and the file."""
+    tensors = index_safetensors(path)[0] if path.suffix == ".safetensors" else index_torch_zip(path)
+    return tensors, next((tensor.file for tensor in tensors.values()), None) or SourceFile.at(path)
+
+
+def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """LLaVA's own rule for the names in this file (`builder.py`, c121f04): drop `base_model.`, and then one `model.` of all if
+    any begins with two."""
+    names = {name: name.removeprefix("base_model.") for name in tensors}
+    if any(name.startswith("model.model.") for name in names.values()):
+        names = {name: short.removeprefix("model.") for name, short in names.items()}
+    counts = Counter(names.values())
+    twice = [name for name, short in names.items() if counts[short] > 1]
+    _refuse_unplaced(twice, TRAINED_BESIDE)
+    return {names[name]: tensor for name, tensor in tensors.items()}
+
+
+def _projector(adapter: Adapter, file: Path, tensors: Mapping[str, LazyTensor], non_lora: Path | None) -> Adapter:
+    """An adapter that is only a projector. FSDP and ZeRO-3 put prefixes before its names, so LLaVA looks for `mm_projector.` in them."""
+    beside = [name for name in ADAPTER_FILES if (file.parent / name).exists()]
+    if non_lora or beside:
+        hint = f"give the folder, to merge {listed(beside)} with it" if beside else "leave out `--non-lora`"
+        raise InputError(f"{shown(file.name)} is only a part of an adapter", facts={"folder": file.parent}, hint=hint)
+    replacements: dict[str, LazyTensor] = {}
+    unplaced = []
+    for name, tensor in tensors.items():
+        short = f"model.mm_projector.{name.partition('mm_projector.')[2]}"
+        short = VOCABULARY[0] if f".{name}".endswith(".embed_tokens.weight") else short
+        if short in replacements or not re.fullmatch(rf"{PROJECTOR_NAME}|{re.escape(VOCABULARY[0])}", short):
+            unplaced.append(name)
+        replacements[short] = tensor
+    _refuse_unplaced(unplaced, file.name)
+    table = replacements.get(VOCABULARY[0])
+    if table is None or table.rows != 2:
+        return replace(adapter, replacements=replacements)
+    del replacements[VOCABULARY[0]]  # trimmed to <im_start> and <im_end>, which stand last (LLaVA 74f8877)
+    return replace(adapter, replacements=replacements, rows={VOCABULARY[0]: ((-2, -1), table)})
+
+
+def _with_facts(adapter: Adapter, rules: LoraRules) -> Adapter:
+    """With the facts and notes on which base it was trained, and on what its config announces and the files do not hold."""
+    base = str(rules.facts.get("base_model_name_or_path", ""))
+    quantised = quantised_base(base, adapter.config)
+    notes = [f"trained on {shown(short_base(base))}, by adapter_config.json"] if base else []
+    if quantised:
+        merging = (
+            "its update was fitted to rounded weights; merged into the 16-bit base, the result is close to what was trained, not equal"
+        )
+        notes.append(f"trained on a quantised base, by {quantised}: {merging}")
+    held = [f".{module.name}" for module in adapter.modules]
+    missing = [key for key in rules.target_modules if key != "all-linear" and not any(name.endswith(f".{key}") for name in held)]
+    held = [f".{name}." for name in adapter.replacements]
+    missing += [key for key in rules.modules_to_save if not any(f".{key}." in name for name in held)]
+    notes += [f"adapter_config.json lists {listed(missing)}, for which there are no tensors"] if missing else []
+    facts = {**rules.facts, "quantised": quantised} if quantised else rules.facts
+    return replace(adapter, peft=facts, notes=(*adapter.notes, *notes))

@@ -1,0 +1,324 @@
+"""The original LLaVA layout to llava-hf and back, and any key style of llava-hf to that of the Hub. A pure renaming where it can be.
+
+Everything is decided from tensors and config. What comes in is taken apart by canonical names (`naming`), checked against its
+config, and put together under the names of the other layout in one fixed order, so that it does not matter how it was stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.chat_template import chat_template, choose, example
+from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
+from ..checkpoint.config import expected_shapes, repair_generation_config
+from ..checkpoint.hf_config import Tokens, llava_hf_config, pinpoints
+from ..checkpoint.hf_tokenizer import original_tokenizer
+from ..checkpoint.processor import processor_files, read_image_settings
+from ..checkpoint.small_files import small_object, small_text
+from ..checkpoint.tokenizer import SpecialIds
+from ..checkpoint.tower import check_tower, tower_shapes
+from ..errors import InputError, UsageError, one_of, whole_number
+from ..families.files import PROCESSOR_FILES
+from ..families.layouts import TABLES, canonical, spelled
+from ..families.projectors import FORMS, LINEAR, NAMES, projector_type
+from ..families.prompts import CONVERSATIONS
+from ..families.targets import MULTIPLE
+from ..storage.strict_json import json_bytes
+from ..tensors.dtypes import TORCH_DTYPE, to_dtype
+from ..tensors.resize import resized
+from ..text import is_text
+from .canonical import Model, Parts, take_apart
+from .projector import paired, single
+
+TARGETS = ("llava-hf", "llava")
+# The options of llava-hf, with the values of those that have a few.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "projector_form": tuple(FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
+    "image_token": (), "vocab_size": (),
+}  # fmt: skip
+NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
+
+
+def convert(
+    checkpoint: Source,
+    to: str,
+    *,
+    tower: Source | None = None,
+    dtype: str | None = None,
+    projector_form: str | None = None,
+    image_token: str | None = None,
+    vocab_size: int | None = None,
+    conv_mode: str | None = None,
+    image_aspect: str | None = None,
+    tower_name: str | None = None,
+    accept_tower: bool = False,
+) -> Checkpoint:
+    """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`; checkpoints may be paths.
+
+    Raises UsageError for another layout, a value that an option can't have and an option that the layout does not take, and as
+    `to_llava_hf` and `to_llava` do.
+    """
+    hub = {
+        "projector_form": projector_form,
+        "image_token": image_token,
+        "vocab_size": vocab_size,
+        "conv_mode": conv_mode,
+        "image_aspect": image_aspect,
+    }
+    given = {key: value for key, value in hub.items() if value is not None}
+    dtype = check_conversion(to, dtype=dtype, **given, tower_name=tower_name)
+    model, clip = opened(checkpoint, "checkpoint"), opened(tower, "tower") if tower is not None else None
+    if to == "llava-hf":
+        return to_llava_hf(model, tower=clip, dtype=dtype, accept_tower=accept_tower, **given)  # type: ignore[arg-type]
+    return to_llava(model, tower=clip, tower_name=tower_name, dtype=dtype, accept_tower=accept_tower)
+
+
+def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str | None:
+    """`dtype` as safetensors spells it. Raises UsageError where `convert` could not take these options, without a look at a checkpoint."""
+    one_of("layout", to, TARGETS)
+    own = {"llava-hf": set(CHOICES), "llava": {"tower_name"}}[to]
+    given = {key: value for key, value in given.items() if value is not None}
+    if foreign := sorted(given.keys() - own):
+        names = ", ".join(f"`--{key.replace('_', '-')}`" for key in foreign)
+        raise UsageError(f"a conversion to `{to}` takes no {names}", hint="leave it out")
+    for key, value in given.items():
+        if choices := CHOICES.get(key):
+            one_of(key.replace("_", " "), value, choices)
+        elif key == "vocab_size":
+            whole_number("vocab_size", value)
+        elif not isinstance(value, str) or not value or not is_text(value):
+            raise UsageError(f"`{key}` must be a text that is not empty", facts={"given": repr(value)}, hint="give it, or leave it out")
+    return to_dtype(dtype)
+
+
+def to_llava_hf(
+    checkpoint: Checkpoint,
+    *,
+    tower: Checkpoint | None = None,
+    projector_form: str | None = None,
+    image_token: str | None = None,
+    vocab_size: int | None = None,
+    conv_mode: str | None = None,
+    image_aspect: str | None = None,
+    dtype: str | None = None,
+    accept_tower: bool = False,
+) -> Checkpoint:
+    """`checkpoint`, in the original layout or any key style of llava-hf, as the Hub's llava-hf checkpoints are.
+
+    `tower` serves where the checkpoint has no vision tower of its own. New vocabulary rows hold the mean of the old ones. A projector
+    that is a single Linear becomes two by `projector_form`, "identity" by default.
+    Raises InputError for unknown or missing tensors, shapes that contradict the config, an image token without a row, MismatchError for
+    a published tower that is not the published one that the config names, unless `accept_tower`, UsageError for an option that can
+    change nothing of this checkpoint.
+    """
+    model = take_apart(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
+    tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
+    parts, activation, form = _two_layers(model, projector_form)
+    notes = list(model.tower.notes)
+    if tiles:
+        notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
+    elif parts.pop("newline", None) is not None:
+        notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
+    rows = _rows(model, vocab_size, bool(tiles))
+    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
+    tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
+    config = llava_hf_config(
+        model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
+    )
+    if unpadded := _unpadded(checkpoint, model, rows):
+        config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
+    prompt = _prompt(checkpoint, model, conv_mode)
+    files = (
+        dict(model.tokenizer.files) | _generation(checkpoint, tokens) | _processor(checkpoint, model, config, image_aspect, prompt.template)
+    )
+    step = Step(
+        "convert",
+        _inputs(checkpoint, model),
+        _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect),
+        _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
+        repairs=(*model.repairs, *model.tokenizer.notes),
+        notes=(*_first_notes(checkpoint), *notes, *model.doubts.notes),
+        warnings=model.doubts.warnings,
+        checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
+    )
+    return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
+
+
+def to_llava(
+    checkpoint: Checkpoint,
+    *,
+    tower: Checkpoint | None = None,
+    tower_name: str | None = None,
+    dtype: str | None = None,
+    accept_tower: bool = False,
+) -> Checkpoint:
+    """`checkpoint` (llava-hf in any key style, or already original) in the original layout, as haotian-liu's code and SGLang read it.
+
+    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. `tower_name` is what
+    the config names then, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
+    """
+    model = take_apart(checkpoint, tower, None, dtype, accept_tower=accept_tower)
+    doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
+    parts = dict(model.parts)
+    if NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
+        parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
+    projector = projector_type(parts)
+    files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
+    rows = _unpadded(checkpoint, model, model.rows) or rows
+    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
+    config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
+    files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
+    pad = config["pad_token_id"]
+    files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows))
+    named = config.get("mm_vision_tower")
+    step = Step(
+        "convert",
+        _inputs(checkpoint, model),
+        _given(to="llava", dtype=dtype, tower_name=tower_name),
+        _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
+        repairs=model.repairs,
+        notes=(*_first_notes(checkpoint), *model.tower.notes, *notes, *doubts.notes),
+        warnings=(*doubts.warnings, *(() if named else (NAMELESS,))),
+    )
+    return _assembled(checkpoint, model, parts, "llava", config, files, step)
+
+
+def _two_layers(model: Model, form: str | None) -> tuple[Parts, str, str]:
+    """The parts with a projector of two layers, its activation, and the form that was chosen for a single Linear.
+
+    Raises UsageError for a form where the projector has two layers of its own."""
+    parts = dict(model.parts)
+    if LINEAR[0] not in parts and form is None:
+        return parts, model.activation, ""
+    if LINEAR[0] in parts:
+        weight, bias = (parts.pop(name) for name in LINEAR)
+    elif (one := single(parts, model.activation)) is not None:
+        weight, bias = one
+    else:
+        raise UsageError("the projector has two layers of its own, so `--projector-form` can change nothing", hint="leave it out")
+    form = form or "identity"
+    return {**parts, **paired(weight, bias, form)}, FORMS[form], form
+
+
+def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
+    """How many rows the tables get: two more, rounded up to 64, where tokens are new, as transformers' converters do it."""
+    used, rows = model.tokenizer.used, model.rows
+    if wanted is not None:
+        if wanted < used:
+            raise InputError(
+                f"`--vocab-size {wanted}` is too small: the tokenizer's highest id is {used - 1}", hint="pass a larger one, or leave it out"
+            )
+        return wanted
+    if not model.tokenizer.grew or (tiles and used <= rows):
+        return max(rows, used)
+    return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
+
+
+def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
+    """The original's rows, where its tokenizer does not tell them of a table of `rows`: recorded in a llava-hf config, since the way back
+    needs them."""
+    if checkpoint.layout == "llava-hf":
+        recorded = checkpoint.config.get("unpadded_vocab_size")
+        return recorded if type(recorded) is int and 0 < recorded <= model.rows else None
+    told = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id)[1]
+    return model.rows if told != model.rows else None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The chat template, where its text comes from, and what the card shows of it."""
+
+    name: str
+    template: str
+    evidence: str
+    example: str = ""
+    stop: str = ""
+
+
+def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prompt:
+    if checkpoint.layout == "llava-hf" and conv_mode is None:
+        listed = small_object(checkpoint.files, "chat_template.json").get("chat_template")
+        if kept := small_text(checkpoint.files, "chat_template.jinja") or listed:
+            return Prompt("", str(kept), "its own chat template")
+    conversation, evidence = choose(model.config, model.tokenizer.specials, model.families, name=conv_mode)
+    token = model.tokenizer.image_token
+    image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
+    told = f"{conversation.title} ({evidence})"
+    return Prompt(conversation.name, chat_template(conversation, image), told, example(conversation, image), conversation.stop)
+
+
+def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
+    if aspect is not None and model.target.tiles:
+        raise UsageError("images of this model are cut into tiles, so `--image-aspect` can change nothing", hint="leave it out")
+    tower, pads = model.tower, model.config.get("image_aspect_ratio") == "pad"
+    own = small_object(checkpoint.files, "preprocessor_config.json")
+    if aspect is None and str(own.get("image_processor_type")).startswith(model.target.padding_processor):
+        aspect = "pad"
+    settings = read_image_settings(tower.preprocessor or own, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
+    return processor_files(
+        settings,
+        target=model.target,
+        image_token=model.tokenizer.image_token,
+        select_strategy=config["vision_feature_select_strategy"],
+        aspect=aspect or "square",
+        pads=pads,
+        pinpoints=config.get("image_grid_pinpoints"),
+        template=template,
+    )
+
+
+def _summary(model: Model, rows: int) -> dict[str, str]:
+    source = f"`{model.tower.origin.name}`" if model.tower.origin else "the checkpoint itself"
+    grown = f"{model.rows} to {rows} rows" + ("; each new one is the mean of the old ones" if rows > model.rows else "")
+    return {
+        "tower": f"{model.tower.kind}, {len(model.tower.tensors)} tensors from {source}",
+        "vocabulary": f"{rows} rows as before" if rows == model.rows else grown,
+    }
+
+
+def _ordered(parts: Parts, model: Model) -> Iterator[str]:
+    """One order, whatever the input's: decoder, head, tower, projector."""
+    text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
+    order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
+    return (name for name in order if name in parts)
+
+
+def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str) -> dict[str, Any]:
+    """The original's config with what changed: names that it had before are kept."""
+    config = dict(model.config)
+    named = name or config.get("mm_vision_tower")
+    config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
+    config |= {"tie_word_embeddings": model.tied, "torch_dtype": TORCH_DTYPE[dtype]}
+    if config["pad_token_id"] >= rows:
+        config["pad_token_id"] = 0
+    return dict(sorted(config.items()))
+
+
+def _generation(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, bytes]:
+    ids = SpecialIds(tokens.bos, tokens.eos, tokens.pad, 0, {}, 0)
+    return {
+        "generation_config.json": json_bytes(repair_generation_config(small_object(checkpoint.files, "generation_config.json"), ids)[0])
+    }
+
+
+def _inputs(checkpoint: Checkpoint, model: Model) -> tuple[tuple[str, Origin], ...]:
+    given = (("tower", model.tower.origin),) if model.tower.origin else ()
+    return given if checkpoint.history else (("source", checkpoint.origin), *given)
+
+
+def _first_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return () if checkpoint.history else checkpoint.notes
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value}
+
+
+def _assembled(
+    checkpoint: Checkpoint, model: Model, parts: Parts, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
+) -> Checkpoint:
+    tensors = {spelled(name, layout): parts[name] for name in _ordered(parts, model)}
+    assert len(tensors) == len(parts)
+    return Checkpoint(tensors, config, checkpoint.origin, files, (*checkpoint.history, step))

@@ -1,0 +1,204 @@
+"""base + delta, and the inverse: what LLaVA's and FastChat's apply_delta and make_delta compute, as lazy tensors.
+
+The rules are those of haotian-liu/LLaVA 8959d5c: both sides are cast to fp16 first, added once over the rows that both have;
+rows beyond the base's (added tokens) and the projector are the delta's own; rotary buffers are dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ..checkpoint.checkpoint import Checkpoint, Source, Step, main_dtype, opened
+from ..checkpoint.config import repair_config, repair_generation_config
+from ..checkpoint.small_files import small_object
+from ..checkpoint.tokenizer import repair_tokenizer
+from ..errors import InputError, MismatchError, one_of
+from ..families.layouts import MULTIMODAL, PROJECTOR, VOCABULARY
+from ..formats.integer_delta import AddInteger, ToInteger, index_integer_delta, is_integer_delta
+from ..storage.strict_json import json_bytes
+from ..tensors.lazy import FLOATS, Add, LazyTensor, Subtract, cast
+from ..text import few
+from .base_check import Examination, examine_apply, examine_integer, examine_make
+
+CODECS = ("arithmetic", "integer")
+
+
+def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Checkpoint:
+    """`base` + `delta` as a checkpoint in the original layout, F16, with repaired config and tokenizer. Both may be paths.
+
+    Names and shapes are settled here, and a few MB of both inputs are read to see that they belong together. Raises
+    InputError where one is not what its role needs, MismatchError where they do not fit; `accept_base` turns doubts about the
+    base's values (not its shapes) into warnings.
+    """
+    base, delta = opened(base, "base"), opened(delta, "delta")
+    if is_integer_delta(delta.metadata):
+        tensors, examination = _apply_integer(base, delta)
+    else:
+        examination = examine_apply(base, delta, accept_base=accept_base)
+        tensors = _apply_arithmetic(base, delta)
+    return _finish(base, delta, tensors, examination)
+
+
+def _apply_arithmetic(base: Checkpoint, delta: Checkpoint) -> dict[str, LazyTensor]:
+    ours, theirs = _untied(base), delta.parameters()
+    _check_names(ours, theirs)
+    return {name: _sum(name, ours.get(name), tensor) for name, tensor in theirs.items()}
+
+
+def _untied(base: Checkpoint) -> dict[str, LazyTensor]:
+    """The base's tensors, with the head that a tied model does not store: it is the embedding, as transformers loads it."""
+    tensors = base.parameters()
+    if base.config.get("tie_word_embeddings") is True and VOCABULARY[0] in tensors:
+        tensors.setdefault(VOCABULARY[1], tensors[VOCABULARY[0]])
+    return tensors
+
+
+def _sum(name: str, base: LazyTensor | None, delta: LazyTensor) -> LazyTensor:
+    if delta.dtype not in FLOATS or (base and base.dtype not in FLOATS):
+        dtypes = {"delta": delta.dtype, "base": base.dtype if base else "none"}
+        raise InputError(f"`{name}` does not hold floats", facts=dtypes, hint="use the unquantised 16-bit weights")
+    if base is None:
+        return cast(delta, "F16")
+    _check_shape(name, base, delta)
+    return Add(dtype="F16", shape=delta.shape, base=cast(base, "F16"), delta=cast(delta, "F16"))
+
+
+def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyTensor], Examination]:
+    differences = index_integer_delta(delta.tensors, delta.metadata)
+    ours = _untied(base)
+    tensors = {name: difference.onto(ours.get(name)) for name, difference in differences.items()}
+    return tensors, examine_integer(tensors)
+
+
+def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Checkpoint:
+    """`tuned` - `base`, the inverse for publishers, with `tuned`'s config and tokenizer as they are. Both may be paths.
+
+    `codec="arithmetic"` is the published fp16 form (the way back may be one ulp off; the loss is counted while writing),
+    `codec="integer"` the lossless one of `integer_delta`. Raises UsageError for another codec, MismatchError where names or shapes
+    do not fit.
+    """
+    one_of("codec", codec, CODECS)
+    base, tuned = opened(base, "base"), opened(tuned, "tuned model")
+    examination = examine_make(base, tuned)
+    ours, theirs = _untied(base), tuned.parameters()
+    _check_names(ours, theirs, role="tuned model")
+    tensors: dict[str, LazyTensor] = {}
+    for name, tensor in theirs.items():
+        mine = ours.get(name)
+        if mine is not None:
+            _check_shape(name, mine, tensor, role="tuned model")
+        tensors[name] = _difference(name, mine, tensor, codec)
+    common = [name for name in theirs if name in ours]
+    grown = sum(ours[name].rows < theirs[name].rows for name in common)
+    summary = {
+        "subtract": f"{len(common)} tensors ({codec})" + (f"; {grown} of them have rows that the base lacks" if grown else ""),
+        "keep": _keep(theirs, ours),
+    }
+    step = Step(
+        "make-delta",
+        (("base", base.origin), ("tuned", tuned.origin)),
+        {"codec": codec},
+        {key: value for key, value in summary.items() if value},
+        notes=(*base.notes, *tuned.notes),
+        warnings=examination.warnings,
+        checks=examination.checks,
+    )
+    return Checkpoint(tensors, tuned.config, tuned.origin, tuned.files, (*base.history, *tuned.history, step))
+
+
+def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: str) -> LazyTensor:
+    if tuned.dtype not in FLOATS:
+        raise InputError(f"`{name}` does not hold floats", facts={"dtype": tuned.dtype}, hint="give float weights, not quantised ones")
+    if codec == "integer":
+        if base is not None and base.dtype != tuned.dtype:
+            raise MismatchError(
+                f"`{name}` is {tuned.dtype} in the tuned model and {base.dtype} in the base",
+                hint="the integer codec compares bits: give both in one dtype, or use `--codec arithmetic`",
+            )
+        return ToInteger(dtype=tuned.dtype, shape=tuned.shape, tuned=tuned, base=base)
+    if base is None:
+        return cast(tuned, "F16")
+    return Subtract(dtype="F16", shape=tuned.shape, tuned=cast(tuned, "F16"), base=cast(base, "F16"))
+
+
+def _check_names(base: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor], *, role: str = "delta") -> None:
+    unknown = [name for name in other if name not in base and not re.fullmatch(MULTIMODAL, name)]
+    if unknown:
+        raise MismatchError(
+            f"{len(unknown)} tensors of the {role} have no counterpart in the base",
+            facts={f"only in the {role}": few(unknown)},
+            hint="give the original LLaMA weights of the same size as `--base`",
+        )
+    absent = [name for name in base if name not in other]
+    if absent:
+        raise MismatchError(
+            f"{len(absent)} tensors of the base are not in the {role}",
+            facts={"only in the base": few(absent)},
+            hint=f"check that the {role} is complete (all of its shards)",
+        )
+
+
+def _check_shape(name: str, base: LazyTensor, other: LazyTensor, *, role: str = "delta") -> None:
+    grows = name in VOCABULARY and base.shape[1:] == other.shape[1:] and base.rows <= other.rows
+    if base.shape != other.shape and not grows:
+        raise MismatchError(
+            f"`{name}` has shape {list(base.shape)} in the base and {list(other.shape)} in the {role}",
+            hint="give the original LLaMA weights of the same size as `--base`",
+        )
+
+
+def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTensor], examination: Examination) -> Checkpoint:
+    """Config, generation config and tokenizer of the merged model: the delta's, repaired."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    rows = shapes[VOCABULARY[0]][0] if VOCABULARY[0] in shapes else 0
+    limit = delta.config.get("max_sequence_length") or delta.config.get("max_position_embeddings")
+    files, ids, fixed = repair_tokenizer(delta.files, rows=rows, fallback=base.files, model_max_length=limit)
+    dtype = main_dtype(tensors)
+    config, changes = repair_config(delta.config, shapes=shapes, special_ids=ids, dtype=dtype)
+    if mode := _conv_mode(delta, examination):
+        config = dict(sorted({**config, "conv_mode": mode}.items()))
+    generation, more = repair_generation_config(small_object(delta.files, "generation_config.json"), ids)
+    files["generation_config.json"] = json_bytes(generation)
+    summary = {"add": _added(tensors), "keep": _keep(tensors, base.tensors), "drop": _dropped(base, delta)}
+    step = Step(
+        "apply-delta",
+        (("base", base.origin), ("delta", delta.origin)),
+        {"dtype": dtype, "rule": examination.rule},
+        {key: value for key, value in summary.items() if value},
+        repairs=(*changes, *more, *fixed),
+        notes=(*base.notes, *delta.notes),
+        warnings=examination.warnings,
+        checks={"kind": examination.kind, **examination.checks},
+    )
+    return Checkpoint(tensors, config, delta.origin, files, (*base.history, *delta.history, step))
+
+
+def _conv_mode(delta: Checkpoint, examination: Examination) -> str | None:
+    """LLaVA's name of the prompts that the model was trained with, which its own code guesses from the folder's name.
+
+    Known for published deltas; `max_sequence_length` stands only in the configs of v0 (llava-original 1.5).
+    """
+    prompt = examination.checks.get("prompt") or ("v0" if "max_sequence_length" in delta.config else None)
+    return f"llava_{prompt}" if prompt in ("v0", "v1") else None
+
+
+def _added(tensors: Mapping[str, LazyTensor]) -> str:
+    bases = {name: tensor.base for name, tensor in tensors.items() if isinstance(tensor, Add | AddInteger) and tensor.base}
+    grown = [name for name, base in bases.items() if base.rows < tensors[name].rows]
+    text = f"{len(bases)} tensors"
+    if grown:
+        before, after = bases[grown[0]].rows, tensors[grown[0]].rows
+        text += f"; {' and '.join(name.split('.')[-2] for name in grown)} grow from {before} to {after} rows"
+    return text
+
+
+def _keep(tensors: Mapping[str, LazyTensor], base: Mapping[str, LazyTensor]) -> str:
+    own = [name for name in tensors if name not in base]
+    kinds = sorted({"mm_projector" if re.fullmatch(PROJECTOR, name) else name.split(".")[1] for name in own})
+    return f"{len(own)} tensors that the base lacks ({', '.join(kinds)})" if own else ""
+
+
+def _dropped(base: Checkpoint, delta: Checkpoint) -> str:
+    names = (set(base.tensors) - set(base.parameters())) | (set(delta.tensors) - set(delta.parameters()))
+    return f"{len(names)} rotary buffers that no program reads" if names else ""

@@ -1,0 +1,375 @@
+"""Merge adapters into a base: every adapter tensor finds its place, or nothing starts.
+
+The arithmetic is in `tensors/low_rank.py`, reading adapters in `adapter.py`. Several adapters are summed in one accumulation and
+rounded once: W + sum of weight_i * scale_i * B_i A_i, the true weighted sum. (PEFT's "linear" combination mixes the factors
+instead, and its cross terms make another update.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+from typing import cast as cast_type
+
+from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, to_place
+from ..checkpoint.config import repair_config, repair_generation_config
+from ..checkpoint.small_files import small_object
+from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
+from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
+from ..families.layouts import MULTIMODAL, TABLES, VOCABULARY, Names, canonical
+from ..storage.hub import may_be_revised
+from ..storage.strict_json import json_bytes
+from ..tensors.dtypes import TORCH_DTYPE, to_dtype
+from ..tensors.lazy import LazyTensor, ReplaceRows, cast
+from ..tensors.low_rank import Arithmetic, LowRank, add_low_rank, fits
+from ..text import few
+from .adapter import Adapter, Module, open_adapter
+from .adapter_config import short_base
+
+# The tokens that LLaVA adds, in its order, with the config key that asks for them (llava/model/builder.py at c121f04).
+IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
+NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
+
+
+AdapterSource = Adapter | str | Path
+
+
+@dataclass
+class Placed:
+    """What happens to one tensor of the base: a whole new value first, then rows, then updates."""
+
+    replacement: LazyTensor | None = None
+    rows: tuple[tuple[int, ...], LazyTensor] | None = None
+    updates: list[LowRank] = field(default_factory=list)
+
+
+def merge_lora(
+    base: Source,
+    adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]],
+    *,
+    arithmetic: Arithmetic = "peft",
+    scale: float = 1.0,
+    dtype: str | None = None,
+) -> Checkpoint:
+    """`base` with the adapters merged in, in its own layout and dtype (or in `dtype`).
+
+    Base and adapters may be paths, and "PATH@0.5" weighs an adapter as (adapter, 0.5) does; `scale` multiplies all of them. Names are
+    matched across layouts. Raises UsageError for a value that an option can't have, InputError or MismatchError, naming the tensors,
+    where an adapter tensor has no place in the base or does not fit it.
+    """
+    dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
+    base, weighted = opened(base, "base"), _weighted(adapters)
+    tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
+    untied = _untie(base, tensors, weighted)
+    places: defaultdict[str, Placed] = defaultdict(Placed)
+    tokens = read_special_ids(base.files, base.vocabulary).added if base.vocabulary else {}
+    for adapter, weight in weighted:
+        _place(adapter, weight * scale, tensors, tokens, places)
+    _drop_old_projector(tensors, places)
+    merged = {name: _merged(name, tensor, places.pop(name, Placed()), arithmetic) for name, tensor in tensors.items()}
+    for name, place in places.items():  # what the base lacks: a projector, an image_newline, a tuned tower
+        assert place.replacement is not None
+        merged[name] = cast(place.replacement, dtype or main_dtype(tensors))
+    return _finish(base, weighted, merged, untied, arithmetic, scale)
+
+
+def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | None:
+    """`dtype` as safetensors spells it. Raises UsageError where `merge_lora` could not take these options."""
+    to_arithmetic(arithmetic)
+    finite("scale", scale)
+    return to_dtype(dtype)
+
+
+def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:
+    """Each adapter, opened, with its weight. Raises UsageError for what is none."""
+    given = adapters if isinstance(adapters, Iterable) and not isinstance(adapters, str | bytes | os.PathLike) else [adapters]
+    given = list(given)
+    if not given:
+        raise UsageError("no adapter was given to merge", hint="give one or more")
+    found = []
+    for one in given:
+        source, weight = one if isinstance(one, tuple) and len(one) == 2 else (one, None)
+        if not isinstance(source, Adapter):
+            place = to_place(source, "adapter")
+            source, written = open_weighted(place) if isinstance(place, str) else (open_adapter(place), 1.0)
+            weight = written if weight is None else finite("weight", weight) * written
+        found.append((source, 1.0 if weight is None else finite("weight", weight)))
+    return found
+
+
+def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | None = None) -> tuple[Adapter, float]:
+    """An adapter and its weight: `PATH@0.5` weighs it 0.5, unless a path of that very name exists.
+
+    The first `@` behind a repository's name is always its revision: `owner/name@main@0.5`.
+    """
+    source, _, number = text.rpartition("@")
+    weighed = source and re.fullmatch(r"-?\d+(\.\d+)?", number) and not os.path.lexists(os.path.expanduser(text))
+    if weighed and (os.path.exists(os.path.expanduser(source)) or not may_be_revised(source)):
+        return open_adapter(source, non_lora=non_lora, progress=progress), float(number)
+    try:
+        return open_adapter(text, non_lora=non_lora, progress=progress), 1.0
+    except HubError as error:
+        if weighed:
+            error.hint = f"write `{source}@main@{number}` to weigh it: the first `@` behind a repository's name is its revision"
+        raise
+
+
+def to_arithmetic(text: str) -> Arithmetic:
+    """The rule called `text`. Raises UsageError for others."""
+    return cast_type(Arithmetic, one_of("arithmetic", text, get_args(Arithmetic)))
+
+
+def _untie(base: Checkpoint, tensors: dict[str, LazyTensor], adapters: Iterable[tuple[Adapter, float]]) -> bool:
+    """Give a tied base a head of its own where an adapter changes only the head; transformers would tie it to the embedding."""
+    tied = base.config.get("tie_word_embeddings", _text(base.config).get("tie_word_embeddings")) is True
+    names = {canonical(name): name for name in tensors}
+    changed = {canonical(name) for adapter, _ in adapters for name in (*adapter.replacements, *map(_target, adapter.modules))}
+    if not tied or "head.weight" in names or "head.weight" not in changed or "text.embed_tokens.weight" not in names:
+        return False
+    embedding = names["text.embed_tokens.weight"]
+    head = "lm_head.weight" if embedding.startswith("model.") else "language_model.lm_head.weight"
+    tensors[head] = tensors[embedding]
+    return True
+
+
+def _place(
+    adapter: Adapter, weight: float, tensors: Mapping[str, LazyTensor], tokens: Mapping[str, int], places: dict[str, Placed]
+) -> None:
+    """Enter everything that `adapter` holds into `places`. Raises InputError naming what has no place in the base."""
+    wanted = {_target(module): module for module in adapter.modules}
+    biases = {f"{module.name}.bias": module for module in adapter.modules if module.bias is not None}
+    found, lost = Names(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
+    new = [name for name in lost if name in adapter.replacements and _may_be_new(name, tensors)]
+    if lost := [name for name in lost if name not in new]:
+        raise InputError(
+            f"{len(lost)} of the adapter's targets are not in the base: {few(lost)}",
+            facts={"adapter": adapter.origin.name, "base has": few(_neighbours(lost, tensors))},
+            hint="give the base that the adapter was trained on, or its conversion to another layout",
+        )
+    for name, tensor in adapter.replacements.items():
+        place = places[found.get(name, name)]
+        if place.replacement is not None:
+            raise MismatchError(f"two adapters replace `{found.get(name, name)}`", hint="merge them one after the other")
+        place.replacement = tensor
+    for name, rows in adapter.rows.items():
+        if min(rows[0]) < 0 and not {"<im_start>", "<im_end>"} <= tokens.keys():
+            what = f"`{adapter.origin.name}` replaces the last rows of `{name}`, those of `<im_start>` and `<im_end>`"
+            raise MismatchError(what, hint="the base has no such tokens: give the one that the projector was trained with")
+        places[found[name]].rows = rows
+    for name, module in wanted.items():
+        places[found[name]].updates.append(_update(module, weight))
+    for name, module in biases.items():
+        assert module.bias is not None
+        places[found[name]].updates.append(LowRank(kind="bias", b=module.bias, scale=module.scale, weight=weight))
+
+
+def _drop_old_projector(tensors: dict[str, LazyTensor], places: Mapping[str, Placed]) -> None:
+    """A projector of another build (mlp2x_gelu for a linear one) takes the place of the base's, as in the original's model."""
+    if any(name not in tensors and canonical(name).startswith("projector.") for name in places):
+        for name in [name for name in tensors if canonical(name).startswith("projector.") and name not in places]:
+            del tensors[name]
+
+
+def _target(module: Module) -> str:
+    return f"{module.name}.{module.parameter or 'weight'}"
+
+
+def _may_be_new(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
+    """LLaVA's own parts may be new to a plain LLaMA, as its training added them."""
+    return bool(re.fullmatch(MULTIMODAL, name)) and "model.embed_tokens.weight" in tensors
+
+
+def _neighbours(names: Iterable[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
+    ends = {name.rsplit(".", 2)[-2] for name in names if name.count(".")}
+    return [name for name in tensors if name.count(".") and name.rsplit(".", 2)[-2] in ends] or list(tensors)[:5]
+
+
+def _update(module: Module, weight: float) -> LowRank:
+    return LowRank(
+        kind=module.kind,
+        a=module.a,
+        b=module.b,
+        scale=module.scale,
+        weight=weight,
+        magnitude=module.magnitude,
+        fan_in_fan_out=module.fan_in_fan_out,
+    )
+
+
+def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic) -> LazyTensor:
+    if place.replacement is not None:
+        replaced = cast(place.replacement, tensor.dtype)
+        grows = canonical(name) in TABLES and replaced.shape[1:] == tensor.shape[1:]
+        if replaced.shape != tensor.shape and not grows:
+            raise MismatchError(
+                f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter",
+                hint="give the base that the adapter was trained on",
+            )
+        tensor = replaced
+    if place.rows is not None:
+        indices, values = place.rows
+        if values.rows != len(indices) or not all(-tensor.rows <= index < tensor.rows for index in indices):
+            facts = {"rows": list(indices), "table": list(tensor.shape)}
+            raise MismatchError(
+                f"the adapter replaces rows that `{name}` does not have",
+                facts=facts,
+                hint="give the base that the adapter was trained on, with its tokens",
+            )
+        tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
+    return add_low_rank(tensor, [oriented(update, tensor) for update in place.updates], arithmetic, name=name)
+
+
+def oriented(update: LowRank, tensor: LazyTensor) -> LowRank:
+    """A tensor is stored (out, in) or (in, out), which PEFT reads off the module's class; here the shapes tell, and for a
+    square linear one the adapter's own word. Raises MismatchError for square experts, of which nothing tells."""
+    turned = replace(update, fan_in_fan_out=not update.fan_in_fan_out)
+    fitting = [each for each in (update, turned) if fits(each, tensor.shape)]
+    if update.kind == "parameter" and len(fitting) == 2:
+        what = "the adapter changes experts whose matrices are square: nothing tells whether they are stored (out, in) or (in, out)"
+        raise MismatchError(what, facts={"shape": list(tensor.shape)}, hint="merge this adapter with PEFT, which knows the model's class")
+    return fitting[0] if fitting else update
+
+
+def _finish(
+    base: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    tensors: Mapping[str, LazyTensor],
+    untied: bool,
+    arithmetic: Arithmetic,
+    scale: float,
+) -> Checkpoint:
+    """Config and small files: LLaVA's from its adapter, repaired; otherwise the base's, with what the merge changed."""
+    llava = next((adapter for adapter, _ in adapters if "mm_vision_tower" in adapter.config), None)
+    dtype = main_dtype(tensors)
+    if layout_of(tensors) == "llava":
+        config, files, repairs = _llava_files(base, llava, tensors, dtype)
+    else:
+        config, files, repairs = _plain_files(base, adapters, tensors, untied, dtype)
+    notes = (*(note for adapter, _ in adapters for note in adapter.notes), *_other_names(base, adapters))
+    step = Step(
+        "merge-lora",
+        (*((("base", base.origin),) if not base.history else ()), *((_role(weight), adapter.origin) for adapter, weight in adapters)),
+        {"arithmetic": arithmetic, "scale": scale, "weights": [weight for _, weight in adapters]},
+        _summary(adapters, tensors, base),
+        repairs=repairs,
+        notes=(*(() if base.history else base.notes), *notes),
+        warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not config.get("mm_vision_tower") else (),
+        checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
+    )
+    return Checkpoint(tensors, config, base.origin, files, (*base.history, step))
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    """What adapter_config.json says, without paths of its author's machine."""
+    recorded = adapter.peft.get("base_model_name_or_path")
+    return {**adapter.peft, "base_model_name_or_path": short_base(str(recorded))} if recorded else dict(adapter.peft)
+
+
+def _role(weight: float) -> str:
+    return "lora" if weight == 1 else f"lora x {weight:g}"
+
+
+Files = dict[str, Any]
+
+
+def _llava_files(
+    base: Checkpoint, adapter: Adapter | None, tensors: Mapping[str, LazyTensor], dtype: str
+) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+    config = {**base.config, **(adapter.config if adapter else {})}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    rows = shapes[VOCABULARY[0]][0]
+    given: Files = {**base.files, **(adapter.files if adapter else {})}
+    files, ids, fixed = repair_tokenizer(given, rows=rows)
+    if missing := _missing_tokens(config, ids.added, ids.base_vocabulary, rows):
+        files["added_tokens.json"] = json_bytes({**ids.added, **missing})
+        files, ids, more = repair_tokenizer(files, rows=rows)
+        fixed = (*fixed, f"added_tokens.json: {', '.join(f'{token} {number}' for token, number in missing.items())} added", *more)
+    wanted = config.get("vocab_size")
+    if isinstance(wanted, int) and wanted > rows:
+        raise MismatchError(
+            f"the adapter was trained with {wanted} rows of vocabulary, but neither it nor the base holds more than {rows}",
+            facts={"adapter": adapter.origin.name if adapter else "-", "base": base.origin.name},
+            hint="give the base, or the `non_lora_trainables.bin`, with the added rows: the original merges random ones here",
+        )
+    repaired, changes = repair_config({**config, "vocab_size": rows}, shapes=shapes, special_ids=ids, dtype=dtype)
+    generation, more = repair_generation_config(small_object(given, "generation_config.json"), ids)
+    files["generation_config.json"] = json_bytes(generation)
+    return repaired, files, (*changes, *more, *fixed)
+
+
+def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces: int, rows: int) -> dict[str, int]:
+    """Ids of the image tokens for which the table has rows and no file has names: the original numbers them when it loads."""
+    asked = [token for key, tokens in IMAGE_TOKENS for token in tokens if config.get(key)]
+    new = [token for token in asked if token not in added]
+    first = max([pieces - 1, *added.values()]) + 1
+    return {token: first + number for number, token in enumerate(new)} if first + len(new) == rows else {}
+
+
+def _plain_files(
+    base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], untied: bool, dtype: str
+) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+    config, repairs = deepcopy(dict(base.config)), []
+    files: Files = dict(base.files)
+    table = next((tensor for name, tensor in tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
+    changes: dict[str, Any] = {}
+    if table and base.config and table.rows != _text(config).get("vocab_size", table.rows):
+        changes["vocab_size"] = table.rows
+        for adapter, _ in adapters:
+            files |= adapter.files
+    if untied:
+        changes["tie_word_embeddings"] = False
+    torch_dtype = TORCH_DTYPE[dtype]
+    if any(config.get(key, torch_dtype) != torch_dtype for key in ("torch_dtype", "dtype")):
+        changes |= {key: torch_dtype for key in ("torch_dtype", "dtype") if key in config}
+    for key, value in changes.items():
+        for place in (config, config.get("text_config")):
+            if isinstance(place, dict) and (place is config or key in place):
+                repairs.append(f"config: `{key}` {json.dumps(place.get(key))} -> {json.dumps(value)}")
+                place[key] = value
+    return config, files, tuple(dict.fromkeys(repairs))
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def _summary(adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], base: Checkpoint) -> dict[str, str]:
+    rows = {}
+    for number, (adapter, weight) in enumerate(adapters, 1):
+        kinds = Counter(module.name.rsplit(".", 1)[-1] for module in adapter.modules)
+        scales = sorted({f"{module.scale * weight:g}" for module in adapter.modules})
+        ranks = sorted({module.rank for module in adapter.modules})
+        parts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+        if kinds:
+            label = "merge" if len(adapters) == 1 else f"merge {number}"
+            rows[label] = f"{len(adapter.modules)} modules ({parts}); rank {_joined(ranks)}, scale {_joined(scales)}"
+        if adapter.replacements:
+            rows["replace" if len(adapters) == 1 else f"replace {number}"] = few(adapter.replacements)
+    if new := [name for name in tensors if name not in base.tensors]:
+        rows["new"] = few(new)
+    if gone := [name for name in base.parameters() if name not in tensors]:
+        rows["drop"] = few(gone)
+    return rows
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:4])) + ("..." if len(values) > 4 else "")
+
+
+def _other_names(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[str]:
+    """Adapters that record a base of another name. A name is no evidence: whether the base fits, names and shapes of tensors tell.
+
+    A base that was just made has no name yet.
+    """
+    for adapter, _ in adapters if not base.history else ():
+        last = short_base(str(adapter.peft.get("base_model_name_or_path") or "")).rpartition("/")[2]
+        if last and last.lower() not in (base.origin.name.lower(), base.origin.name.rpartition("/")[2].lower()):
+            yield f"`{adapter.origin.name}` was trained on `{last}`, the base given is `{base.origin.name}`"

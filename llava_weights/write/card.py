@@ -1,0 +1,120 @@
+"""The model card (`README.md`) of an output: what was combined, how, what was repaired, and how to check it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .. import __version__
+from ..checkpoint.chat_template import bare
+from ..checkpoint.checkpoint import Origin, Step
+from ..checkpoint.manifest import TensorEntry, root_of_tensors
+from ..families.projectors import CONSUMERS
+from ..families.prompts import CONVERSATIONS
+from ..storage.hub import REPO
+from ..text import markdown_text, redact, visible
+from .plan import Plan
+
+
+def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, int]) -> str:
+    """Markdown with front matter. Only Hub ids that were really used become `base_model`; nothing is invented for folders. What comes from
+    files or from the user is text in it, never markup."""
+    title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
+    parts = [_front_matter(plan), f"# {markdown_text(title)}\n", f"Made by llava-weights {__version__}.\n"]
+    parts += [_step(step) for step in plan.history]
+    parts += [_use(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(plan: Plan) -> str:
+    ids = [origin.name for step in plan.history for _, origin in step.inputs if origin.revision and REPO.fullmatch(origin.name)]
+    lines = ["---", "tags: [llava, llava-weights]"]
+    if any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
+        lines.append("pipeline_tag: image-text-to-text")
+    if ids:
+        lines += ["base_model:", *(f"- {name}" for name in ids)]
+    return "\n".join([*lines, "---", ""])
+
+
+def _step(step: Step) -> str:
+    cells = [(role, origin.name, origin.revision or "-", _files(origin)) for role, origin in step.inputs]
+    told = [*step.summary.items(), *step.options.items()]
+    told += [("repaired", text) for text in step.repairs]
+    told += [("note", text) for text in step.notes]
+    told += [("warning", text) for text in step.warnings]
+    lines = [f"## {markdown_text(step.operation)}\n", "| role | input | revision | files |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(map(markdown_text, row))} |" for row in cells]
+    lines += ["", *(f"- {markdown_text(label)}: {markdown_text(str(value))}" for label, value in told)]
+    return "\n".join([*lines, ""])
+
+
+def _files(origin: Origin) -> str:
+    return f"{len(origin.files)} {origin.container}, {sum(file.size for file in origin.files):,} bytes"
+
+
+def _prompt(plan: Plan) -> str:
+    prompt = next((str(step.checks["prompt"]) for step in plan.history if "prompt" in step.checks), "")
+    found = CONVERSATIONS.get(f"llava_{prompt}")
+    return f"## Prompt\n\n`{bare(found)}`, stop at `{found.stop}`\n" if found else ""
+
+
+USE = """## Use it
+
+```python
+from transformers import AutoProcessor, {model}
+
+model = {model}.from_pretrained(PATH, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(PATH, padding_side="left")
+talk = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is shown in this image?"}}]}}]
+prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+inputs = processor(images=[image], text=[prompt], padding=True, return_tensors="pt").to(model.device, model.dtype)
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_special_tokens=True)[0])
+```
+
+The template writes this prompt; whoever writes one by hand has to write it so, no program adds a part of it. Generation stops at {stop}.
+
+{prompt}
+"""
+
+
+def _use(plan: Plan) -> str:
+    """How to run a llava-hf output, with the prompt that it was trained on."""
+    checks = _last(plan, "prompt_text")
+    if not checks:
+        return ""
+    model, stop = str(plan.config["architectures"][0]), f"`{checks['stop']}`"
+    model = model if model.isidentifier() else "AutoModelForImageTextToText"
+    return USE.format(model=model, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]))
+
+
+def _block(text: str) -> str:
+    """A block of code: its fence is longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return "\n".join([fence, *(visible(redact(line)) for line in text.split("\n")), fence])
+
+
+def _projector(plan: Plan) -> str:
+    form = _last(plan, "projector_form").get("projector_form")
+    if not form:
+        return ""
+    rows = [f"| {name}{' (this one)' if name == form else ''} | {text} |" for name, text in CONSUMERS.items()]
+    told = "This model has one Linear between tower and decoder, where llava-hf has two. They can be the same map in three forms:"
+    return "\n".join(["## Projector\n", f"{told}\n", "| `--projector-form` | consumers |", "|---|---|", *rows, ""])
+
+
+def _last(plan: Plan, key: str) -> Mapping[str, Any]:
+    return next((step.checks for step in reversed(plan.history) if key in step.checks), {})
+
+
+def _loss(tallies: Mapping[str, int]) -> str:
+    if not tallies.get("elements"):
+        return ""
+    lost, elements = tallies.get("lost", 0), tallies["elements"]
+    share = f"{lost:,} of {elements:,} values ({lost / elements:.4%})"
+    return f"Adding the base again gives the tuned model but for {share}, each one rounding off.\n"
+
+
+def _checks(tensors: Sequence[TensorEntry]) -> str:
+    lines = ["## Check it\n", "```", "sha256sum -c SHA256SUMS", "```\n", f"Root of all tensors: `{root_of_tensors(tensors)}`\n"]
+    return "\n".join(lines)

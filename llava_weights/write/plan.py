@@ -1,0 +1,228 @@
+"""What will be done, settled before the first byte is written: shards, sizes, memory, small files, fingerprint.
+
+A plan is plain data. `--dry-run` prints it, resume compares it, and a shard of it can be sent to another process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..checkpoint.checkpoint import Checkpoint, Source, Step, opened
+from ..checkpoint.diagnose import role_of
+from ..checkpoint.small_files import small_bytes
+from ..errors import MOST_JOBS, UsageError, whole_number
+from ..storage.strict_json import json_bytes
+from ..tensors.holes import MORE, Watch, told
+from ..tensors.lazy import LazyTensor
+from ..tensors.windows import WINDOW_BYTES, MiB, cut
+from ..text import redact
+
+FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an AttributeError (facts: llava-hf 2.4)
+
+SMALLEST_WINDOW = MiB
+LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
+LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
+BUFFERS_BEYOND_JOBS = 4  # what the digest threads may lag behind the workers
+# Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
+INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
+WITH_NETWORK = 110 * MiB  # HTTP and fsspec clients, and the 4 MiB that a store's answer takes in each of 8 workers
+UPLOADING = 160 * MiB  # four parts of 16 MiB of a large object, each once more on its way
+REMOTE_JOBS = 4  # workers in place of one, where inputs come over the network: most of them wait for an answer
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: the unit of work, of resume and of digests."""
+
+    name: str
+    tensors: tuple[tuple[str, LazyTensor], ...]
+    watch: Watch | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """To a worker goes what is known of the files that it reads, a few kB, not of all inputs."""
+        files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
+        return Shard, (self.name, self.tensors, self.watch and self.watch.within(files))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data, the header not counted."""
+        return sum(tensor.nbytes for _, tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, without effect on the bytes written."""
+
+    jobs: int = 2
+    window: int = WINDOW_BYTES
+    drop_cache: bool = True
+    upload: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs. `files` are the small files of the output, each as bytes or as a path to copy."""
+
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    files: Mapping[str, bytes | Path]
+    history: tuple[Step, ...]
+    settings: Settings = field(default_factory=Settings)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def memory(self) -> int:
+        """Peak resident bytes promised for the whole process with these settings."""
+        return _memory(self.shards, self.settings)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What makes two runs the same work, by part; resume compares it and names what differs."""
+        sources = {leaf.file for shard in self.shards for _, tensor in shard.tensors for leaf in tensor.leaves()}
+        small = {name: _digest(small_bytes(name, data, LARGEST_SMALL_FILE)) for name, data in self.files.items()}
+        return {
+            "version": __version__,
+            "command": ", ".join(step.operation for step in self.history),
+            "options": json.dumps(dict(self.options), sort_keys=True),
+            "inputs": "\n".join(
+                sorted(f"{redact(s.path)} {s.size} bytes, changed {s.etag or s.mtime_ns}, header {s.header_sha256[:16]}" for s in sources)
+            ),
+            "small files": _digest(json.dumps(small, sort_keys=True).encode()),
+            "tensors": _digest(repr(self.shards).encode()),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return _digest(json.dumps(self.identity, sort_keys=True).encode())
+
+
+def make_plan(
+    checkpoint: Source,
+    *,
+    max_shard_size: int | str = "5GB",
+    max_memory: int | str | None = None,
+    jobs: int = 2,
+    options: Mapping[str, Any] | None = None,
+    upload: bool = False,
+    accept_values: bool = False,
+) -> Plan:
+    """Cut `checkpoint` into shards at the boundaries, and with the names, that the Hub's libraries use.
+
+    `checkpoint` may be a path. `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB"; `upload` says that the
+    output goes elsewhere. Raises UsageError where they can't be read or where the work does not fit into `max_memory`.
+
+    Samples of the local inputs are read: InputError where zeros stand in place of values (tensors/holes.py), which `accept_values` turns
+    into
+    warnings of the last step. It holds for the whole work, as every byte is seen again while it is written.
+    """
+    limit, memory = parse_size(max_shard_size, "max-shard-size"), None if max_memory is None else parse_size(max_memory, "max-memory")
+    whole_number("jobs", jobs, most=MOST_JOBS)
+    checkpoint = opened(checkpoint, "checkpoint")
+    watch = _watch(checkpoint, accept_values)
+    watch.survey()
+    shards = _shards(checkpoint.tensors, limit, watch)
+    config = json_bytes(dict(checkpoint.config))
+    files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
+    settings = Settings(jobs=jobs * REMOTE_JOBS if _uses_network(shards) else jobs, upload=upload)
+    if memory is not None:
+        settings = _fit(shards, settings, memory)
+    chosen = {"max_shard_size": limit, **(options or {})}
+    history = accepted(checkpoint.history, (hole.text for hole in sorted(watch.found)))
+    return Plan(shards, checkpoint.config, files, history, settings, chosen)
+
+
+def _watch(checkpoint: Checkpoint, accept: bool) -> Watch:
+    if checkpoint.history:
+        roles = {file.path: role for step in checkpoint.history for role, origin in step.inputs for file in origin.files}
+    else:  # as it was opened, to cut it anew
+        roles = dict.fromkeys((file.path for file in checkpoint.origin.files), role_of(checkpoint))
+    leaves = ((name, leaf) for name, tensor in checkpoint.tensors.items() for leaf in tensor.leaves())
+    return Watch(leaves, roles, accept=accept)
+
+
+def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...]:
+    """`history` with a warning in its last step for each of these holes, by their texts, that it does not tell of yet."""
+    known = {warning.rpartition(": ")[0] for step in history for warning in step.warnings}  # one range may have two reasons
+    new = told(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
+    if not history or not new or any(warning.endswith(MORE) for step in history for warning in step.warnings):
+        return history
+    return (*history[:-1], replace(history[-1], warnings=(*history[-1].warnings, *new)))
+
+
+def _shards(tensors: Mapping[str, LazyTensor], limit: int, watch: Watch) -> tuple[Shard, ...]:
+    from huggingface_hub import split_state_dict_into_shards_factory as split
+
+    found = split(
+        dict(tensors), get_storage_size=lambda tensor: tensor.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+    )
+    return tuple(Shard(file, tuple((name, tensors[name]) for name in names), watch) for file, names in found.filename_to_tensors.items())
+
+
+def _memory(shards: tuple[Shard, ...], settings: Settings) -> int:
+    largest = scratch = 0
+    for shard in shards:
+        for window in cut(shard.tensors, 0, settings.window):
+            largest = max(largest, window.nbytes)
+            scratch = max(scratch, *(piece.tensor.scratch(piece.stop - piece.start) for piece in window.pieces))
+    uses_torch = any(tensor.uses_torch for shard in shards for _, tensor in shard.tensors)
+    buffers = (settings.jobs + BUFFERS_BEYOND_JOBS) * largest + settings.jobs * 2 * scratch
+    network = (_uses_network(shards) or settings.upload) * WITH_NETWORK + settings.upload * UPLOADING
+    return (WITH_TORCH if uses_torch else INTERPRETER) + network + buffers
+
+
+def _uses_network(shards: tuple[Shard, ...]) -> bool:
+    return any(leaf.file.remote for shard in shards for _, tensor in shard.tensors for leaf in tensor.leaves())
+
+
+def _fit(shards: tuple[Shard, ...], settings: Settings, limit: int) -> Settings:
+    """The largest window, then the fewest jobs, that keep the promise within `limit`."""
+    for jobs in range(settings.jobs, 0, -1):
+        window = settings.window
+        while window >= SMALLEST_WINDOW:
+            tried = replace(settings, jobs=jobs, window=window)
+            if _memory(shards, tried) <= limit:
+                return tried
+            window //= 2
+    least = _memory(shards, replace(settings, jobs=1, window=SMALLEST_WINDOW))
+    raise UsageError(
+        f"`--max-memory` is too small: this work needs {least:,} bytes",
+        facts={"given": f"{limit:,} bytes"},
+        hint=f"pass `--max-memory {-(-least // 10**6)}MB` or more",
+    )
+
+
+_UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12,
+          "KIB": 1 << 10, "MIB": MiB, "GIB": 1 << 30, "TIB": 1 << 40}  # fmt: skip
+
+
+def parse_size(size: int | str, option: str) -> int:
+    """Bytes of "5GB" (decimal, as on the Hub), "512MiB" or a whole number of bytes. Raises UsageError for anything else, and for what
+    nobody can mean: more than a PiB, a text of less than 1 kB, or one without a unit of less than 1 MB."""
+    if type(size) is int:
+        return whole_number(option.replace("-", "_"), size, most=LARGEST_SIZE)
+    found = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([A-Za-z]*)", str(size).strip())
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None:
+        raise UsageError(f"`--{option} {size}` is not a size", hint="write it as 5GB, 500MB or 512MiB")
+    nbytes = float(found[1]) * unit
+    if nbytes < (1_000 if found[2] else 1_000_000):
+        hint = f"write the unit: {found[1]}GB" if not found[2] and nbytes else "write it as 5GB, 500MB or 512MiB"
+        raise UsageError(f"`--{option} {size}` is {nbytes:g} bytes, too little", hint=hint)
+    if nbytes > LARGEST_SIZE:
+        raise UsageError(f"`--{option} {size}` is more than any file system holds", hint="write it as 5GB, 500MB or 512MiB")
+    return int(nbytes)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

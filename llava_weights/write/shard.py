@@ -1,0 +1,330 @@
+"""One shard, streamed: rows in, bytes out, digests on the way.
+
+The header is made first, since names, dtypes, shapes and offsets are known without data. The data is cut into windows on row
+borders. Workers take windows in order, make the rows into a reused buffer and write it at its place; two digest threads (of
+the file, of each tensor) follow in file order over the same buffers while they are in cache. A buffer is free again when all
+three are done with it, so memory is a few windows, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import secrets
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+from ..formats.integer_delta import ToInteger, write_integer_shard
+from ..formats.safetensors import make_header
+from ..storage.atomic import NOT_SUPPORTED, output_error, sync_folder
+from ..storage.reading import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
+from ..storage.threads import Shield
+from ..tensors.dtypes import one_thread
+from ..tensors.holes import Watch
+from ..tensors.lazy import wrong_digest
+from ..tensors.windows import Window, cut, make
+from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
+
+MOST_HOLES = 64  # that one shard's journal line tells of
+SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What is known of a finished shard: small, picklable, and one line of the journal."""
+
+    name: str
+    nbytes: int
+    sha256: str
+    tensors: dict[str, str]  # name -> sha256 of the raw little-endian values
+    tallies: dict[str, int]
+    holes: tuple[str, ...] | list[str] = ()  # sentences on zeros that were accepted; a list where the journal tells
+
+
+@one_thread()
+def write_shard(
+    shard: Shard,
+    folder: Path,
+    settings: Settings,
+    *,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    keep: bool = True,
+) -> ShardResult:
+    """Write `shard` into `folder` under its final name: temporary file, fsync, rename, fsync of the folder.
+
+    Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
+    overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
+    result says what the inputs hold now.
+    """
+    watch = shard.watch.fresh() if shard.watch else None
+    if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
+        return _write_integer(shard, folder, settings, on_bytes, keep, watch)
+    header, laid_out = make_header(shard.tensors, FORMAT)
+    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
+    size = len(header) + sum(window.nbytes for window in windows)
+    temporary = temporary_path(folder, shard.name)
+    try:
+        with Sink(temporary, size, settings) if keep else Nowhere() as sink:
+            sink.write(memoryview(header), 0)
+            job = Pipeline(header, windows, sink, settings, on_bytes, watch)
+            job.run()
+            for name, tensor in shard.tensors:
+                if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
+                    raise wrong_digest(name)
+            sink.sync()
+        if keep:
+            os.rename(temporary, folder / shard.name)
+            sync_folder(folder)
+    except OSError as error:
+        raise output_error(error, folder / shard.name) from error
+    finally:
+        with suppress(OSError):  # the next run deletes it
+            temporary.unlink(missing_ok=True)
+    return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies), _accepted(watch))
+
+
+def _accepted(watch: Watch | None) -> tuple[str, ...]:
+    return tuple(hole.text for hole in sorted(watch.found)[:MOST_HOLES]) if watch else ()
+
+
+def temporary_path(folder: Path, name: str) -> Path:
+    """Another one for each attempt: where a node was only thought to be lost, two attempts write the same shard at one time."""
+    return folder / f".{name}.{secrets.token_hex(4)}.part"
+
+
+def _write_integer(
+    shard: Shard, folder: Path, settings: Settings, on_bytes: Callable[[int], None], keep: bool, watch: Watch | None
+) -> ShardResult:
+    items = [(name, tensor) for name, tensor in shard.tensors if isinstance(tensor, ToInteger)]
+    temporary = temporary_path(folder, shard.name)
+    try:
+        result = write_integer_shard(temporary, items, jobs=settings.jobs, on_bytes=on_bytes, watch=watch)
+        if keep:
+            os.rename(temporary, folder / shard.name)
+            sync_folder(folder)
+        else:
+            temporary.unlink()
+    except OSError as error:
+        raise output_error(error, folder / shard.name) from error
+    tallies = {"raw": result.raw_nbytes, "packed": result.packed_nbytes}
+    return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies, _accepted(watch))
+
+
+@dataclass
+class Pipeline:
+    """The threads of one shard. Window numbers are handed out in order, and a worker has a buffer before it takes one,
+    so the digest threads, which wait for the lowest number, always get it."""
+
+    header: bytes
+    windows: Sequence[Window]
+    sink: Sink | Nowhere
+    settings: Settings
+    on_bytes: Callable[[int], None]
+    watch: Watch | None = None
+    tensor_digests: dict[str, str] = field(default_factory=dict)
+    tallies: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.file_digest = hashlib.sha256(self.header)
+        self.failures: list[BaseException] = []
+        self.numbers = iter(range(len(self.windows)))
+        self.changed = threading.Condition()
+        self.made: dict[int, memoryview] = {}
+        self.users: dict[int, int] = {}
+        self.free: SimpleQueue[memoryview | None] = SimpleQueue()
+        behind = DropBehind()
+        self.stopping = threading.Event()
+        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
+
+    def run(self) -> None:
+        """Start the threads, wait for them, then judge what was read. Raises the first failure."""
+        largest = max((window.nbytes for window in self.windows), default=0)
+        for _ in range(min(self.settings.jobs + BUFFERS_BEYOND_JOBS, len(self.windows))):
+            self.free.put(private_buffer(largest))
+        tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
+        tasks += [(self._digest_file, ()), (self._digest_tensors, ())]
+        threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
+        with Shield(self._fail):  # the files are closed when no thread lives
+            try:
+                for thread in threads:
+                    thread.start()
+            except RuntimeError as error:  # there can be no more threads
+                self._fail(error)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            self._finish_workspaces()
+        if self.failures:
+            raise self.failures[0]
+
+    def _finish_workspaces(self) -> None:
+        try:
+            if self.failures:
+                return
+            for workspace in self.workspaces:
+                workspace.recheck_sources()
+                self.tallies.update(workspace.tallies)
+            check_crcs(self.workspaces)
+        finally:
+            for workspace in self.workspaces:
+                workspace.close()
+
+    def _guard(self, task: Callable[..., None], args: tuple[Workspace, ...]) -> None:
+        try:
+            task(*args)
+        except BaseException as error:  # handed to the caller's thread
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self.changed:
+            self.failures.append(error)
+            self.stopping.set()
+            self.changed.notify_all()
+        self.free.put(None)
+
+    def _work(self, workspace: Workspace) -> None:
+        while (taken := self._take()) is not None:
+            number, buffer = taken
+            window = self.windows[number]
+            data = buffer[: window.nbytes]
+            make(window, data, workspace)
+            with self.changed:
+                self.made[number], self.users[number] = buffer, 3
+                self.changed.notify_all()
+            self.sink.write(data, window.offset)
+            self.on_bytes(window.nbytes)
+            self._release(number)
+
+    def _take(self) -> tuple[int, memoryview] | None:
+        """The next window and a buffer for it; None, passed on to the next worker, when there is no more to do."""
+        buffer = self.free.get()
+        with self.changed:
+            number = None if buffer is None or self.failures else next(self.numbers, None)
+        if buffer is None or number is None:
+            self.free.put(None)
+            return None
+        return number, buffer
+
+    def _in_order(self) -> Iterator[tuple[Window, memoryview]]:
+        for number, window in enumerate(self.windows):
+            with self.changed:
+                while number not in self.made:
+                    if self.failures:
+                        return
+                    self.changed.wait()
+                buffer = self.made[number]
+            yield window, buffer
+            self._release(number)
+
+    def _release(self, number: int) -> None:
+        with self.changed:
+            self.users[number] -= 1
+            if self.users[number]:
+                return
+            del self.users[number]
+            buffer = self.made.pop(number)
+        self.free.put(buffer)
+
+    def _digest_file(self) -> None:
+        for window, buffer in self._in_order():
+            self.file_digest.update(buffer[: window.nbytes])
+
+    def _digest_tensors(self) -> None:
+        for window, buffer in self._in_order():
+            for piece in window.pieces:
+                if piece.start == 0:
+                    digest = hashlib.sha256()
+                digest.update(buffer[piece.at : piece.at + piece.nbytes])
+                if piece.stop == piece.tensor.rows:
+                    self.tensor_digests[piece.name] = digest.hexdigest()
+
+
+class Nowhere:
+    """A `Sink` for who only wants the digests."""
+
+    def __enter__(self) -> Nowhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def write(self, data: memoryview, offset: int) -> None:
+        return
+
+    def sync(self) -> None:
+        return
+
+
+class Sink:
+    """The output file: allocated at once, written by position, its pages started on their way and dropped behind."""
+
+    def __init__(self, path: Path, size: int, settings: Settings) -> None:
+        self.path = path
+        self.drop_cache = settings.drop_cache
+        self.started: deque[tuple[int, int]] = deque()
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            allocate(self.fd, size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self.fd, data[done:], offset + done)
+            except OSError as error:
+                raise output_error(error, self.path) from error
+        if self.drop_cache and _sync_file_range:
+            sync_range(self.fd, offset, len(data), 2)  # SYNC_FILE_RANGE_WRITE: start now, wait for nothing
+            self.started.append((offset, len(data)))
+            if len(self.started) > SYNC_LAG:
+                old, size = self.started.popleft()
+                sync_range(self.fd, old, size, 7)  # WAIT_BEFORE | WRITE | WAIT_AFTER
+                drop_cache(self.fd, old, size)
+
+    def sync(self) -> None:
+        """Everything is on the disk when this returns; the page cache is given back."""
+        os.fsync(self.fd)
+        if self.drop_cache:
+            drop_cache(self.fd)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_sync_file_range = getattr(_libc, "sync_file_range", None)
+_fallocate = getattr(_libc, "fallocate", None)
+if _sync_file_range:
+    _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+if _fallocate:
+    _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def sync_range(fd: int, offset: int, size: int, flags: int) -> None:
+    """`sync_file_range`. Its errors count: Linux tells a descriptor once that pages were lost, and the fsync at the end would no
+    longer hear of them (`file_check_and_advance_wb_err`)."""
+    if _sync_file_range and _sync_file_range(fd, offset, size, flags) and (code := ctypes.get_errno()) not in NOT_SUPPORTED:
+        raise OSError(code, os.strerror(code))
+
+
+def allocate(fd: int, size: int) -> None:
+    """Reserve `size` bytes, so that a full disk shows now. Not `posix_fallocate`: glibc emulates it by writing every block."""
+    if size and _fallocate and _fallocate(fd, 0, 0, size) == 0:
+        return
+    code = ctypes.get_errno() if size and _fallocate else 0
+    if code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):  # anything else means that the file system can't reserve
+        raise OSError(code, os.strerror(code))
+    os.ftruncate(fd, size)

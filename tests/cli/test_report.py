@@ -1,0 +1,108 @@
+"""Findings as a CI reads them: parsed back with other people's parsers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from llava_weights.cli import report
+from llava_weights.findings import Finding
+
+FINDINGS = (
+    Finding("L0", "ok", "model", "all is as it should be"),
+    Finding("L3", "failed", "lm_head.weight", "`lm_head.weight` holds 3 values | inf & <NaN>\x00", "get the file again"),
+    Finding("L2", "unchecked", "model", "no checksums"),
+    Finding("L1", "warning", "config.json", "odd"),
+)
+
+
+def test_junit_is_xml_with_a_case_a_finding() -> None:
+    suite = ElementTree.fromstring(report.junit("my model", FINDINGS))
+    assert suite.attrib == {"name": "llava-weights my model", "tests": "4", "failures": "1", "skipped": "1", "errors": "0"}
+    cases = {case.get("classname"): [child.tag for child in case] for case in suite.iter("testcase")}
+    assert cases == {"my model.L0": ["system-out"], "my model.L3": ["failure"], "my model.L2": ["skipped"], "my model.L1": ["system-out"]}
+    assert suite.findtext("system-out") == "FAILED (1 failed, 1 warning, 1 unchecked, 1 ok)"
+    failure = suite.find(".//failure")
+    assert failure is not None
+    assert "inf & <NaN>" in str(failure.get("message"))
+
+
+def test_markdown_has_a_row_a_finding_failures_first() -> None:
+    lines = report.markdown("my|model", FINDINGS, 4).splitlines()
+    assert lines[0] == "## my\\|model: FAILED (1 failed, 1 warning, 1 unchecked, 1 ok)"
+    rows = [line for line in lines if line.startswith("| ") and "level" not in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| FAILED", "| warning", "| unchecked", "| ok"]
+    assert all(row.replace("\\|", "").count("|") == 5 for row in rows)
+
+
+@pytest.mark.parametrize(("code", "word"), [(0, "verified"), (3, "not verified"), (4, "FAILED")])
+def test_the_verdict_comes_first(code: int, word: str) -> None:
+    assert report.lines("model", FINDINGS, code)[0].startswith(f"model: {word}")
+    assert report.document("model", FINDINGS, code)["exit_code"] == code
+
+
+@pytest.fixture
+def model(cli: Any, fixtures: Path, tmp_path: Path) -> Path:
+    source, tower = fixtures / "C-v1.5/original-with-vision-safetensors", fixtures / "common/clip-tiny-42px"
+    assert cli("convert", source, "--vision-tower", tower, "-o", "model", "-q").code == 0
+    return tmp_path / "model"
+
+
+def test_the_commands(cli: Any, model: Path, fixtures: Path, tmp_path: Path) -> None:
+    done = cli("verify", "model", "--deep", "--junit", "report.xml", "--summary", "summary.md", "--json")
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert (done.code, document["exit_code"], document["tensors"]) == (0, 0, 64)
+    assert {finding["verdict"] for finding in document["findings"]} == {"ok"}
+    assert ElementTree.parse(tmp_path / "report.xml").getroot().get("failures") == "0"
+    whole = "structure and samples, files and values of 64 tensors (by its manifest) verified (18 ok)"
+    assert (tmp_path / "summary.md").read_text().startswith(f"## model: {whole}\n")
+    assert f"model: {whole}" in cli("verify", "model", "--deep").stdout
+    assert whole in (tmp_path / "report.xml").read_text()
+    assert document["verdict"] == whole
+    unread = "structure and samples, small files (by its manifest) verified; values of 64 tensors not read (--deep reads them)"
+    assert cli("verify", "model").stdout.startswith(f"model: {unread}")
+
+    source = fixtures / "C-v1.5/original-no-vision-bin"
+    assert cli("verify", source).code == 3
+    done = cli("verify", model, "--against", source)
+    assert (done.code, "not verified: 39 tensors without counterpart in `original-no-vision-bin`" in done.stdout) == (3, True)
+    assert "will be read: " in done.stderr
+    shutil.copytree(source, tmp_path / "source")
+    assert cli("checksum", "source").stdout.count("Wrote") == 2
+    assert cli("verify", "source", "--deep").code == 0
+    assert cli("verify", "source", env={"GITHUB_STEP_SUMMARY": str(tmp_path / "page.md")}).code == 0
+    assert "verified" in (tmp_path / "page.md").read_text()
+
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"image_seq_length": 576}))
+    done = cli("verify", "model")
+    assert done.code == 4
+    assert "`config.json` changed" in done.stdout
+    assert "`image_seq_length` is 576" in done.stdout
+
+
+def test_diff(cli: Any, model: Path, fixtures: Path, tmp_path: Path) -> None:
+    done = cli("diff", model, fixtures / "C-v1.5/original-with-vision-safetensors", "--plot", "change.svg")
+    assert done.code == 4  # the new rows
+    assert "304 common rows equal, 16 more in A" in done.stdout
+    ElementTree.parse(tmp_path / "change.svg")
+    assert cli("diff", model, model).code == 0
+    assert cli("diff", model, model, "--plot", "change.gif").code == 2
+
+
+@pytest.mark.parametrize(
+    ("subject", "text", "told"),
+    [
+        ("processor_config.json", "right: as preprocessor_config.json", "processor_config.json: right: as preprocessor_config.json"),
+        ("tokenizer", "right: tokenizer.json as tokenizer.model", "tokenizer: right: tokenizer.json as tokenizer.model"),
+        ("config.json", "`config.json` says nothing", "`config.json` says nothing"),
+        ("lm_head.weight", "the rows of lm_head.weight.", "the rows of lm_head.weight."),
+    ],
+)
+def test_a_line_names_what_it_is_about(subject: str, text: str, told: str) -> None:
+    assert report.lines("x", [Finding("L0", "ok", subject, text)], 0)[1].endswith(f"L0        {told}")

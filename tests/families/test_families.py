@@ -1,0 +1,143 @@
+"""Every row of the tables, and a made-up one: a toy of each family, made from its row alone, goes through the whole house."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+import llava_weights as lw
+from llava_weights.checkpoint.chat_template import QUESTION, choose, example
+from llava_weights.checkpoint.config import decoder_of, known_decoder
+from llava_weights.cli.toy import make_llava
+from llava_weights.families import originals
+from llava_weights.families.decoders import DECODERS
+from llava_weights.families.originals import ORIGINALS, Original, fitting, of_tokens
+from llava_weights.families.prompts import CONVERSATIONS
+from llava_weights.families.shapes import length
+from llava_weights.families.targets import BY_TYPE as TARGETS
+from llava_weights.families.targets import DEFAULTS
+from llava_weights.families.towers import BY_KIND, TOWERS
+
+ROWS = [(row, decoder, tower) for row in ORIGINALS for decoder, tower in product(row.decoders, row.towers)]
+CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+
+
+def write(checkpoint: lw.Checkpoint, folder: Path) -> Path:
+    lw.execute(lw.make_plan(checkpoint), folder)
+    return folder
+
+
+def read(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def through_the_house(folder: Path, row: Original, decoder: str, tower: str) -> None:
+    """There and back, the rules clean, the forward pass equal, the prompt rendered."""
+    make_llava(folder, row, decoder=decoder, tower=tower)
+    there = write(lw.convert(folder / "llava", "llava-hf"), folder / "hf")
+    config, target = read(there, "config.json"), TARGETS[row.target]
+    assert (config["model_type"], config["architectures"]) == (target.model_type, [target.architecture])
+    assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == (decoder, BY_KIND[tower].model_type)
+    assert read(there, "processor_config.json")["processor_class"] == target.processor
+    checked = lw.verify(there)
+    assert [finding for finding in checked.findings if finding.verdict in ("failed", "warning")] == []
+    assert lw.smoke_test(there, original=folder / "llava").exit_code == 0
+    template = ImmutableSandboxedEnvironment().from_string((there / "chat_template.jinja").read_text(encoding="utf-8"))
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    assert template.render(messages=asked, add_generation_prompt=True) == example(CONVERSATIONS[row.prompt], image_text(folder, there))
+    back = lw.convert(there, "llava")
+    assert lw.diff(folder / "llava", write(back, folder / "back")).equal
+    kept = ("model_type", "architectures", "image_aspect_ratio", "mm_projector_type", "mm_vision_select_layer")
+    source = read(folder / "llava", "config.json")
+    assert [back.config[key] for key in kept[:2]] == [source[key] for key in kept[:2]]
+    assert all(back.config[key] == source[key] for key in kept[3:])
+
+
+def image_text(folder: Path, there: Path) -> str:
+    token = str(read(there, "processor_config.json")["image_token"])
+    marked = read(folder / "llava", "config.json").get("mm_use_im_start_end")
+    return f"<im_start>{token}<im_end>" if marked else token
+
+
+@pytest.mark.parametrize("row", ORIGINALS, ids=lambda row: row.name)
+def test_a_toy_of_each_family_goes_there_and_back(tmp_path: Path, row: Original) -> None:
+    through_the_house(tmp_path, row, row.decoders[0], row.towers[0])
+
+
+@pytest.mark.parametrize(("row", "decoder", "tower"), ROWS, ids=lambda part: getattr(part, "name", part))
+def test_each_row_is_reached(tmp_path: Path, row: Original, decoder: str, tower: str) -> None:
+    """No earlier row takes what a row describes, on any of its decoders and towers."""
+    make_llava(tmp_path, row, decoder=decoder, tower=tower)
+    config = read(tmp_path / "llava", "config.json")
+    assert decoder_of(config).model_type == decoder
+    rows = tuple(fitting(config, decoder=decoder, tower=tower, newline=TARGETS[row.target].tiles))
+    assert of_tokens(rows, {row.token}) == row
+    assert {each.target for each in rows} == {row.target}
+    assert choose(config, {row.token}, rows)[0].name == row.prompt
+
+
+def test_a_new_family_takes_one_row_and_contributing_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row of a made-up family that "Add a family" shows, and no other change."""
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    (row,) = re.findall(r"```python\n(.*?)```", text.partition("## Add a family")[2].partition("\n## ")[0], re.DOTALL)
+    family = eval(textwrap.dedent(row), {"Original": Original})
+    monkeypatch.setattr(originals, "ORIGINALS", (family, *ORIGINALS))
+    through_the_house(tmp_path, family, family.decoders[0], family.towers[0])
+
+
+def test_names_of_the_rows_lead_to_rows() -> None:
+    for row in ORIGINALS:
+        assert row.target in TARGETS
+        assert row.prompt in CONVERSATIONS
+        assert set(row.towers) <= BY_KIND.keys()
+        assert set(row.decoders) <= {decoder.model_type for decoder in DECODERS}
+
+
+@pytest.mark.parametrize("config", [{"model_type": "granite"}, {"model_type": "llava_gemma"}, {"architectures": ["LISAForCausalLM"]},
+                                    {"model_type": "llava", "architectures": ["LlavaPhiForCausalLM"]}])  # fmt: skip
+def test_what_no_row_describes_is_refused_by_its_name(config: dict[str, Any]) -> None:
+    with pytest.raises(lw.InputError) as refused:
+        decoder_of(config)
+    assert any(name in str(refused.value) for name in (config.get("model_type"), *config.get("architectures", [])) if name)
+    assert known_decoder(config) is None
+
+
+@pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.model_type)
+def test_defaults_of_decoders_are_those_of_their_classes(row: Any) -> None:
+    theirs = getattr(transformers, row.config_class)()
+    assert theirs.model_type == row.model_type
+    assert hasattr(transformers, row.architecture)
+    values = {**theirs.to_dict(), **(getattr(theirs, "rope_parameters", None) or {})}
+    ours = {key: value for key, value in row.defaults.items() if key in values and key not in ("use_cache", "rope_scaling")}
+    assert len(ours) > 12
+    for key, value in ours.items():
+        derived = None if key not in row.derived else length(row.derived[key], {**row.defaults, "head_dim": 1})
+        assert values[key] in (value, derived), key
+
+
+def test_defaults_of_towers_and_targets_are_those_of_their_classes() -> None:
+    for tower in TOWERS:
+        theirs = getattr(transformers, tower.config_class)().to_dict()
+        assert theirs["model_type"] == tower.model_type
+        assert {key: theirs[key] for key in tower.defaults if key in theirs and key != "vision_use_head"}.items() <= tower.defaults.items()
+        assert hasattr(transformers, tower.model_class)
+    for target in TARGETS.values():
+        found = getattr(transformers, target.config_class)()
+        assert found.model_type == target.model_type
+        same = ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias")
+        assert {key: getattr(found, key) for key in same} == {key: DEFAULTS[key] for key in same}
+        assert hasattr(transformers, target.architecture)
+
+
+def test_a_row_that_asks_for_more_stands_first() -> None:
+    bare = replace(ORIGINALS[0], token="", says={}, has=())
+    assert of_tokens((bare, *ORIGINALS), ()) == bare
