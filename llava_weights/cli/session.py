@@ -215,8 +215,9 @@ def converted(
 
     given = layout.given
     named = given.pop("vision_tower", None)
-    if to == "llava" and named and holds_tower(checkpoint):  # the original's config names its tower; no weights are asked for
-        given["tower_name"], named = named, None
+    if to == "llava" and named and holds_tower(checkpoint):  # the original's config names its tower; a folder's config tells its heads
+        given["tower_name"] = named
+        named = named if Path(named).exists() else None
     tower = open_checkpoint(named, progress=progress) if named else None
     return convert(checkpoint, to, tower=tower, dtype=dtype, **given)
 
