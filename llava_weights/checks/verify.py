@@ -447,9 +447,9 @@ def _headers(ours: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> It
 
 def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Whether the tensors are those that config.json describes."""
-    named = checkpoint.config.get("model_type")
-    if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config and known_decoder(checkpoint.config) is None and named is not None:
-        yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: no decoder {shown(str(named))} is known")
+    if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config and known_decoder(checkpoint.config) is None:
+        why = f"no decoder is known by `model_type` {shown(str(checkpoint.config.get('model_type')))}"
+        yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: {why}")
     elif checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config:
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         stored = {"tie_word_embeddings": False} if VOCABULARY[1] in shapes else {}  # a tied head may be: health.py looks at its values
