@@ -47,11 +47,20 @@ TEMPLATE = """\
 """
 
 
-def chat_template(conversation: Conversation, image: str) -> str:
+# What a class that takes videos has behind the loop over images.
+VIDEOS = """\
+    {%- for part in message["content"] -%}
+      {%- if part["type"] == "video" -%}{%- set state.text = state.text + VIDEO -%}{%- endif -%}
+    {%- endfor -%}
+"""
+TEXTS = '    {%- set state.text = state.text + (message["content"]'
+
+
+def chat_template(conversation: Conversation, image: str, video: str = "") -> str:
     """A Jinja template that renders what LLaVA builds of the same messages, for transformers 4.45 and later.
 
-    `image` is the text that stands for one image in the prompt; a newline follows it. A first message with the role
-    `system` replaces the family's own system text. Content is a text or a list of `{"type": "image"}` and
+    `image` is the text that stands for one image in the prompt, `video`, where there are such, for a video; a newline follows it.
+    A first message with the role `system` replaces the family's own system text. Content is a text or a list of `{"type": "image"}` and
     `{"type": "text", "text": ...}`; several texts are joined by blanks.
     """
     system = _around(conversation.system_turn)
@@ -67,7 +76,8 @@ def chat_template(conversation: Conversation, image: str) -> str:
         "ASSISTANT": _around(conversation.assistant_turn),
         "GENERATION": _literal(conversation.generation),
     }
-    return re.sub("|".join(pieces), lambda found: pieces[found[0]], TEMPLATE)
+    pieces |= {"VIDEO": _literal(f"{video}\n")} if video else {}
+    return re.sub("|".join(pieces), lambda found: pieces[found[0]], TEMPLATE.replace(TEXTS, VIDEOS + TEXTS) if video else TEMPLATE)
 
 
 def example(conversation: Conversation, image: str) -> str:
@@ -115,7 +125,7 @@ def _known() -> str:
 def _opening(conversation: Conversation) -> str:
     """What a prompt begins with where no system message is given."""
     before, after = conversation.system_turn
-    wanted = conversation.system or not conversation.inside
+    wanted = conversation.system or not (conversation.inside or conversation.optional)
     return conversation.inside + (f"{before}{conversation.system}{after}" if wanted else "")
 
 

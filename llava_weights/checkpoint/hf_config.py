@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
 from ..families.decoders import BY_TYPE, SIZES
+from ..families.targets import BY_TYPE as TARGETS
 from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
 from ..text import shown
 from .config import RIGHT_CONFIG, decoder_of
 from .tower import VisionTower
+
+# What a llava-hf config says of the features of its tower, and the original's can't say in full: it stands beside the words of the latter.
+STATED = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Tokens:
     eos: int
     pad: int
     rows: int
+    others: Mapping[str, int] = field(default_factory=dict)  # of a video, by the key that names it
 
 
 def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
@@ -61,7 +66,8 @@ def llava_hf_config(
     """The config of the llava-hf layout for the class `target`; `tiles` are its pinpoints in transformers' order."""
     name = TORCH_DTYPE[dtype]
     select = tower.row.select
-    strategy = select[1] if select else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch")))
+    told = config.get("vision_feature_select_strategy")  # of a llava-hf config: its word stands
+    strategy = told or (select[1] if select else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch"))))
     if strategy is None:
         what = f"`mm_vision_select_feature` is {shown(str(config['mm_vision_select_feature']))} in config.json, not patch or cls_patch"
         raise InputError(what, hint=RIGHT_CONFIG)
@@ -88,13 +94,32 @@ def llava_hf_config(
     }
     if tiles:
         made |= {"image_grid_pinpoints": [list(pair) for pair in tiles], "use_image_newline_parameter": True}
-    return dict(sorted(made.items()))
+    made |= {**tokens.others, **target.fixed}
+    if "video_seq_length" in target.defaults:
+        made["video_seq_length"] = tower.patches // 2  # 288 for the 576 patches of an image: two frames
+    for word, (key, usual) in target.words.items():
+        if config.get(word) is not None and (key != word or config[word] != usual):  # a key of the original's own is kept for the way back
+            made[key] = config[word]
+    if target.capped:
+        made["vision_aspect_ratio"] = config["image_aspect_ratio"]
+    return {key: value for key, value in sorted(made.items()) if key not in target.lacks}
 
 
-def select_layer(config: Mapping[str, Any], tower: VisionTower) -> int:
-    """Which hidden state of the tower is taken: what its row says, else what the original's config does."""
+def select_layer(config: Mapping[str, Any], tower: VisionTower) -> Any:
+    """Which hidden state of the tower is taken: what a llava-hf config says, which may be a list of several; else of an original what the
+    row of its tower says, for which the layers that the checkpoint leaves away are counted, else what its config does.
+
+    Of a tower of unknown widths nobody knows whether layers were left away: LLaVA-NeXT's code stores them without the last.
+    """
+    if "vision_feature_layer" in config:
+        return config["vision_feature_layer"]
     if tower.row.select:
-        return tower.row.select[0]
+        count = int(tower.config["num_hidden_layers"])
+        whole = tower.whole_layers or count + 1
+        if (layer := whole - count + tower.row.select[0]) >= 0:
+            what = f"the vision tower has {count} layers, LLaVA's code takes what layer {whole + 1 + tower.row.select[0]} of {whole} gives"
+            raise InputError(what, hint="give a checkpoint whose vision tower is whole")
+        return layer
     layer, count = config.get("mm_vision_select_layer", -2), int(tower.config["num_hidden_layers"])
     if type(layer) is not int or not -count - 1 <= layer <= count:
         what = f"`mm_vision_select_layer` is {shown(str(layer))} in config.json, the tower has {count} layers"
@@ -149,8 +174,9 @@ def original_config(
     text = flat_config(config)
     decoder = decoder_of(text)
     kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZES}
-    strategy = config.get("vision_feature_select_strategy", "default")
-    feature = next((name for name, told in STRATEGIES.items() if told == strategy), "patch")
+    target = TARGETS[str(config["model_type"])]
+    strategy = config.get("vision_feature_select_strategy", target.defaults["vision_feature_select_strategy"])
+    feature = next((name for name, told in STRATEGIES.items() if told == strategy and tower.class_token), "patch")
     layer = tower.row.original_layer
     made: dict[str, Any] = {
         **kept,
@@ -164,7 +190,7 @@ def original_config(
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": feature,
-        "mm_vision_select_layer": config.get("vision_feature_layer", -2) if layer is None else layer,
+        "mm_vision_select_layer": config.get("vision_feature_layer", target.defaults["vision_feature_layer"]) if layer is None else layer,
         "mm_vision_tower": name,
         "model_type": decoder.original_types[0],
         "pad_token_id": tokens.pad,
@@ -175,9 +201,12 @@ def original_config(
         "use_mm_proj": True,
         "vocab_size": tokens.rows,
     }
+    told = {word: config.get(key, usual) for word, (key, usual) in target.words.items()}
+    made |= {word: value for word, value in told.items() if value is not None}
     if tiles := config.get("image_grid_pinpoints"):
         size = tower.image_size
-        made |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints(config, size) if tiles else None}
+        ratio = config.get("vision_aspect_ratio", target.defaults["vision_aspect_ratio"]) if target.capped else "anyres"
+        made |= {"image_aspect_ratio": ratio, "image_grid_pinpoints": pinpoints(config, size) if tiles else None}
         made |= {"image_crop_resolution": size, "image_split_resolution": size, "mm_patch_merge_type": "spatial_unpad"}
     return dict(sorted(made.items()))
 

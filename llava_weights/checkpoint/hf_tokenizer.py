@@ -10,7 +10,7 @@ transformers 5 does not read the form where no config.json of a LLaVA lies besid
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class HfTokenizer:
     grew: bool
     specials: frozenset[str]
     notes: tuple[str, ...]
+    others: Mapping[str, int] = field(default_factory=dict)  # the ids of the other tokens that were asked for, by their texts
 
 
 @dataclass(frozen=True)
@@ -92,38 +93,51 @@ class _Parts:
 
 
 def hf_tokenizer(
-    files: Files, *, rows: int, image_token: str | None = None, processor_class: str, model_max_length: object = None
+    files: Files,
+    *,
+    rows: int,
+    image_token: str | None = None,
+    processor_class: str,
+    model_max_length: object = None,
+    before: Sequence[str] = (),
+    behind: Sequence[str] = (),
 ) -> HfTokenizer:
     """The tokenizer files for a llava-hf folder, from any checkpoint's small files and a table of `rows` rows.
 
     The image token is `image_token`, else `<im_patch>` where the tokenizer has it, else `<image>`: by its own id, or behind all
-    tokens, with `<pad>` behind it where no other token pads. Raises InputError as `repair_tokenizer`, and for a tokenizer that
-    is neither a BPE of SentencePiece nor byte-level, MismatchError for one with more tokens than the table has rows.
+    tokens, with `<pad>` behind it where no other token pads. New tokens `before` and `behind` come before and behind the image token.
+
+    Raises InputError as `repair_tokenizer`, and for a tokenizer that is neither a BPE of SentencePiece nor byte-level,
+    MismatchError for one with more tokens than the table has rows.
     """
     parts = _read(files, rows, model_max_length)
     name = image_token if image_token is not None else IM_PATCH if IM_PATCH in parts.ids else IMAGE
     if not name.strip():
         raise UsageError("the image token is empty", hint="leave `--image-token` out for `<image>`")
-    parts, before = _with_image(parts, name, rows), len(parts.ids)
+    count = len(parts.ids)
+    parts = _with_image(parts, name, rows, (*before, name, *behind))
     settings = {**parts.settings, "padding_side": "left", "processor_class": processor_class, **(ROW_1 if parts.llama else {})}
     written, notes = _written(replace(parts, settings=settings), files, fast=True)
     end = END_OF_TEXT if END_OF_TEXT in parts.ids else parts.roles["eos"]
     bos, eos, pad = (parts.ids[parts.roles.get(role, end)] for role in ("bos", "eos", "pad"))
     specials = frozenset(entry["content"] for entry in parts.entries.values())
-    used = max(parts.ids.values()) + 1
-    return HfTokenizer(written, name, parts.ids[name], bos, eos, pad, used, len(parts.ids) > before, specials, notes)
+    used, others = max(parts.ids.values()) + 1, {token: parts.ids[token] for token in (*before, *behind)}
+    return HfTokenizer(written, name, parts.ids[name], bos, eos, pad, used, len(parts.ids) > count, specials, notes, others)
 
 
-def original_tokenizer(files: Files, *, rows: int, image_id: int) -> tuple[dict[str, Path | bytes], int, tuple[str, ...]]:
+def original_tokenizer(
+    files: Files, *, rows: int, image_id: int, others: Collection[str] = ()
+) -> tuple[dict[str, Path | bytes], int, tuple[str, ...]]:
     """The way back: files for the original layout, how many rows of the table belong to them, and a sentence for each change.
 
-    The token `image_id` goes, unless it is `<im_patch>`, and with it a `<pad>` right behind it or behind the pieces; then unk
-    pads again. Both stay where other tokens follow. A byte-level tokenizer keeps all `rows`. Raises as `hf_tokenizer`.
+    The token `image_id` goes, unless it is `<im_patch>`, with it the added tokens `others`, and a `<pad>` right behind them or behind the
+    pieces; then unk pads again. All stay where other tokens follow. A byte-level tokenizer keeps all `rows`. Raises as `hf_tokenizer`.
     """
     parts = _read(files, rows, None)
     names = {i: entry["content"] for i, entry in parts.entries.items() if i >= parts.base}
     doomed = {image_id} if names.get(image_id, IM_PATCH) != IM_PATCH else set()
-    doomed |= {i for i in (image_id + 1, parts.base) if doomed and names.get(i) == PAD}
+    doomed |= {i for i, name in names.items() if doomed and name in others}
+    doomed |= {i for i in (max(doomed, default=image_id) + 1, parts.base) if doomed and names.get(i) == PAD}
     kept = sorted(set(names) - doomed)
     notes = list(parts.notes)
     if kept != list(range(parts.base, parts.base + len(kept))):
@@ -143,9 +157,9 @@ def original_tokenizer(files: Files, *, rows: int, image_id: int) -> tuple[dict[
     return result, parts.base + len(kept) if parts.llama else rows, changes
 
 
-def _with_image(parts: _Parts, name: str, rows: int) -> _Parts:
-    """The tokenizer with this image token, special and found in the middle of a text."""
-    wanted = [name] if name in parts.ids or parts.roles.get("pad") not in (None, parts.roles.get("unk")) else [name, PAD]
+def _with_image(parts: _Parts, name: str, rows: int, tokens: Sequence[str]) -> _Parts:
+    """The tokenizer with these tokens, of which `name` is that of an image, special and found in the middle of a text."""
+    wanted = list(tokens) if name in parts.ids or parts.roles.get("pad") not in (None, parts.roles.get("unk")) else [*tokens, PAD]
     entries, roles, notes = dict(parts.entries), dict(parts.roles), list(parts.notes)
     for token in wanted:
         known = parts.ids.get(token)

@@ -19,6 +19,7 @@ STEPS = ("do_resize", "do_rescale", "do_normalize")  # every tower of LLaVA want
 LAST_RESAMPLE = 5  # PIL's filters are 0 to 5, 3 is bicubic
 LARGEST = 1e6  # of a mean, a deviation or a factor; real ones are below 256
 RIGHT_FILE = "give the preprocessor_config.json that belongs to the vision tower"
+VIDEO_PREPROCESSOR = "video_preprocessor_config.json"  # read from transformers 4.52 on; before that a folder, else preprocessor_config.json
 MAX_PINPOINTS = 1024  # the largest known list has 36
 
 
@@ -75,15 +76,17 @@ def processor_files(
     pinpoints: list[list[int]] | None,
     template: str,
     pads: bool = False,
+    vision_aspect_ratio: str | None = None,
 ) -> dict[str, bytes]:
-    """The four files by name, for the class `target`; `pinpoints` are (height, width) in pixels where it takes tiles.
+    """The files by name, for the class `target`; `pinpoints` are (height, width) in pixels where it takes tiles, which
+    `vision_aspect_ratio` limits where its row says `capped`. A class that takes videos has one more, with the same settings.
 
     `aspect` is "square" (resize and crop, as llava-hf models do) or "pad" (a square in the mean colour, as LLaVA v1.5 does;
     transformers reads that from 4.49 on). `pads` records that the original padded where "square" is written: CLIPImageProcessor
     takes no notice of it, in any version. `select_strategy` must be the model's own `vision_feature_select_strategy`.
     `template` is written twice, since transformers 4.45 reads only the JSON file, and others give each its own reader.
     """
-    processor = {
+    processor: dict[str, Any] = {
         "image_token": image_token,
         # What a tower puts out beside its patches: CLIP a class token, SigLIP nothing. "default" takes one away again, "full"
         # does not, so 27 x 27 patches of SigLIP are 729 tokens. transformers 4.45 and 4.46 take 1 for every tower.
@@ -92,9 +95,23 @@ def processor_files(
         "processor_class": target.processor,
         "vision_feature_select_strategy": select_strategy,
     }
-    return {
-        "preprocessor_config.json": json_bytes(_preprocessor(settings, target, aspect=aspect, pads=pads, pinpoints=pinpoints)),
-        "processor_config.json": json_bytes(processor),
+    if target.counts:
+        del processor["num_additional_image_tokens"], processor["patch_size"]
+        processor["num_image_tokens"] = (settings.size // settings.patch) ** 2 + settings.tower.class_token
+    if target.capped:
+        processor["vision_aspect_ratio"] = vision_aspect_ratio
+    preprocessor = _preprocessor(settings, target, aspect=aspect, pads=pads, pinpoints=pinpoints)
+    files = {}
+    if target.video:
+        processor["video_token"] = target.video.token
+        shared = {
+            key: value for key, value in preprocessor.items() if key not in ("image_processor_type", "image_grid_pinpoints", "do_pad")
+        }
+        frames = {**shared, "video_processor_type": target.video.processor}
+        files[VIDEO_PREPROCESSOR] = json_bytes(dict(sorted(frames.items())))
+    return files | {
+        "preprocessor_config.json": json_bytes(preprocessor),
+        "processor_config.json": json_bytes(dict(sorted(processor.items()))),
         "chat_template.json": json_bytes({"chat_template": template}),
         "chat_template.jinja": template.encode(),
     }
@@ -140,6 +157,8 @@ def _preprocessor(settings: ImageSettings, target: Target, *, aspect: str, pads:
         kind = {"image_processor_type": target.image_processor, "do_pad": True, "image_grid_pinpoints": pinpoints}
     elif aspect == "pad":
         kind = {"image_processor_type": target.padding_processor, "do_pad": True}
+    if not target.crops:
+        return dict(sorted({**common, "size": square, **kind}.items()))
     crop = {"do_center_crop": True, "crop_size": square, "size": {"shortest_edge": settings.size}}
     return dict(sorted({**common, **crop, **kind}.items()))
 

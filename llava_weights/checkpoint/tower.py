@@ -60,6 +60,7 @@ class VisionTower:
     preprocessor: Mapping[str, Any] | None  # its preprocessor_config.json, where there is one
     origin: Origin | None  # None: it lies inside the LLaVA
     notes: tuple[str, ...]
+    whole_layers: int | None = None  # how many the published tower has, of which a LLaVA may hold the first; None: nobody knows
 
     @property
     def row(self) -> Tower:
@@ -122,7 +123,9 @@ def open_tower(checkpoint: Checkpoint) -> VisionTower:
     config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
     notes = (NO_HEAD,) if any(map(_is_head, checkpoint.tensors)) else ()
-    return VisionTower(_fitted(named, config, name), config, _preprocessor(checkpoint), checkpoint.origin, notes)
+    known = _same_widths(config["model_type"], config)
+    layers = known[0].layers if known else config["num_hidden_layers"]
+    return VisionTower(_fitted(named, config, name), config, _preprocessor(checkpoint), checkpoint.origin, notes, layers)
 
 
 def own_tower(
@@ -147,13 +150,15 @@ def own_tower(
         return None
     sizes = _measure(own, name)
     if vision_config is None:
-        config, note = _look_up(sizes, model, reference)
+        config, note, layers = _look_up(sizes, model, reference)
     else:
-        config, note = complete_config(vision_config, source=f"the `vision_config` of {shown(name)}"), ""
+        config, note, layers = complete_config(vision_config, source=f"the `vision_config` of {shown(name)}"), "", None
+        if known := _same_widths(config["model_type"], config):
+            layers = known[0].layers
         _check_sizes(config, sizes, source=f"the `vision_config` of {shown(name)}")
     notes = (f"vision tower: the checkpoint's own, {len(own):,} tensors", note, NO_HEAD if len(own) < len(inside) else "")
     preprocessor = reference.preprocessor if reference else _preprocessor(model) if model else None
-    return VisionTower(_fitted(own, config, name), config, preprocessor, None, tuple(filter(None, notes)))
+    return VisionTower(_fitted(own, config, name), config, preprocessor, None, tuple(filter(None, notes)), layers)
 
 
 def holds_tower(checkpoint: Checkpoint) -> bool:
@@ -381,19 +386,21 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
     return {behind: tensors[behind] for behind in expected}
 
 
-def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str]:
-    """A complete config for measured sizes, and a sentence on where heads and activation are from."""
+def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str, int | None]:
+    """A complete config for measured sizes, a sentence on where heads and activation are from, and how many layers the tower there has."""
     model_config = model.config if model else {}
     near = model.origin.path if model and not model.origin.remote else None
     named = named_tower(model_config)
     if reference is not None:
         source = shown(reference.origin.name) if reference.origin else "the given tower"
-        return _borrowed(reference.config, found, source)
+        return *_borrowed(reference.config, found, source), reference.whole_layers
     if local := _local_config(named, near):
-        return _borrowed(complete_config(_vision_config(local, named), source=shown(named)), found, shown(named))
+        config = complete_config(_vision_config(local, named), source=shown(named))
+        return *_borrowed(config, found, shown(named)), config["num_hidden_layers"]
     hidden = found.sizes["hidden_size"]
     measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
-    if known := _known(found, named):
+    known = _known(found, named)
+    if known:
         measured |= {"num_attention_heads": known.heads, "projection_dim": known.projection, "hidden_act": known.activation}
         if known.image // found.sizes["patch_size"] == found.side:  # 27 patches of 14 are so400m's 384 pixels
             measured["image_size"] = known.image
@@ -405,7 +412,7 @@ def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | No
         facts = {"hidden_size": hidden, "mm_vision_tower": shown(named) if named else "not in config.json"}
         hint = "give the repository that the tower was trained from with `--vision-tower`, for its config"
         raise InputError("nothing says how many attention heads the vision tower has", facts=facts, hint=hint)
-    return complete_config(measured), f"vision_config: {note}"
+    return complete_config(measured), f"vision_config: {note}", known.layers if known else None
 
 
 def _borrowed(config: Mapping[str, Any], found: Sizes, source: str) -> tuple[dict[str, Any], str]:
@@ -419,10 +426,15 @@ def _borrowed(config: Mapping[str, Any], found: Sizes, source: str) -> tuple[dic
 
 def _known(found: Sizes, named: str) -> KnownTower | None:
     """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
-    sizes = (found.model_type, found.sizes["hidden_size"], found.sizes["intermediate_size"])
-    fitting = [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == sizes]
+    fitting = _same_widths(found.model_type, found.sizes)
     theirs = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
     return next(theirs, fitting[0] if fitting else None)
+
+
+def _same_widths(model_type: str, sizes: Mapping[str, Any]) -> list[KnownTower]:
+    """The published towers of these widths, which have the same number of layers."""
+    wanted = (model_type, sizes["hidden_size"], sizes["intermediate_size"])
+    return [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == wanted]
 
 
 def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:

@@ -57,8 +57,7 @@ CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_inter
 # What a conversion itself writes into the text model's config: names of classes, rows and the padding token.
 WRITTEN = ("architectures", "model_type", "vocab_size", "pad_token_id")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# What the classes assume (LlavaConfig and LlavaNextConfig of transformers 4.37 to 5.23; LLaVA's own code at c121f04).
-HUB = {**DEFAULTS, **CODE}
+# What LLaVA's own code assumes, at c121f04.
 FLAT = {
     **LLAVA_DEFAULTS, "mm_projector_type": "linear", "mm_use_im_start_end": False, "mm_use_im_patch_token": True,
     "mm_patch_merge_type": "flat", "mm_vision_select_layer": -2, "unfreeze_mm_vision_tower": False, "image_grid_pinpoints": None,
@@ -243,7 +242,8 @@ def _config(side: Sidecars) -> dict[str, Any]:
         return _text(side) if side.checkpoint.layout != "llava" else _text(side) | _filled(config, FLAT, keys=FLAT)
     text = _text(side)
     ids = {key: text[key] for key in IDS}
-    top = {**config, "image_token_index": config.get("image_token_index", config.get("image_token_id", DEFAULTS["image_token_index"]))}
+    defaults = side.target.defaults if side.target else DEFAULTS
+    top = {**config, "image_token_index": config.get("image_token_index", config.get("image_token_id", defaults["image_token_index"]))}
     top = {key: value for key, value in top.items() if key not in ("text_config", "vision_config", "image_token_id")}
     try:
         tower: dict[str, Any] = complete_config(vision(side.objects))
@@ -251,7 +251,7 @@ def _config(side: Sidecars) -> dict[str, Any]:
         tower = dict(vision(side.objects))
     parts = {"text_config": text, "vision_config": tower}
     nested = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items() if not re.fullmatch(IGNORED, key)}
-    return _filled(top, {**HUB, **ids, "vocab_size": text["vocab_size"]}) | nested
+    return _filled(top, {**defaults, **CODE, **ids, "vocab_size": text["vocab_size"]}) | nested
 
 
 def _filled(given: Said, defaults: Said, *, keys: Iterable[str] | None = None, ignored: str = IGNORED) -> dict[str, Any]:

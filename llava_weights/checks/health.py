@@ -412,7 +412,7 @@ def _bfloat16(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _rows(sidecars: Sidecars) -> Iterator[Finding]:
     """Rows of the vocabulary tables that no training has touched.
 
-    The rows behind the tokenizer's last id are padding, and those of image and pad token are never read as text: after a conversion
+    The rows behind the tokenizer's last id are padding, and those of image, video and pad token are never read as text: after a conversion
     they hold the mean of the table, all the same one. transformers 4.36 to 4.40 takes an all-zero row for an image's place.
     """
     added = added_ids(sidecars.objects)
@@ -420,7 +420,9 @@ def _rows(sidecars: Sidecars) -> Iterator[Finding]:
     if last < 0:
         yield Finding("L1", "unchecked", "vocabulary", "there is no tokenizer that tells which rows are of tokens")
         return
-    unread = {sidecars.ids.get("pad"), sidecars.ids.get("unk"), *map(added.get, (sidecars.image_token, "<im_patch>", "<pad>", "[PAD]"))}
+    others = sidecars.target.tokens.values() if sidecars.target else ()
+    unread = {sidecars.ids.get(role) for role in ("pad", "unk")}
+    unread |= {added.get(token) for token in (sidecars.image_token, *others, "<im_patch>", "<pad>", "[PAD]")}
     unwritten = {TABLES[0]: unread, TABLES[1]: unread | {added.get("<im_start>"), added.get("<im_end>")}}  # no answer holds these
     texts = {i: name for name, i in added.items()}
     with closing(Workspace(drop_cache=False)) as work:

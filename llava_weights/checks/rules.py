@@ -22,7 +22,7 @@ from ..checkpoint.tower import VisionTower, own_tower
 from ..errors import InputError
 from ..families.layouts import canonical
 from ..families.targets import BY_TYPE as TARGETS
-from ..families.targets import Target
+from ..families.targets import DEFAULTS, Target
 from ..findings import Finding, Verdict
 from ..tensors.lazy import LazyTensor
 from ..text import shown
@@ -68,6 +68,11 @@ class Sidecars:
     def target(self) -> Target | None:
         """The row of the class of transformers that a llava-hf config names, None for a class that no row describes."""
         return TARGETS.get(str(self.of(CONFIG).get("model_type")))
+
+    def told(self, key: str) -> Any:
+        """What a llava-hf config says for `key`, else what its class assumes."""
+        defaults = self.target.defaults if self.target else DEFAULTS
+        return self.of(CONFIG).get(key, defaults.get(key))
 
     @property
     def tiles(self) -> bool:

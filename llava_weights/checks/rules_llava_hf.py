@@ -18,8 +18,8 @@ from ..families.decoders import ACTIVATIONS
 from ..families.decoders import BY_TYPE as DECODERS
 from ..families.layouts import DROPPED, PART, STYLES, canonical, spelled
 from ..families.projectors import ACTIVATION
+from ..families.targets import ANYRES_MAX, DEFAULT_RATIO, STRATEGIES
 from ..families.targets import BY_TYPE as TARGETS
-from ..families.targets import DEFAULTS, STRATEGIES
 from ..text import few, shown
 from . import rules_values
 from .rules import CONFIG, PROCESSOR, Rule, Sidecars, said, vision
@@ -65,7 +65,7 @@ def _projector(s: Sidecars) -> Iterator[str]:
     if not s.tower or not s.rows:
         return
     *_, hidden = s.parts["text.embed_tokens.weight"].shape or (0,)
-    layers = s.of(CONFIG).get("vision_feature_layer", DEFAULTS["vision_feature_layer"])
+    layers = s.told("vision_feature_layer")
     width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}
@@ -77,7 +77,7 @@ def _projector(s: Sidecars) -> Iterator[str]:
 
 def _image_id(s: Sidecars) -> Iterator[str]:
     config = s.of(CONFIG)
-    image = config.get("image_token_index", config.get("image_token_id", DEFAULTS["image_token_index"]))
+    image = config.get("image_token_index", config.get("image_token_id", s.told("image_token_index")))
     wanted = s.tokens.get(s.image_token)
     if config.get("image_token_id", image) != image:
         yield f"`image_token_index` is {said(image)}, `image_token_id` {said(config['image_token_id'])}"
@@ -87,16 +87,27 @@ def _image_id(s: Sidecars) -> Iterator[str]:
         yield f"`image_token_index` is {image}, but {shown(s.image_token)} has the id {wanted} in the tokenizer"
 
 
+def _video_id(s: Sidecars) -> Iterator[str]:
+    """Of a class that takes videos."""
+    for key, token in s.target.tokens.items() if s.target else ():
+        name = s.of(PROCESSOR).get(key.replace("_index", "")) or token
+        value, wanted = s.of(CONFIG).get(key, s.of(CONFIG).get(key.replace("_index", "_id"), s.told(key))), s.tokens.get(name)
+        if type(value) is not int or not 0 <= value < s.rows:
+            yield f"`{key}` is {said(value)}, the embedding table has {s.rows:,} rows"
+        elif wanted is not None and value != wanted:
+            yield f"`{key}` is {value}, but {shown(name)} has the id {wanted} in the tokenizer"
+
+
 def _image_id_name(s: Sidecars) -> Iterator[str]:
     if "image_token_index" not in s.of(CONFIG) and "image_token_id" in s.of(CONFIG):
         yield "there is only `image_token_id`: transformers before 4.52 read `image_token_index`, and take 32000 here"
 
 
 def _image_length(s: Sidecars) -> Iterator[str]:
-    if not s.tower:
+    if not s.tower or (s.target and "image_seq_length" in s.target.lacks):
         return
-    whole = s.tower.class_token and s.of(CONFIG).get("vision_feature_select_strategy") == "full"
-    length, wanted = s.of(CONFIG).get("image_seq_length", DEFAULTS["image_seq_length"]), s.tower.patches + whole
+    whole = s.tower.class_token and s.told("vision_feature_select_strategy") == "full"
+    length, wanted = s.told("image_seq_length"), s.tower.patches + whole
     if length != wanted:
         yield (
             f"`image_seq_length` is {said(s.of(CONFIG).get('image_seq_length'))}, but an image of {s.tower.image_size} pixels in patches "
@@ -105,14 +116,12 @@ def _image_length(s: Sidecars) -> Iterator[str]:
 
 
 def _layer(s: Sidecars) -> Iterator[str]:
-    layer = s.of(CONFIG).get("vision_feature_layer", DEFAULTS["vision_feature_layer"])
+    layer = s.told("vision_feature_layer")
     count = int(s.tower.config["num_hidden_layers"]) if s.tower else 0
     for number in layer if isinstance(layer, list) else [layer]:
         if type(number) is not int or (count and not -count - 1 <= number <= count):
             yield f"`vision_feature_layer` is {said(layer)}, the vision tower has {count} layers"
-    if (
-        strategy := s.of(CONFIG).get("vision_feature_select_strategy", DEFAULTS["vision_feature_select_strategy"])
-    ) not in STRATEGIES.values():
+    if (strategy := s.told("vision_feature_select_strategy")) not in STRATEGIES.values():
         yield f"`vision_feature_select_strategy` is {said(strategy)}, not {' or '.join(STRATEGIES.values())}"
 
 
@@ -132,6 +141,11 @@ def _newline(s: Sidecars) -> Iterator[str]:
     if not target.tiles and "newline" in s.parts:
         tiled = " or ".join(row.model_type for row in TARGETS.values() if row.tiles)
         yield f"there is a tensor `image_newline`, which belongs to {tiled}: `model_type` is {target.model_type}"
+
+
+def _ratio(s: Sidecars) -> Iterator[str]:
+    if s.target and s.target.capped and not re.fullmatch(ANYRES_MAX, str(ratio := s.told("vision_aspect_ratio"))):
+        yield f"`vision_aspect_ratio` is {said(ratio)}, not `anyres_max_` and the number of tiles whose features an image may have at most"
 
 
 def _pinpoints(s: Sidecars) -> Iterator[str]:
@@ -222,14 +236,16 @@ def _processor_missing(s: Sidecars) -> Iterator[str]:
 def _processor(s: Sidecars) -> Iterator[str]:
     if not s.has(PROCESSOR):
         return
-    wanted = {
-        "vision_feature_select_strategy": s.of(CONFIG).get("vision_feature_select_strategy", DEFAULTS["vision_feature_select_strategy"])
-    }
-    if s.tower:
+    wanted = {"vision_feature_select_strategy": s.told("vision_feature_select_strategy")}
+    if s.tower and s.target and s.target.counts:
+        wanted |= {"num_image_tokens": s.tower.patches + s.tower.class_token}
+    elif s.tower:
         wanted |= {"num_additional_image_tokens": int(s.tower.class_token), "patch_size": s.tower.patch_size}
     wanted |= {"processor_class": s.target.processor} if s.target else {}
+    wanted |= {"vision_aspect_ratio": s.told("vision_aspect_ratio")} if s.target and s.target.capped else {}
+    assumed = {"vision_aspect_ratio": DEFAULT_RATIO}  # by the processor, where the file does not say
     for key, value in wanted.items():
-        if (found := s.of(PROCESSOR).get(key)) != value:
+        if (found := s.of(PROCESSOR).get(key, assumed.get(key))) != value:
             yield f"`{key}` is {said(found)}, the model needs {said(value)}: image tokens in the prompt do not fit its features then"
 
 
@@ -255,7 +271,8 @@ def _preprocessor(s: Sidecars) -> Iterator[str]:
     if s.tower:
         read_image_settings(settings, tower=s.tower.row, size=s.tower.image_size, patch=s.tower.patch_size)
     ours, theirs = s.of(CONFIG).get("image_grid_pinpoints"), settings.get("image_grid_pinpoints")
-    if s.tiles and ours and ours != theirs:
+    assumed = [list(pair) for pair in s.target.pinpoints] if s.target else []
+    if s.tiles and ours and ours != (theirs or assumed):
         differ = "is missing" if theirs is None else f"is {said(theirs)}, in config.json {said(ours)}"
         yield f"`image_grid_pinpoints` {differ}: the processor and the model cut images differently"
 
@@ -292,6 +309,7 @@ RULES = (
     ),
     Rule(CONFIG, "projector", _projector),
     Rule(CONFIG, "image token", _image_id),
+    Rule(CONFIG, "video token", _video_id),
     Rule(CONFIG, "image token", _image_id_name, "warning", REPAIR),
     Rule(CONFIG, "image_seq_length", _image_length, remedy=REPAIR),
     Rule(CONFIG, "features", _layer),
@@ -300,6 +318,7 @@ RULES = (
     Rule(CONFIG, "model type", _kind, "warning", REPAIR),
     Rule(CONFIG, "image_newline", _newline, remedy=REPAIR),
     Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
+    Rule(CONFIG, "vision_aspect_ratio", _ratio),
     *rules_values.COMMON,
     *rules_values.HUB,
     Rule(GENERATION, "there", _generation_missing, remedy=REPAIR),

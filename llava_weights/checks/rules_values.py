@@ -20,6 +20,7 @@ from ..checkpoint.tower import ACTIVATIONS as TOWER_ACTIVATIONS
 from ..checkpoint.tower import row_of
 from ..families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, ROPE_TYPES
 from ..families.layouts import QUANTIZED_NAMES, QUANTIZERS
+from ..families.targets import TARGETS
 from ..families.towers import BY_TYPE as TOWERS_BY_TYPE
 from ..families.towers import KNOWN_TOWERS, TOWERS, KnownTower, Pixels, Tower
 from ..tensors.dtypes import TORCH_DTYPE
@@ -265,13 +266,17 @@ def _image_unusual(s: Sidecars) -> Iterator[str]:
 def _image_class(s: Sidecars) -> Iterator[str]:
     """The image processor's class and its crop, against the model's."""
     settings, named = image_settings(s), str(image_settings(s).get("image_processor_type", ""))
-    tiles = named.startswith(("LlavaNext", "LlavaOnevision"))
+    tiles = named.startswith(TILING)
     if named and s.checkpoint.layout == "llava-hf" and s.target and s.tiles != tiles:
         why = "images come without their sizes" if s.tiles else "images come in tiles, which it does not take"
         yield f"`image_processor_type` is {said(named)}, but the model is a {s.target.model_type}: {why}"
     square = isinstance(size := settings.get("size"), dict) and "shortest_edge" not in size
     if settings.get("do_center_crop") is False and not square and named.startswith("CLIP"):
         yield "`do_center_crop` is false: images that are not square become inputs that the tower does not take"
+
+
+# What the names of image processors that cut tiles begin with: `LlavaNextImageProcessorFast`, `LlavaNextVideoImageProcessor` too.
+TILING = tuple(str(row.image_processor).removesuffix("ImageProcessor") for row in TARGETS if row.tiles)
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

@@ -162,6 +162,7 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     files, rows = _sentencepiece(family.token) if text.tokenizer == "sentencepiece" else _byte_level(family.token)
     vision = {**eye.defaults, **EYE, "model_type": eye.model_type}
     tiles = TARGETS[family.target].tiles
+    inside = {**vision, "num_hidden_layers": EYE["num_hidden_layers"] - bool(eye.select)}  # as LLaVA-NeXT's code stores a SigLIP
     config = {
         **{key: value for key, value in text.defaults.items() if value is not None or key == "rope_scaling"}, **SMALL,
         "architectures": [text.original_architectures[0]], "model_type": text.original_types[0], "torch_dtype": "float16",
@@ -175,8 +176,9 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     shapes = {**text.shapes({**config, **heads}), **_projector_shapes(family.projector)}
     shapes |= {spelled("newline", "llava"): (SMALL["hidden_size"],)} if tiles else {}
     towers = {name: 5 * _values(rng, shape) for name, shape in tower_shapes(vision).items()}
+    kept = tower_shapes(inside)
     tensors = {name: _values(rng, shape) for name, shape in shapes.items()}
-    tensors |= {spelled(f"tower.{name}", "llava"): values for name, values in towers.items()}
+    tensors |= {spelled(f"tower.{name}", "llava"): values for name, values in towers.items() if name in kept}
     _write_files(folder / "llava", {"config.json": json_bytes(dict(sorted(config.items()))), **files})
     write_torch_zip(folder / "llava" / "pytorch_model.bin", tensors)
     kind = eye.repository_types[0]

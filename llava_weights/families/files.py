@@ -11,7 +11,9 @@ TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt",
 )  # fmt: skip
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja")
+PROCESSOR_FILES = (
+    "preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja", "video_preprocessor_config.json",
+)  # fmt: skip
 SMALL_FILES = (*CONFIG_FILES, ADAPTER_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES)
 LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")  # what a place without a listing is asked for

@@ -14,7 +14,9 @@ from functools import lru_cache
 # Buffers that transformers <= 4.31 stored with the weights; never parameters, dropped on output.
 DROPPED = r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids"
 # What LLaVA adds to a LLaMA. These exist in no base, so a delta holds them whole.
-MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\..*"
+MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\..*|model\.faster_token|model\.vision_resampler\..*"
+# Tensors of a LLaVA that no class of transformers has a place for, and what they are.
+HOMELESS = ((r"model\.faster_token", "the token behind each fast frame of LLaVA-Video's slow and fast frames (`add_faster_video`)"),)
 PROJECTOR = r"model\.mm_projector\..*"
 # The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
@@ -142,14 +144,16 @@ STYLES = (
     (r"model\.language_model\..*", "transformers 4.52 and later: earlier ones miss the whole text model"),
     (r"vision_tower\.(?!vision_model\.).*", "a save by transformers 5.23: 4.57 and earlier, and vLLM, miss the vision tower"),
 )
+WRAPPER = ".vision_resampler"  # of LLaVA-NeXT-Video around what it pools; it has no tensors of its own (transformers' converters strip it)
 PART = r"(text|head|tower|projector)\.|newline$"  # what the canonical name of every tensor of a LLaVA begins with
 
 
 @lru_cache(maxsize=1 << 16)
 def canonical(name: str) -> str:
     """The layout-free name of a tensor or module; other names stand for themselves."""
+    bare = name.replace(WRAPPER, "", 1)
     for pattern, target in CANONICAL:
-        if found := re.fullmatch(pattern, name):
+        if found := re.fullmatch(pattern, bare):
             return found.expand(target)
     return name
 

@@ -5,20 +5,24 @@ Sources: the README, `llava/conversation.py` and the config.json of each release
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .targets import ANYRES_MAX
 from .targets import BY_TYPE as TARGETS
 
 
 @dataclass(frozen=True)
 class Original:
     """A family of LLaVA. It fits a checkpoint whose decoder and tower are of these rows, whose config has one of the values that `says`
-    lists for each key (None: it is left out) and every key of `has`, and whose tokenizer has the added token `token`.
+    lists for each key (None: it is left out; a pattern: all that match it whole) and every key of `has`, and whose tokenizer has the
+    added token `token`.
 
     `target` is the row of the class of transformers that holds it, `prompt` that of its conversation, `projector` what its published
-    checkpoints have; `evidence` says in a sentence why a checkpoint that fits is taken for this family and no other.
+    checkpoints have; `evidence` says in a sentence why a checkpoint that fits is taken for this family and no other, `warning` what its
+    target can't hold.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Original:
     says: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     has: tuple[str, ...] = ()
     projector: str = "mlp2x_gelu"
+    warning: str = ""
 
     def fits(self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None) -> bool:
         """Whether config, rows and `image_newline` are those of this family. `tower` and `newline` are None where they are not known."""
@@ -38,13 +43,28 @@ class Original:
             return False
         if TARGETS[self.target].tiles and newline is False:
             return False
-        return all(config.get(key) in values for key, values in self.says.items()) and all(config.get(key) for key in self.has)
+        return all(_among(config.get(key), values) for key, values in self.says.items()) and all(config.get(key) for key in self.has)
+
+
+def _among(value: Any, values: tuple[Any, ...]) -> bool:
+    return value in values or any(isinstance(v, re.Pattern) and isinstance(value, str) and v.fullmatch(value) for v in values)
 
 
 ANY = ("llama", "qwen2")  # a Mistral is taken by its own rows
 WHOLE = {"image_aspect_ratio": ("pad", "square", None)}
-# Images in tiles, joined with an `image_newline` behind each row: LLaVA-NeXT. `anyres_max_N` is LLaVA-OneVision, another model.
-TILES = {"image_aspect_ratio": ("anyres",), "mm_patch_merge_type": ("spatial_unpad",)}
+# Images in tiles, joined with an `image_newline` behind each row: LLaVA-NeXT. With `anyres_max_N`, of which many tiles are shrunk to
+# the features of N: LLaVA-OneVision, which has one newline at the end of a video (`one_token`, what its code does without the key).
+JOINED = {"mm_patch_merge_type": ("spatial_unpad",)}
+TILES = {"image_aspect_ratio": ("anyres",), **JOINED}
+# Frames of videos, whose patches are pooled before the projector. Configs of images alone have one of the two keys at most.
+POOLED = {**TILES, "mm_spatial_pool_mode": ("average", "max")}
+POOLED_KEYS = ("mm_spatial_pool_stride",)
+CAPPED = {"image_aspect_ratio": ("anyres_max_9", re.compile(ANYRES_MAX)), **JOINED}
+ONE_NEWLINE = {"mm_newline_position": ("one_token", None)}
+GRID = (
+    "videos will be read wrongly: LLaVA-Video was trained with a newline behind each row of every frame (`mm_newline_position`), and no "
+    "class of transformers has these: images are right"
+)
 SIGLIP = {"image_aspect_ratio": ("pad", "square", "anyres", None)}  # LLaVA-NeXT-Interleave says `anyres`, but takes whole images
 CHATML, LLAMA_3 = "<|im_start|>", "<|start_header_id|>"
 MLP = {"mm_projector_type": ("mlp2x_gelu",)}
@@ -61,19 +81,58 @@ def _family(
     says: Mapping[str, tuple[Any, ...]] | None = None,
     has: tuple[str, ...] = (),
     projector: str = "mlp2x_gelu",
+    capped: bool = True,
 ) -> Iterator[Original]:
-    """The rows of a family whose images come in tiles or whole, and whose tower is a CLIP or a SigLIP."""
+    """The rows of a family whose images come in tiles or whole, and whose tower is a CLIP or a SigLIP, `capped`: also in a limited number
+    of tiles."""
     for title, tower, target, images in (
+        (f"{name}, videos", "clip", "llava_next_video", POOLED),
         (f"{name}, images in tiles", "clip", "llava_next", TILES),
         (name, "clip", "llava", WHOLE),
+        (f"{name}, SigLIP, a limited number of tiles", "siglip", "llava_onevision", {**CAPPED, **ONE_NEWLINE}),
         (f"{name}, SigLIP", "siglip", "llava", SIGLIP),
     ):
-        yield Original(title, decoders, (tower,), target, prompt, evidence, token, {**(says or {}), **images}, has, projector)
+        if target == "llava_onevision" and not capped:
+            continue
+        yield Original(
+            title,
+            decoders,
+            (tower,),
+            target,
+            prompt,
+            evidence,
+            token,
+            {**(says or {}), **images},
+            (*has, *(POOLED_KEYS if images is POOLED else ())),
+            projector,
+        )
 
 
 # Tried in order, the first that fits wins: the more a row asks for, the earlier it stands.
 ORIGINALS: tuple[Original, ...] = (
-    *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML),
+    *(
+        Original(
+            name,
+            ("qwen2",),
+            ("siglip",),
+            "llava_onevision",
+            "llava_onevision",
+            evidence,
+            CHATML,
+            {**CAPPED, **newlines},
+            warning=warning,
+        )
+        for name, newlines, evidence, warning in (
+            ("LLaVA-OneVision", ONE_NEWLINE, f"a Qwen with a limited number of tiles (`anyres_max`), and `{CHATML}` one of its tokens", ""),
+            (
+                "LLaVA-Video",
+                {"mm_newline_position": ("grid", "frame", "no_token")},
+                "`mm_newline_position` in config.json is not `one_token`",
+                GRID,
+            ),
+        )
+    ),
+    *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML, capped=False),
     *_family(
         "LLaVA v1.6 34B",
         ("llama", "mistral"),
@@ -141,8 +200,14 @@ def fitting(
     newline: bool | None = None,
     rows: Sequence[Original] | None = None,
 ) -> Iterator[Original]:
-    """The families that config and rows fit, the more certain ones first; which one it is, its tokens then tell."""
-    return (row for row in (ORIGINALS if rows is None else rows) if row.fits(config, decoder=decoder, tower=tower, newline=newline))
+    """The families that config and rows fit, the more certain ones first, for each tower all of one target; which one it is, its tokens
+    then tell."""
+    targets: dict[str, str] = {}
+    for row in ORIGINALS if rows is None else rows:
+        if not row.fits(config, decoder=decoder, tower=tower, newline=newline):
+            continue
+        if any(targets.setdefault(kind, row.target) == row.target for kind in row.towers):
+            yield row
 
 
 def of_tokens(rows: Sequence[Original], specials: Collection[str]) -> Original | None:

@@ -1,6 +1,7 @@
 """How each family of LLaVA is prompted.
 
-Source: `llava/conversation.py` of haotian-liu/LLaVA at c121f04, for `qwen` and `llama_3` that of LLaVA-VL/LLaVA-NeXT.
+Source: `llava/conversation.py` of haotian-liu/LLaVA at c121f04, for `qwen` and `llama_3` that of LLaVA-VL/LLaVA-NeXT; for
+`llava_onevision` convert_llava_onevision_weights_to_hf.py of transformers 4.47.1.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ class Conversation:
     """A way to write messages as one prompt.
 
     Where `inside` is not empty, the system turn stands inside the first user turn: `inside` then opens that turn, and the
-    system turn is left out where its text is empty. `stop` is what the model says last. The beginning-of-text token is not
-    here, since the tokenizer adds it.
+    system turn is left out where its text is empty; so it is, wherever it stands, with `optional`. `stop` is what the model says last. The
+    beginning-of-text token is not here, since the tokenizer adds it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Conversation:
     generation: str  # what an answer follows
     stop: str
     inside: str = ""
+    optional: bool = False
 
 
 POLITE = (
@@ -62,6 +64,8 @@ PROMPTS = (
     Conversation("mistral_instruct", "LLaVA v1.6 on Mistral", "", *_instruct("")),
     Conversation("chatml_direct", "LLaVA v1.6 34B", "Answer the questions.", *_marked("<|im_start|>", "\n", "<|im_end|>", "<|im_end|>")),
     Conversation("qwen", "LLaVA on Qwen", "You are a helpful assistant.", *_marked("<|im_start|>", "\n", "<|im_end|>\n", "<|im_end|>")),
+    # The template of transformers' converter; LLaVA's own documents use `qwen`, with a system text.
+    Conversation("llava_onevision", "LLaVA-OneVision", "", *_marked("<|im_start|>", "\n", "<|im_end|>\n", "<|im_end|>"), optional=True),
     # Llama 3's own template, which LLaVA calls. The prompt in transformers' converter has one `<|start_header_id|>` too many.
     Conversation(
         "llama_3", "LLaVA on Llama 3", HELPFUL, *_marked("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>")

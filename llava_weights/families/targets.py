@@ -5,16 +5,40 @@ Sources: the classes of transformers 4.36 to 5.23 and the checkpoints of llava-h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+# What LlavaConfig and LlavaNextConfig assume for a key that is left out.
+DEFAULTS: dict[str, Any] = {
+    "ignore_index": -100, "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default", "image_seq_length": 576, "multimodal_projector_bias": True,
+    "tie_word_embeddings": False, "image_grid_pinpoints": None, "use_image_newline_parameter": True,
+}  # fmt: skip
+ANYRES_MAX = r"anyres_max_([1-9]\d{0,3})"  # `image_aspect_ratio` of LLaVA-OneVision: no more features than so many tiles have
+DEFAULT_RATIO = "anyres_max_9"  # what LlavaOnevisionConfig and LlavaOnevisionProcessor assume
+NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+@dataclass(frozen=True)
+class Video:
+    """How a class takes videos: the token that stands for one in a prompt, `first`: whether its id comes before that of an image, and the
+    class that makes pixels of it."""
+
+    token: str
+    first: bool
+    processor: str
 
 
 @dataclass(frozen=True)
 class Target:
     """A class that holds a LLaVA. `tiles`: images are cut into tiles, whose grids `image_grid_pinpoints` lists as (height, width) in
-    pixels, with the tensor `image_newline` behind each row; else an image is one square, and nothing reads a newline.
+    pixels, with the tensor `image_newline` behind each row; else an image is one square, and nothing reads a newline. `capped`: a picture
+    of more tiles than `vision_aspect_ratio` says (`ANYRES_MAX`) is shrunk to their features.
 
     `image_processor` is the one for its tiles; without tiles it is the tower's, or `padding_processor` where images are padded to squares.
+    `words`: what keys of the original are called in its config, where they are kept for the way back at the least, and what they are
+    there if nobody says.
     """
 
     model_type: str
@@ -25,6 +49,23 @@ class Target:
     image_processor: str | None = None
     padding_processor: str = "LlavaImageProcessor"
     runs: bool = True  # whether `smoke` can compute with it
+    video: Video | None = None
+    capped: bool = False
+    counts: bool = False  # whether its processor is told how many features an image has, in place of the size of a patch
+    crops: bool = True  # whether its image processor crops tiles, else it squeezes an image into one
+    new_rows: int = 2  # how many more the vocabulary gets where there are new tokens, before it is rounded up
+    pads: bool = True  # whether it gets them also where there are rows enough
+    layernorm: bool = False  # whether its projector begins with one
+    lacks: tuple[str, ...] = ()  # keys of `DEFAULTS` that its config does not have
+    words: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # keys with the only value that its processor can work with
+    pinpoints: tuple[tuple[int, int], ...] = ()  # that it and its image processor assume
+    defaults: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)  # what its config assumes for keys that are left out
+
+    @property
+    def tokens(self) -> Mapping[str, str]:
+        """The texts that stand for something else than text beside an image, by the key of the config that names their ids."""
+        return {"video_token_index": self.video.token} if self.video else {}
 
 
 TARGETS = (
@@ -42,19 +83,62 @@ TARGETS = (
         processor="LlavaNextProcessor",
         tiles=True,
         image_processor="LlavaNextImageProcessor",
+        pinpoints=NEXT_PINPOINTS,
+        pads=False,
     ),
-)
+    # convert_llava_onevision_weights_to_hf.py of 4.47.1, and the class's own config.
+    Target(
+        model_type="llava_onevision",
+        architecture="LlavaOnevisionForConditionalGeneration",
+        config_class="LlavaOnevisionConfig",
+        processor="LlavaOnevisionProcessor",
+        tiles=True,
+        image_processor="LlavaOnevisionImageProcessor",
+        pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
+        video=Video("<video>", first=False, processor="LlavaOnevisionVideoProcessor"),
+        capped=True,
+        counts=True,
+        crops=False,
+        lacks=("ignore_index", "image_seq_length"),
+        words={
+            "mm_newline_position": ("mm_newline_position", "one_token"), "mm_spatial_pool_mode": ("mm_spatial_pool_mode", "bilinear"),
+            "mm_spatial_pool_stride": ("mm_spatial_pool_stride", None),
+        },
+        defaults={
+            **DEFAULTS, "image_token_index": 151646, "video_token_index": 151647, "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full", "vision_aspect_ratio": DEFAULT_RATIO,
+        },
+    ),
+    # convert_llava_next_video_weights_to_hf.py of 4.47.1. The original's demo pools each frame by 2 whatever its config says, and
+    # LlavaNextVideoProcessor counts a quarter of its patches.
+    Target(
+        model_type="llava_next_video",
+        architecture="LlavaNextVideoForConditionalGeneration",
+        config_class="LlavaNextVideoConfig",
+        processor="LlavaNextVideoProcessor",
+        tiles=True,
+        image_processor="LlavaNextImageProcessor",
+        pinpoints=NEXT_PINPOINTS,
+        video=Video("<video>", first=True, processor="LlavaNextVideoVideoProcessor"),
+        new_rows=3,
+        lacks=("ignore_index",),
+        words={
+            "mm_spatial_pool_mode": ("spatial_pool_mode", "average"), "mm_spatial_pool_stride": ("mm_spatial_pool_stride", 2),
+            "mm_spatial_pool_out_channels": ("mm_spatial_pool_out_channels", None),
+            "mm_resampler_type": ("mm_resampler_type", "spatial_pool"),
+        },
+        fixed={"spatial_pool_stride": 2},
+        defaults={
+            **DEFAULTS, "image_token_index": 32001, "video_token_index": 32000, "spatial_pool_mode": "average", "spatial_pool_stride": 2,
+            "video_seq_length": 288,
+        },
+    ),
+)  # fmt: skip
 BY_TYPE = {row.model_type: row for row in TARGETS}
 
 # `mm_vision_select_feature` of the original -> `vision_feature_select_strategy`: without the class token, or with it.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
-# What LlavaConfig and LlavaNextConfig assume for a key that is left out.
-DEFAULTS: dict[str, Any] = {
-    "ignore_index": -100, "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default", "image_seq_length": 576, "multimodal_projector_bias": True,
-    "tie_word_embeddings": False, "image_grid_pinpoints": None, "use_image_newline_parameter": True,
-}  # fmt: skip
 # The parts of a nested config that describe other models, and what class they are where they do not say.
 DEFAULT_PARTS = {"text_config": "llama", "vision_config": "clip_vision_model"}
-# The vocabulary of a target with new tokens gets two rows more and is rounded up to this (transformers' converters, for speed).
+# The vocabulary of a target with new tokens gets `new_rows` more and is rounded up to this (transformers' converters, for speed).
 MULTIPLE = 64

@@ -28,8 +28,9 @@ class Pixels:
 class Tower:
     """A kind of vision tower. `repository_types` are what `model_type` says in a repository that holds one.
 
-    `layer` are the tensors of each layer, by the name behind `encoder.layers.N.`. `select` is which hidden state a llava-hf config names
-    and the strategy that goes with it, where LLaVA's code leaves no choice; else the original's config says both.
+    `layer` are the tensors of each layer, by the name behind `encoder.layers.N.`. `select` is which hidden state of the whole published
+    tower LLaVA's code takes, from its end, and the strategy of a llava-hf config that goes with it, where that code leaves no choice; else
+    the original's config says both.
     """
 
     kind: str
@@ -100,8 +101,9 @@ TOWERS = (
         resample=3,
         crops=True,
     ),
-    # `vision_use_head` is our own False: a LLaVA never uses SigLIP's pooling head, and its tensors are left out. LLaVA's encoder
-    # deletes the last layer and takes the last state, which is all patches, since SigLIP has no class token.
+    # `vision_use_head` is our own False: a LLaVA never uses SigLIP's pooling head, and its tensors are left out. LLaVA-NeXT's encoder
+    # deletes the last layer and takes the last state, Bunny's and nanoLLaVA's take the last state but one: the same state of the published
+    # tower. It is all patches, since SigLIP has no class token.
     Tower(
         kind="siglip",
         title="SigLIP",
@@ -126,7 +128,7 @@ TOWERS = (
         image_processor="SiglipImageProcessor",
         resample=None,
         crops=False,
-        select=(-1, "full"),
+        select=(-2, "full"),
         original_layer=-2,
     ),
 )  # fmt: skip

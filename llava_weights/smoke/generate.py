@@ -166,7 +166,7 @@ def _image_settings(checkpoint: Checkpoint, sight: Sight) -> dict[str, Any]:
     settings = read_image_settings(tower.preprocessor, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
     files = processor_files(
         settings,
-        target=next(row for row in TARGETS if row.tiles == (sight.pinpoints is not None)),
+        target=sight.target,
         image_token=IMAGE_WORD,
         select_strategy="default",
         aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "square",

@@ -1,13 +1,14 @@
 """What enters the decoder of an original LLaVA: embeddings of the ids, with the features of the images in their places.
 
-The rules of `prepare_inputs_labels_for_multimodal` in `llava_arch.py` (haotian-liu/LLaVA c121f04) and, for a run of
-<im_patch> ids, of `LlavaLlamaModel.forward` (74f8877): written here once more, so that a conversion has something else to be
-compared with than transformers' own LLaVA.
+The rules of `prepare_inputs_labels_for_multimodal` in `llava_arch.py` (haotian-liu/LLaVA c121f04, for `anyres_max_N` LLaVA-VL/LLaVA-NeXT)
+and, for a run of <im_patch> ids, of `LlavaLlamaModel.forward` (74f8877): written here once more, so that a conversion has something
+else to be compared with than transformers' own LLaVA.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
+from ..families.targets import ANYRES_MAX
 from ..text import shown
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class Splice:
             raise InputError("the checkpoint has no vision tower", hint="give the CLIP repository that it was trained with")
         if pixels.ndim == 4:
             return list(self._project(pixels))
-        if sizes is None or config.get("image_aspect_ratio") != "anyres":
+        if sizes is None or not re.fullmatch(f"anyres|{ANYRES_MAX}", str(config.get("image_aspect_ratio"))):
             ratio = shown(str(config.get("image_aspect_ratio")))
             raise InputError(
                 "tiles need the image sizes and `image_aspect_ratio` `anyres`", facts={"image_aspect_ratio": ratio}, hint=CONFIG_HINT
@@ -107,6 +109,10 @@ class Splice:
         side = math.isqrt(tiles.shape[1])  # patches along each side of a tile
         picture = tiles[1:].view(*grid, side, side, -1).transpose(1, 2).reshape(grid[0] * side, grid[1] * side, -1)
         picture = unpad(picture, size)
+        rows, columns = limited((len(picture), picture.shape[1]), side, most_tiles(self.config.get("image_aspect_ratio")))
+        if (rows, columns) != picture.shape[:2]:
+            shrunk = torch.nn.functional.interpolate(picture.permute(2, 0, 1)[None], [rows, columns], mode="bilinear")
+            picture = shrunk[0].permute(1, 2, 0)
         picture = torch.cat((picture, self.newline.expand(len(picture), 1, -1)), 1)
         return torch.cat((tiles[0], picture.flatten(0, 1)))
 
@@ -129,6 +135,23 @@ def best_grid(size: tuple[int, int], pinpoints: object, side: int) -> tuple[int,
 
     best = max(pairs, key=merit)
     return best[1] // side, best[0] // side
+
+
+def most_tiles(ratio: object) -> int | None:
+    """The N of `anyres_max_N`, None for other ways to take images."""
+    found = re.fullmatch(ANYRES_MAX, ratio) if isinstance(ratio, str) else None
+    return int(found[1]) if found else None
+
+
+def limited(shape: tuple[int, int], side: int, most: int | None) -> tuple[int, int]:
+    """(rows, columns) of a picture of features, shrunk to those of `most` tiles with `side` of them along each edge, where it has a tenth
+    more along its own.
+
+    Source: `anyres_max` in `prepare_inputs_labels_for_multimodal` of LLaVA-VL/LLaVA-NeXT.
+    """
+    rows, columns = shape
+    times = math.sqrt(rows * columns / (most * side**2)) if most else 0
+    return (int(rows // times), int(columns // times)) if times > 1.1 else shape
 
 
 def unpad(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -8,7 +8,7 @@ old reference useless.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -21,28 +21,30 @@ from ..checkpoint.tower import Doubts, VisionTower, check_tower, holds_tower, op
 from ..errors import UsageError
 from ..families.layouts import canonical
 from ..families.originals import fitting
-from ..families.targets import DEFAULTS, TARGETS
+from ..families.targets import BY_TYPE as TARGETS
+from ..families.targets import Target
 from ..families.towers import TOWERS
 from ..text import shown
 from .forward import Probe
-from .image_features import IMAGE, best_grid, unpad
+from .image_features import IMAGE, best_grid, limited, most_tiles, unpad
 
 TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
 LAST_ROWS, MOST_ADDED = 8, 64
 TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
-TILED = tuple(row.model_type for row in TARGETS if row.tiles)
-HUB_IMAGE = DEFAULTS["image_token_index"]
+MOST_FEATURES = 1024  # of the image that is shrunk: at the size of published models it would be one of 7,000, gigabytes of attention
 USUAL = TOWERS[0].pixels[0]  # the range of pixels of the images that are made
 
 
 @dataclass(frozen=True)
 class Sight:
     """How a LLaVA takes images in: `side` in pixels of a tile, `patches` along it, `extra` features of a tile beside its patches.
-    `pinpoints` are (width, height) in pixels where images are cut into tiles, else None."""
+    `pinpoints` are (width, height) in pixels where images are cut into tiles, else None; a picture of more than `most` tiles is shrunk."""
 
     tower: VisionTower
+    target: Target
     extra: int
     pinpoints: list[list[int]] | None
+    most: int | None = None
 
     @property
     def side(self) -> int:
@@ -62,17 +64,32 @@ class Sight:
             return self.patches**2 + self.extra
         rows, columns = (tiles * self.patches for tiles in self.grid(size))
         left = unpad(cast(Any, np.empty((rows, columns, 0))), size).shape  # only its shape counts
-        return self.patches**2 + left[0] * (left[1] + 1)
+        rows, columns = limited((left[0], left[1]), self.patches, self.most)
+        return self.patches**2 + rows * (columns + 1)
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Images to try, (height, width): with tiles, one that fits two grids equally well, and one that takes several rows."""
         if self.pinpoints is None:
             yield "image", (self.side, self.side)
-        else:
-            narrow = [(self.side, width) for width in range(3 * self.side // 4, self.side)]
-            wide = [(4 * self.side // 3, width) for width in range(5 * self.side // 2, 3 * self.side)]
-            for name, candidates in (("image", wide), ("image-tie", narrow)):
-                yield name, next(filter(self._clear, candidates), candidates[0])
+            return
+        narrow = [(self.side, width) for width in range(3 * self.side // 4, self.side)]
+        if self.most is None:
+            yield "image", self._first([(4 * self.side // 3, width) for width in range(5 * self.side // 2, 3 * self.side)])
+            yield "image-tie", self._first(narrow)
+        else:  # its many grids would make the first of these an image of thousands of features
+            yield "image", self._first([(7 * self.side // 8, width) for width in range(3 * self.side // 2, 2 * self.side)])
+            yield "image-tall", self._first([(height, 7 * self.side // 8) for height in range(3 * self.side // 2, 2 * self.side)])
+            yield "image-small", self._first(narrow)
+            shrunk = [(edge, edge - self.side // 4) for edge in range(self.side, max(map(max, self.pinpoints)) + 1, self.side // 2)]
+            fitting = (size for size in shrunk if self._shrinks(size) and self._clear(size) and self.features(size) <= MOST_FEATURES)
+            if size := next(fitting, None):
+                yield "image-shrunk", size
+
+    def _first(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        return next(filter(self._clear, sizes), sizes[0])
+
+    def _shrinks(self, size: tuple[int, int]) -> bool:
+        return self.features(size) != replace(self, most=None).features(size)
 
     def _clear(self, size: tuple[int, int]) -> bool:
         """Whether the crop of the padding is far from a whole number, where programs round in different ways."""
@@ -140,14 +157,18 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
     if found is None:
         return None
     if hub:
-        pairs = config.get("image_grid_pinpoints") if config.get("model_type") in TILED else None
-        extra = config.get("vision_feature_select_strategy") == "full" and found.class_token
-        return Sight(found, int(extra), [[width, height] for height, width in pairs] if pairs else None)
+        target = TARGETS.get(str(config.get("model_type")), TARGETS["llava"])
+        pairs = config.get("image_grid_pinpoints") if target.tiles else None
+        strategy = config.get("vision_feature_select_strategy", target.defaults["vision_feature_select_strategy"])
+        most = most_tiles(config.get("vision_aspect_ratio", target.defaults["vision_aspect_ratio"])) if target.capped else None
+        turned = [[width, height] for height, width in pairs] if pairs else None
+        return Sight(found, target, int(strategy == "full" and found.class_token), turned, most)
     decoder = known_decoder(config)
     family = next(fitting(config, decoder=decoder.model_type, tower=found.kind), None) if decoder else None
-    tiled = family is not None and family.target in TILED
+    target = TARGETS[family.target if family else "llava"]
     extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
-    return Sight(found, int(extra), config.get("image_grid_pinpoints") if tiled else None)
+    most = most_tiles(config.get("image_aspect_ratio")) if target.capped else None
+    return Sight(found, target, int(extra), config.get("image_grid_pinpoints") if target.tiles else None, most)
 
 
 def check_given(checkpoint: Checkpoint, tower: Checkpoint | None, *, accept: bool = False) -> Doubts:
@@ -163,7 +184,8 @@ def check_given(checkpoint: Checkpoint, tower: Checkpoint | None, *, accept: boo
 
 def image_id(checkpoint: Checkpoint) -> int:
     """The id that stands for a feature of an image in a llava-hf model."""
-    return int(checkpoint.config.get("image_token_index") or checkpoint.config.get("image_token_id") or HUB_IMAGE)
+    config, target = checkpoint.config, TARGETS.get(str(checkpoint.config.get("model_type")), TARGETS["llava"])
+    return int(config.get("image_token_index") or config.get("image_token_id") or target.defaults["image_token_index"])
 
 
 def table_rows(checkpoint: Checkpoint) -> int:

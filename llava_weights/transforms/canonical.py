@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
 from ..checkpoint.config import check_structure, decoder_of, repair_config
 from ..checkpoint.diagnose import state
-from ..checkpoint.hf_config import Tokens, flat_config, original_config, tower_name
+from ..checkpoint.hf_config import STATED, Tokens, flat_config, original_config, select_layer, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
 from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.small_files import small_object
@@ -21,7 +21,7 @@ from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
 from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
-from ..families.layouts import LAYOUTS, PART, TABLES, canonical, spelled
+from ..families.layouts import HOMELESS, LAYOUTS, PART, TABLES, canonical, spelled
 from ..families.originals import Original, fitting
 from ..families.projectors import ACTIVATION, LINEAR, NAMES, projector_type
 from ..families.targets import BY_TYPE as TARGETS
@@ -39,7 +39,8 @@ class Model:
 
     parts: Parts
     tower: VisionTower
-    families: tuple[Original, ...]  # those that it fits, all of one target
+    target: Target  # the class of transformers that holds it
+    families: tuple[Original, ...]  # those that it fits, all of that target
     config: Mapping[str, Any]
     tokenizer: HfTokenizer
     activation: str  # between the two layers of the projector
@@ -51,11 +52,6 @@ class Model:
     def tied(self) -> bool:
         """Whether the head is the embedding table, and is not stored."""
         return TABLES[1] not in self.parts
-
-    @property
-    def target(self) -> Target:
-        """The class of transformers that holds it."""
-        return TARGETS[self.families[0].target]
 
 
 def take_apart(
@@ -94,20 +90,37 @@ def take_apart(
     if doubts.differs:
         known = recognised(chosen.config)
         config["mm_vision_tower"] = known.repo if known else None
-    target = TARGETS[_families(config, chosen, parts)[0].target]
+    hub_target = TARGETS[str(checkpoint.config["model_type"])] if hub else None
+    target = hub_target or TARGETS[_families(config, chosen, parts)[0].target]
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
-    tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=target.processor, model_max_length=limit)
+    others = tuple(target.tokens.values())
+    first = bool(target.video and target.video.first)
+    tokenizer = hf_tokenizer(
+        checkpoint.files, rows=rows, image_token=image_token, processor_class=target.processor, model_max_length=limit,
+        before=others if first else (), behind=() if first else others,
+    )  # fmt: skip
     config, repairs, before = *_repaired(config, parts, tokenizer, main), config
-    families = _families({**before, **config}, chosen, parts)
-    _check_parts(config, parts, chosen)
+    families = _families({**before, **config}, chosen, parts, hub_target)
+    _check_parts(config, parts, chosen, _feature_layers(config, chosen))
     activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
-    return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
+    return Model(parts, chosen, target, families, config, tokenizer, activation, rows, repairs, doubts)
 
 
-def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts) -> tuple[Original, ...]:
-    """The families that these parts fit. Raises InputError where there is none, and as `decoder_of`."""
+def _feature_layers(config: Mapping[str, Any], tower: VisionTower) -> int:
+    """How many hidden states of the tower are taken, one behind the other for each patch."""
+    layers = select_layer(config, tower)
+    return len(layers) if isinstance(layers, list) else 1
+
+
+def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts, target: Target | None = None) -> tuple[Original, ...]:
+    """The families that these parts fit, of a llava-hf checkpoint those of its `target`, with any tower where there is none with its own.
+
+    Raises InputError where an original fits none, and as `decoder_of`."""
     decoder = decoder_of(config)
     found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in parts))
+    if target:
+        anyhow = fitting(config, decoder=decoder.model_type)
+        return tuple(x for x in found if x.target == target.model_type) or tuple(x for x in anyhow if x.target == target.model_type)
     if not found:
         facts = {
             "decoder, tower": f"{decoder.model_type}, {tower.kind}",
@@ -115,7 +128,7 @@ def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts) -> tu
             "mm_patch_merge_type": shown(str(config.get("mm_patch_merge_type") or "flat"))[1:-1],
             "image_newline": "there" if "newline" in parts else "missing",
         }
-        hint = "`anyres` with `spatial_unpad` and an `image_newline` is LLaVA-NeXT; LLaVA-OneVision is another model"
+        hint = "`anyres` (LLaVA-NeXT) and `anyres_max_N` on a SigLIP (LLaVA-OneVision) come with `spatial_unpad` and an `image_newline`"
         raise InputError("images in tiles, joined in a way that no known LLaVA does", facts=facts, hint=hint)
     return found
 
@@ -143,6 +156,13 @@ def _parts(checkpoint: Checkpoint, dtype: str | None) -> Parts:
     """Every parameter by its canonical name. Raises InputError for names of no known part and for two of the same."""
     parts: Parts = {}
     tensors = checkpoint.parameters()
+    for pattern, what in HOMELESS:
+        if found := next((name for name in tensors if re.fullmatch(pattern, name)), None):
+            raise InputError(
+                f"`{found}` has no place in any class of transformers: it is {what}",
+                facts={"checkpoint": checkpoint.origin.name},
+                hint="run this model with the code of its authors",
+            )
     unknown = [name for name in tensors if not re.match(PART, canonical(name))]
     if unknown:
         raise InputError(
@@ -192,18 +212,19 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
     if str(config.get("model_type")) not in TARGETS:
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
         raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
-    named = tower_name(config, tower) or ""
+    named, target = tower_name(config, tower) or "", TARGETS[str(config["model_type"])]
     made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(NAMES), name=named, dtype="F32")
     preprocessor, processor = (small_object(checkpoint.files, name) for name in ("preprocessor_config.json", "processor_config.json"))
     made |= {
         key: value
         for key, value in original_vision_settings(preprocessor, processor).items()
-        if key == "image_aspect_ratio" and made["image_aspect_ratio"] != "anyres"
+        if key == "image_aspect_ratio" and not target.tiles
     }
     added = small_object(checkpoint.files, "added_tokens.json")
     made |= {"mm_use_im_patch_token": "<im_patch>" in added, "mm_use_im_start_end": "<im_start>" in added}
     for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "mm_projector_type", "tie_word_embeddings"):
         made.pop(key, None)
+    made |= {key: config.get(key, target.defaults[key]) for key in STATED}
     return made | {"tie_word_embeddings": text.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
 
 
@@ -216,19 +237,18 @@ def _repaired(config: Mapping[str, Any], parts: Parts, tokenizer: HfTokenizer, d
     return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, told
 
 
-def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) -> None:
-    """Raise InputError unless the parts are exactly those of a LLaVA of this config."""
+def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower, layers: int) -> None:
+    """Raise InputError unless the parts are exactly those of a LLaVA of this config, which takes `layers` hidden states of its tower."""
     text = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith(("tower.", "projector."))}
     check_structure(config, text, vocabulary_rows=parts[TABLES[0]].rows)
     hidden = parts[TABLES[0]].shape[1]
     projector = {name: tensor.shape for name, tensor in parts.items() if name.startswith("projector.")}
-    one = {LINEAR[0]: (hidden, tower.hidden), LINEAR[1]: (hidden,)}
-    two = {NAMES[0]: (hidden, tower.hidden), NAMES[1]: (hidden,), NAMES[2]: (hidden, hidden), NAMES[3]: (hidden,)}
+    width = tower.hidden * layers
+    one = {LINEAR[0]: (hidden, width), LINEAR[1]: (hidden,)}
+    two = {NAMES[0]: (hidden, width), NAMES[1]: (hidden,), NAMES[2]: (hidden, hidden), NAMES[3]: (hidden,)}
     if projector not in (one, two):
         facts = {spelled(name, "llava"): str(list(shape)) for name, shape in projector.items()}
-        hint = (
-            f"llava-hf has one Linear or two with gelu between them, from the tower's width of {tower.hidden} to the decoder's of {hidden}"
-        )
+        hint = f"llava-hf has one Linear or two with gelu between them, from the tower's width of {width} to the decoder's of {hidden}"
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
     if "newline" in parts and parts["newline"].shape != (hidden,):
         raise MismatchError(

@@ -13,15 +13,16 @@ from typing import Any
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
 from ..checkpoint.config import expected_shapes, repair_generation_config
-from ..checkpoint.hf_config import Tokens, llava_hf_config, pinpoints
+from ..checkpoint.hf_config import STATED, Tokens, llava_hf_config, pinpoints, select_layer
 from ..checkpoint.hf_tokenizer import original_tokenizer
-from ..checkpoint.processor import processor_files, read_image_settings
+from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings
 from ..checkpoint.small_files import small_object, small_text
 from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import check_tower, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
 from ..families.layouts import TABLES, canonical, spelled
+from ..families.originals import of_tokens
 from ..families.projectors import FORMS, LINEAR, NAMES, projector_type
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import MULTIPLE
@@ -121,9 +122,10 @@ def to_llava_hf(
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
     elif parts.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
-    rows = _rows(model, vocab_size, bool(tiles))
+    rows = _rows(checkpoint, model, vocab_size)
     parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
-    tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
+    others = {key: model.tokenizer.others[token] for key, token in model.target.tokens.items()}
+    tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows, others)
     config = llava_hf_config(
         model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
     )
@@ -140,7 +142,7 @@ def to_llava_hf(
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *model.tokenizer.notes),
         notes=(*_first_notes(checkpoint), *notes, *model.doubts.notes),
-        warnings=model.doubts.warnings,
+        warnings=(*model.doubts.warnings, *prompt.warnings),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
     )
     return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
@@ -165,7 +167,8 @@ def to_llava(
     if NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
         parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
     projector = projector_type(parts)
-    files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
+    others = model.target.tokens.values()
+    files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id, others=others)
     rows = _unpadded(checkpoint, model, model.rows) or rows
     parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
     config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
@@ -180,7 +183,7 @@ def to_llava(
         _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
         notes=(*_first_notes(checkpoint), *model.tower.notes, *notes, *doubts.notes),
-        warnings=(*doubts.warnings, *(() if named else (NAMELESS,))),
+        warnings=(*doubts.warnings, *(() if named else (NAMELESS,)), *_other_layer(model, config)),
     )
     return _assembled(checkpoint, model, parts, "llava", config, files, step)
 
@@ -202,8 +205,8 @@ def _two_layers(model: Model, form: str | None) -> tuple[Parts, str, str]:
     return {**parts, **paired(weight, bias, form)}, FORMS[form], form
 
 
-def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
-    """How many rows the tables get: two more, rounded up to 64, where tokens are new, as transformers' converters do it."""
+def _rows(checkpoint: Checkpoint, model: Model, wanted: int | None) -> int:
+    """How many rows the tables get: a few more, rounded up to 64, where tokens are new, as transformers' converters do it."""
     used, rows = model.tokenizer.used, model.rows
     if wanted is not None:
         if wanted < used:
@@ -211,9 +214,9 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
                 f"`--vocab-size {wanted}` is too small: the tokenizer's highest id is {used - 1}", hint="pass a larger one, or leave it out"
             )
         return wanted
-    if not model.tokenizer.grew or (tiles and used <= rows):
+    if not model.tokenizer.grew or (used <= rows and (checkpoint.layout == "llava-hf" or not model.target.pads)):
         return max(rows, used)
-    return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
+    return -(-max(rows + model.target.new_rows, used) // MULTIPLE) * MULTIPLE
 
 
 def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
@@ -222,7 +225,8 @@ def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
     if checkpoint.layout == "llava-hf":
         recorded = checkpoint.config.get("unpadded_vocab_size")
         return recorded if type(recorded) is int and 0 < recorded <= model.rows else None
-    told = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id)[1]
+    others = model.target.tokens.values()
+    told = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id, others=others)[1]
     return model.rows if told != model.rows else None
 
 
@@ -235,6 +239,7 @@ class Prompt:
     evidence: str
     example: str = ""
     stop: str = ""
+    warnings: tuple[str, ...] = ()  # of the family that it is
 
 
 def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prompt:
@@ -246,7 +251,11 @@ def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prom
     token = model.tokenizer.image_token
     image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
     told = f"{conversation.title} ({evidence})"
-    return Prompt(conversation.name, chat_template(conversation, image), told, example(conversation, image), conversation.stop)
+    video = model.target.video.token if model.target.video else ""
+    template = chat_template(conversation, image, video)
+    family = of_tokens(model.families, model.tokenizer.specials)
+    warnings = (family.warning,) if family and family.warning else ()
+    return Prompt(conversation.name, template, told, example(conversation, image), conversation.stop, warnings)
 
 
 def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
@@ -257,7 +266,7 @@ def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], 
     if aspect is None and str(own.get("image_processor_type")).startswith(model.target.padding_processor):
         aspect = "pad"
     settings = read_image_settings(tower.preprocessor or own, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
-    return processor_files(
+    made = processor_files(
         settings,
         target=model.target,
         image_token=model.tokenizer.image_token,
@@ -266,7 +275,10 @@ def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], 
         pads=pads,
         pinpoints=config.get("image_grid_pinpoints"),
         template=template,
+        vision_aspect_ratio=config.get("vision_aspect_ratio"),
     )
+    kept = {VIDEO_PREPROCESSOR} if checkpoint.layout == "llava-hf" and VIDEO_PREPROCESSOR in checkpoint.files else set()
+    return {name: data for name, data in made.items() if name not in kept}
 
 
 def _summary(model: Model, rows: int) -> dict[str, str]:
@@ -285,9 +297,17 @@ def _ordered(parts: Parts, model: Model) -> Iterator[str]:
     return (name for name in order if name in parts)
 
 
+def _other_layer(model: Model, config: Mapping[str, Any]) -> Iterator[str]:
+    """A warning where LLaVA's code takes other features of the tower than the llava-hf config says."""
+    layer, count = model.config.get(STATED[0]), model.tower.config["num_hidden_layers"]
+    own = select_layer(config, model.tower)
+    if layer is not None and (isinstance(layer, list) or layer % (count + 1) != own % (count + 1)):
+        yield f"`vision_feature_layer` is {layer} in config.json, LLaVA's own code takes {own} of this tower: it computes something else"
+
+
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str) -> dict[str, Any]:
     """The original's config with what changed: names that it had before are kept."""
-    config = dict(model.config)
+    config = {key: value for key, value in model.config.items() if key not in STATED}
     named = name or config.get("mm_vision_tower")
     config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
     config |= {"tie_word_embeddings": model.tied, "torch_dtype": TORCH_DTYPE[dtype]}

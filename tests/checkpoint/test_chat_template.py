@@ -32,8 +32,8 @@ HELPFUL = (
     "assist the user with a variety of tasks using natural language."
 )
 
-# What `get_prompt` of LLaVA's checkpoint/chat_template.py (c121f04; LLaVA-NeXT's for the last two) returns for an image with "Who?", and
-# for the same with the answer "Ann." and the question "Why?".
+# What `get_prompt` of LLaVA's conversation.py (c121f04; LLaVA-NeXT's for the last two) returns for an image with "Who?", and for the same
+# with the answer "Ann." and the question "Why?"; for LLaVA-OneVision the template of transformers' converter.
 ONE_TURN = {
     "llava_v0": f"{HUMAN}###Human: <image>\nWho?###Assistant:",
     "llava_v1": f"{HUMAN} USER: <image>\nWho? ASSISTANT:",
@@ -44,6 +44,7 @@ ONE_TURN = {
     "qwen": (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWho?<|im_end|>\n<|im_start|>assistant\n"
     ),
+    "llava_onevision": "<|im_start|>user\n<image>\nWho?<|im_end|>\n<|im_start|>assistant\n",
     "llama_3": (
         f"<|start_header_id|>system<|end_header_id|>\n\n{HELPFUL}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWho?"
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -61,6 +62,10 @@ TWO_TURNS = {
     ),
     "qwen": (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWho?<|im_end|>\n"
+        "<|im_start|>assistant\nAnn.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "llava_onevision": (
+        "<|im_start|>user\n<image>\nWho?<|im_end|>\n"
         "<|im_start|>assistant\nAnn.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     ),
     "llama_3": (

@@ -17,7 +17,7 @@ from llava_weights.families.targets import TARGETS
 from llava_weights.families.towers import TOWERS
 from llava_weights.storage.strict_json import parse_json
 
-(LLAVA, NEXT), (CLIP_ROW, SIGLIP_ROW) = TARGETS, TOWERS
+(LLAVA, NEXT, ONEVISION, VIDEO, *_), (CLIP_ROW, SIGLIP_ROW) = TARGETS, TOWERS
 TEMPLATE = chat_template(CONVERSATIONS["vicuna_v1"], "<image>")
 CLIP = read_image_settings(None, size=336, patch=14, tower=CLIP_ROW)
 SIGLIP = read_image_settings(None, size=384, patch=14, tower=SIGLIP_ROW)

@@ -49,7 +49,9 @@ def through_the_house(folder: Path, row: Original, decoder: str, tower: str) -> 
     assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == (decoder, BY_KIND[tower].model_type)
     assert read(there, "processor_config.json")["processor_class"] == target.processor
     checked = lw.verify(there)
-    assert [finding for finding in checked.findings if finding.verdict in ("failed", "warning")] == []
+    said = [finding for finding in checked.findings if finding.verdict in ("failed", "warning")]
+    assert [finding for finding in said if finding.rule != "recorded"] == []
+    assert [row.warning in finding.text for finding in said] == [True] * bool(row.warning)
     assert lw.smoke_test(there, original=folder / "llava").exit_code == 0
     template = ImmutableSandboxedEnvironment().from_string((there / "chat_template.jinja").read_text(encoding="utf-8"))
     asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
@@ -140,7 +142,11 @@ def test_defaults_of_towers_and_targets_are_those_of_their_classes() -> None:
         found = getattr(transformers, target.config_class)()
         assert found.model_type == target.model_type
         same = ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias")
-        assert {key: getattr(found, key) for key in same} == {key: DEFAULTS[key] for key in same}
+        assert {key: getattr(found, key) for key in same} == {key: target.defaults[key] for key in same}
+        own = [key for key in target.defaults if key not in DEFAULTS or target.defaults[key] != DEFAULTS[key]]
+        assert {key: getattr(found, key) for key in own} == {key: target.defaults[key] for key in own}
+        assert all(not hasattr(found, key) for key in target.lacks)
+        assert getattr(found, "image_grid_pinpoints", []) == [list(pair) for pair in target.pinpoints]
         assert hasattr(transformers, target.architecture)
 
 
