@@ -23,11 +23,15 @@ NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 @dataclass(frozen=True)
 class Video:
     """How a class takes videos: the token that stands for one in a prompt, `first`: whether its id comes before that of an image, and the
-    class that makes pixels of it."""
+    class that makes pixels of it. The patches of each frame are pooled, `stride` along each edge; `pooled_first`: before the projector;
+    `newline`: whether the tensor `image_newline` ends it."""
 
     token: str
     first: bool
     processor: str
+    pooled_first: bool
+    newline: bool
+    stride: int = 2
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ TARGETS = (
         tiles=True,
         image_processor="LlavaOnevisionImageProcessor",
         pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
-        video=Video("<video>", first=False, processor="LlavaOnevisionVideoProcessor"),
+        video=Video("<video>", first=False, processor="LlavaOnevisionVideoProcessor", pooled_first=False, newline=True),
         capped=True,
         counts=True,
         crops=False,
@@ -119,7 +123,7 @@ TARGETS = (
         tiles=True,
         image_processor="LlavaNextImageProcessor",
         pinpoints=NEXT_PINPOINTS,
-        video=Video("<video>", first=True, processor="LlavaNextVideoVideoProcessor"),
+        video=Video("<video>", first=True, processor="LlavaNextVideoVideoProcessor", pooled_first=True, newline=False),
         new_rows=3,
         lacks=("ignore_index",),
         words={

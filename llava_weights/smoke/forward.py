@@ -21,9 +21,10 @@ from ..checkpoint.hf_config import select_layer
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
 from ..errors import InputError
-from ..families.decoders import CLASSES, KINDS, PARTS
+from ..families.decoders import CLASSES, KINDS, PARTS, Decoder
 from ..families.layouts import canonical
-from ..families.targets import DEFAULT_PARTS, TARGETS
+from ..families.originals import fitting
+from ..families.targets import BY_TYPE, DEFAULT_PARTS, TARGETS, Target
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import shown
 from .image_features import IMAGE, Splice
@@ -49,6 +50,12 @@ class Probe:
     ids: np.ndarray  # int64 [T]; for an original LLaVA -200 stands for an image, or a run of <im_patch>
     pixel_values: np.ndarray | None = None  # float32 [images, 3, S, S], for anyres [images, tiles, 3, S, S] padded with zeros
     image_sizes: np.ndarray | None = None  # int64 [images, 2], height and width, for anyres
+    frames: np.ndarray | None = None  # float32 [videos, frames, 3, S, S], in place of images
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is an image or a video in it."""
+        return self.pixel_values is not None or self.frames is not None
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,8 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
             inputs["pixel_values"] = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
             if probe.image_sizes is not None and tiles:
                 inputs["image_sizes"] = torch.tensor(probe.image_sizes, device=device)
+        if probe.frames is not None:
+            inputs["pixel_values_videos"] = torch.tensor(probe.frames, device=device, dtype=stream.kind)
         return inputs
 
     if checkpoint.layout == "llava-hf":
@@ -195,15 +204,23 @@ def load_original(
         projector,
         newline,
         patch,
+        target_of(checkpoint.config, known, known_tower).video if known_tower else None,
     )
 
     def enter(probe: Probe) -> dict[str, Any]:
         ids, pixels = torch.tensor(probe.ids, device=device), None
         if probe.pixel_values is not None:
             pixels = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
-        return {"inputs_embeds": splice(ids, pixels, probe.image_sizes)[None]}
+        frames = None if probe.frames is None else torch.tensor(probe.frames, device=device, dtype=stream.kind)
+        return {"inputs_embeds": splice(ids, pixels, probe.image_sizes, frames)[None]}
 
     return Runner(checkpoint, stream, decoder, enter, IMAGE)
+
+
+def target_of(config: Mapping[str, Any], decoder: Decoder, tower: VisionTower) -> Target:
+    """The class of transformers that holds an original LLaVA, plain Llava where no row says."""
+    family = next(fitting(config, decoder=decoder.model_type, tower=tower.kind), None)
+    return BY_TYPE[family.target if family else "llava"]
 
 
 def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) -> tuple[Any, VisionTower | None]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import InputError
-from ..families.targets import ANYRES_MAX
+from ..families.targets import ANYRES_MAX, Video
 from ..text import shown
 
 if TYPE_CHECKING:
@@ -41,15 +41,20 @@ class Splice:
     projector: Any
     newline: torch.Tensor | None  # [H]
     patch: int  # id of <im_patch>, IMAGE where there is none
+    video: Video | None = None  # how its family takes videos
 
-    def __call__(self, ids: torch.Tensor, pixels: torch.Tensor | None, sizes: np.ndarray | None) -> torch.Tensor:
-        """[T', H] for ids [T], pixels [images, 3, S, S] or [images, tiles, 3, S, S] and the images' (height, width).
+    def __call__(
+        self, ids: torch.Tensor, pixels: torch.Tensor | None, sizes: np.ndarray | None, frames: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T', H] for ids [T], pixels [images, 3, S, S] or [images, tiles, 3, S, S] and the images' (height, width), or frames [videos,
+        frames, 3, S, S].
 
         Raises InputError where images and their places in the ids do not match, or the config asks for something unknown.
         """
         import torch
 
         images = [] if pixels is None else self._features(pixels, sizes)
+        images += [] if frames is None else [self._video(each) for each in frames]
         places, counts = ids == IMAGE, torch.ones_like(ids)
         if places.any() or not images:
             lengths = counts.new_tensor([len(rows) for rows in images])
@@ -91,10 +96,42 @@ class Splice:
 
     def _project(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, patches, H] for tiles [N, 3, S, S]."""
-        seen = self.vision(pixels, output_hidden_states=True).hidden_states[self.layer]
-        whole = not self.class_token or self.config.get("mm_vision_select_feature") == "cls_patch"
-        projected: torch.Tensor = self.projector(seen if whole else seen[:, 1:])
+        projected: torch.Tensor = self.projector(self._see(pixels))
         return projected
+
+    def _see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[N, patches, width of the tower] for tiles [N, 3, S, S]."""
+        states = self.vision(pixels, output_hidden_states=True).hidden_states
+        whole = not self.class_token or self.config.get("mm_vision_select_feature") == "cls_patch"
+        seen: torch.Tensor = states[self.layer] if whole else states[self.layer][:, 1:]
+        return seen
+
+    def _video(self, frames: torch.Tensor) -> torch.Tensor:
+        """[features, H] of one video of frames [N, 3, S, S]: `spatial_pool` of LLaVA-NeXT-Video's release, `get_2dPool` of OneVision's."""
+        import torch
+
+        if self.vision is None or self.video is None:
+            raise InputError("this model takes no videos", hint="give a recording that was made of the same model")
+        seen = self._see(frames)
+        features = self.projector(self._pooled(seen)) if self.video.pooled_first else self._pooled(self.projector(seen))
+        joined: torch.Tensor = features.flatten(0, 1)
+        return torch.cat((joined, self.newline[None])) if self.video.newline and self.newline is not None else joined
+
+    def _pooled(self, patches: torch.Tensor) -> torch.Tensor:
+        """[N, fewer, D] for the patches [N, P, D] of square frames."""
+        from torch.nn import functional
+
+        assert self.video
+        mode, side, stride = self.config.get("mm_spatial_pool_mode") or "bilinear", math.isqrt(patches.shape[1]), self.video.stride
+        square = patches.transpose(1, 2).unflatten(2, (side, side))
+        if mode == "bilinear":
+            pooled = functional.interpolate(square, size=[-(-side // stride)] * 2, mode="bilinear")
+        elif mode in ("average", "max"):
+            pooled = (functional.avg_pool2d if mode == "average" else functional.max_pool2d)(square, stride)
+        else:
+            facts = {"mm_spatial_pool_mode": shown(str(mode))}
+            raise InputError("it is not known how this model pools frames", facts=facts, hint=CONFIG_HINT)
+        return pooled.flatten(2).transpose(1, 2)
 
     def _merge(self, tiles: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
         """The whole image first, then its tiles as one picture, cropped to the image, a newline behind each row."""

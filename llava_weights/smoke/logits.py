@@ -15,6 +15,8 @@ import numpy as np
 
 from .. import findings
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
+from ..checkpoint.processor import read_image_settings
+from ..checkpoint.small_files import small_object
 from ..checkpoint.tower import Doubts, tower_hint
 from ..errors import InputError, UsageError, VerificationError, finite
 from ..events import Note
@@ -52,6 +54,7 @@ LIMITS = {
 # In float32, a LoRA merged and rounded against the same LoRA beside its base: what rounding to this dtype costs.
 MERGED = {"F32": LIMITS["F32"], "F16": Limits(1e-7, 5e-3, 0.99, 1e-6, 1e-7), "BF16": Limits(2e-6, 1e-2, 0.99, 5e-6, 2e-6)}
 SUSPICIOUS = 1e-7  # NMSE up to which float32 may be another order of summation in a very deep model, and is no structural fault
+COLOUR = 2e-3  # what means and deviations of pixels, from 0 to 1, may differ in
 MARGIN = 3  # another first choice counts where the reference preferred its own by this many times the difference that is allowed
 
 ABOUT = {
@@ -141,7 +144,7 @@ def compare(
     blind = checkpoint.layout == "llava" and find_sight(checkpoint, tower) is None
     found, rows, wrong, verdicts = _doubtful(checkpoint, doubts, on_event), list[Row](), list[str](), list[Verdict]()
     for one in recording.probes:
-        if blind and one.probe.pixel_values is not None:
+        if blind and one.probe.sees:
             text = f"{shown(one.probe.name)} was not run: the checkpoint has no vision tower"
             found.append(Finding("L5", "unchecked", one.probe.name, text, tower_hint(checkpoint.config)))
             continue
@@ -313,10 +316,34 @@ def compare_original(
     reference = make_recording(original, probes, tower=tower, device=device, resident=resident, on_event=on_event)
     how: Any = {"device": device, "dtype": dtype, "resident": resident, "atol": atol, "accept_tower": accept_tower}
     smoke = compare(checkpoint, reference, tower=tower if checkpoint.layout == "llava" else None, **how, on_event=on_event)
-    if not any(probe.pixel_values is not None for probe in probes):
+    if not any(probe.sees for probe in probes):
         text = "no image was compared: the original holds no vision tower"
         warnings.append(Finding("L5", "unchecked", original.origin.name, text, tower_hint(original.config)))
-    return replace(smoke, findings=tuple(dict.fromkeys((*warnings, *smoke.findings))))
+    if pixels := _other_pixels(checkpoint, original, tower):
+        smoke = replace(smoke, verdict="different")
+    return replace(smoke, findings=tuple(dict.fromkeys((*warnings, *pixels, *smoke.findings))))
+
+
+def _other_pixels(checkpoint: Checkpoint, original: Checkpoint, tower: Checkpoint | None) -> list[Finding]:
+    """A failure where a llava-hf checkpoint makes other pixels of an image than the original's tower takes: probes are pixels already."""
+    sight, file = find_sight(original, tower), "preprocessor_config.json"
+    own = small_object(checkpoint.files, file) or small_object(checkpoint.files, "processor_config.json").get("image_processor")
+    if checkpoint.layout != "llava-hf" or sight is None or not isinstance(own, dict) or not own:
+        return []
+    of_tower: Any = {"tower": sight.tower.row, "size": sight.tower.image_size, "patch": sight.tower.patch_size}
+    try:
+        found, wanted = read_image_settings(own, **of_tower), read_image_settings(sight.tower.preprocessor, **of_tower)
+    except InputError as error:
+        return [Finding("L5", "failed", "pixels", f"{file}: {error.what}", error.hint or "")]
+    right = [(wanted.mean, wanted.std)] + [(each.mean, each.std) for each in sight.tower.row.pixels if not sight.tower.preprocessor]
+    text = f"{file} makes other pixels of an image than the tower of the original takes"
+    if not any(np.allclose((found.mean, found.std), pair, atol=COLOUR) for pair in right):
+        text += f": mean {list(found.mean)} and deviation {list(found.std)}, not {list(wanted.mean)} and {list(wanted.std)}"
+    elif not np.isclose(found.rescale, wanted.rescale, rtol=COLOUR):
+        text += f": a scale of {found.rescale:g}, not {wanted.rescale:g}"
+    else:
+        return []
+    return [Finding("L5", "failed", "pixels", text, ABOUT["vision"])]
 
 
 def smoke_test(

@@ -30,6 +30,7 @@ from .image_features import IMAGE, best_grid, limited, most_tiles, unpad
 
 TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
 LAST_ROWS, MOST_ADDED = 8, 64
+FRAMES = 2  # of the video probe
 TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
 MOST_FEATURES = 1024  # of the image that is shrunk: at the size of published models it would be one of 7,000, gigabytes of attention
 USUAL = TOWERS[0].pixels[0]  # the range of pixels of the images that are made
@@ -45,6 +46,7 @@ class Sight:
     extra: int
     pinpoints: list[list[int]] | None
     most: int | None = None
+    watches: bool = True  # whether videos are as its class takes them
 
     @property
     def side(self) -> int:
@@ -66,6 +68,13 @@ class Sight:
         left = unpad(cast(Any, np.empty((rows, columns, 0))), size).shape  # only its shape counts
         rows, columns = limited((left[0], left[1]), self.patches, self.most)
         return self.patches**2 + rows * (columns + 1)
+
+    def places(self, frames: int) -> int:
+        """How many places a video of so many frames takes in the text."""
+        assert self.target.video
+        video = self.target.video
+        side = self.patches // video.stride if video.pooled_first else -(-self.patches // video.stride)
+        return frames * side**2 + video.newline
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Images to try, (height, width): with tiles, one that fits two grids equally well, and one that takes several rows."""
@@ -108,18 +117,24 @@ def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None, 
     known = read_special_ids(checkpoint.files, rows)
     hub = checkpoint.layout == "llava-hf"
     mark = image_id(checkpoint) if hub else IMAGE
-    words = [word for k in range(1, 100) if (word := 3 + (7919 * k * k + 104729 * k) % max(1, known.base_vocabulary - 3)) != mark]
-    added = [i for i in sorted(known.added.values())[:MOST_ADDED] if i != mark]
+    marks = {mark, video_id(checkpoint)} if hub else {mark}
+    words = [word for k in range(1, 100) if (word := 3 + (7919 * k * k + 104729 * k) % max(1, known.base_vocabulary - 3)) not in marks]
+    added = [i for i in sorted(known.added.values())[:MOST_ADDED] if i not in marks]
     probes = [
         Probe("text", _ids([known.bos], words[:TEXT])),
-        Probe("rows", _ids([known.bos], words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
-        Probe("table", _ids([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i != mark])),
+        Probe("rows", _ids([known.bos], words[:3], added, (i for i in range(max(3, rows - LAST_ROWS), rows) if i not in marks))),
+        Probe("table", _ids([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i not in marks])),
     ]
     sight = find_sight(checkpoint, tower)
     for name, size in sight.sizes() if sight else ():
         count = sight.features(size) if hub and sight else 1
         ids = _ids([known.bos], words[:AROUND], [mark] * count, words[TEXT : TEXT + AROUND])
         probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
+    if sight and sight.target.video and sight.watches:
+        count = sight.places(FRAMES) if hub else 1
+        run = [video_id(checkpoint) if hub else IMAGE] * count
+        ids = _ids([known.bos], words[:AROUND], run, words[TEXT : TEXT + AROUND])
+        probes.append(Probe("video", ids, frames=pattern(FRAMES, sight.side)[None]))
     return tuple(probes)
 
 
@@ -165,10 +180,10 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
         return Sight(found, target, int(strategy == "full" and found.class_token), turned, most)
     decoder = known_decoder(config)
     family = next(fitting(config, decoder=decoder.model_type, tower=found.kind), None) if decoder else None
-    target = TARGETS[family.target if family else "llava"]
+    target, watches = TARGETS[family.target if family else "llava"], not (family and family.warning)
     extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
     most = most_tiles(config.get("image_aspect_ratio")) if target.capped else None
-    return Sight(found, target, int(extra), config.get("image_grid_pinpoints") if target.tiles else None, most)
+    return Sight(found, target, int(extra), config.get("image_grid_pinpoints") if target.tiles else None, most, watches)
 
 
 def check_given(checkpoint: Checkpoint, tower: Checkpoint | None, *, accept: bool = False) -> Doubts:
@@ -188,6 +203,13 @@ def image_id(checkpoint: Checkpoint) -> int:
     return int(config.get("image_token_index") or config.get("image_token_id") or target.defaults["image_token_index"])
 
 
+def video_id(checkpoint: Checkpoint) -> int:
+    """The id that stands for a feature of a video in a llava-hf model of a class that takes them, -1 in others."""
+    config, target = checkpoint.config, TARGETS.get(str(checkpoint.config.get("model_type")), TARGETS["llava"])
+    named = (config.get(key) for key in ("video_token_index", "video_token_id"))
+    return int(next((i for i in named if i is not None), target.defaults.get("video_token_index", -1))) if target.video else -1
+
+
 def table_rows(checkpoint: Checkpoint) -> int:
     """Rows of the embedding table, in any layout."""
     return next((tensor.rows for name, tensor in checkpoint.tensors.items() if canonical(name) == "text.embed_tokens.weight"), 0)
@@ -195,10 +217,10 @@ def table_rows(checkpoint: Checkpoint) -> int:
 
 def image_places(checkpoint: Checkpoint, probe: Probe, length: int, tower: Checkpoint | None = None) -> np.ndarray:
     """bool [length]: which places of the sequence that `probe` became hold features of an image."""
-    if probe.pixel_values is None:
+    if not probe.sees:
         return np.zeros(length, bool)
     if checkpoint.layout == "llava-hf":
-        return np.asarray(probe.ids == image_id(checkpoint))
+        return np.asarray(probe.ids == (image_id(checkpoint) if probe.frames is None else video_id(checkpoint)))
     marks = probe.ids == IMAGE
     if not marks.any():
         patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
@@ -222,13 +244,13 @@ def in_layout(probe: Probe, places: np.ndarray, checkpoint: Checkpoint) -> Probe
     ids = probe.ids
     expanded = len(ids) == len(places)
     if checkpoint.layout == "llava-hf":
-        full = np.full(len(places), image_id(checkpoint))
+        full = np.full(len(places), image_id(checkpoint) if probe.frames is None else video_id(checkpoint))
         full[~places] = ids[~places] if expanded else ids[ids != IMAGE]
-        return Probe(probe.name, full, probe.pixel_values, probe.image_sizes)
+        return replace(probe, ids=full)
     if not expanded:
         return probe
     first = places & ~np.concatenate(([False], places[:-1]))
-    return Probe(probe.name, np.where(first, IMAGE, ids)[first | ~places], probe.pixel_values, probe.image_sizes)
+    return replace(probe, ids=np.where(first, IMAGE, ids)[first | ~places])
 
 
 def _ids(*parts: Iterable[int]) -> np.ndarray:

@@ -5,6 +5,7 @@ One safetensors file. For each probe NAME:
     ids.NAME            I64 [T]           what was run; -200 for an image in LLaVA's own form, one image token a feature in llava-hf
     pixel_values.NAME   F32               [images, 3, S, S] or [images, tiles, 3, S, S]; only with an image
     image_sizes.NAME    I64 [images, 2]   height and width; only with tiles
+    frames.NAME         F32               [videos, frames, 3, S, S]; only with a video
     image.NAME          U8 [T']           1 where a place of the sequence that was computed is a feature of an image
     positions.NAME      I64 [P]           places that the logits are of, rising
     logits.NAME         F32 [P, V]        logits[p] predicts what follows positions[p]
@@ -51,9 +52,18 @@ Listener = Callable[[Event], None]
 
 SCHEMA = "llava-weights smoke 1"
 KEYS = r"vision|embeddings|layer\.\d{1,4}"
-PART = re.compile(rf"(?:(ids|pixel_values|image_sizes|image|positions|logits|top)\.(.+)|hidden\.(.+)\.({KEYS}))")
+PART = re.compile(rf"(?:(ids|pixel_values|image_sizes|frames|image|positions|logits|top)\.(.+)|hidden\.(.+)\.({KEYS}))")
 DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1"}
-EXPECTED = {"ids": "I64", "pixel_values": "F32", "image_sizes": "I64", "image": "U8", "positions": "I64", "logits": "F32", "top": "I64"}
+EXPECTED = {
+    "ids": "I64",
+    "pixel_values": "F32",
+    "image_sizes": "I64",
+    "frames": "F32",
+    "image": "U8",
+    "positions": "I64",
+    "logits": "F32",
+    "top": "I64",
+}
 LARGEST = 1 << 30  # bytes of a file that are read; one of a 13B has some 10 MB
 LOGITS = 1 << 19  # values of a probe: 2 MB, 16 places of 32,000 (facts: verify 2.3)
 LEAST = 16
@@ -234,6 +244,7 @@ def _arrays(one: Recorded) -> dict[str, np.ndarray]:
         f"ids.{name}": (probe.ids, "<i8"),
         f"pixel_values.{name}": (probe.pixel_values, "<f4"),
         f"image_sizes.{name}": (probe.image_sizes, "<i8"),
+        f"frames.{name}": (probe.frames, "<f4"),
         f"image.{name}": (one.image, "u1"),
         f"positions.{name}": (one.positions, "<i8"),
         f"logits.{name}": (one.logits, "<f4"),
@@ -291,12 +302,15 @@ def _checked(path: Path, name: str, part: Mapping[str, np.ndarray], hidden: Mapp
         raise _refusal(path, f"the pixels of probe {shown(name)} are no images")
     if sizes is not None and (pixels is None or sizes.shape != (len(pixels), 2) or sizes.min(initial=1) < 1):
         raise _refusal(path, f"the image sizes of probe {shown(name)} are none")
+    frames = part.get("frames")
+    if frames is not None and (pixels is not None or frames.ndim != 5 or frames.shape[2] != 3 or not np.isfinite(frames).all()):
+        raise _refusal(path, f"the frames of probe {shown(name)} are no videos")
     sketches = (
         value.ndim == 2 and value.shape[1] == PROJECTIONS + 2 and len(value) and value[:, 0].min() >= 0 for value in hidden.values()
     )
     if not all(sketches) or not all(np.isfinite(value).all() for value in (logits, *hidden.values())):
         raise _refusal(path, f"values of probe {shown(name)} are infinite or no numbers, or its hidden states have another form")
-    probe = Probe(name, ids, pixels, sizes)
+    probe = Probe(name, ids, pixels, sizes, frames)
     return Recorded(probe, image.astype(bool), positions, logits, dict(sorted(hidden.items(), key=lambda item: _order(item[0]))))
 
 
