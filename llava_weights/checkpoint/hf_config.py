@@ -17,12 +17,15 @@ from ..families.targets import BY_TYPE as TARGETS
 from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
-from ..text import shown
+from ..text import listed, shown
 from .config import RIGHT_CONFIG, decoder_of
 from .tower import VisionTower
 
 # What a llava-hf config says of the features of its tower, and the original's can't say in full: it stands beside the words of the latter.
-STATED = ("vision_feature_layer", "vision_feature_select_strategy")
+STATED = ("vision_feature_layer", "vision_feature_select_strategy", "projector_layernorm_eps")
+
+
+USUAL_LAYER = -2  # `mm_vision_select_layer` of every published one, also where the code takes several
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def llava_hf_config(
         "tie_word_embeddings": config["tie_word_embeddings"],
         "torch_dtype": name,
         "vision_config": dict(sorted(vision.items())),
-        "vision_feature_layer": select_layer(config, tower),
+        "vision_feature_layer": select_layer(config, tower, target),
         "vision_feature_select_strategy": strategy,
         "vocab_size": tokens.rows,
     }
@@ -100,19 +103,28 @@ def llava_hf_config(
     for word, (key, usual) in target.words.items():
         if config.get(word) is not None and (key != word or config[word] != usual):  # a key of the original's own is kept for the way back
             made[key] = config[word]
+    if target.layernorm:
+        made["projector_layernorm_eps"] = config.get("projector_layernorm_eps", target.defaults["projector_layernorm_eps"])
+        made["vision_feature_layers"] = made["vision_feature_layer"]  # its name before transformers 5
     if target.capped:
         made["vision_aspect_ratio"] = config["image_aspect_ratio"]
     return {key: value for key, value in sorted(made.items()) if key not in target.lacks}
 
 
-def select_layer(config: Mapping[str, Any], tower: VisionTower) -> Any:
-    """Which hidden state of the tower is taken: what a llava-hf config says, which may be a list of several; else of an original what the
-    row of its tower says, for which the layers that the checkpoint leaves away are counted, else what its config does.
+def select_layer(config: Mapping[str, Any], tower: VisionTower, target: Target) -> Any:
+    """Which hidden state of the tower is taken, or a list of several: what a llava-hf config says; else of an original what the row of its
+    target says, or that of its tower, for which the layers that the checkpoint leaves away are counted, else what its config does.
 
     Of a tower of unknown widths nobody knows whether layers were left away: LLaVA-NeXT's code stores them without the last.
     """
     if "vision_feature_layer" in config:
         return config["vision_feature_layer"]
+    if target.layers:
+        count = int(tower.config["num_hidden_layers"])
+        if not all(-count - 1 <= number <= count for number in target.layers):
+            what = f"the vision tower has {count} layers, of which the model takes {listed(map(str, target.layers))}"
+            raise InputError(what, hint="give the tower that it was trained with")
+        return list(target.layers)
     if tower.row.select:
         count = int(tower.config["num_hidden_layers"])
         whole = tower.whole_layers or count + 1
@@ -177,7 +189,8 @@ def original_config(
     target = TARGETS[str(config["model_type"])]
     strategy = config.get("vision_feature_select_strategy", target.defaults["vision_feature_select_strategy"])
     feature = next((name for name, told in STRATEGIES.items() if told == strategy and tower.class_token), "patch")
-    layer = tower.row.original_layer
+    stated = config.get("vision_feature_layer", target.defaults["vision_feature_layer"])
+    layer = USUAL_LAYER if isinstance(stated, list) else stated if tower.row.original_layer is None else tower.row.original_layer
     made: dict[str, Any] = {
         **kept,
         "architectures": [decoder.original_architectures[0]],
@@ -190,7 +203,7 @@ def original_config(
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": feature,
-        "mm_vision_select_layer": config.get("vision_feature_layer", target.defaults["vision_feature_layer"]) if layer is None else layer,
+        "mm_vision_select_layer": layer,
         "mm_vision_tower": name,
         "model_type": decoder.original_types[0],
         "pad_token_id": tokens.pad,

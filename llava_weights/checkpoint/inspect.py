@@ -11,7 +11,7 @@ from typing import Any
 from ..families.deltas import KnownDelta, known_delta
 from ..families.layouts import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, canonical
 from ..families.originals import fitting
-from ..families.projectors import projector_type
+from ..families.projectors import NORM, projector_type
 from ..families.towers import BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..tensors.lazy import LazyTensor
@@ -92,7 +92,11 @@ def _family(checkpoint: Checkpoint) -> str:
     tower = row_of(inside).kind if inside else BY_TYPE[named.model_type].kind if named else None
     told = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
     specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
-    rows = [row for row in fitting(told, decoder=decoder.model_type, tower=tower) if not row.token or row.token in specials]
+    rows = [
+        row
+        for row in fitting(told, decoder=decoder.model_type, tower=tower, norm=NORM[0] in names)
+        if not row.token or row.token in specials
+    ]
     if not rows:
         return f"none that is known: {decoder.model_type} with {tower or 'an unknown tower'}, {_images(config)}"
     first = [row for row in rows if row.evidence == rows[0].evidence]

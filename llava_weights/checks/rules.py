@@ -72,7 +72,8 @@ class Sidecars:
     def told(self, key: str) -> Any:
         """What a llava-hf config says for `key`, else what its class assumes."""
         defaults = self.target.defaults if self.target else DEFAULTS
-        return self.of(CONFIG).get(key, defaults.get(key))
+        older = {"vision_feature_layer": "vision_feature_layers"}.get(key, key)  # ViP-LLaVA's name for it before transformers 5
+        return self.of(CONFIG).get(key, self.of(CONFIG).get(older, defaults.get(key)))
 
     @property
     def tiles(self) -> bool:

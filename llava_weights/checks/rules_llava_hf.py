@@ -68,6 +68,8 @@ def _projector(s: Sidecars) -> Iterator[str]:
     layers = s.told("vision_feature_layer")
     width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    if s.target and s.target.layernorm:
+        expected |= {"norm.weight": (width,), "norm.bias": (width,)}
     found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):

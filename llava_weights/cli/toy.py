@@ -20,7 +20,9 @@ from ..families.decoders import BY_TYPE as DECODERS
 from ..families.layouts import meta_names, spelled
 from ..families.originals import Original
 from ..families.projectors import LINEAR, NAMES
+from ..families.projectors import NORM as LAYERNORM
 from ..families.targets import BY_TYPE as TARGETS
+from ..families.targets import Target
 from ..families.towers import BY_KIND as TOWERS
 from ..storage.strict_json import json_bytes
 
@@ -160,20 +162,22 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     rng = np.random.default_rng(13)
     text, eye = DECODERS[decoder or family.decoders[0]], TOWERS[tower or family.towers[0]]
     files, rows = _sentencepiece(family.token) if text.tokenizer == "sentencepiece" else _byte_level(family.token)
-    vision = {**eye.defaults, **EYE, "model_type": eye.model_type}
-    tiles = TARGETS[family.target].tiles
-    inside = {**vision, "num_hidden_layers": EYE["num_hidden_layers"] - bool(eye.select)}  # as LLaVA-NeXT's code stores a SigLIP
+    target = TARGETS[family.target]
+    depth = max(EYE["num_hidden_layers"], *map(abs, target.layers or (0,)))
+    vision, tiles = {**eye.defaults, **EYE, "model_type": eye.model_type, "num_hidden_layers": depth}, target.tiles
+    inside = {**vision, "num_hidden_layers": depth - bool(eye.select)}  # as LLaVA-NeXT's code stores a SigLIP
+    width = EYE["hidden_size"] * max(1, len(target.layers))
     config = {
         **{key: value for key, value in text.defaults.items() if value is not None or key == "rope_scaling"}, **SMALL,
         "architectures": [text.original_architectures[0]], "model_type": text.original_types[0], "torch_dtype": "float16",
-        "vocab_size": rows, "freeze_mm_mlp_adapter": False, "mm_hidden_size": EYE["hidden_size"], "mm_projector_type": family.projector,
+        "vocab_size": rows, "freeze_mm_mlp_adapter": False, "mm_hidden_size": width, "mm_projector_type": family.projector,
         "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
         "mm_vision_tower": "tower", "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True, "use_mm_proj": True,
         **({"image_grid_pinpoints": GRIDS} if tiles else {}), **dict.fromkeys(family.has, 2048),
         **{key: values[0] for key, values in family.says.items()},
     }  # fmt: skip
     heads = {"head_dim": SMALL["hidden_size"] // SMALL["num_attention_heads"]}
-    shapes = {**text.shapes({**config, **heads}), **_projector_shapes(family.projector)}
+    shapes = {**text.shapes({**config, **heads}), **_projector_shapes(family.projector, width, target)}
     shapes |= {spelled("newline", "llava"): (SMALL["hidden_size"],)} if tiles else {}
     towers = {name: 5 * _values(rng, shape) for name, shape in tower_shapes(vision).items()}
     kept = tower_shapes(inside)
@@ -188,11 +192,12 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     write_torch_zip(folder / "tower" / "pytorch_model.bin", {f"vision_model.{name}": values for name, values in towers.items()})
 
 
-def _projector_shapes(kind: str) -> dict[str, tuple[int, ...]]:
-    wide, narrow = SMALL["hidden_size"], EYE["hidden_size"]
+def _projector_shapes(kind: str, narrow: int, target: Target) -> dict[str, tuple[int, ...]]:
+    wide = SMALL["hidden_size"]
     found = [(wide, narrow), (wide,)] if kind == "linear" else [(wide, narrow), (wide,), (wide, wide), (wide,)]
     names = LINEAR if kind == "linear" else NAMES
-    return {spelled(name, "llava"): shape for name, shape in zip(names, found, strict=True)}
+    norm: dict[str, tuple[int, ...]] = dict.fromkeys(LAYERNORM, (narrow,)) if target.layernorm else {}
+    return {spelled(name, target.spelling): shape for name, shape in {**norm, **dict(zip(names, found, strict=True))}.items()}
 
 
 def _sentencepiece(token: str) -> tuple[dict[str, bytes], int]:

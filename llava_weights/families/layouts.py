@@ -66,6 +66,9 @@ CANONICAL = (
     (r"(?:model\.)?(?:vision_tower\.){1,2}(?:vision_model\.)?(.+)", r"tower.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)", r"projector.0.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)", r"projector.2.\1"),
+    (r"(?:model\.)?multi_modal_projector\.projector_layernorm\.(.+)", r"projector.norm.\1"),
+    (r"model\.mm_projector\.clip_layernorm\.(.+)", r"projector.norm.\1"),
+    (r"model\.mm_projector\.final_linear\.(.+)", r"projector.\1"),
     (r"model\.mm_projector\.(.+)", r"projector.\1"),
     (r"(?:model\.)?image_newline()", r"newline\1"),
     (r"(?:model\.)?language_model\.model\.(.+)", r"text.\1"),
@@ -82,6 +85,7 @@ HUB = (
     (r"tower\.(.+)", r"vision_tower.vision_model.\1"),
     (r"projector\.0\.(.+)", r"multi_modal_projector.linear_1.\1"),
     (r"projector\.2\.(.+)", r"multi_modal_projector.linear_2.\1"),
+    (r"projector\.norm\.(.+)", r"multi_modal_projector.projector_layernorm.\1"),
     (r"newline()", r"image_newline\1"),
 )
 ORIGINAL = (
@@ -91,7 +95,13 @@ ORIGINAL = (
     (r"projector\.(.+)", r"model.mm_projector.\1"),
     (r"newline()", r"model.image_newline\1"),
 )
-SPELLINGS = {"llava-hf": HUB, "llava": ORIGINAL}
+# The projector of ViP-LLaVA has names of its own.
+VIP = (
+    (r"projector\.norm\.(.+)", r"model.mm_projector.clip_layernorm.\1"),
+    (r"projector\.(\d.+)", r"model.mm_projector.final_linear.\1"),
+    *ORIGINAL,
+)
+SPELLINGS = {"llava-hf": HUB, "llava": ORIGINAL, "vip-llava": VIP}
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,9 @@ def canonical(name: str) -> str:
 
 
 def spelled(name: str, layout: str) -> str:
-    """The canonical `name` as `layout` ("llava-hf" or "llava") spells it. Raises KeyError for a name that it has no word for."""
+    """The canonical `name` as `layout` ("llava-hf", "llava", or "vip-llava" for ViP-LLaVA's own) spells it.
+
+    Raises KeyError for a name that it has no word for."""
     for pattern, target in SPELLINGS[layout]:
         if found := re.fullmatch(pattern, name):
             return found.expand(target)

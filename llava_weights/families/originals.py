@@ -37,11 +37,13 @@ class Original:
     projector: str = "mlp2x_gelu"
     warning: str = ""
 
-    def fits(self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None) -> bool:
-        """Whether config, rows and `image_newline` are those of this family. `tower` and `newline` are None where they are not known."""
+    def fits(self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None, norm: bool = False) -> bool:
+        """Whether config, rows and `image_newline` are those of this family. `tower` and `newline` are None where they are not known,
+        `norm`: whether the projector begins with a LayerNorm."""
         if decoder not in self.decoders or (tower is not None and tower not in self.towers):
             return False
-        if TARGETS[self.target].tiles and newline is False:
+        target = TARGETS[self.target]
+        if (target.tiles and newline is False) or target.layernorm != norm:
             return False
         return all(_among(config.get(key), values) for key, values in self.says.items()) and all(config.get(key) for key in self.has)
 
@@ -132,6 +134,17 @@ ORIGINALS: tuple[Original, ...] = (
             ),
         )
     ),
+    Original(
+        "ViP-LLaVA on Llama 3",
+        ("llama",),
+        ("clip",),
+        "vipllava",
+        "llama_3",
+        f"a LayerNorm in its projector, and `{LLAMA_3}` one of its tokens",
+        LLAMA_3,
+        WHOLE,
+    ),
+    Original("ViP-LLaVA", ("llama",), ("clip",), "vipllava", "vicuna_v1", "a LayerNorm in its projector", says=WHOLE),
     *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML, capped=False),
     *_family(
         "LLaVA v1.6 34B",
@@ -198,13 +211,14 @@ def fitting(
     decoder: str,
     tower: str | None = None,
     newline: bool | None = None,
+    norm: bool = False,
     rows: Sequence[Original] | None = None,
 ) -> Iterator[Original]:
     """The families that config and rows fit, the more certain ones first, for each tower all of one target; which one it is, its tokens
     then tell."""
     targets: dict[str, str] = {}
     for row in ORIGINALS if rows is None else rows:
-        if not row.fits(config, decoder=decoder, tower=tower, newline=newline):
+        if not row.fits(config, decoder=decoder, tower=tower, newline=newline, norm=norm):
             continue
         if any(targets.setdefault(kind, row.target) == row.target for kind in row.towers):
             yield row

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 # The names of a projector's tensors in no layout: of a single Linear, and of two with an activation between them.
 LINEAR = ("projector.weight", "projector.bias")
 NAMES = ("projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias")
+NORM = ("projector.norm.weight", "projector.norm.bias")  # of a LayerNorm before two layers
 FORMS = {"identity": "linear", "relu": "relu", "gelu": "gelu"}  # form -> projector_hidden_act
 CONSUMERS = {
     "identity": "exact in transformers; vLLM refuses it, llama.cpp and mlx-vlm compute something else",
@@ -21,7 +22,7 @@ def projector_weights(names: Iterable[str]) -> tuple[str, ...]:
     """The matrices of a projector, first to last, among canonical names: that of one Linear, or those at the even places of a stack.
 
     Empty where there is none, and for a projector of another kind."""
-    found = sorted(name for name in names if name.startswith("projector.") and name.endswith("weight"))
+    found = sorted(name for name in names if name.startswith("projector.") and name.endswith("weight") and name not in NORM)
     stack = tuple(f"projector.{2 * place}.weight" for place in range(len(found)))
     return tuple(found) if found == [LINEAR[0]] or (tuple(found) == stack and len(stack) <= MOST_LAYERS) else ()
 

@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 ANYRES_MAX = r"anyres_max_([1-9]\d{0,3})"  # `image_aspect_ratio` of LLaVA-OneVision: no more features than so many tiles have
 DEFAULT_RATIO = "anyres_max_9"  # what LlavaOnevisionConfig and LlavaOnevisionProcessor assume
+VIP_LAYERS = (-2, -5, -8, -11, 6)
 NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
@@ -60,6 +61,8 @@ class Target:
     new_rows: int = 2  # how many more the vocabulary gets where there are new tokens, before it is rounded up
     pads: bool = True  # whether it gets them also where there are rows enough
     layernorm: bool = False  # whether its projector begins with one
+    layers: tuple[int, ...] = ()  # hidden states of the tower that an original has one behind the other, where its code leaves no choice
+    spelling: str = "llava"  # whose names an original of it has, of `layouts.SPELLINGS`
     lacks: tuple[str, ...] = ()  # keys of `DEFAULTS` that its config does not have
     words: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # keys with the only value that its processor can work with
@@ -136,6 +139,20 @@ TARGETS = (
             **DEFAULTS, "image_token_index": 32001, "video_token_index": 32000, "spatial_pool_mode": "average", "spatial_pool_stride": 2,
             "video_seq_length": 288,
         },
+    ),
+    # convert_vipllava_weights_to_hf.py of 4.47.1. Configs name their tower by what the original's code does with openai's ViT-L-336.
+    Target(
+        model_type="vipllava",
+        architecture="VipLlavaForConditionalGeneration",
+        config_class="VipLlavaConfig",
+        processor="LlavaProcessor",
+        tiles=False,
+        layernorm=True,
+        layers=VIP_LAYERS,
+        spelling="vip-llava",
+        lacks=("vision_feature_select_strategy", "multimodal_projector_bias"),
+        words={"mm_vision_tower": ("mm_vision_tower", "clip_4layers_336")},
+        defaults={**DEFAULTS, "vision_feature_layer": list(VIP_LAYERS), "projector_layernorm_eps": 1e-5},
     ),
 )  # fmt: skip
 BY_TYPE = {row.model_type: row for row in TARGETS}

@@ -8,6 +8,7 @@ it computes. `load_original` is the other path, for comparison: CLIP, projector 
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,6 +25,7 @@ from ..errors import InputError
 from ..families.decoders import CLASSES, KINDS, PARTS, Decoder
 from ..families.layouts import canonical
 from ..families.originals import fitting
+from ..families.projectors import NORM
 from ..families.targets import BY_TYPE, DEFAULT_PARTS, TARGETS, Target
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import shown
@@ -186,7 +188,9 @@ def load_original(
     decoder = _build(checkpoint.config, known.model_type, len(parts["decoder"]))
     stream.attach(decoder, parts["decoder"], canonical)
     vision, known_tower = _vision(checkpoint, tower, stream)
-    layer = select_layer(checkpoint.config, known_tower) if known_tower else 0
+    norm = NORM[0] in parts["projector"]
+    target = target_of(checkpoint.config, known, known_tower, norm=norm) if known_tower else None
+    layer = select_layer(checkpoint.config, known_tower, target) if known_tower and target else 0
     class_token = known_tower is not None and known_tower.class_token
     projector = _projector(parts["projector"])
     stream.attach(projector, parts["projector"], "projector.{}".format)
@@ -204,7 +208,7 @@ def load_original(
         projector,
         newline,
         patch,
-        target_of(checkpoint.config, known, known_tower).video if known_tower else None,
+        target.video if target else None,
     )
 
     def enter(probe: Probe) -> dict[str, Any]:
@@ -217,9 +221,9 @@ def load_original(
     return Runner(checkpoint, stream, decoder, enter, IMAGE)
 
 
-def target_of(config: Mapping[str, Any], decoder: Decoder, tower: VisionTower) -> Target:
-    """The class of transformers that holds an original LLaVA, plain Llava where no row says."""
-    family = next(fitting(config, decoder=decoder.model_type, tower=tower.kind), None)
+def target_of(config: Mapping[str, Any], decoder: Decoder, tower: VisionTower, *, norm: bool) -> Target:
+    """The class of transformers that holds an original LLaVA, `norm`: with a LayerNorm in its projector; plain Llava where no row says."""
+    family = next(fitting(config, decoder=decoder.model_type, tower=tower.kind, norm=norm), None)
     return BY_TYPE[family.target if family else "llava"]
 
 
@@ -235,7 +239,7 @@ def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) 
 
 
 def _projector(tensors: Mapping[str, LazyTensor]) -> Any:
-    """The projector that these tensors make: one Linear, or several with GELU between them at the odd numbers."""
+    """The projector that these tensors make: one Linear, or several with GELU between them, which may stand behind a LayerNorm."""
     import torch
     from torch import nn
 
@@ -245,7 +249,9 @@ def _projector(tensors: Mapping[str, LazyTensor]) -> Any:
     if whole := tensors.get("projector.weight"):
         return linear(whole)
     matrices = [tensors[name] for number in range(0, 16, 2) if (name := f"projector.{number}.weight") in tensors]
-    return nn.Sequential(*[module for matrix in matrices for module in (nn.GELU(), linear(matrix))][1:])
+    modules = [module for matrix in matrices for module in (nn.GELU(), linear(matrix))][1:]
+    before = {"norm": nn.LayerNorm(scale.shape[0], device="meta", dtype=torch.float32)} if (scale := tensors.get(NORM[0])) else {}
+    return nn.Sequential(OrderedDict({**before, **{str(number): module for number, module in enumerate(modules)}}))
 
 
 def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:

@@ -36,7 +36,7 @@ class Splice:
     embed: Any  # ids -> embeddings
     vision: Any  # the model of the vision tower, None where there is none
     side: int  # pixels along each side of a tile
-    layer: int  # the hidden state of the tower that is taken
+    layer: int | list[int]  # the hidden state of the tower that is taken, or several, one behind the other
     class_token: bool  # whether its first feature is that of a class token
     projector: Any
     newline: torch.Tensor | None  # [H]
@@ -101,10 +101,12 @@ class Splice:
 
     def _see(self, pixels: torch.Tensor) -> torch.Tensor:
         """[N, patches, width of the tower] for tiles [N, 3, S, S]."""
+        import torch
+
         states = self.vision(pixels, output_hidden_states=True).hidden_states
         whole = not self.class_token or self.config.get("mm_vision_select_feature") == "cls_patch"
-        seen: torch.Tensor = states[self.layer] if whole else states[self.layer][:, 1:]
-        return seen
+        layers = self.layer if isinstance(self.layer, list) else [self.layer]
+        return torch.cat([states[layer] if whole else states[layer][:, 1:] for layer in layers], dim=-1)
 
     def _video(self, frames: torch.Tensor) -> torch.Tensor:
         """[features, H] of one video of frames [N, 3, S, S]: `spatial_pool` of LLaVA-NeXT-Video's release, `get_2dPool` of OneVision's."""
@@ -123,7 +125,7 @@ class Splice:
 
         assert self.video
         mode, side, stride = self.config.get("mm_spatial_pool_mode") or "bilinear", math.isqrt(patches.shape[1]), self.video.stride
-        square = patches.transpose(1, 2).unflatten(2, (side, side))
+        square = patches.transpose(1, 2).reshape(len(patches), -1, side, side)
         if mode == "bilinear":
             pooled = functional.interpolate(square, size=[-(-side // stride)] * 2, mode="bilinear")
         elif mode in ("average", "max"):

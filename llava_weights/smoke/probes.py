@@ -21,6 +21,7 @@ from ..checkpoint.tower import Doubts, VisionTower, check_tower, holds_tower, op
 from ..errors import UsageError
 from ..families.layouts import canonical
 from ..families.originals import fitting
+from ..families.projectors import NORM
 from ..families.targets import BY_TYPE as TARGETS
 from ..families.targets import Target
 from ..families.towers import TOWERS
@@ -179,7 +180,8 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
         turned = [[width, height] for height, width in pairs] if pairs else None
         return Sight(found, target, int(strategy == "full" and found.class_token), turned, most)
     decoder = known_decoder(config)
-    family = next(fitting(config, decoder=decoder.model_type, tower=found.kind), None) if decoder else None
+    norm = any(canonical(name) == NORM[0] for name in checkpoint.tensors)
+    family = next(fitting(config, decoder=decoder.model_type, tower=found.kind, norm=norm), None) if decoder else None
     target, watches = TARGETS[family.target if family else "llava"], not (family and family.warning)
     extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
     most = most_tiles(config.get("image_aspect_ratio")) if target.capped else None

@@ -23,7 +23,7 @@ from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
 from ..families.layouts import HOMELESS, LAYOUTS, PART, TABLES, canonical, spelled
 from ..families.originals import Original, fitting
-from ..families.projectors import ACTIVATION, LINEAR, NAMES, projector_type
+from ..families.projectors import ACTIVATION, LINEAR, NAMES, NORM, projector_type
 from ..families.targets import BY_TYPE as TARGETS
 from ..families.targets import Target
 from ..tensors.lazy import LazyTensor, cast
@@ -101,15 +101,9 @@ def take_apart(
     )  # fmt: skip
     config, repairs, before = *_repaired(config, parts, tokenizer, main), config
     families = _families({**before, **config}, chosen, parts, hub_target)
-    _check_parts(config, parts, chosen, _feature_layers(config, chosen))
+    _check_parts(config, parts, chosen, target)
     activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
     return Model(parts, chosen, target, families, config, tokenizer, activation, rows, repairs, doubts)
-
-
-def _feature_layers(config: Mapping[str, Any], tower: VisionTower) -> int:
-    """How many hidden states of the tower are taken, one behind the other for each patch."""
-    layers = select_layer(config, tower)
-    return len(layers) if isinstance(layers, list) else 1
 
 
 def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts, target: Target | None = None) -> tuple[Original, ...]:
@@ -117,9 +111,9 @@ def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts, targe
 
     Raises InputError where an original fits none, and as `decoder_of`."""
     decoder = decoder_of(config)
-    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in parts))
+    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in parts, norm=NORM[0] in parts))
     if target:
-        anyhow = fitting(config, decoder=decoder.model_type)
+        anyhow = fitting(config, decoder=decoder.model_type, norm=target.layernorm)
         return tuple(x for x in found if x.target == target.model_type) or tuple(x for x in anyhow if x.target == target.model_type)
     if not found:
         facts = {
@@ -224,7 +218,9 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
     made |= {"mm_use_im_patch_token": "<im_patch>" in added, "mm_use_im_start_end": "<im_start>" in added}
     for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "mm_projector_type", "tie_word_embeddings"):
         made.pop(key, None)
-    made |= {key: config.get(key, target.defaults[key]) for key in STATED}
+    if "vision_feature_layers" in config:  # its name before transformers 5
+        made["vision_feature_layer"] = config["vision_feature_layers"]
+    made |= {key: config.get(key, made.get(key, target.defaults[key])) for key in STATED if key in target.defaults}
     return made | {"tie_word_embeddings": text.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
 
 
@@ -237,16 +233,19 @@ def _repaired(config: Mapping[str, Any], parts: Parts, tokenizer: HfTokenizer, d
     return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, told
 
 
-def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower, layers: int) -> None:
-    """Raise InputError unless the parts are exactly those of a LLaVA of this config, which takes `layers` hidden states of its tower."""
+def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower, target: Target) -> None:
+    """Raise InputError unless the parts are exactly those of a LLaVA of this config and target."""
     text = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith(("tower.", "projector."))}
     check_structure(config, text, vocabulary_rows=parts[TABLES[0]].rows)
     hidden = parts[TABLES[0]].shape[1]
     projector = {name: tensor.shape for name, tensor in parts.items() if name.startswith("projector.")}
-    width = tower.hidden * layers
+    layers = select_layer(config, tower, target)
+    width = tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     one = {LINEAR[0]: (hidden, width), LINEAR[1]: (hidden,)}
     two = {NAMES[0]: (hidden, width), NAMES[1]: (hidden,), NAMES[2]: (hidden, hidden), NAMES[3]: (hidden,)}
-    if projector not in (one, two):
+    if target.layernorm:
+        two |= dict.fromkeys(NORM, (width,))
+    if projector not in ((two,) if target.layernorm else (one, two)):
         facts = {spelled(name, "llava"): str(list(shape)) for name, shape in projector.items()}
         hint = f"llava-hf has one Linear or two with gelu between them, from the tower's width of {width} to the decoder's of {hidden}"
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)

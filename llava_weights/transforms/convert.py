@@ -23,7 +23,7 @@ from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
 from ..families.layouts import TABLES, canonical, spelled
 from ..families.originals import of_tokens
-from ..families.projectors import FORMS, LINEAR, NAMES, projector_type
+from ..families.projectors import FORMS, LINEAR, NAMES, NORM, projector_type
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import MULTIPLE
 from ..storage.strict_json import json_bytes
@@ -270,7 +270,7 @@ def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], 
         settings,
         target=model.target,
         image_token=model.tokenizer.image_token,
-        select_strategy=config["vision_feature_select_strategy"],
+        select_strategy=config.get("vision_feature_select_strategy", model.target.defaults["vision_feature_select_strategy"]),
         aspect=aspect or "square",
         pads=pads,
         pinpoints=config.get("image_grid_pinpoints"),
@@ -293,15 +293,24 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
 def _ordered(parts: Parts, model: Model) -> Iterator[str]:
     """One order, whatever the input's: decoder, head, tower, projector."""
     text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
-    order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
+    order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NORM, *NAMES, "newline"]
     return (name for name in order if name in parts)
 
 
 def _other_layer(model: Model, config: Mapping[str, Any]) -> Iterator[str]:
-    """A warning where LLaVA's code takes other features of the tower than the llava-hf config says."""
+    """A warning where LLaVA's code takes another hidden state of the tower than the llava-hf config says. Raises InputError where it takes
+    another number of them, so that the projector does not fit."""
     layer, count = model.config.get(STATED[0]), model.tower.config["num_hidden_layers"]
-    own = select_layer(config, model.tower)
-    if layer is not None and (isinstance(layer, list) or layer % (count + 1) != own % (count + 1)):
+    own = select_layer(config, model.tower, model.target)
+    layers, wanted = (
+        [number % (count + 1) for number in (x if isinstance(x, list) else [x])] for x in (own if layer is None else layer, own)
+    )
+    if len(layers) != len(wanted):
+        what = (
+            f"`vision_feature_layer` is {layer} in config.json, and LLaVA's own code takes {own}: the original layout can't hold this model"
+        )
+        raise InputError(what, hint="keep it as llava-hf, which `--to llava-hf` renames")
+    if layers != wanted:
         yield f"`vision_feature_layer` is {layer} in config.json, LLaVA's own code takes {own} of this tower: it computes something else"
 
 
@@ -339,6 +348,7 @@ def _given(**options: Any) -> dict[str, Any]:
 def _assembled(
     checkpoint: Checkpoint, model: Model, parts: Parts, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
 ) -> Checkpoint:
-    tensors = {spelled(name, layout): parts[name] for name in _ordered(parts, model)}
+    spelling = model.target.spelling if layout == "llava" else layout
+    tensors = {spelled(name, spelling): parts[name] for name in _ordered(parts, model)}
     assert len(tensors) == len(parts)
     return Checkpoint(tensors, config, checkpoint.origin, files, (*checkpoint.history, step))

@@ -19,8 +19,10 @@ from llava_weights.families import targets
 from llava_weights.families.originals import ORIGINALS
 from llava_weights.smoke import image_features
 
-FAMILIES = {name: next(row for row in ORIGINALS if row.name == name) for name in ("LLaVA-OneVision", "LLaVA v1.5 and v1.6, videos")}
-ONEVISION, NEXT_VIDEO = FAMILIES
+FAMILIES = {
+    name: next(row for row in ORIGINALS if row.name == name) for name in ("LLaVA-OneVision", "LLaVA v1.5 and v1.6, videos", "ViP-LLaVA")
+}
+ONEVISION, NEXT_VIDEO, VIP = FAMILIES
 FEWER = {"image_aspect_ratio": ("anyres_max_2",)}  # so that the toy's four tiles are shrunk
 FAMILIES[ONEVISION] = replace(FAMILIES[ONEVISION], says={**FAMILIES[ONEVISION].says, **FEWER})
 CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -94,6 +96,10 @@ WRONG: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     (NEXT_VIDEO, "the largest in place of the mean", config(spatial_pool_mode="max")),
     (NEXT_VIDEO, "frames not pooled", config(spatial_pool_stride=1)),
     (NEXT_VIDEO, "mean and deviation of SigLIP", lambda folder: change(folder, "preprocessor_config.json", image_mean=[0.5] * 3)),
+    (VIP, "one layer off by one", config(vision_feature_layer=[-2, -5, -8, -11, 7])),
+    (VIP, "the layers in another order", config(vision_feature_layer=[-5, -2, -8, -11, 6])),
+    (VIP, "the layernorm dropped", zero("multi_modal_projector.projector_layernorm.weight")),
+    (VIP, "another epsilon", config(projector_layernorm_eps=1e-2)),
 )  # fmt: skip
 
 
@@ -101,7 +107,7 @@ WRONG: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
 def test_a_right_one_passes(converted: Callable[[str], Path], name: str) -> None:
     smoke = lw.smoke_test(converted(name) / "hf", original=converted(name) / "llava")
     probes = {row.probe for row in smoke.rows}
-    assert "video" in probes
+    assert ("video" in probes) == (name != VIP)
     assert ("image-shrunk" in probes) == (name == ONEVISION)
 
 
@@ -118,7 +124,9 @@ def test_each_wrong_one_fails(
 
 def test_pooling_behind_the_projector_is_another_model(converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers pools before it, as LLaVA-NeXT-Video's release did, later code behind it: that difference is seen."""
-    later = replace(targets.BY_TYPE["llava_next_video"].video or pytest.fail(), pooled_first=False)
+    video = targets.BY_TYPE["llava_next_video"].video
+    assert video
+    later = replace(video, pooled_first=False)
     init = image_features.Splice.__init__
     monkeypatch.setattr(image_features.Splice, "__init__", lambda self, *parts: init(self, *parts[:-1], later))
     folder = converted(NEXT_VIDEO)
