@@ -55,6 +55,7 @@ class Note:
 
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
+Listener = Callable[[Event], None]
 
 _turn = threading.Lock()
 _listeners: list[tuple[Callable[[Event], None], dict[str, float]]] = []

@@ -1,4 +1,4 @@
-"""The command line: every command by its name. Each parses, calls and hands to the console; no logic lives here."""
+"""The command line: every command by its name. A command parses its options, calls the library and hands the result to the console."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 def main() -> None:
-    """Entry point of `llava-weights`. Leaves at once: tearing down torch, object by object, takes half a second."""
+    """Entry point of `llava-weights`. Ends the process at once: torch's own clean-up takes half a second."""
     try:
         app()
     except SystemExit as end:

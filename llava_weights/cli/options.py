@@ -1,7 +1,7 @@
 """The options that several commands have, one by one and in groups.
 
-A group is a frozen dataclass whose fields are options. `grouped` shows typer a command whose parameter of such a type is
-replaced by the fields, and hands the command the group.
+A group is a frozen dataclass whose fields are options. `grouped` replaces a command's parameter of such a type by its fields, for typer,
+and hands the group to the command.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Lora = Annotated[
 ]
 NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
 Scale = Annotated[float | None, typer.Option("--scale", show_default="1.0", help="Multiplies every adapter.")]
-Rule = Annotated[
+ArithmeticRule = Annotated[
     str | None,
     typer.Option(
         "--arithmetic",
@@ -56,7 +56,7 @@ Rule = Annotated[
     ),
 ]
 To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]
-VisionTower = Annotated[
+VisionTowerOption = Annotated[
     str | None, typer.Option("--vision-tower", help="CLIP for a checkpoint that holds none: folder, file or owner/name[@rev].")
 ]
 AcceptTower = Annotated[
@@ -84,7 +84,7 @@ Part = Annotated[
     str | None, typer.Option("--shards", metavar="I/N", help="Write only the I-th of N portions of the shards, and publish nothing.")
 ]
 Finish = Annotated[bool, typer.Option("--finish", help="Check the shards that portions wrote, and publish.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last one a summary.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last one a summary.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors, and the output's path.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More, and tracebacks.")]
 
@@ -93,7 +93,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More, and traceb
 class Show:
     """How a command speaks."""
 
-    json: Json = False
+    json: JsonLines = False
     quiet: Quiet = False
     verbose: Verbose = False
 
@@ -104,10 +104,10 @@ class Show:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Conversion:
     """The options of conversion beside `--to` and `--dtype`."""
 
-    vision_tower: VisionTower = None
+    vision_tower: VisionTowerOption = None
     projector_form: ProjectorForm = None
     image_token: ImageToken = None
     vocab_size: VocabSize = None

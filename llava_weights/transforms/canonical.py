@@ -1,6 +1,6 @@
-"""A LLaVA taken apart: its tensors by canonical name, its tower, and its config and tokenizer in the original's words.
+"""A LLaVA of any layout in canonical form: tensors by canonical name, its tower, and config and tokenizer as the original spells them.
 
-Whatever layout and key style it came in, it is the same from here on, and checked: no name unknown, no shape but the config's.
+It is checked on the way: every name is known, and every shape is the one that the config gives.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ..tensors.lazy import LazyTensor, cast
 from ..text import few, shown
 
 DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
-Parts = dict[str, LazyTensor]
+Tensors = dict[str, LazyTensor]  # by canonical name
 
 
 @dataclass(frozen=True)
 class Model:
-    """A LLaVA in no layout: its parts by canonical name, and a config and small files in the original's words."""
+    """A LLaVA in canonical form. `config` and the tokenizer's files are as the original layout spells them."""
 
-    parts: Parts
+    tensors: Tensors
     tower: VisionTower
     families: tuple[Original, ...]  # those that it fits, all of one target
     config: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Model:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding table, and is not stored."""
-        return TABLES[1] not in self.parts
+        return TABLES[1] not in self.tensors
 
     @property
     def target(self) -> Target:
@@ -58,16 +58,16 @@ class Model:
         return TARGETS[self.families[0].target]
 
 
-def take_apart(
+def to_canonical(
     checkpoint: Checkpoint, tower: Checkpoint | None, image_token: str | None, dtype: str | None, *, accept_tower: bool = False
 ) -> Model:
-    """The parts of `checkpoint`, cast to `dtype`, with `tower` where it holds no tower of its own.
+    """`checkpoint` in canonical form, cast to `dtype`, with `tower` where it holds no tower of its own.
 
-    Raises InputError where it is no LLaVA that llava-hf can hold, or its parts, its config and its tokens do not agree,
+    Raises InputError where it is no LLaVA that llava-hf can hold, or its tensors, config and tokens do not agree,
     MismatchError where `tower` is not the one that its config names, unless `accept_tower`.
     """
     _check_kind(checkpoint)
-    parts = _parts(checkpoint, dtype)
+    tensors = _canonical_tensors(checkpoint, dtype)
     hub = checkpoint.layout == "llava-hf"
     given = open_tower(tower) if tower else None
     vision = checkpoint.config.get("vision_config") if hub else None
@@ -84,36 +84,36 @@ def take_apart(
     if hub and own and given:
         doubts = Doubts(notes=(check_kept(own, given, checkpoint.origin.name),))
     main = dtype or main_dtype(checkpoint.parameters())
-    parts = {name: tensor for name, tensor in parts.items() if not name.startswith("tower.")}
-    parts |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
-    rows = parts[TABLES[0]].rows if TABLES[0] in parts else 0
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("tower.")}
+    tensors |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
+    rows = tensors[TABLES[0]].rows if TABLES[0] in tensors else 0
     if hub:
         image_token = image_token or _image_token(checkpoint, rows)
     _check_image_ids(checkpoint, rows)
-    config = _in_original_words(checkpoint, chosen) if hub else dict(checkpoint.config)
+    config = _as_original(checkpoint, chosen) if hub else dict(checkpoint.config)
     if doubts.differs:
         known = recognised(chosen.config)
         config["mm_vision_tower"] = known.repo if known else None
-    target = TARGETS[_families(config, chosen, parts)[0].target]
+    target = TARGETS[_families(config, chosen, tensors)[0].target]
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
     tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=target.processor, model_max_length=limit)
-    config, repairs, before = *_repaired(config, parts, tokenizer, main), config
-    families = _families({**before, **config}, chosen, parts)
-    _check_parts(config, parts, chosen)
+    config, repairs, before = *_repaired(config, tensors, tokenizer, main), config
+    families = _families({**before, **config}, chosen, tensors)
+    _check_shapes(config, tensors, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
-    return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
+    return Model(tensors, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
 
 
-def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts) -> tuple[Original, ...]:
-    """The families that these parts fit. Raises InputError where there is none, and as `decoder_of`."""
+def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Tensors) -> tuple[Original, ...]:
+    """The families that these tensors fit. Raises InputError where there is none, and as `decoder_of`."""
     decoder = decoder_of(config)
-    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in parts))
+    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in tensors))
     if not found:
         facts = {
             "decoder, tower": f"{decoder.model_type}, {tower.kind}",
             "image_aspect_ratio": shown(str(config.get("image_aspect_ratio")))[1:-1],
             "mm_patch_merge_type": shown(str(config.get("mm_patch_merge_type") or "flat"))[1:-1],
-            "image_newline": "there" if "newline" in parts else "missing",
+            "image_newline": "there" if "newline" in tensors else "missing",
         }
         hint = "`anyres` with `spatial_unpad` and an `image_newline` is LLaVA-NeXT; LLaVA-OneVision is another model"
         raise InputError("images in tiles, joined in a way that no known LLaVA does", facts=facts, hint=hint)
@@ -139,26 +139,26 @@ def _check_kind(checkpoint: Checkpoint) -> None:
         )
 
 
-def _parts(checkpoint: Checkpoint, dtype: str | None) -> Parts:
-    """Every parameter by its canonical name. Raises InputError for names of no known part and for two of the same."""
-    parts: Parts = {}
-    tensors = checkpoint.parameters()
-    unknown = [name for name in tensors if not re.match(PART, canonical(name))]
+def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Tensors:
+    """Every parameter by its canonical name. Raises InputError for an unknown name, and where two names mean one tensor."""
+    found: Tensors = {}
+    stored = checkpoint.parameters()
+    unknown = [name for name in stored if not re.match(PART, canonical(name))]
     if unknown:
         raise InputError(
             f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}",
             facts={"checkpoint": checkpoint.origin.name},
             hint="give a LLaVA without other weights beside it",
         )
-    for name, tensor in tensors.items():
-        if canonical(name) in parts:
+    for name, tensor in stored.items():
+        if canonical(name) in found:
             raise InputError(
                 f"`{name}` is there twice, under the names of two layouts",
                 facts={"checkpoint": checkpoint.origin.name},
                 hint="remove one of the two, or make the checkpoint again",
             )
-        parts[canonical(name)] = cast(tensor, dtype) if dtype else tensor
-    return parts
+        found[canonical(name)] = cast(tensor, dtype) if dtype else tensor
+    return found
 
 
 def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
@@ -186,8 +186,8 @@ def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
         )
 
 
-def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
-    """A llava-hf config in the original's words, so that one way leads on from here."""
+def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
+    """A llava-hf config as the original layout spells it."""
     config, text = checkpoint.config, flat_config(checkpoint.config)
     if str(config.get("model_type")) not in TARGETS:
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
@@ -207,21 +207,21 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
     return made | {"tie_word_embeddings": text.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
 
 
-def _repaired(config: Mapping[str, Any], parts: Parts, tokenizer: HfTokenizer, dtype: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The original's config, repaired and checked against the tensors; of the repairs those that were more than filling in."""
-    shapes = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith("tower.")}
+def _repaired(config: Mapping[str, Any], tensors: Tensors, tokenizer: HfTokenizer, dtype: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The original's config, repaired and checked against the tensors; and the repairs, without those that only fill in or tidy."""
+    shapes = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith("tower.")}
     ids = SpecialIds(tokenizer.bos, tokenizer.eos, tokenizer.pad, 0, {}, 0)
     repaired, sentences = repair_config(config, shapes=shapes, special_ids=ids, dtype=dtype)
-    told = tuple(text for text in sentences if not re.match("config: (made explicit|dropped|bos/eos/pad)", text))
-    return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, told
+    worth_telling = tuple(text for text in sentences if not re.match("config: (made explicit|dropped|bos/eos/pad)", text))
+    return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, worth_telling
 
 
-def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) -> None:
-    """Raise InputError unless the parts are exactly those of a LLaVA of this config."""
-    text = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith(("tower.", "projector."))}
-    check_structure(config, text, vocabulary_rows=parts[TABLES[0]].rows)
-    hidden = parts[TABLES[0]].shape[1]
-    projector = {name: tensor.shape for name, tensor in parts.items() if name.startswith("projector.")}
+def _check_shapes(config: Mapping[str, Any], tensors: Tensors, tower: VisionTower) -> None:
+    """Raise InputError unless names and shapes are exactly those of a LLaVA of this config."""
+    text = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith(("tower.", "projector."))}
+    check_structure(config, text, vocabulary_rows=tensors[TABLES[0]].rows)
+    hidden = tensors[TABLES[0]].shape[1]
+    projector = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("projector.")}
     one = {LINEAR[0]: (hidden, tower.hidden), LINEAR[1]: (hidden,)}
     two = {NAMES[0]: (hidden, tower.hidden), NAMES[1]: (hidden,), NAMES[2]: (hidden, hidden), NAMES[3]: (hidden,)}
     if projector not in (one, two):
@@ -230,8 +230,8 @@ def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) ->
             f"llava-hf has one Linear or two with gelu between them, from the tower's width of {tower.hidden} to the decoder's of {hidden}"
         )
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
-    if "newline" in parts and parts["newline"].shape != (hidden,):
+    if "newline" in tensors and tensors["newline"].shape != (hidden,):
         raise MismatchError(
-            f"`image_newline` has shape {list(parts['newline'].shape)}, the decoder is {hidden} wide",
+            f"`image_newline` has shape {list(tensors['newline'].shape)}, the decoder is {hidden} wide",
             hint="give the projector and decoder of one training",
         )

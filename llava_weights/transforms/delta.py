@@ -41,9 +41,9 @@ def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Ch
 
 
 def _apply_arithmetic(base: Checkpoint, delta: Checkpoint) -> dict[str, LazyTensor]:
-    ours, theirs = _untied(base), delta.parameters()
-    _check_names(ours, theirs)
-    return {name: _sum(name, ours.get(name), tensor) for name, tensor in theirs.items()}
+    base_tensors, delta_tensors = _untied(base), delta.parameters()
+    _check_names(base_tensors, delta_tensors)
+    return {name: _sum(name, base_tensors.get(name), tensor) for name, tensor in delta_tensors.items()}
 
 
 def _untied(base: Checkpoint) -> dict[str, LazyTensor]:
@@ -66,8 +66,8 @@ def _sum(name: str, base: LazyTensor | None, delta: LazyTensor) -> LazyTensor:
 
 def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyTensor], Examination]:
     differences = index_integer_delta(delta.tensors, delta.metadata)
-    ours = _untied(base)
-    tensors = {name: difference.onto(ours.get(name)) for name, difference in differences.items()}
+    base_tensors = _untied(base)
+    tensors = {name: difference.onto(base_tensors.get(name)) for name, difference in differences.items()}
     return tensors, examine_integer(tensors)
 
 
@@ -81,19 +81,19 @@ def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Che
     one_of("codec", codec, CODECS)
     base, tuned = opened(base, "base"), opened(tuned, "tuned model")
     examination = examine_make(base, tuned)
-    ours, theirs = _untied(base), tuned.parameters()
-    _check_names(ours, theirs, role="tuned model")
+    base_tensors, tuned_tensors = _untied(base), tuned.parameters()
+    _check_names(base_tensors, tuned_tensors, role="tuned model")
     tensors: dict[str, LazyTensor] = {}
-    for name, tensor in theirs.items():
-        mine = ours.get(name)
-        if mine is not None:
-            _check_shape(name, mine, tensor, role="tuned model")
-        tensors[name] = _difference(name, mine, tensor, codec)
-    common = [name for name in theirs if name in ours]
-    grown = sum(ours[name].rows < theirs[name].rows for name in common)
+    for name, tensor in tuned_tensors.items():
+        original = base_tensors.get(name)
+        if original is not None:
+            _check_shape(name, original, tensor, role="tuned model")
+        tensors[name] = _difference(name, original, tensor, codec)
+    common = [name for name in tuned_tensors if name in base_tensors]
+    grown = sum(base_tensors[name].rows < tuned_tensors[name].rows for name in common)
     summary = {
         "subtract": f"{len(common)} tensors ({codec})" + (f"; {grown} of them have rows that the base lacks" if grown else ""),
-        "keep": _keep(theirs, ours),
+        "keep": _keep(tuned_tensors, base_tensors),
     }
     step = Step(
         "make-delta",
@@ -177,7 +177,7 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
 def _conv_mode(delta: Checkpoint, examination: Examination) -> str | None:
     """LLaVA's name of the prompts that the model was trained with, which its own code guesses from the folder's name.
 
-    Known for published deltas; `max_sequence_length` stands only in the configs of v0 (llava-original 1.5).
+    Known for published deltas; only the configs of v0 have `max_sequence_length`.
     """
     prompt = examination.checks.get("prompt") or ("v0" if "max_sequence_length" in delta.config else None)
     return f"llava_{prompt}" if prompt in ("v0", "v1") else None

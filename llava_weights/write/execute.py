@@ -20,7 +20,7 @@ from ..checkpoint.manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_m
 from ..checkpoint.rehash import digest_file
 from ..checkpoint.small_files import small_bytes
 from ..errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
-from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
+from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started
 from ..formats.folder import same_header
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
@@ -34,15 +34,14 @@ from .destinations import is_address
 from .executors import completed
 from .plan import LARGEST_SMALL_FILE, Plan, Shard, accepted
 from .shard import ShardResult, write_shard
-from .work_folder import Job, check_ours, lies_in, meets, mount_of, open_job
+from .work_folder import Job, check_work_folder, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished run did. `root` is the digest of all tensors, whatever their shards (facts: verify 1.3)."""
+    """What a finished run did. `root` is the digest of all tensors, whatever their shards."""
 
     out: Path
     shards: int
@@ -112,7 +111,7 @@ def _run(
         note_sources(plan, job, fresh=not results)
         write_shards(plan, job, pool, results, on_event)
         _check_sources(plan, job, pool, results, on_event)
-        if reread and not job.elsewhere:
+        if reread and not job.remote:
             _read_back(job, results, list(results)[resumed:], pool, plan.settings.jobs, on_event)
         _sweep(job, results)  # of workers that died
         finish(plan, job, results)
@@ -140,11 +139,11 @@ def _local_sources(plan: Plan) -> set[SourceFile]:
 
 
 def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], on_event: Listener) -> None:
-    """Raise InputError where an input holds other bytes than when the first shards were made of it, though of one size and time.
+    """Raise InputError where an input holds other bytes than when the first shards were made of it, though its size and time are the same.
 
-    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or that lies
-    on some network file systems. So the shards that read it are made once more, without being written, and only other bytes count.
-    Those of them that come out otherwise are no longer kept.
+    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or lies on some
+    network file systems. So the shards that read it are made once more, without being written: only other bytes count. Shards that
+    come out with other bytes are deleted.
     """
     noted, now = job.noted_sources(), {file: SourceFile.at(Path(file.path)).state for file in _local_sources(plan)}
     moved = {file for file, state in now.items() if noted.get(_key(file)) != state}
@@ -214,7 +213,7 @@ def to_folder(out: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def keeping(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Iterator[None]:
-    """Make every way in which work can end an error that says what lies on disk."""
+    """Turn every early end into an error that says what lies on disk."""
     try:
         yield
     except Exception as error:
@@ -242,8 +241,8 @@ def _read_back(
     job: Job, results: dict[str, ShardResult], written: Sequence[str], pool: Executor | None, jobs: int, on_event: Listener
 ) -> None:
     """Hash the shards of this run again, from the disk: their pages were dropped when they were written. Those of an earlier
-    run were read when they were taken up. Raises OutputError for one that differs, which is then made again by the next run, and taken
-    out of `results`."""
+    run were read when this one began. Raises OutputError for one that differs, and takes it out of `results`: the next run makes it
+    again."""
     if not written:
         return
     on_event(ReadingBack(sum(results[name].nbytes for name in written)))
@@ -258,7 +257,7 @@ def _read_back(
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """The name of a file of ours and its sha256, or why it has none."""
+    """The name of a written file and its sha256, or why it has none."""
     try:
         return path.name, digest_file(path)
     except InputError as error:
@@ -266,7 +265,7 @@ def _read(path: Path) -> tuple[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """The sha256 of a file of ours. Raises OutputError where it can't be read."""
+    """The sha256 of a written file. Raises OutputError where it can't be read."""
     try:
         return digest_file(path)
     except InputError as error:
@@ -290,10 +289,10 @@ def preflight(plan: Plan, out: Path, *, force: bool = False, make_job: Callable[
 
 def _refuse(plan: Plan, job: Job, force: bool) -> None:
     out = job.out
-    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.elsewhere:
+    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.remote:
         raise OutputError(f"`{out.name}` exists and is not a folder", facts={"output": out}, hint="choose another `-o`")
     with suppress(FileNotFoundError):  # another run ended meanwhile
-        check_ours(job.partial)
+        check_work_folder(job.partial)
     _check_free(job, force)
     _check_small_files(plan)
     _check_inputs(plan, job)
@@ -302,11 +301,11 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
 
 
 def _check_inputs(plan: Plan, job: Job) -> None:
-    """Refuse an output, or a work folder, that is, holds or lies inside an input: what lies there is written over and deleted."""
+    """Refuse an output or work folder that is an input, holds one or lies inside one: the run would write over it or delete it."""
     origins = [origin for step in plan.history for _, origin in step.inputs]
     read = {leaf.file.path for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves() if not leaf.file.remote}
     read |= {file.path for origin in origins for file in origin.files if not file.remote}
-    if job.elsewhere and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
+    if job.remote and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
         what = f"the output `{job.shown}` is an input"
         raise OutputError(what, facts={"input": read_there[0].path}, hint="choose another `-o`")
     given = [origin.path for origin in origins if not origin.remote]
@@ -320,7 +319,7 @@ def _check_inputs(plan: Plan, job: Job) -> None:
 
 
 def _check_small_files(plan: Plan) -> None:
-    """Raise InputError where they could not be recorded, or would take more memory than the plan has for them."""
+    """Raise InputError for a name that no manifest can hold, and for files that take more memory than the plan allows for them."""
     if odd := [name for name in plan.files if not is_text(name)]:
         raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
     sizes = {name: data.stat().st_size if isinstance(data, Path) else len(data) for name, data in plan.files.items()}
@@ -332,9 +331,9 @@ def _check_small_files(plan: Plan) -> None:
 
 
 def _check_place(job: Job) -> None:
-    """Refuse now what would fail when all is written: names can't be moved from one mount to another, nor a mount point be replaced."""
+    """Refuse now what would fail at the end: a folder can't be renamed from one mount to another, and a mount point can't be replaced."""
     above = next(folder for folder in job.out.parents if folder.exists())
-    inside = (job.partial, job.folder, *(() if job.elsewhere else (job.out, job.aside)))
+    inside = (job.partial, job.folder, *(() if job.remote else (job.out, job.aside)))
     for place in (place for place in inside if place.is_dir()):
         if mount_of(place) != mount_of(above):
             facts = {place.name: place, "mounted apart from": above}
@@ -371,7 +370,7 @@ def _check_space(plan: Plan, job: Job) -> None:
 
 
 def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:
-    """Shards of an earlier run whose bytes still are what the journal says; the disk may have failed meanwhile."""
+    """Shards of an earlier run whose bytes are still those of the journal: the disk may have failed meanwhile."""
     tensors = {shard.name: {name for name, _ in shard.tensors} for shard in plan.shards}
     for name, entry in job.finished().items():
         result, path = _result(entry), folder / name

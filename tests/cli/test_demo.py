@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.cli.console import Console
-from llava_weights.cli.demo import MARK, MARKER, Scene, run
+from llava_weights.cli.demo import DEMO_MARK, DEMO_MARKER, Scene, run
 from llava_weights.cli.toy import make_toys, tokenizer_model, write_torch_zip
 from llava_weights.errors import Interrupted, OutputError, Terminated
 from llava_weights.transforms.convert import convert
@@ -83,7 +83,7 @@ def test_a_user_sees_the_whole_way(process: Callable[..., Any], toys: Path, tmp_
     (folder / "llava/stale.txt").write_text("of an earlier run")
     (folder / "again.partial").mkdir()
     (folder / "notes.txt").write_text("the user's own")
-    (folder / MARKER).write_bytes(MARK)
+    (folder / DEMO_MARKER).write_bytes(DEMO_MARK)
 
     code, out, err = process("demo", "my demo")
 
@@ -112,7 +112,7 @@ def test_a_user_sees_the_whole_way(process: Callable[..., Any], toys: Path, tmp_
     assert "\x1b" not in out
     assert "Traceback" not in out
     assert {path.name for path in folder.iterdir()} == {
-        MARKER,
+        DEMO_MARKER,
         "notes.txt",
         "llama",
         "delta",
@@ -242,9 +242,9 @@ def test_whatever_is_no_earlier_demo_stays_as_it_is(kind: str, cli: Callable[...
         folder.symlink_to(tmp_path / "nothing")
     else:
         folder.mkdir()
-        (folder / (MARKER if kind == "a mark of another" else "weights.bin")).write_text("mine")
+        (folder / (DEMO_MARKER if kind == "a mark of another" else "weights.bin")).write_text("mine")
     if kind == "a link among the toys":
-        (folder / MARKER).write_bytes(MARK)
+        (folder / DEMO_MARKER).write_bytes(DEMO_MARK)
         (folder / "llama").symlink_to(elsewhere)
     before = content(tmp_path)
     if kind == "a folder with a file":

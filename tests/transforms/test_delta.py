@@ -145,7 +145,7 @@ def test_integer_delta_on_another_base_is_refused(reference: Path, tmp_path: Pat
 def apply_delta_unexamined(base: Checkpoint, delta: Checkpoint) -> Checkpoint:
     """With the check of small tensors passed over, as for a model whose tensors are all large."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llava_weights.transforms.base_check.SMALL", 0)
+        patch.setattr("llava_weights.transforms.base_check.SMALL_TENSOR", 0)
         return apply_delta(base, delta)
 
 

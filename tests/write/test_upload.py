@@ -193,7 +193,7 @@ def test_a_bucket_gets_the_same_bytes_in_order(bucket: Bucket, pair: Path) -> No
 
 
 def test_a_large_object_goes_up_in_parts(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(destinations, "PART", 5 << 20)  # the smallest that S3 takes
+    monkeypatch.setattr(destinations, "PART_BYTES", 5 << 20)  # the smallest that S3 takes
     data = os.urandom(1 << 20) * 12
     (tmp_path / "large").write_bytes(data)
     bucket.faults = {r"PUT models/out/large\?.*partNumber=2.*": ["500", "reset"]}
