@@ -474,9 +474,6 @@ def _published(subject: Side) -> Iterator[Finding]:
         yield Finding(PUBLISHED_TABLE, "unproved", weights[0], text, part=f"{counted(len(weights), 'weight file')} that nobody published")
 
 
-# --- findings -------------------------------------------------------------------------------------------------------
-
-
 def failed(level: str, subject: str, text: str, remedy: str = GET_AGAIN) -> Finding:
     return Finding(level, "failed", subject, text, "" if level == "against" else remedy)
 

@@ -33,7 +33,7 @@ from ..transforms.convert import convert
 from .rules import (
     CHAT_TEMPLATE,
     CONFIG,
-    GENERATION,
+    GENERATION_CONFIG,
     JINJA,
     PREPROCESSOR,
     PROCESSOR,
@@ -115,6 +115,11 @@ class _Comparison:
                     )
             elif (checked if key in checked else reference)[key] is not None and not re.fullmatch(KEYS_WHERE_BOTH, key):
                 self.open.append((shown(key), f"{shown(key)} of {shown(file)} {'here' if key in checked else f'in {self.label}'} only"))
+
+    def common(self, file: str, checked: Values, reference: Values) -> None:
+        """The keys that both sides have."""
+        both = checked.keys() & reference.keys()
+        self.values(file, *({key: value for key, value in side.items() if key in both} for side in (checked, reference)))
 
     def there(self, file: str, checked: bool, reference: bool, *, instead: bool = False) -> bool:
         """Whether both sides have the file. `instead`: it may be missing here, since programs find the same in another file."""
@@ -217,10 +222,10 @@ def _compare(checked: SmallFiles, reference: SmallFiles, result: _Comparison) ->
         result.values(CONFIG, found, expected)
         _names(checked, reference, result)
     result.there(
-        GENERATION, checked.has(GENERATION), reference.has(GENERATION), instead=True
+        GENERATION_CONFIG, checked.has(GENERATION_CONFIG), reference.has(GENERATION_CONFIG), instead=True
     )  # values that are not the defaults differ below
-    if checked.has(GENERATION) or reference.has(GENERATION):
-        result.values(GENERATION, _generation(checked), _generation(reference))
+    if checked.has(GENERATION_CONFIG) or reference.has(GENERATION_CONFIG):
+        result.values(GENERATION_CONFIG, _generation(checked), _generation(reference))
     if result.there(PREPROCESSOR, bool(image_settings(checked)), bool(image_settings(reference))):
         result.values(PREPROCESSOR, _preprocessor(image_settings(checked)), _preprocessor(image_settings(reference)))
     if result.there(PROCESSOR, checked.has(PROCESSOR), reference.has(PROCESSOR)):
@@ -300,9 +305,7 @@ def _names(checked: SmallFiles, reference: SmallFiles, result: _Comparison) -> N
         }
         return {key: value for key, value in every.items() if value}
 
-    found, expected = written(checked.of(CONFIG)), written(reference.of(CONFIG))
-    both = found.keys() & expected.keys()
-    result.values(CONFIG, {key: found[key] for key in found if key in both}, {key: expected[key] for key in both})
+    result.common(CONFIG, written(checked.of(CONFIG)), written(reference.of(CONFIG)))
 
 
 def _dtypes(config: Values) -> list[str]:
@@ -313,7 +316,7 @@ def _dtypes(config: Values) -> list[str]:
 def _generation(side: SmallFiles) -> dict[str, Any]:
     """Without the file, programs take the ids of config.json."""
     text = _text(side)
-    given = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in side.of(GENERATION).items()}
+    given = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in side.of(GENERATION_CONFIG).items()}
     return _filled(given, {**GENERATION_ASSUMED, **{key: text[key] for key in IDS}, **UNSET_KEYS})
 
 
@@ -397,18 +400,12 @@ def _tokenizer(checked: SmallFiles, reference: SmallFiles, result: _Comparison) 
     _more_special(checked, reference, result)
     found, expected = _named_roles(checked), _named_roles(reference)  # programs differ in which file they ask first
     for file in found.keys() & expected.keys():
-        result.values(file, {key: found[file][key] for key in found[file] if key in expected[file]},
-                     {key: expected[file][key] for key in expected[file] if key in found[file]})  # fmt: skip
+        result.common(file, found[file], expected[file])
     meta = checked.checkpoint.origin.container == "meta"  # whose programs read none of these
     if result.there(TOKENIZER_CONFIG, checked.has(TOKENIZER_CONFIG), reference.has(TOKENIZER_CONFIG), instead=meta):
         result.values(TOKENIZER_CONFIG, _settings(checked), _settings(reference))
         _flags(TOKENIZER_CONFIG, _decoder(checked, reference), _decoder(reference, checked), result)
-        found, expected = _agreed_settings(checked), _agreed_settings(reference)
-        result.values(
-            TOKENIZER_CONFIG,
-            {key: found[key] for key in found if key in expected},
-            {key: expected[key] for key in expected if key in found},
-        )
+        result.common(TOKENIZER_CONFIG, _agreed_settings(checked), _agreed_settings(reference))
 
 
 def _is_json_alike(checked: SmallFiles, reference: SmallFiles, name: str) -> bool:

@@ -51,6 +51,7 @@ PICKLES, PROGRAMS = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt"), (".py",
 SAFETENSORS = "convert it: every command that writes a model writes safetensors"
 MAKE_AGAIN = "make or download it again, and run `llava-weights verify --deep`"
 APPLY = "`llava-weights apply-delta --base LLAMA --delta PATH -o OUT`"
+APPLY_AGAIN = "apply the delta to the original LLaMA again; the round-trip test tells the base"
 APPLIED = "see that the delta or the adapter was applied to every tensor, once"
 UNUSUAL = 16  # the layers of a LLaMA differ by up to 5; a delta is 3 to 200 times smaller than its base
 WIDE = 0.1  # standard deviation of matrices from 1,024 columns on: LLaMA's have 1e-2 to 3e-2
@@ -76,11 +77,9 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     """
     small_files, findings = read_small_files(checkpoint)
     findings += check(RULES_OF_LAYOUT.get(checkpoint.layout, ()), small_files)
-    findings += _or_ok(
-        "L0", "weight files", _ruled("weight-files", _containers(checkpoint)), "one container of safetensors, whole by its index"
-    )
+    findings += _or_ok("L0", "weight files", "weight-files", _containers(checkpoint), "one container of safetensors, whole by its index")
     findings += _ruled("other-weights", _other_weights(checkpoint, folder))
-    findings += _or_ok("L0", "code", _ruled("code", _code(checkpoint, small_files, folder)), "no file that a program would execute")
+    findings += _or_ok("L0", "code", "code", _code(checkpoint, small_files, folder), "no file that a program would execute")
     try:
         findings += _values(checkpoint, small_files)
     except InputError as error:
@@ -93,8 +92,8 @@ def _ruled(rule: str, findings: Iterable[Finding]) -> Iterator[Finding]:
     return (replace(finding, rule=rule) for finding in findings)
 
 
-def _or_ok(level: str, subject: str, findings: Iterable[Finding], text: str) -> list[Finding]:
-    return list(findings) or [Finding(level, "ok", subject, text)]
+def _or_ok(level: str, subject: str, rule: str, findings: Iterable[Finding], text: str) -> list[Finding]:
+    return list(_ruled(rule, findings)) or [Finding(level, "ok", subject, text)]
 
 
 def _warning(level: str, subject: str, text: str, remedy: str) -> Finding:
@@ -235,15 +234,13 @@ def _values(checkpoint: Checkpoint, small_files: SmallFiles) -> list[Finding]:
     if checkpoint.layout in MODELS:
         findings += kind
         findings += _or_ok(
-            "L1",
-            "precision",
-            _ruled("bfloat16", _bfloat16(checkpoint)),
-            "no matrix of the text model went through bfloat16 into another dtype",
+            "L1", "precision", "bfloat16", _bfloat16(checkpoint), "no matrix of the text model went through bfloat16 into another dtype"
         )
         findings += _or_ok(
             "L1",
             "vocabulary",
-            _ruled("vocabulary-rows", _vocabulary_rows(small_files)),
+            "vocabulary-rows",
+            _vocabulary_rows(small_files),
             "sampled rows, and all of added tokens: none zero or equal",
         )
         findings += chain(_ruled("tied-head", _tied_head(small_files)), _ruled("projector-activation", _projector_activation(small_files)))
@@ -384,14 +381,10 @@ def _state(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding("L1", "failed", checkpoint.origin.name, f"this is a delta that was never applied: {evidence}", APPLY)
     elif found.verdict == "unknown":
         text = f"neither a model nor a delta by its values, as a sum with a wrong base may look: {evidence}"
-        yield _warning(
-            "L1", checkpoint.origin.name, text, "apply the delta to the original LLaMA again; the round-trip test tells the base"
-        )
+        yield _warning("L1", checkpoint.origin.name, text, APPLY_AGAIN)
     elif found.matrix_std > WIDE and _width(checkpoint) >= 1024:
         text = f"matrices are {found.matrix_std / 0.02:.0f} times as wide as a LLaMA's, as a sum with a wrong base may be: {evidence}"
-        yield _warning(
-            "L1", checkpoint.origin.name, text, "apply the delta to the original LLaMA again; the round-trip test tells the base"
-        )
+        yield _warning("L1", checkpoint.origin.name, text, APPLY_AGAIN)
     else:
         yield Finding("L1", "ok", "state", f"whole weights, no delta: {evidence}")
 

@@ -18,7 +18,7 @@ from ..findings import Finding
 from ..tensors.lazy import FLOATS
 from ..tensors.low_rank import Arithmetic
 from ..text import shown
-from ..transforms.convert import LAYOUTS, convert
+from ..transforms.convert import TO_LAYOUTS, convert
 from ..transforms.delta import apply_delta
 from ..transforms.lora import merge_lora, open_weighted
 from .checksums import failed, folded
@@ -122,7 +122,7 @@ def _options(made: Checkpoint) -> RecordedOptions:
         raise InputError(manifest.doubt, hint="run `llava-weights verify` without sources")
     recorded = {key: value for step in manifest.recipe for key, value in step.get("options", {}).items() if value is not None}
     known: dict[str, Callable[[Any], bool]] = {
-        "to": lambda value: value in LAYOUTS,
+        "to": lambda value: value in TO_LAYOUTS,
         "dtype": lambda value: value in FLOATS,
         "arithmetic": lambda value: value in get_args(Arithmetic),
         "scale": lambda value: type(value) in (int, float) and math.isfinite(value),

@@ -27,7 +27,7 @@ from ..findings import Finding, Verdict
 from ..tensors.lazy import LazyTensor
 from ..text import shown
 
-CONFIG, GENERATION, VOCAB = "config.json", "generation_config.json", "vocab.json"
+CONFIG, GENERATION_CONFIG, VOCAB = "config.json", "generation_config.json", "vocab.json"
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 CHAT_TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
 FILE_LIMITS = {FAST: FAST_LIMIT, VOCAB: FAST_LIMIT}  # bytes
@@ -182,18 +182,15 @@ def _found(rule: Rule, small_files: SmallFiles) -> list[Finding]:
         return [refused(error, rule.file)]
 
 
-def refused(error: InputError, subject: str) -> Finding:
-    """What a reader refuses, as a failed finding, without this machine's paths."""
+def refused(error: InputError, subject: str, remedy: str = CORRECT) -> Finding:
+    """What a reader refuses, as a failed finding, without paths of this machine."""
     facts = "".join(f"; {label}: {text}" for label, text in error.facts.items() if label not in ("path", "folder", "link", "leads to"))
-    return Finding("L0", "failed", subject, error.what + facts, error.hint or CORRECT)
+    return Finding("L0", "failed", subject, error.what + facts, error.hint or remedy)
 
 
 def as_json(value: Any) -> str:
     """A JSON value for a message."""
     return "missing" if value is None else shown(json.dumps(value, ensure_ascii=False))[1:-1]
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
 
 
 def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, Json], rows: int) -> tuple[dict[str, int], int]:

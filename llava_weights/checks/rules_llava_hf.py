@@ -22,7 +22,7 @@ from ..families.targets import BY_TYPE as TARGETS
 from ..families.targets import DEFAULTS, STRATEGIES
 from ..text import few, shown
 from . import rules_values
-from .rules import CHAT_TEMPLATE, CONFIG, GENERATION, JINJA, PREPROCESSOR, PROCESSOR, Rule, SmallFiles, as_json, vision
+from .rules import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, JINJA, PREPROCESSOR, PROCESSOR, Rule, SmallFiles, as_json, vision
 from .rules_original import REPAIR, SHARED_RULES, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
 from .rules_tokenizer import TAKE_TOKENIZER, odd_form
 from .rules_values import image_settings
@@ -152,11 +152,8 @@ def _buffers(s: SmallFiles) -> Iterator[str]:
         yield f"{len(stray):,} tensors are buffers that no model reads: {few(stray)}"
 
 
-# --- the other files ------------------------------------------------------------------------------------------------
-
-
 def _generation_missing(s: SmallFiles) -> Iterator[str]:
-    if not s.has(GENERATION):
+    if not s.has(GENERATION_CONFIG):
         yield "it is missing: transformers 5 then knows no end of text and never stops"
 
 
@@ -310,8 +307,8 @@ LLAVA_HF_RULES = (
     Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
     *rules_values.ANY_CONFIG,
     *rules_values.LLAVA_HF_CONFIG,
-    Rule(GENERATION, "there", _generation_missing, remedy=REPAIR),
-    Rule(GENERATION, "bos, eos and pad as in the tokenizer", generation_ids, remedy=REPAIR),
+    Rule(GENERATION_CONFIG, "there", _generation_missing, remedy=REPAIR),
+    Rule(GENERATION_CONFIG, "bos, eos and pad as in the tokenizer", generation_ids, remedy=REPAIR),
     *rules_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, remedy=TAKE_TOKENIZER),
     *SHARED_RULES,

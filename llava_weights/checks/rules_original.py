@@ -13,7 +13,7 @@ from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
 from ..text import shown
 from . import rules_tokenizer, rules_values
-from .rules import CONFIG, GENERATION, Rule, SmallFiles, as_json, listings
+from .rules import CONFIG, GENERATION_CONFIG, Rule, SmallFiles, as_json, listings
 from .rules_tokenizer import TAKE_TOKENIZER
 
 REPAIR = "`llava-weights convert PATH --to llava-hf -o OUT` writes this anew"
@@ -38,7 +38,7 @@ def misnamed_pad(s: SmallFiles) -> Iterator[str]:
 
 def generation_ids(s: SmallFiles) -> Iterator[str]:
     """What generation_config.json says about special ids, against the tokenizer."""
-    yield from _wrong_ids(s, GENERATION, ("bos", "eos", "pad"), needed=("eos",)) if s.has(GENERATION) else ()
+    yield from _wrong_ids(s, GENERATION_CONFIG, ("bos", "eos", "pad"), needed=("eos",)) if s.has(GENERATION_CONFIG) else ()
 
 
 def _wrong_ids(s: SmallFiles, file: str, roles: tuple[str, ...], needed: tuple[str, ...] = ()) -> Iterator[str]:
@@ -48,9 +48,6 @@ def _wrong_ids(s: SmallFiles, file: str, roles: tuple[str, ...], needed: tuple[s
         given = value if isinstance(value, list) else [value]
         if true is not None and not right & {x for x in given if type(x) is int} and (value is not None or role in needed):
             yield f"`{role}_token_id` is {as_json(value)}, but the tokenizer's {role} is id {true}"
-
-
-# --- tokenizer files, of every layout -------------------------------------------------------------------------------
 
 
 def tokenizer_missing(s: SmallFiles) -> Iterator[str]:
@@ -156,7 +153,7 @@ LLAMA_RULES = (
     Rule(CONFIG, "special ids", ids_in_table),
     Rule(CONFIG, "special ids", _special_ids),
     *rules_values.ANY_CONFIG,
-    Rule(GENERATION, "special ids", generation_ids),
+    Rule(GENERATION_CONFIG, "special ids", generation_ids),
     *rules_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, "warning", TAKE_TOKENIZER),
     *SHARED_RULES,
@@ -173,7 +170,7 @@ LLAVA_RULES = (
     Rule(CONFIG, "keys of 2023", _old_keys, "warning", REPAIR_ORIGINAL),
     *rules_values.ANY_CONFIG,
     *rules_values.ORIGINAL_CONFIG,
-    Rule(GENERATION, "special ids", generation_ids, remedy=REPAIR_ORIGINAL),
+    Rule(GENERATION_CONFIG, "special ids", generation_ids, remedy=REPAIR_ORIGINAL),
     *rules_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, "warning", TAKE_TOKENIZER),
     *SHARED_RULES,

@@ -25,7 +25,7 @@ from ..families.towers import KNOWN_TOWERS, TOWERS, KnownTower, Pixels, Tower
 from ..tensors.dtypes import TORCH_DTYPE
 from ..tensors.lazy import FLOATS
 from ..text import shown
-from .rules import CONFIG, CORRECT, GENERATION, PREPROCESSOR, PROCESSOR, Json, Rule, SmallFiles, as_json, vision
+from .rules import CONFIG, CORRECT, GENERATION_CONFIG, PREPROCESSOR, PROCESSOR, Json, Rule, SmallFiles, as_json, vision
 
 STEERING = (
     "bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_decoder_ids", "forced_eos_token_id", "sequence_bias",
@@ -273,18 +273,15 @@ def _image_class(s: SmallFiles) -> Iterator[str]:
         yield "`do_center_crop` is false: images that are not square become inputs that the tower does not take"
 
 
-# --- the rest ---------------------------------------------------------------------------------------------------------
-
-
 def _sampling(s: SmallFiles) -> Iterator[str]:
     for key, (kind, least, most) in SAMPLING.items():
-        if (value := s.of(GENERATION).get(key)) is not None and not sensible(value, kind, least, most):
+        if (value := s.of(GENERATION_CONFIG).get(key)) is not None and not sensible(value, kind, least, most):
             yield f"`{key}` is {as_json(value)}, which generation refuses"
 
 
 def _steering(s: SmallFiles) -> Iterator[str]:
-    if found := [key for key in STEERING if s.of(GENERATION).get(key)]:
-        yield f"`{found[0]}` is {as_json(s.of(GENERATION)[found[0]])}: the model's own text is changed whatever it says"
+    if found := [key for key in STEERING if s.of(GENERATION_CONFIG).get(key)]:
+        yield f"`{found[0]}` is {as_json(s.of(GENERATION_CONFIG)[found[0]])}: the model's own text is changed whatever it says"
 
 
 def _padding_side(s: SmallFiles) -> Iterator[str]:
@@ -308,8 +305,8 @@ LLAVA_HF_CONFIG = (
     Rule(CONFIG, "vision tower", _tower_values, "warning", BY_HAND),
 )
 GENERATING = (
-    Rule(GENERATION, "sampling", _sampling),
-    Rule(GENERATION, "nothing forced or suppressed", _steering, "warning", BY_HAND),
+    Rule(GENERATION_CONFIG, "sampling", _sampling),
+    Rule(GENERATION_CONFIG, "nothing forced or suppressed", _steering, "warning", BY_HAND),
 )
 IMAGES = (
     Rule(PREPROCESSOR, "mean, deviation and scale of the tower's pixels", _image_values, remedy=CORRECT),

@@ -49,8 +49,10 @@ METHODS = _words(
 )
 NUMBERS = _words("abs count float int length round wordcount")  # filters that give a number
 # Filters and methods that return their input, or pieces of it.
-PASSING = _words("d default dictsort first items last list max min reverse slice batch sort unique map select selectattr reject rejectattr")
-PASSING_METHODS = _words("copy get items keys values pop split rsplit splitlines strip lstrip rstrip partition rpartition")
+PIECE_FILTERS = _words(
+    "d default dictsort first items last list max min reverse slice batch sort unique map select selectattr reject rejectattr"
+)
+PIECE_METHODS = _words("copy get items keys values pop split rsplit splitlines strip lstrip rstrip partition rpartition")
 BY_NAME = _words("map selectattr rejectattr groupby sort sum unique min max")  # filters that take the name of an attribute
 INTO = _words("append extend insert update setdefault")  # methods that put their arguments into what they belong to
 LOOP_NUMBERS = _words("index index0 revindex revindex0 length depth depth0")
@@ -310,9 +312,9 @@ class _Reader:
                 return False
             case nodes.Filter():
                 turned = node.name == "reverse" and self._own_text(node.node)
-                return turned or node.name not in PASSING or any(map(self._built, (node.node, *_given(node))))
+                return turned or node.name not in PIECE_FILTERS or any(map(self._built, (node.node, *_given(node))))
             case nodes.Call(node=nodes.Getattr() as called):
-                own = called.attr not in PASSING_METHODS or self._own_text(called.node)
+                own = called.attr not in PIECE_METHODS or self._own_text(called.node)
                 return own or any(map(self._built, (called.node, *_given(node))))
             case nodes.Call(node=nodes.Name() as called):
                 return called.name in self.macros or any(map(self._built, _given(node)))

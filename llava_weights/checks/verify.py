@@ -65,6 +65,7 @@ from .compare_files import compare_files
 from .health import APPLY, RULES_OF_LAYOUT, health, watch_over
 from .published import check_published
 from .remake import compare_remade, remake
+from .rules import refused
 
 CHECKED_STRUCTURE = ("llama", "llava")  # layouts whose shapes checkpoint/config.py checks
 DEEP = "pass `--deep` to read everything"
@@ -569,10 +570,9 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
 
 
 def _refused(error: InputError, otherwise: str) -> Finding:
-    """What a reader refuses, as a finding: with the file that it names, and without paths of this machine."""
+    """What a reader refuses, as a finding on the file that it names."""
     path = error.facts.get("path") or error.facts.get("link")
-    facts = "".join(f"; {label}: {text}" for label, text in error.facts.items() if label not in ("path", "folder", "link", "leads to"))
-    return failed("L0", Path(path).name if path else otherwise, error.what + facts, error.hint or GET_AGAIN)
+    return refused(error, Path(path).name if path else otherwise, GET_AGAIN)
 
 
 def _record(subject: Subject) -> str:

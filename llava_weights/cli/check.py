@@ -44,14 +44,15 @@ def verify(
     published: Annotated[bool, typer.Option("--published", help="Compare with the checksums that the authors published.")] = False,
     base: Annotated[str | None, typer.Option("--base", help="What PATH was made from: make every tensor again and compare.")] = None,
     delta: Annotated[
-        str | None, typer.Option("--delta", help="The delta that was applied; with --published, it tells the author's files.")
+        str | None, typer.Option("--delta", help="The delta that was applied; with --published, the author's files are predicted from it.")
     ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
     vision_tower: VisionTowerOption = None,
     accept_tower: AcceptTower = False,
     strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure: exit 4.")] = False,
     allow: Annotated[
-        list[str] | None, typer.Option("--allow", metavar="RULE", help="Takes a rule, as its warnings name it, out of --strict. Repeats.")
+        list[str] | None,
+        typer.Option("--allow", metavar="RULE", help="A rule that --strict leaves a warning, by the name in brackets behind it. Repeats."),
     ] = None,
     jobs: Jobs = 2,
     junit: Junit = None,
@@ -137,11 +138,9 @@ def smoke(
     path: Checked,
     reference: Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="Compare with logits recorded by --record.")] = None,
     original: Annotated[str | None, typer.Option("--original", metavar="DIR", help="Compare with this unconverted checkpoint.")] = None,
-    record: Annotated[
-        Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and keep what comes of them.")
-    ] = None,
+    record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and save their logits.")] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and tell the perplexity of plain English.")
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and print the perplexity of plain English.")
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
     vision_tower: VisionTowerOption = None,

@@ -33,8 +33,7 @@ Push = Annotated[
 ]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file, as 5GB or 512MiB.")]
 Memory = Annotated[
-    str | None,
-    typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this."),
+    str | None, typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this.")
 ]
 Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, max=64, envvar="LLAVA_WEIGHTS_JOBS", help="Worker threads.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="F16|BF16|F32", help="Dtype of the output; the base's own by default.")]
@@ -52,7 +51,7 @@ ArithmeticRule = Annotated[
         "--arithmetic",
         metavar="peft|peft-safe|peft-half|exact",
         show_default="peft",
-        help="Whose bits a merge makes; exact is the same everywhere.",
+        help="Which bits a merge gives: those of a PEFT version, or exact, the same on every machine.",
     ),
 ]
 To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]
@@ -72,8 +71,7 @@ ImageToken = Annotated[str | None, typer.Option("--image-token", help="Text of t
 VocabSize = Annotated[int | None, typer.Option("--vocab-size", min=1, help="Rows of the vocabulary tables in llava-hf.")]
 ConvMode = Annotated[str | None, typer.Option("--conv-mode", help="Prompt family of the chat template, by LLaVA's name, as llava_v1.")]
 ImageAspect = Annotated[
-    str | None,
-    typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later."),
+    str | None, typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later.")
 ]
 Pool = Annotated[str | None, typer.Option("--executor", metavar="ray", help="Send the shards to a cluster; by default threads write them.")]
 Address = Annotated[

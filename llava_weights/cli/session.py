@@ -237,8 +237,6 @@ def check_given(console: Console, roles: Sequence[tuple[Role, Checkpoint]]) -> N
         for finding in check_inputs([Path(file.path) for file in checkpoint.origin.files], role, on_event=console.on_event):
             if finding.verdict == "wrong":
                 raise MismatchError(
-                    finding.text,
-                    facts={"file": finding.file, "sha256": finding.sha256},
-                    hint="give the file that belongs in this role",
+                    finding.text, facts={"file": finding.file, "sha256": finding.sha256}, hint="give the file that belongs in this role"
                 )
             note(console, finding.text)

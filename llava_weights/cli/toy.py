@@ -34,7 +34,7 @@ SIZES = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
     "head_dim": 64 // HEADS, "vocab_size": 320,
 }  # fmt: skip
-WIDTH, ROWS = SIZES["hidden_size"], SIZES["vocab_size"]
+TEXT_WIDTH, ROWS = SIZES["hidden_size"], SIZES["vocab_size"]
 LLAMA = DECODERS["llama"]
 ADDED_TOKENS = ("<im_patch>", "<im_start>", "<im_end>", "[PAD]")  # the last has no row, as in LLaVA-13b-delta-v0
 RANK = 8
@@ -90,9 +90,9 @@ def _write_llama(folder: Path, tensors: Arrays) -> None:
         for piece, part in zip(pieces, cut, strict=True):
             piece[rule.meta] = np.ascontiguousarray(part)
     size = folder / SIZE
-    params = {"dim": WIDTH, "multiple_of": 256, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": 1e-06, "vocab_size": -1}
+    params = {"dim": TEXT_WIDTH, "multiple_of": 256, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": 1e-06, "vocab_size": -1}
     _write_files(size, {"params.json": json.dumps(params).encode()})
-    head = WIDTH // HEADS
+    head = TEXT_WIDTH // HEADS
     for number, piece in enumerate(pieces):
         piece["rope.freqs"] = (10000.0 ** (-np.arange(0, head, 2) / head)).astype(np.float16)
         write_torch_zip(size / f"consolidated.{number:02}.pth", piece)
@@ -107,10 +107,10 @@ def _md5_list(paths: Iterable[Path]) -> str:
 
 def _write_delta(folder: Path, tensors: Arrays, rng: np.random.Generator) -> None:
     """Two shards with their index, a linear projector, rotary buffers of zeros, and the small files of April 2023 with their faults."""
-    head = WIDTH // HEADS
+    head = TEXT_WIDTH // HEADS
     tensors |= {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": np.zeros(head // 2, np.float32) for number in range(LAYERS)}
-    tensors["model.mm_projector.weight"] = (WEIGHT * rng.standard_normal((WIDTH, TOWER_WIDTH))).astype(np.float16)
-    tensors["model.mm_projector.bias"] = (WEIGHT * rng.standard_normal(WIDTH)).astype(np.float16)
+    tensors["model.mm_projector.weight"] = (WEIGHT * rng.standard_normal((TEXT_WIDTH, TOWER_WIDTH))).astype(np.float16)
+    tensors["model.mm_projector.bias"] = (WEIGHT * rng.standard_normal(TEXT_WIDTH)).astype(np.float16)
     first = {f"model.layers.{number}." for number in range(LAYERS // 2)} | {"model.embed_tokens."}
     placed = {name: f"pytorch_model-0000{1 if name.startswith(tuple(first)) else 2}-of-00002.bin" for name in tensors}
     index = {"metadata": {"total_size": sum(values.nbytes for values in tensors.values())}, "weight_map": placed}
@@ -223,12 +223,9 @@ def _byte_level(token: str) -> tuple[dict[str, bytes], int]:
     return files, 256 + len(added)
 
 
-# --- small files ----------------------------------------------------------------------------------------------------
-
-
 def _config() -> dict[str, object]:
     return {
-        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": WIDTH,
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": TEXT_WIDTH,
         "initializer_range": 0.02, "intermediate_size": SIZES["intermediate_size"], "max_position_embeddings": 2048, "model_type": "llama",
         "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "pad_token_id": 0, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
         "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": ROWS,

@@ -163,11 +163,8 @@ def load_original(
     known = known_decoder(checkpoint.config)
     if checkpoint.layout != "llava" or known is None or not known.runs:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
-        raise InputError(
-            f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout",
-            facts=facts,
-            hint="give a LLaVA as haotian-liu's code writes it, or convert it first",
-        )
+        what = f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout"
+        raise InputError(what, facts=facts, hint="give a LLaVA as haotian-liu's code writes it, or convert it first")
     stream = Streamed(dtype=dtype, device=device, resident=resident)
     groups: dict[str, dict[str, LazyTensor]] = {"tower": {}, "projector": {}, "newline": {}}
     for place, tensor in _canonical_tensors(checkpoint).items():

@@ -103,10 +103,8 @@ def generate(
     if image is not None:
         sight = find_sight(checkpoint, tower)
         if sight is None:
-            raise InputError(
-                f"{shown(checkpoint.origin.name)} can't see an image: no vision tower is at hand",
-                hint=tower_hint(checkpoint.config) if checkpoint.layout == "llava" else None,
-            )
+            what = f"{shown(checkpoint.origin.name)} can't see an image: no vision tower is at hand"
+            raise InputError(what, hint=tower_hint(checkpoint.config) if checkpoint.layout == "llava" else None)
         mark = image_id(checkpoint) if checkpoint.layout == "llava-hf" else made.image_id
         probe = _with_image(checkpoint, sight, tokenizer, prompt, image, mark)
     paragraph = Probe("paragraph", np.array(tokenizer.encode(PARAGRAPH).ids, np.int64))
@@ -134,9 +132,6 @@ def _perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
     shifted = values - values.max(axis=1, keepdims=True)
     surprise = np.log(np.exp(shifted).sum(axis=1)) - np.take_along_axis(shifted, ids[1:, None], axis=1)[:, 0]
     return float(np.exp(min(surprise.mean(), 700.0)))  # exp(710) is more than a float64 holds
-
-
-# --- images ---------------------------------------------------------------------------------------------------------
 
 
 def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prompt: str, image: Path, mark: int) -> Probe:

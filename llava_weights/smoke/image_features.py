@@ -55,11 +55,8 @@ class InputEmbeddings:
             places, lengths = ids == self.patch, counts.new_ones(sum(map(len, images)))
         if int(places.sum()) != len(lengths):
             facts = {"places in the ids": int(places.sum()), "to be placed": len(lengths)}
-            raise InputError(
-                "the ids do not have one place for each image, or for each of its features",
-                facts=facts,
-                hint="give a recording that was made of the same model",
-            )
+            what = "the ids do not have one place for each image, or for each of its features"
+            raise InputError(what, facts=facts, hint="give a recording that was made of the same model")
         counts[places] = lengths
         seen, text = places.repeat_interleave(counts), self.embed(ids[~places])
         joined: torch.Tensor = text.new_empty(len(seen), text.shape[1])

@@ -85,11 +85,7 @@ class Row:
     def beyond(self, limits: Limits) -> list[str]:
         """Each limit that is passed, in words."""
         flipped = 1 - self.flips / self.places
-        checks = (
-            ("NMSE", self.nmse, limits.nmse),
-            ("max |d| / std", self.max_std, limits.largest),
-            ("mean KL", self.mean_kl, limits.kl),
-        )
+        checks = (("NMSE", self.nmse, limits.nmse), ("max |d| / std", self.max_std, limits.largest), ("mean KL", self.mean_kl, limits.kl))
         # Where images are, nothing was trained to follow: there the first choice is shown, not judged.
         top = [f"top-1 {flipped:.3f} (limit {limits.top1})"] if self.where == "text" and flipped < limits.top1 else []
         return [f"{name} {value:.1e} (limit {limit:.0e})" for name, value, limit in checks if not value <= limit] + top

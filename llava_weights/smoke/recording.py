@@ -147,11 +147,8 @@ def make_recording(
     for probe in probes:
         outcome = runner(probe)
         if wrong := int((~np.isfinite(outcome.logits)).sum()):
-            raise InputError(
-                f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers",
-                facts={"probe": probe.name},
-                hint="`llava-weights verify --deep` names the tensors that are damaged",
-            )
+            what = f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers"
+            raise InputError(what, facts={"probe": probe.name}, hint="`llava-weights verify --deep` names the tensors that are damaged")
         made.append(recorded(probe, outcome, image_places(checkpoint, probe, len(outcome.logits), tower)))
         on_event(Note(f"{probe.name}: ran {len(outcome.logits):,} places, kept the logits of {len(made[-1].positions):,}"))
     manifest = find_manifest(checkpoint.origin.path)
@@ -311,8 +308,5 @@ def _order(key: str) -> int:
 
 
 def _refusal(path: Path, reason: str) -> InputError:
-    return InputError(
-        f"{shown(path.name)} is not a sound reference: {reason}",
-        facts={"file": path},
-        hint="make it again with `smoke MODEL --record FILE`",
-    )
+    what = f"{shown(path.name)} is not a sound reference: {reason}"
+    return InputError(what, facts={"file": path}, hint="make it again with `smoke MODEL --record FILE`")

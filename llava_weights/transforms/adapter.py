@@ -163,9 +163,6 @@ def _refuse_unplaced(names: Sequence[str], file: str) -> None:
         raise InputError(f"{len(names):,} tensors of {shown(file)} have no place: {few(names)}", hint=UNPLACED)
 
 
-# --- the low-rank updates --------------------------------------------------------------------------------------------
-
-
 def _modules(contents: Contents, rules: LoraRules, file: str) -> tuple[Module, ...]:
     """The adapted modules in the order of the file. Raises InputError for half ones, and for those that are not as `rules` say."""
     half = [key for key, slots in contents.modules.items() if not any(need <= slots.keys() <= most for need, most in COMPLETE_SLOTS)]
@@ -235,9 +232,6 @@ def _rows(contents: Contents, rules: LoraRules) -> dict[str, tuple[tuple[int, ..
             raise InputError(what, facts=facts, hint=RIGHT_ADAPTER_CONFIG)
         rows[f"{module}.weight"] = (indices, tensor)
     return rows
-
-
-# --- what LLaVA's training saves besides ----------------------------------------------------------------------------
 
 
 def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None) -> Adapter:

@@ -112,11 +112,8 @@ def _refuse_swapped(base: Checkpoint, delta: Checkpoint) -> None:
     if base.layout == "llava" and delta.layout == "llama" and state(base.parameters()).verdict != "weights":
         raise _swapped(base, delta)
     if base.layout == "llava":
-        raise MismatchError(
-            f"the base `{base.origin.name}` is a LLaVA model already (it has an mm_projector)",
-            facts={"base": f"{base.size}, {base.vocabulary} rows"},
-            hint=USE_ORIGINAL,
-        )
+        what = f"the base `{base.origin.name}` is a LLaVA model already (it has an mm_projector)"
+        raise MismatchError(what, facts={"base": f"{base.size}, {base.vocabulary} rows"}, hint=USE_ORIGINAL)
 
 
 def _swapped(base: Checkpoint, delta: Checkpoint) -> MismatchError:
@@ -129,17 +126,11 @@ def _refuse_states(base: Checkpoint, delta: Checkpoint) -> None:
     if base_state.verdict == "delta" and delta_state.verdict == "weights":
         raise _swapped(base, delta)
     if base_state.verdict == "delta":
-        raise InputError(
-            f"the base `{base.origin.name}` is itself a delta that was never applied",
-            facts={"evidence": "; ".join(base_state.evidence)},
-            hint=USE_ORIGINAL,
-        )
+        what = f"the base `{base.origin.name}` is itself a delta that was never applied"
+        raise InputError(what, facts={"evidence": "; ".join(base_state.evidence)}, hint=USE_ORIGINAL)
     if delta_state.verdict == "weights":
-        raise InputError(
-            f"the delta `{delta.origin.name}` is a whole model, not a delta",
-            facts={"evidence": "; ".join(delta_state.evidence)},
-            hint="there is nothing to apply: use it as it is, or look at it with `llava-weights inspect`",
-        )
+        what, facts = f"the delta `{delta.origin.name}` is a whole model, not a delta", {"evidence": "; ".join(delta_state.evidence)}
+        raise InputError(what, facts=facts, hint="there is nothing to apply: use it as it is, or look at it with `llava-weights inspect`")
 
 
 def _refuse_shapes(base: Checkpoint, other: Checkpoint, *, role: str = "delta") -> None:

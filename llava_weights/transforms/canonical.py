@@ -30,14 +30,14 @@ from ..tensors.lazy import LazyTensor, cast
 from ..text import few, shown
 
 DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
-Tensors = dict[str, LazyTensor]  # by canonical name
+Canonical = dict[str, LazyTensor]  # by canonical name
 
 
 @dataclass(frozen=True)
 class Model:
     """A LLaVA in canonical form. `config` and the tokenizer's files are as the original layout spells them."""
 
-    tensors: Tensors
+    tensors: Canonical
     tower: VisionTower
     families: tuple[Original, ...]  # those that it fits, all of one target
     config: Mapping[str, Any]
@@ -104,7 +104,7 @@ def to_canonical(
     return Model(tensors, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
 
 
-def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Tensors) -> tuple[Original, ...]:
+def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical) -> tuple[Original, ...]:
     """The families that these tensors fit. Raises InputError where there is none, and as `decoder_of`."""
     decoder = decoder_of(config)
     found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in tensors))
@@ -128,10 +128,8 @@ def _check_kind(checkpoint: Checkpoint) -> None:
             "llama": "a LLaVA has a projector: apply a delta in the same pass, as `convert BASE --delta DELTA --to llava-hf`",
             "adapter": "merge it first, or in the same pass: `convert BASE --lora ADAPTER --to llava-hf`",
         }
-        raise InputError(
-            f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: {title}",
-            hint=hints.get(checkpoint.layout, "give a LLaVA in the original or in the llava-hf layout"),
-        )
+        what = f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: {title}"
+        raise InputError(what, hint=hints.get(checkpoint.layout, "give a LLaVA in the original or in the llava-hf layout"))
     if not checkpoint.history and state(checkpoint.parameters()).verdict == "delta":
         raise InputError(
             f"`{checkpoint.origin.name}` is an unapplied delta",
@@ -139,24 +137,18 @@ def _check_kind(checkpoint: Checkpoint) -> None:
         )
 
 
-def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Tensors:
+def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Canonical:
     """Every parameter by its canonical name. Raises InputError for an unknown name, and where two names mean one tensor."""
-    found: Tensors = {}
+    found: Canonical = {}
     stored = checkpoint.parameters()
     unknown = [name for name in stored if not re.match(PART, canonical(name))]
     if unknown:
-        raise InputError(
-            f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}",
-            facts={"checkpoint": checkpoint.origin.name},
-            hint="give a LLaVA without other weights beside it",
-        )
+        what = f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}"
+        raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="give a LLaVA without other weights beside it")
     for name, tensor in stored.items():
         if canonical(name) in found:
-            raise InputError(
-                f"`{name}` is there twice, under the names of two layouts",
-                facts={"checkpoint": checkpoint.origin.name},
-                hint="remove one of the two, or make the checkpoint again",
-            )
+            what = f"`{name}` is there twice, under the names of two layouts"
+            raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="remove one of the two, or make the checkpoint again")
         found[canonical(name)] = cast(tensor, dtype) if dtype else tensor
     return found
 
@@ -180,10 +172,8 @@ def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
         if token in ("<image>", "<im_patch>", "<im_start>", "<im_end>") and type(i) is int and i >= rows
     }
     if beyond:
-        raise InputError(
-            f"{', '.join(f'`{token}` has the id {i}' for token, i in beyond.items())}, but the vocabulary has only {rows:,} rows",
-            hint="give the tokenizer that belongs to these weights",
-        )
+        what = f"{', '.join(f'`{token}` has the id {i}' for token, i in beyond.items())}, but the vocabulary has only {rows:,} rows"
+        raise InputError(what, hint="give the tokenizer that belongs to these weights")
 
 
 def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
@@ -207,7 +197,7 @@ def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
     return made | {"tie_word_embeddings": text.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
 
 
-def _repaired(config: Mapping[str, Any], tensors: Tensors, tokenizer: HfTokenizer, dtype: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _repaired(config: Mapping[str, Any], tensors: Canonical, tokenizer: HfTokenizer, dtype: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The original's config, repaired and checked against the tensors; and the repairs, without those that only fill in or tidy."""
     shapes = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith("tower.")}
     ids = SpecialIds(tokenizer.bos, tokenizer.eos, tokenizer.pad, 0, {}, 0)
@@ -216,7 +206,7 @@ def _repaired(config: Mapping[str, Any], tensors: Tensors, tokenizer: HfTokenize
     return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, worth_telling
 
 
-def _check_shapes(config: Mapping[str, Any], tensors: Tensors, tower: VisionTower) -> None:
+def _check_shapes(config: Mapping[str, Any], tensors: Canonical, tower: VisionTower) -> None:
     """Raise InputError unless names and shapes are exactly those of a LLaVA of this config."""
     text = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith(("tower.", "projector."))}
     check_structure(config, text, vocabulary_rows=tensors[TABLES[0]].rows)
@@ -231,7 +221,5 @@ def _check_shapes(config: Mapping[str, Any], tensors: Tensors, tower: VisionTowe
         )
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
     if "newline" in tensors and tensors["newline"].shape != (hidden,):
-        raise MismatchError(
-            f"`image_newline` has shape {list(tensors['newline'].shape)}, the decoder is {hidden} wide",
-            hint="give the projector and decoder of one training",
-        )
+        what = f"`image_newline` has shape {list(tensors['newline'].shape)}, the decoder is {hidden} wide"
+        raise MismatchError(what, hint="give the projector and decoder of one training")

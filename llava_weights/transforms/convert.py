@@ -29,10 +29,10 @@ from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text
-from .canonical import Model, Tensors, to_canonical
+from .canonical import Canonical, Model, to_canonical
 from .projector import paired, single
 
-LAYOUTS = ("llava-hf", "llava")
+TO_LAYOUTS = ("llava-hf", "llava")
 # The options of llava-hf, with the values of those that have a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
@@ -77,7 +77,7 @@ def convert(
 
 def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str | None:
     """`dtype` as safetensors spells it. Raises UsageError where `convert` could not take these options, without a look at a checkpoint."""
-    one_of("layout", to, LAYOUTS)
+    one_of("layout", to, TO_LAYOUTS)
     own = {"llava-hf": set(CHOICES), "llava": {"tower_name"}}[to]
     given = {key: value for key, value in given.items() if value is not None}
     if foreign := sorted(given.keys() - own):
@@ -185,7 +185,7 @@ def to_llava(
     return _assembled(checkpoint, model, tensors, "llava", config, files, step)
 
 
-def _two_layers(model: Model, form: str | None) -> tuple[Tensors, str, str]:
+def _two_layers(model: Model, form: str | None) -> tuple[Canonical, str, str]:
     """The tensors with a projector of two layers, its activation, and the form that was chosen for a single Linear.
 
     Raises UsageError for a form where the projector has two layers of its own."""
@@ -278,7 +278,7 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
     }
 
 
-def _ordered(tensors: Tensors, model: Model) -> Iterator[str]:
+def _ordered(tensors: Canonical, model: Model) -> Iterator[str]:
     """The same order for every input: decoder, head, tower, projector."""
     text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
     order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
@@ -317,7 +317,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _assembled(
-    checkpoint: Checkpoint, model: Model, tensors: Tensors, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
+    checkpoint: Checkpoint, model: Model, tensors: Canonical, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
 ) -> Checkpoint:
     named = {spelled(name, layout): tensors[name] for name in _ordered(tensors, model)}
     assert len(named) == len(tensors)

@@ -112,10 +112,8 @@ def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: st
         raise InputError(f"`{name}` does not hold floats", facts={"dtype": tuned.dtype}, hint="give float weights, not quantised ones")
     if codec == "integer":
         if base is not None and base.dtype != tuned.dtype:
-            raise MismatchError(
-                f"`{name}` is {tuned.dtype} in the tuned model and {base.dtype} in the base",
-                hint="the integer codec compares bits: give both in one dtype, or use `--codec arithmetic`",
-            )
+            what = f"`{name}` is {tuned.dtype} in the tuned model and {base.dtype} in the base"
+            raise MismatchError(what, hint="the integer codec compares bits: give both in one dtype, or use `--codec arithmetic`")
         return ToInteger(dtype=tuned.dtype, shape=tuned.shape, tuned=tuned, base=base)
     if base is None:
         return cast(tuned, "F16")
@@ -125,27 +123,19 @@ def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: st
 def _check_names(base: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor], *, role: str = "delta") -> None:
     unknown = [name for name in other if name not in base and not re.fullmatch(MULTIMODAL, name)]
     if unknown:
-        raise MismatchError(
-            f"{len(unknown)} tensors of the {role} have no counterpart in the base",
-            facts={f"only in the {role}": few(unknown)},
-            hint="give the original LLaMA weights of the same size as `--base`",
-        )
+        what, facts = f"{len(unknown)} tensors of the {role} have no counterpart in the base", {f"only in the {role}": few(unknown)}
+        raise MismatchError(what, facts=facts, hint="give the original LLaMA weights of the same size as `--base`")
     absent = [name for name in base if name not in other]
     if absent:
-        raise MismatchError(
-            f"{len(absent)} tensors of the base are not in the {role}",
-            facts={"only in the base": few(absent)},
-            hint=f"check that the {role} is complete (all of its shards)",
-        )
+        what = f"{len(absent)} tensors of the base are not in the {role}"
+        raise MismatchError(what, facts={"only in the base": few(absent)}, hint=f"check that the {role} is complete (all of its shards)")
 
 
 def _check_shape(name: str, base: LazyTensor, other: LazyTensor, *, role: str = "delta") -> None:
     grows = name in VOCABULARY and base.shape[1:] == other.shape[1:] and base.rows <= other.rows
     if base.shape != other.shape and not grows:
-        raise MismatchError(
-            f"`{name}` has shape {list(base.shape)} in the base and {list(other.shape)} in the {role}",
-            hint="give the original LLaMA weights of the same size as `--base`",
-        )
+        what = f"`{name}` has shape {list(base.shape)} in the base and {list(other.shape)} in the {role}"
+        raise MismatchError(what, hint="give the original LLaMA weights of the same size as `--base`")
 
 
 def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTensor], examination: Examination) -> Checkpoint:

@@ -208,20 +208,15 @@ def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic
         replaced = cast(place.replacement, tensor.dtype)
         grows = canonical(name) in TABLES and replaced.shape[1:] == tensor.shape[1:]
         if replaced.shape != tensor.shape and not grows:
-            raise MismatchError(
-                f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter",
-                hint="give the base that the adapter was trained on",
-            )
+            what = f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter"
+            raise MismatchError(what, hint="give the base that the adapter was trained on")
         tensor = replaced
     if place.rows is not None:
         indices, values = place.rows
         if values.rows != len(indices) or not all(-tensor.rows <= index < tensor.rows for index in indices):
             facts = {"rows": list(indices), "table": list(tensor.shape)}
-            raise MismatchError(
-                f"the adapter replaces rows that `{name}` does not have",
-                facts=facts,
-                hint="give the base that the adapter was trained on, with its tokens",
-            )
+            what = f"the adapter replaces rows that `{name}` does not have"
+            raise MismatchError(what, facts=facts, hint="give the base that the adapter was trained on, with its tokens")
         tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
     return add_low_rank(tensor, [oriented(update, tensor) for update in place.updates], arithmetic, name=name)
 

@@ -27,7 +27,7 @@ PART_BYTES, PARTS_AT_ONCE, MOST_PARTS = 16 << 20, 4, 10_000  # S3 takes at most 
 CONFLICTS = (409, 412, 429)  # another commit was faster, or too many requests
 LOGIN = "log in with `hf auth login`, or set `HF_TOKEN`, with a token that may write to {page}"
 
-Listing = dict[str, tuple[int, str]]  # size, and ETag or (of a large file on the Hub) sha256, by bare name
+FileTags = dict[str, tuple[int, str]]  # size, and ETag or (of a large file on the Hub) sha256, by bare name
 
 
 class Destination(Protocol):
@@ -39,10 +39,10 @@ class Destination(Protocol):
     def check(self) -> None:
         """Refuse at once what can't end well."""
 
-    def names(self) -> Listing:
+    def names(self) -> FileTags:
         """What the folder holds; nothing where it does not exist. Names that begin with a dot do not count."""
 
-    def held(self) -> Listing:
+    def held(self) -> FileTags:
         """The same, with what is uploaded and not yet visible."""
 
     def begin(self, key: str) -> None:
@@ -86,7 +86,7 @@ class Bucket:
     def check(self) -> None:
         """Nothing: `names` is the first request."""
 
-    def names(self) -> Listing:
+    def names(self) -> FileTags:
         try:
             found = self._do(lambda store, path: store.ls(path, detail=True))
         except Absent:
@@ -176,10 +176,10 @@ class Repository:
             hint = "choose another, or pass `--force` to replace what is there"
             raise OutputError(f"`{self.address}` exists and is not empty", hint=hint)
 
-    def names(self) -> Listing:
+    def names(self) -> FileTags:
         return self._tree(self.target)
 
-    def held(self) -> Listing:
+    def held(self) -> FileTags:
         return self.names() | (self._tree(self.branch) if self.branch else {})
 
     def begin(self, key: str) -> None:
@@ -237,11 +237,11 @@ class Repository:
             if error.response is None or error.response.status_code != 404:
                 raise
 
-    def _tree(self, revision: str) -> Listing:
+    def _tree(self, revision: str) -> FileTags:
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
-        def ask(api: Any) -> Listing:
+        def ask(api: Any) -> FileTags:
             try:
                 found = list(api.list_repo_tree(self.repo, self.source.folder or None, revision=revision))
             except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):

@@ -345,11 +345,8 @@ def _check_place(job: Job) -> None:
 
 def _check_free(job: Job, force: bool) -> None:
     if job.occupied and not (force or job.published):
-        raise OutputError(
-            f"`{job.out.name}` exists and is not empty",
-            facts={"output": job.shown},
-            hint="choose another `-o`, or pass `--force` to replace it after the new one is complete",
-        )
+        what, facts = f"`{job.out.name}` exists and is not empty", {"output": job.shown}
+        raise OutputError(what, facts=facts, hint="choose another `-o`, or pass `--force` to replace it after the new one is complete")
 
 
 def _check_space(plan: Plan, job: Job) -> None:
@@ -362,11 +359,8 @@ def _check_space(plan: Plan, job: Job) -> None:
     room = job.room([shard.nbytes for shard in plan.shards])
     needed = max(0, room - there) + room // 50 + 64 * MiB
     if free < needed:
-        raise OutputError(
-            f"not enough space for `{job.out.name}`",
-            facts={"needed": size(needed), "free": f"{size(free)} on {place}"},
-            hint=f"free {size(needed - free)} or choose another `-o`",
-        )
+        what, facts = f"not enough space for `{job.out.name}`", {"needed": size(needed), "free": f"{size(free)} on {place}"}
+        raise OutputError(what, facts=facts, hint=f"free {size(needed - free)} or choose another `-o`")
 
 
 def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:

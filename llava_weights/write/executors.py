@@ -145,11 +145,8 @@ def _probe(address: str | None) -> None:
 
 def _unreachable(address: str | None, error: BaseException) -> HubError:
     reasons = str(error).splitlines()
-    return HubError(
-        f"no Ray cluster answers at `{address or 'auto'}`",
-        facts={"reason": reasons[0][:300] if reasons else type(error).__name__},
-        hint="start one with `ray start --head`, or give `--ray-address HOST:6379`",
-    )
+    what, facts = f"no Ray cluster answers at `{address or 'auto'}`", {"reason": reasons[0][:300] if reasons else type(error).__name__}
+    return HubError(what, facts=facts, hint="start one with `ray start --head`, or give `--ray-address HOST:6379`")
 
 
 class RayExecutor(Executor):

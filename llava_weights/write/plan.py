@@ -195,11 +195,8 @@ def _fit(shards: tuple[Shard, ...], settings: Settings, limit: int) -> Settings:
                 return tried
             window //= 2
     least = _memory(shards, replace(settings, jobs=1, window=SMALLEST_WINDOW))
-    raise UsageError(
-        f"`--max-memory` is too small: this work needs {least:,} bytes",
-        facts={"given": f"{limit:,} bytes"},
-        hint=f"pass `--max-memory {-(-least // 10**6)}MB` or more",
-    )
+    what = f"`--max-memory` is too small: this work needs {least:,} bytes"
+    raise UsageError(what, facts={"given": f"{limit:,} bytes"}, hint=f"pass `--max-memory {-(-least // 10**6)}MB` or more")
 
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12,

@@ -50,12 +50,7 @@ class ShardResult:
 
 @one_thread()
 def write_shard(
-    shard: Shard,
-    folder: Path,
-    settings: Settings,
-    *,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
-    keep: bool = True,
+    shard: Shard, folder: Path, settings: Settings, *, on_bytes: Callable[[int], None] = lambda nbytes: None, keep: bool = True
 ) -> ShardResult:
     """Write `shard` into `folder` under its final name: temporary file, fsync, rename, fsync of the folder.
 

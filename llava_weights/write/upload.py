@@ -194,9 +194,6 @@ def _keep_header(path: Path, temporary: Path) -> None:
     os.rename(temporary, path)
 
 
-# --- a folder that is complete ---------------------------------------------------------------------------------------
-
-
 def repository_of(text: str) -> Repository:
     """`owner/name[@branch]`. Raises UsageError for anything else."""
     found = REPO.fullmatch(text[len("hf://") :] if scheme_of(text) == "hf" else text)

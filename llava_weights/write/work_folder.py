@@ -239,11 +239,8 @@ def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool =
         except BlockingIOError as error:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             os.close(fd)
-            raise OutputError(
-                f"`{out.name}` is in use by another run",
-                facts={"process": holder or "unknown", "work folder": job.partial},
-                hint="wait for it to end, or choose another `-o`",
-            ) from error
+            what, facts = f"`{out.name}` is in use by another run", {"process": holder or "unknown", "work folder": job.partial}
+            raise OutputError(what, facts=facts, hint="wait for it to end, or choose another `-o`") from error
         except OSError:
             os.close(fd)
             raise

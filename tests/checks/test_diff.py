@@ -1,4 +1,4 @@
-"""Two checkpoints compared: against numbers computed by other means, and against facts about what the original programs wrote."""
+"""Two checkpoints compared: the numbers against torch's, and known differences between what the original programs wrote."""
 
 from __future__ import annotations
 

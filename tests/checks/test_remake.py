@@ -1,4 +1,4 @@
-"""L4: what a folder should be is computed anew from its sources, for every command that writes, and every fault is named."""
+"""L4: the output of every command that writes is made again from its sources, and every fault is named."""
 
 from __future__ import annotations
 

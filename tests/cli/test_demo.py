@@ -233,9 +233,9 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["a folder with a file", "a file", "a mark of another", "a link among the toys", "a link to nothing"])
 def test_whatever_is_no_earlier_demo_stays_as_it_is(kind: str, cli: Callable[..., Any], tmp_path: Path) -> None:
-    folder, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "precious").write_text("weights")
+    folder, outside = tmp_path / "demo", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("weights")
     if kind == "a file":
         folder.write_text("mine")
     elif kind == "a link to nothing":
@@ -245,7 +245,7 @@ def test_whatever_is_no_earlier_demo_stays_as_it_is(kind: str, cli: Callable[...
         (folder / (DEMO_MARKER if kind == "a mark of another" else "weights.bin")).write_text("mine")
     if kind == "a link among the toys":
         (folder / DEMO_MARKER).write_bytes(DEMO_MARK)
-        (folder / "llama").symlink_to(elsewhere)
+        (folder / "llama").symlink_to(outside)
     before = content(tmp_path)
     if kind == "a folder with a file":
         code, out, err = cli("demo")
@@ -256,7 +256,7 @@ def test_whatever_is_no_earlier_demo_stays_as_it_is(kind: str, cli: Callable[...
         with pytest.raises(OutputError, match="is not an earlier demo"):
             run(folder, Console())
     assert content(tmp_path) == before
-    assert sorted(os.listdir(tmp_path)) == ["demo", "elsewhere"]
+    assert sorted(os.listdir(tmp_path)) == ["demo", "outside"]
 
 
 def test_the_first_failure_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The smoke test: good models of the reference data pass, every mistake that the originals measured fails, and a failure says where."""
+"""The smoke test: good models of the reference data pass, every mistake that the reference data holds fails, and a failure says where."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def configured(checkpoint: Checkpoint, part: str = "", **changes: Any) -> Checkp
 
 def over(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
     """`checkpoint` with the values of `other`, on the rows that it has."""
-    theirs = {canonical(name): tensor for name, tensor in other.parameters().items()}
+    others = {canonical(name): tensor for name, tensor in other.parameters().items()}
     tensors = dict(checkpoint.tensors)
     for name, tensor in tensors.items():
-        if (instead := theirs.get(canonical(name))) is not None:
+        if (instead := others.get(canonical(name))) is not None:
             value = values(tensor)
             value[: instead.rows] = values(instead)
             tensors[name] = hold(value)
@@ -258,8 +258,8 @@ def test_the_original_layout_has_the_logits_of_the_originals(folder: str, record
     reference = foreign(world.at / "E-logits" / recorded, prefix=prefix)
     assert compare(world.open(folder), reference, tower=world.tower(pixels), atol=ATOL).verdict == "same"
     made = make_recording(world.open(folder), [one.probe for one in reference.probes], tower=world.tower(pixels))
-    for ours, theirs in zip(made.probes, reference.probes, strict=True):  # where images are, as the original recorded it
-        assert np.array_equal(ours.image, theirs.image), ours.probe.name
+    for one, recorded in zip(made.probes, reference.probes, strict=True):  # where images are, as the original recorded it
+        assert np.array_equal(one.image, recorded.image), one.probe.name
 
 
 def test_every_negative_control_is_made(world: World) -> None:
@@ -343,7 +343,7 @@ def test_the_first_wrong_part_is_named(pattern: str, change: Callable[[torch.Ten
 
 
 def test_rows_of_added_tokens_and_the_last_ones_are_looked_at(world: World) -> None:
-    for row in (305, 306):  # <im_start> and <im_end>, which no text of ours holds
+    for row in (305, 306):  # <im_start> and <im_end>, which no probe of text holds
 
         def zero(weight: torch.Tensor, row: int = row) -> torch.Tensor:
             weight[row] = 0
@@ -616,7 +616,7 @@ def test_both_layouts_write_the_same(world: World) -> None:
     assert (one.tokens, one.text) == (other.tokens, other.text)
 
 
-def test_what_a_sample_needs_is_asked_for(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_generating_needs_is_asked_for(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="tokenizer is missing"):
         generate(replace(world.good("C"), files={}), "the meaning of life is")
     picture = world.at / "common/images/wide_90x36.png"
