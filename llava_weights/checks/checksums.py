@@ -379,7 +379,7 @@ def _by_recorded_files(subject: Side, reference: Reference) -> list[Finding]:
 
 
 def _by_files(subject: Side, reference: Reference) -> Iterator[Finding]:
-    """File by file: a name in a list counts from this folder, from the list's own, or, with this folder's name in front, from above."""
+    """File by file. A name in a list is looked up from this folder, from the list's, or, with this folder's name first, from above."""
     place, files, reading = subject.place, subject.files, subject.reading
     folder = Path(os.path.abspath(place if place.is_dir() else place.parent))
     roots = (folder, folder.parent, *((reference.source.parent,) if reference.source else ()))

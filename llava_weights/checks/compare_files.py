@@ -23,11 +23,12 @@ from ..checkpoint.tower import complete_config
 from ..errors import InputError, UsageError
 from ..families.decoders import DECODERS, LLAVA_DEFAULTS
 from ..families.files import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
-from ..families.layouts import TABLES, canonical
+from ..families.layouts import canonical
 from ..families.projectors import FORMS
 from ..families.targets import DEFAULTS
 from ..families.towers import TOWERS
 from ..findings import Finding
+from ..smoke.probes import table_rows
 from ..text import listed, shown
 from ..transforms.convert import convert
 from .rules import (
@@ -172,7 +173,7 @@ def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None,
     name = shown(original.origin.name)
     forms = {act: form for form, act in FORMS.items()}
     single = any(canonical(name) == "projector.weight" for name in original.tensors)  # which alone has forms
-    options: dict[str, Any] = {"vocab_size": embedding_rows(like)}
+    options: dict[str, Any] = {"vocab_size": table_rows(like) or None}
     options["projector_form"] = forms.get(str(like.config.get("projector_hidden_act"))) if single else None
     if tower is None and not any(canonical(name).startswith("tower.") for name in original.tensors):
         tower = _tower_of(like)
@@ -192,11 +193,6 @@ def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None,
         result.open.append((what, f"{what}: {name} can't be converted, {error.what}"))
         result.text_only = True
         return original
-
-
-def embedding_rows(checkpoint: Checkpoint) -> int | None:
-    """Rows of the embedding table, in any layout."""
-    return next((tensor.rows for name, tensor in checkpoint.tensors.items() if canonical(name) == TABLES[0]), None)
 
 
 def _tower_of(checkpoint: Checkpoint) -> Checkpoint | None:
@@ -309,7 +305,7 @@ def _names(checked: SmallFiles, reference: SmallFiles, result: _Comparison) -> N
 
 
 def _dtypes(config: Values) -> list[str]:
-    """What the key says, under its name before and since transformers 4.56."""
+    """The dtype, under the key's name before or since transformers 4.56."""
     return sorted({str(config[key]).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)})
 
 

@@ -137,7 +137,7 @@ def _measure_all(
 
 
 def table(difference: Difference, *, limit: int = 20) -> list[str]:
-    """Lines for people: one for each pattern of names with the same fate, worst first, at most `limit`, then what is equal."""
+    """Lines for people: one for each pattern of names with the same result, worst first, at most `limit`, then what is equal."""
     groups: dict[tuple[object, ...], list[TensorDifference]] = {}
     for tensor in difference.tensors:
         if tensor.status != "equal":

@@ -199,7 +199,7 @@ def _jinja(checkpoint: Checkpoint, folder: Path | None) -> Iterator[tuple[str, s
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The templates in a `chat_template`; the names of named ones are none."""
+    """The templates in a `chat_template`: one, a list of them, or a dict by name."""
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
         template = each.get("template") if isinstance(each, dict) else each
         if isinstance(template, str):

@@ -15,6 +15,7 @@ from ..events import Listener
 from ..families.projectors import FORMS
 from ..families.prompts import CONVERSATIONS
 from ..findings import Finding
+from ..smoke.probes import table_rows
 from ..tensors.lazy import FLOATS
 from ..tensors.low_rank import Arithmetic
 from ..text import shown
@@ -22,7 +23,6 @@ from ..transforms.convert import TO_LAYOUTS, convert
 from ..transforms.delta import apply_delta
 from ..transforms.lora import merge_lora, open_weighted
 from .checksums import failed, folded
-from .compare_files import embedding_rows
 
 USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
 RIGHT_SOURCES = "give the sources and options that it was made with: README.md and the manifest name them"
@@ -67,7 +67,7 @@ def remake(
     if made.layout == "llava-hf":
         how: Any = {"projector_form": options.projector_form, "conv_mode": options.conv_mode, "image_token": options.image_token}
         how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower}
-        result = convert(result, "llava-hf", vocab_size=embedding_rows(made), image_aspect=options.image_aspect, **how)
+        result = convert(result, "llava-hf", vocab_size=table_rows(made) or None, image_aspect=options.image_aspect, **how)
     elif options.to == "llava":
         result = convert(result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, accept_tower=accept_tower)
     elif tower:

@@ -194,7 +194,7 @@ def _image_token(s: SmallFiles) -> Iterator[str]:
 
 
 def _image_tokens(s: SmallFiles) -> Iterator[str]:
-    """Two files that name it."""
+    """Two files that name different image tokens."""
     if isinstance(named := s.of(PROCESSOR).get("image_token"), str) and named != s.image_token:
         yield f"it names {shown(s.image_token)} as the image token, processor_config.json {shown(named)}: processors take the tokenizer's"
 

@@ -499,7 +499,7 @@ def _health(subject: Subject) -> list[Finding]:
 
 
 def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding]:
-    """Digests of the files beside those that were recorded, and which weights have none."""
+    """Digests of the files against the recorded ones; and the weights of which none is recorded."""
     if not subject.sums:
         text, part = "no checksums are there: neither manifest nor SHA256SUMS", "nothing is recorded to compare with"
         return [Finding("L2", "unproved", subject.place.name, text, WRITE_SUMS, part=part)]

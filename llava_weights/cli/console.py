@@ -82,8 +82,8 @@ class Console:
                     self._note(event)
 
     def document(self, text: str | Sequence[str], document: Mapping[str, Any]) -> None:
-        """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for. `text` is one with lines of its
-        own, or a list of lines, each of which stays one whatever it holds.
+        """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for. `text` has lines of its own,
+        or is a list of lines, each printed as one whatever it holds.
 
         In JSON it is one line of type `summary` unless `document` has its own `type`: the last line of stdout is what a program wants.
         Raises OutputError where stdout can't take it; a reader that closed the pipe is no error.

@@ -139,7 +139,7 @@ class Run:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as typer is to see it: each parameter that is a group becomes the options that are the group's fields."""
+    """`command` in the form that typer needs: each parameter that is a group becomes the options that are the group's fields."""
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():

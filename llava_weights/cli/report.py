@@ -35,7 +35,7 @@ FROM_BAD_TO_GOOD: tuple[Verdict, ...] = ("failed", "warning", "unproved", "unche
 
 
 def lines(name: str, findings: Sequence[Finding], code: int, *, verbose: bool = False) -> list[str]:
-    """The verdict, then a line a finding with what to do below it. A warning names its rule; with `verbose` every finding does."""
+    """The verdict, then one line for each finding with what to do below it. A warning names its rule; with `verbose` every finding does."""
     rows = [f"{name}: {verdict(findings, code)}"]
     for finding in findings:
         rule = f" [{finding.rule}]" if verbose or finding.verdict == "warning" else ""
@@ -94,7 +94,7 @@ def document(name: str, findings: Sequence[Finding], code: int, facts: Mapping[s
 
 
 def junit(name: str, findings: Sequence[Finding]) -> bytes:
-    """A JUnit XML report: a test case a finding; what failed is a failure, what was not checked is skipped."""
+    """A JUnit XML report: a test case for each finding; what failed is a failure, what was not checked is skipped."""
     counts = Counter(finding.verdict for finding in findings)
     skipped = counts["unchecked"] + counts["unproved"]
     sizes = {"tests": str(len(findings)), "failures": str(counts["failed"]), "skipped": str(skipped), "errors": "0"}

@@ -365,7 +365,7 @@ def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[st
 
 
 def table(smoke: Smoke) -> list[str]:
-    """The measurements for people: a line a probe and kind of place."""
+    """The measurements for people: one line for each probe and kind of place."""
     head = ("probe", "places", "NMSE", "max |d|", "max |d|/std", "mean |d|", "mean KL", "top-1", "top-5")
     rows = [head] + [
         (f"{row.probe} {row.where}", f"{row.places}", f"{row.nmse:.1e}", f"{row.max_abs:.1e}", f"{row.max_std:.1e}", f"{row.mean_abs:.1e}",

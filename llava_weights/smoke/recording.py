@@ -2,7 +2,7 @@
 
 One safetensors file. For each probe NAME:
 
-    ids.NAME            I64 [T]           what was run; -200 for an image in LLaVA's own form, one image token a feature in llava-hf
+    ids.NAME            I64 [T]           what was run; -200 for an image in LLaVA's own form, one image token for each feature in llava-hf
     pixel_values.NAME   F32               [images, 3, S, S] or [images, tiles, 3, S, S]; only with an image
     image_sizes.NAME    I64 [images, 2]   height and width; only with tiles
     image.NAME          U8 [T']           1 where a place of the sequence that was computed is a feature of an image

@@ -41,7 +41,7 @@ class Streamed:
 
     @contextmanager
     def session(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Reads and computes inside, in true float32; yields the dict that the watched values go to."""
+        """Inside, weights are read and values computed, in true float32; yields the dict of the watched values."""
         import torch
 
         self._work, self._hidden = Workspace(), {}

@@ -129,7 +129,7 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
 
 
 def _weights_in(folder: Path) -> Path:
-    """The file to read in a folder. Raises InputError saying what is there instead, and where an adapter is near."""
+    """The file to read in a folder. Raises InputError saying what is there instead, and which subfolders hold an adapter."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:

@@ -156,8 +156,8 @@ def to_llava(
 ) -> Checkpoint:
     """`checkpoint` (llava-hf in any key style, or already original) in the original layout, as haotian-liu's code and SGLang read it.
 
-    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. `tower_name` is what
-    the config names then, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
+    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. The config then names
+    the tower `tower_name`, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
     """
     model = to_canonical(checkpoint, tower, None, dtype, accept_tower=accept_tower)
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
@@ -286,7 +286,7 @@ def _ordered(tensors: Canonical, model: Model) -> Iterator[str]:
 
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str) -> dict[str, Any]:
-    """The original's config with what changed: names that it had before are kept."""
+    """The original's config with the values that changed; a tower that it named keeps its name."""
     config = dict(model.config)
     named = name or config.get("mm_vision_tower")
     config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}

@@ -88,7 +88,7 @@ def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | No
 
 
 def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:
-    """Each adapter, opened, with its weight. Raises UsageError for what is none."""
+    """Each adapter, opened, with its weight. Raises UsageError for what is no adapter."""
     given = adapters if isinstance(adapters, Iterable) and not isinstance(adapters, str | bytes | os.PathLike) else [adapters]
     given = list(given)
     if not given:

@@ -129,7 +129,7 @@ def note_sources(plan: Plan, job: Job, *, fresh: bool) -> None:
 
 
 def _key(file: SourceFile) -> str:
-    """A path without what it may say: a folder's name may hold a token."""
+    """A digest of the path: a folder's name may hold a token."""
     return hashlib.sha256(os.fsencode(file.path)).hexdigest()
 
 
@@ -203,7 +203,7 @@ def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str,
 
 
 def to_folder(out: str | os.PathLike[str]) -> Path:
-    """The folder to write, whole. Raises UsageError for an address, which would become a local folder of that name."""
+    """The folder to write, as an absolute path. Raises UsageError for an address, which would become a local folder of that name."""
     place = to_place(out, "output")
     if is_address(str(place)):
         hint = "give a folder; the command line writes to addresses"
@@ -441,7 +441,7 @@ def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
 
 
 def tensor_entries(folder: Path, results: Mapping[str, ShardResult]) -> list[TensorEntry]:
-    """One entry a tensor, as the headers of the written files say, with the digest taken while it was written.
+    """One entry for each tensor, as the headers of the written files say, with the digest taken while it was written.
 
     Raises OutputError where a header does not come back."""
     try:

@@ -64,7 +64,7 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]], *, in_flight: in
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """The error that a task raised, taken out of what a pool put around it; OutputError for the end of a worker."""
+    """The error that a task raised, without what a pool wrapped around it; OutputError for a worker that died."""
     seen: BaseException | None = error
     while seen is not None:
         inner = getattr(seen, "cause", None)  # Ray: RayTaskError also is a subclass of what it wraps, but without its attributes
@@ -83,7 +83,7 @@ def worker_lost(error: BaseException) -> OutputError:
 
 @contextmanager
 def open_executor(name: str | None, address: str | None = None, *, cpus: int = 1) -> Iterator[Executor | None]:
-    """The pool of the name that `--executor` gives: None for none (threads of this process), `ray` for a Ray cluster.
+    """The pool that `--executor` names: None for none (threads of this process), `ray` for a Ray cluster.
 
     `cpus` is what one task uses: the plan's `settings.jobs`. `address` is Ray's: `auto` for the cluster that this machine belongs to,
     `HOST:PORT`; None takes `$RAY_ADDRESS`, a running cluster, or starts Ray on this machine. Raises UsageError for another name, where
@@ -150,7 +150,7 @@ def _unreachable(address: str | None, error: BaseException) -> HubError:
 
 
 class RayExecutor(Executor):
-    """`concurrent.futures.Executor` over the Ray that is connected: one Ray task a call, each with `cpus` processors of a node.
+    """`concurrent.futures.Executor` over the connected Ray: one Ray task for each call, each with `cpus` processors of a node.
 
     A task whose worker or node is lost is begun again by Ray on another. Exceptions arrive as they were raised. `cancel` also
     interrupts a task that runs (KeyboardInterrupt); `wait` then waits for its end. Raises UsageError where no node is large enough.

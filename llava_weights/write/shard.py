@@ -56,7 +56,7 @@ def write_shard(
 
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
-    result says what the inputs hold now.
+    result has the digests of what the inputs hold now.
     """
     watch = shard.watch.fresh() if shard.watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):

@@ -86,7 +86,7 @@ class UploadJob(Job):
         super().begin({**identity, "destination": self.shown}, restart=restart)
 
     def prepare(self) -> None:
-        """Let the destination know; from here on what lies there is of this work."""
+        """Prepare the destination: from here on, what it holds belongs to this work."""
         noted = self._noted()
         if noted.get("destination") != self.shown:
             noted = {"destination": self.shown, "shards": {}, "replaced": sorted(self.destination.names())}
@@ -184,7 +184,7 @@ def _header(path: Path) -> bytes:
 
 
 def _keep_header(path: Path, temporary: Path) -> None:
-    """Replace `path` by a file of its size that holds only the header; under this name one of the two lies at any time."""
+    """Replace `path` by a file of its size that holds only the header; at any time one of the two lies under this name."""
     remove(temporary)
     with open(temporary, "xb") as file:
         file.write(_header(path))
@@ -205,7 +205,7 @@ def repository_of(text: str) -> Repository:
 def push(folder: Path, hub: Repository, *, force: bool = False) -> str:
     """Publish a complete output, its card included, and return its page. One commit, so it is there as a whole or not at all.
 
-    What is there already stays where it is the same. Raises OutputError where it is something else and `force` is not set, or where
+    Files that are there already and equal stay. Raises OutputError where it is something else and `force` is not set, or where
     `folder` is no complete output; HubError where the Hub does not let it be done.
     """
     files = {path.name: member(folder, path.name) for path in folder.iterdir() if path.is_file()}

@@ -3,7 +3,7 @@
     OUT.partial/.llava-weights-work   marks a work folder, which may be deleted; a folder without it is somebody else's
     OUT.partial/lock        held by the running process (flock); its death frees it
     OUT.partial/plan.json   what this work is; other work is refused
-    OUT.partial/journal     one line a finished shard, each with its own checksum; a torn last line is ignored
+    OUT.partial/journal     one line for each finished shard, with a checksum; a torn last line is ignored
     OUT.partial/sources     inode and change time of each input when the first shard was begun
     OUT.partial/journal-00003-of-00016, lock-00003-of-00016   the same of one portion; portions share `lock`, whole runs hold it alone
     OUT.partial/out/        becomes OUT in one rename, when it is complete
@@ -217,7 +217,7 @@ class Job:
         sync_folder(self.out.parent)
 
     def _forget(self) -> None:
-        """Delete plan.json, without which nothing else here counts: first, and durably, in whatever order names reach the disk."""
+        """Delete plan.json, without which nothing else here counts: first and durably: later changes may reach the disk in any order."""
         if os.path.lexists(self.recorded):
             remove(self.recorded)
             sync_folder(self.partial)
@@ -225,7 +225,7 @@ class Job:
 
 @contextmanager
 def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool = False) -> Iterator[Job]:
-    """The locked work folder of `out`; `shared` with others that ask for it so. Raises OutputError where another run holds it or it
+    """The locked work folder of `out`; `shared` with processes that ask the same. Raises OutputError where another run holds it or it
     can't be made."""
     job = make_job(out)
     while True:
