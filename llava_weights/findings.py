@@ -16,7 +16,7 @@ LEVELS = {
     "published": "published", "recorded": "recorded",
 }  # fmt: skip
 # The rules that are no row of a table in checks/rules_original.py or checks/rules_llava_hf.py, by the names that `--allow` takes.
-RULES = {
+OTHER_RULES = {
     "structure": "names, shapes, sizes and index of the weight files",
     "unlisted-file": "a file that the manifest or SHA256SUMS does not list",
     "weight-files": "pickles, the metadata `format: pt`, the size in the index",
@@ -42,7 +42,7 @@ RULES = {
     "published": "the authors' own checksums",
     "smoke": "logits",
 }
-KIND = ("state", "bfloat16")  # rules on what kind of checkpoint it is: no fault where the reference is of the same
+STATE_RULES = ("state", "bfloat16")  # rules on what kind of checkpoint it is: no fault where the reference is of the same
 
 
 @dataclass(frozen=True)

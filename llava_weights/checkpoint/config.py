@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import BY_TYPE, DECODERS, LLAMA_SIZES, LLAVA_DEFAULTS, MAX_LAYERS, Decoder
+from ..families.decoders import DECODER_BY_TYPE, DECODERS, LLAMA_SIZES, LLAVA_DEFAULTS, Decoder
 from ..families.layouts import DROPPED, MULTIMODAL, VOCABULARY, canonical, spelled
 from ..families.projectors import projector_type, projector_weights
-from ..families.shapes import length
+from ..families.shapes import MAX_LAYERS, length
 from ..tensors.dtypes import TORCH_DTYPE
 from ..text import _clean, few, listed, shown
 from .tokenizer import SpecialIds
@@ -30,7 +30,7 @@ FILLED = ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_emb
 RIGHT_CONFIG = "give the config.json that belongs to these weights"
 
 # What may stand in generation_config.json beside the ids: type, least value (itself excluded for fractions), greatest.
-GENERATION = {
+GENERATION_SETTINGS = {
     "do_sample": (bool, 0, 1), "max_length": (int, 1, 1 << 24), "max_new_tokens": (int, 1, 1 << 24), "num_beams": (int, 1, 1024),
     "repetition_penalty": (float, 0, 100), "temperature": (float, 0, 100), "top_k": (int, 0, 1 << 24), "top_p": (float, 0, 1),
     "typical_p": (float, 0, 1), "use_cache": (bool, 0, 1),
@@ -77,7 +77,11 @@ def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: 
     ids = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos, "pad_token_id": special_ids.pad}
     if not generation:
         return ids, (f"generation_config: written with bos/eos/pad ids {_joined(ids.values())}",)
-    new = {key: value for key, value in generation.items() if key in ids or (key in GENERATION and sensible(value, *GENERATION[key]))}
+    new = {
+        key: value
+        for key, value in generation.items()
+        if key in ids or (key in GENERATION_SETTINGS and sensible(value, *GENERATION_SETTINGS[key]))
+    }
     gone = [key for key in generation if key not in new]
     notes = [f"generation_config: dropped {listed(gone)}"] if gone else []
     if [new.get(key) for key in ids] != list(ids.values()):
@@ -242,7 +246,7 @@ def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes
 
 def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
     """`model_type` and architecture: LLaVA where there is a projector. Types of other decoders stay."""
-    kind, llama = config.get("model_type"), BY_TYPE["llama"]
+    kind, llama = config.get("model_type"), DECODER_BY_TYPE["llama"]
     if not isinstance(kind, str) or (projector and kind == llama.model_type) or (not projector and kind.startswith("llava")):
         kind = llama.original_types[0] if projector else llama.model_type
     named = {llama.model_type: llama.architecture, **dict.fromkeys(llama.original_types[:2], llama.original_architectures[0])}

@@ -48,7 +48,7 @@ PLAUSIBLE = 0.5  # |delta| / |base|: at most. Expected 0.005 to 0.3, measured 0.
 SAME_SIZE = (0.5, 2.0)
 ALIGNED = 0.8  # |cosine|. tuned vs. base: > 0.95; unrelated model - base: -0.71
 MODELS = ("llama", "llava", "llava-hf")  # layouts that hold RMSNorm vectors to judge by
-EXTRA = (0.1, 10.0)  # standard deviation of added rows, as a multiple of the trained rows'
+EXTRA_ROWS_STD = (0.1, 10.0)  # standard deviation of added rows, as a multiple of the trained rows'
 LLAMA1_EPS_1E6 = (4096, 5120, 6656)  # hidden sizes of LLaMA 1 with rms_norm_eps 1e-6; 65B has 1e-5 (facts: llava-original 4.1)
 
 
@@ -235,7 +235,7 @@ def extra_rows(delta: Tensors, base: Tensors) -> tuple[ExtraRows, ...]:
             finite = bool(np.all(np.isfinite(values)))
             std, usual = deviation(finite_only(values)), deviation(finite_only(sample(base[name], work)))
             ratio = std / usual if usual else 0.0
-            sane = finite and EXTRA[0] <= ratio <= EXTRA[1]
+            sane = finite and EXTRA_ROWS_STD[0] <= ratio <= EXTRA_ROWS_STD[1]
             verdict: Literal["plausible", "odd", "unknown"] = "plausible" if sane else "odd" if usual or not finite else "unknown"
             found.append(ExtraRows(name, rows - first, finite, std, ratio, verdict))
     return tuple(found)

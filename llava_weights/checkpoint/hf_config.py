@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import BY_TYPE, SIZES
+from ..families.decoders import DECODER_BY_TYPE, SIZE_KEYS
 from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
@@ -105,7 +105,7 @@ def select_layer(config: Mapping[str, Any], tower: VisionTower) -> int:
 def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dict[str, Any]:
     """The decoder's part, from a flat config, with every key that any reader asks for."""
     decoder = decoder_of(config)
-    made = {key: config.get(key, default) for key, default in decoder.defaults.items()} | {key: config[key] for key in SIZES}
+    made = {key: config.get(key, default) for key, default in decoder.defaults.items()} | {key: config[key] for key in SIZE_KEYS}
     made |= {
         "architectures": [decoder.architecture],
         "bos_token_id": tokens.bos,
@@ -133,7 +133,7 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
         rest = {key: value for key, value in rope.items() if key != "rope_theta"}
         text.setdefault("rope_scaling", None if rest.get("rope_type", "default") == "default" else rest)
     text.setdefault("model_type", DEFAULT_PARTS["text_config"])
-    if (decoder := BY_TYPE.get(str(text["model_type"]))) and "rms_norm_eps" not in text:
+    if (decoder := DECODER_BY_TYPE.get(str(text["model_type"]))) and "rms_norm_eps" not in text:
         text["rms_norm_eps"] = decoder.defaults["rms_norm_eps"]  # which transformers' own saved configs leave out
     return text
 
@@ -148,7 +148,7 @@ def original_config(
     """
     text = flat_config(config)
     decoder = decoder_of(text)
-    kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZES}
+    kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZE_KEYS}
     strategy = config.get("vision_feature_select_strategy", "default")
     feature = next((name for name, told in STRATEGIES.items() if told == strategy), "patch")
     layer = tower.row.original_layer

@@ -29,10 +29,10 @@ from .tokenizer import (
     MODEL_LIMIT,
     NO_LIMIT,
     RIGHT_TOKENIZER,
-    SETTINGS,
     SIDES,
     SPECIAL,
     TOKENIZER_CONFIG,
+    TOKENIZER_SETTINGS,
     is_token_id,
     repair_tokenizer,
     token_text,
@@ -228,7 +228,7 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
     llama, config = tokenizer_json.is_llama(core), small_object(files, TOKENIZER_CONFIG)
     entries, notes = _every_entry(files, core, vocabulary, rows)
     ids = {**vocabulary, **{entry["content"]: i for i, entry in entries.items()}}
-    settings = {key: config[key] for key, kind in SETTINGS.items() if type(config.get(key)) is kind}
+    settings = {key: config[key] for key, kind in TOKENIZER_SETTINGS.items() if type(config.get(key)) is kind}
     settings |= {key: config[key] for key in SIDES if config.get(key) in ("left", "right")}
     if not 0 < settings.get("model_max_length", 0) < NO_LIMIT and is_token_id(model_max_length):
         settings["model_max_length"] = model_max_length

@@ -12,7 +12,7 @@ from ..families.deltas import KnownDelta, known_delta
 from ..families.layouts import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, canonical
 from ..families.originals import fitting
 from ..families.projectors import projector_type
-from ..families.towers import BY_TYPE
+from ..families.towers import TOWER_BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..tensors.lazy import LazyTensor
 from ..text import fold_names, shown
@@ -89,7 +89,7 @@ def _family(checkpoint: Checkpoint) -> str:
         return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
     inside = {name.removeprefix("tower.") for name in names if name.startswith("tower.")}
     named = published(named_tower(config))
-    tower = row_of(inside).kind if inside else BY_TYPE[named.model_type].kind if named else None
+    tower = row_of(inside).kind if inside else TOWER_BY_TYPE[named.model_type].kind if named else None
     told = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
     specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
     rows = [row for row in fitting(told, decoder=decoder.model_type, tower=tower) if not row.token or row.token in specials]

@@ -27,7 +27,7 @@ from .checkpoint import Step, describe
 
 MANIFEST = "llava-weights.manifest.json"
 SUMS = "SHA256SUMS"
-SCHEMA = 1
+MANIFEST_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def make_manifest(
 ) -> dict[str, Any]:
     """The manifest as plain data. No timestamp: the same work gives the same bytes."""
     return {
-        "schema": SCHEMA,
+        "schema": MANIFEST_SCHEMA,
         "tool": {"name": "llava-weights", "version": __version__},
         "root": {
             "tensors": root_of_tensors(tensors),
@@ -125,7 +125,7 @@ LINE = re.compile(
 )
 UNESCAPED = {text: char for char, text in ESCAPES.items()}
 A_LIST = "give a file as `sha256sum` or `md5sum` write it, a manifest or a checkpoint"
-AGAIN = "write it again with `llava-weights checksum`, or get it again from where it came from"
+WRITE_AGAIN = "write it again with `llava-weights checksum`, or get it again from where it came from"
 
 Entry = TypeVar("Entry", FileEntry, TensorEntry)
 
@@ -181,9 +181,9 @@ def find_manifest(place: Path) -> Manifest | None:
 def read_manifest(path: Path) -> Manifest:
     """Raises InputError unless the file is a manifest of this schema whose roots are those of its own lists."""
     found = load_object(path, limit=MAX_MANIFEST)
-    if found.get("schema") != SCHEMA:
-        hint = "verify it with the version of llava-weights that wrote it" if type(found.get("schema")) is int else AGAIN
-        what = f"{shown(path.name)} is not a manifest of schema {SCHEMA}"
+    if found.get("schema") != MANIFEST_SCHEMA:
+        hint = "verify it with the version of llava-weights that wrote it" if type(found.get("schema")) is int else WRITE_AGAIN
+        what = f"{shown(path.name)} is not a manifest of schema {MANIFEST_SCHEMA}"
         raise InputError(what, facts={"path": path, "schema": shown(str(found.get("schema")))}, hint=hint)
     files = _entries(path, found.get("files"), FileEntry)
     tensors = _entries(path, found.get("tensors"), TensorEntry)
@@ -248,7 +248,7 @@ def is_inside(path: str) -> bool:
 
 
 def _refusal(path: Path, reason: str) -> InputError:
-    return InputError(f"{shown(path.name)} is not a manifest that can be trusted: {reason}", facts={"path": path}, hint=AGAIN)
+    return InputError(f"{shown(path.name)} is not a manifest that can be trusted: {reason}", facts={"path": path}, hint=WRITE_AGAIN)
 
 
 def read_sums(path: Path) -> tuple[Sum, ...]:
@@ -274,7 +274,7 @@ def read_sums(path: Path) -> tuple[Sum, ...]:
         sums.append(Sum(name, ALGORITHMS[len(digest)], digest))
     by_name = {(entry.path, entry.algorithm): entry for entry in sums}
     if contradicted := [entry.path for entry in sums if by_name[entry.path, entry.algorithm] != entry]:
-        raise InputError(f"{shown(path.name)} lists two digests for {listed(contradicted)}", facts={"path": path}, hint=AGAIN)
+        raise InputError(f"{shown(path.name)} lists two digests for {listed(contradicted)}", facts={"path": path}, hint=WRITE_AGAIN)
     if not sums:
         raise InputError(f"{shown(path.name)} lists no checksums", facts={"path": path}, hint=A_LIST)
     return tuple(by_name.values())

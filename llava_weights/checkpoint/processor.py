@@ -17,7 +17,7 @@ from ..text import shown
 
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # every tower of LLaVA wants all three
 LAST_RESAMPLE = 5  # PIL's filters are 0 to 5, 3 is bicubic
-LARGEST = 1e6  # of a mean, a deviation or a factor; real ones are below 256
+LARGEST_SETTING = 1e6  # of a mean, a deviation or a factor; real ones are below 256
 RIGHT_FILE = "give the preprocessor_config.json that belongs to the vision tower"
 MAX_PINPOINTS = 1024  # the largest known list has 36
 
@@ -169,7 +169,7 @@ def _colours(given: Mapping[str, Any], key: str, default: tuple[float, ...], *, 
 
 
 def _number(key: str, value: Any, *, positive: bool) -> float:
-    if type(value) not in (int, float) or not abs(value) <= LARGEST or (positive and value <= 0):
+    if type(value) not in (int, float) or not abs(value) <= LARGEST_SETTING or (positive and value <= 0):
         raise _refusal(key, value)
     return float(value)
 

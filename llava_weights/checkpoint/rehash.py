@@ -22,16 +22,16 @@ import numpy as np
 from ..errors import InputError
 from ..events import Event, Progress, Started
 from ..formats.folder import same_header
-from ..storage.reading import READABLE, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
+from ..storage.reading import CHECK_DISK, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
 from ..storage.threads import Shield, in_threads
 from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits
-from ..tensors.holes import Watch, told
+from ..tensors.holes import Watch, hole_sentences
 from ..tensors.lazy import LazyTensor, Stored
 from ..tensors.windows import row_ranges
 from .manifest import GIT, TensorEntry
 
 WINDOW_BYTES = 8 << 20
-CHUNK = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
+SCAN_VALUES = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
 
 Digest = tuple[str, tuple[int, ...], str]  # dtype, shape, sha256
 
@@ -104,8 +104,8 @@ def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
         return 0
     values, count = raw_bits(raw, dtype), 0
     ones = values.dtype.type(NOT_FINITE[dtype])
-    for first in range(0, len(values), CHUNK):
-        bits = values[first : first + CHUNK] & ones
+    for first in range(0, len(values), SCAN_VALUES):
+        bits = values[first : first + SCAN_VALUES] & ones
         if bits.max() == ones:
             count += int(np.count_nonzero(bits == ones))
     return count
@@ -154,7 +154,7 @@ class Rehash:
             in_threads(self._made, made.items(), self.jobs, stop=self.stop.set)
         ordered = {name: self.entries[name] for name in tensors if name in self.entries}
         known = {name: found[name] for name in files if name not in self.damaged}
-        holes = told(hole.text for hole in sorted(self.watch.found)) if self.watch else ()
+        holes = hole_sentences(hole.text for hole in sorted(self.watch.found)) if self.watch else ()
         return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes, holes)
 
     def _file(self, name: str, path: Path, tensors: Mapping[str, Stored], lanes: Executor) -> dict[str, str]:
@@ -299,7 +299,7 @@ def digest_file(path: Path) -> str:
     """The sha256 of one file, in 8 MiB of memory. Raises InputError where it can't be read, or changes meanwhile."""
     found = Rehash(("sha256",), 1, window=WINDOW_BYTES // 2).read({path.name: path}, {})
     for what in found.damaged.values():
-        raise InputError(what, facts={"file": path}, hint=READABLE)
+        raise InputError(what, facts={"file": path}, hint=CHECK_DISK)
     return found.files[path.name]["sha256"]
 
 

@@ -31,7 +31,7 @@ RIGHT_TOKENIZER = "give the tokenizer that belongs to these weights"
 NO_LIMIT = 10**9  # transformers writes model_max_length 10^30 where it knows none
 
 # What may stand in tokenizer_config.json beside the tokens. Paths, `auto_map` and everything unknown stay behind.
-SETTINGS = {
+TOKENIZER_SETTINGS = {
     "add_bos_token": bool, "add_eos_token": bool, "add_prefix_space": bool, "chat_template": str, "clean_up_tokenization_spaces": bool,
     "legacy": bool, "model_max_length": int, "processor_class": str, "spaces_between_special_tokens": bool, "tokenizer_class": str,
     "use_default_system_prompt": bool,
@@ -203,7 +203,7 @@ def _repair_settings(
     old: Mapping[str, Any], tokens: Mapping[str, str], known: Mapping[str, int], added: Mapping[str, int], model_max_length: object
 ) -> Repair:
     new, changes = _roles(old, tokens, typed=True)
-    new |= {key: old[key] for key, kind in SETTINGS.items() if type(old.get(key)) is kind}
+    new |= {key: old[key] for key, kind in TOKENIZER_SETTINGS.items() if type(old.get(key)) is kind}
     new |= {key: old[key] for key in SIDES if old.get(key) in ("left", "right")}
     if _all_known(old.get("additional_special_tokens"), known):
         new["additional_special_tokens"] = old["additional_special_tokens"]

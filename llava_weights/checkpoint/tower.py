@@ -17,18 +17,17 @@ from typing import Any
 
 from ..errors import InputError, MismatchError
 from ..families.layouts import DROPPED, canonical
-from ..families.shapes import shapes
+from ..families.shapes import MAX_LAYERS, shapes
 from ..families.targets import DEFAULT_PARTS
 from ..families.towers import (
     BESIDE_TOWER,
-    BY_REPOSITORY,
-    BY_TYPE,
     KNOWN_TOWERS,
-    MAX_LAYERS,
     MEASURES,
     PATCH,
     POSITION,
     RANKS,
+    TOWER_BY_REPOSITORY,
+    TOWER_BY_TYPE,
     TOWERS,
     KnownTower,
     Tower,
@@ -42,8 +41,8 @@ from .checkpoint import Checkpoint, Origin
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
 RIGHT_CONFIG = "give the config.json that belongs to these tensors"
-KINDS = " or ".join(row.title for row in TOWERS)
-WHOLE = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
+TOWER_TITLES = " or ".join(row.title for row in TOWERS)
+WHOLE_TOWER = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
 NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 
 # What tells one tower from another.
@@ -64,7 +63,7 @@ class VisionTower:
     @property
     def row(self) -> Tower:
         """What is known of its kind."""
-        return BY_TYPE[self.config["model_type"]]
+        return TOWER_BY_TYPE[self.config["model_type"]]
 
     @property
     def kind(self) -> str:
@@ -98,7 +97,7 @@ class VisionTower:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TowerSizes:
     """What the shapes of a tower tell: its kind, sizes by config key, and patches along each side of an image."""
 
     model_type: str
@@ -117,7 +116,7 @@ def open_tower(checkpoint: Checkpoint) -> VisionTower:
     named = _unique((full.removeprefix("vision_model."), x) for full, x in checkpoint.tensors.items() if not beside.fullmatch(full))
     if PATCH not in named:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type"))), "lacks": f"`{PATCH}`"}
-        hint = f"give the repository or folder of the {KINDS} that the model was trained with"
+        hint = f"give the repository or folder of the {TOWER_TITLES} that the model was trained with"
         raise InputError(f"{shown(name)} is no vision tower", facts=facts, hint=hint)
     config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
@@ -170,7 +169,7 @@ def tower_hint(config: Mapping[str, Any]) -> str:
     """What to do where an original LLaVA holds no tower: give the one that its config names."""
     named = named_tower(config)
     if not named:
-        return f"give the {KINDS} that it was trained with as `--vision-tower`: its repository or folder"
+        return f"give the {TOWER_TITLES} that it was trained with as `--vision-tower`: its repository or folder"
     return f"give the tower that it was trained with, by its config {shown(named)}: `--vision-tower` with that repository, or its folder"
 
 
@@ -276,10 +275,10 @@ def complete_config(config: Mapping[str, Any], *, source: str = "the vision conf
     if not isinstance(config, Mapping):
         raise InputError(f"{source} is {shown(str(config))}, not an object", hint=RIGHT_CONFIG)
     model_type = DEFAULT_PARTS["vision_config"] if config.get("model_type") is None else config["model_type"]
-    if not isinstance(model_type, str) or model_type not in BY_TYPE:
-        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(BY_TYPE)}", hint=RIGHT_CONFIG)
+    if not isinstance(model_type, str) or model_type not in TOWER_BY_TYPE:
+        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(TOWER_BY_TYPE)}", hint=RIGHT_CONFIG)
     complete: dict[str, Any] = {"model_type": model_type}
-    for key, default in BY_TYPE[model_type].defaults.items():
+    for key, default in TOWER_BY_TYPE[model_type].defaults.items():
         value: Any = default if config.get(key) is None or isinstance(default, bool) else config[key]
         if not _valid(value, default) or (key == "num_hidden_layers" and value > MAX_LAYERS):
             raise InputError(f"`{key}` is {shown(str(value))} in {source}, which can't be", hint=RIGHT_CONFIG)
@@ -297,7 +296,7 @@ def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     Missing keys count as transformers' defaults. Raises InputError as `complete_config` does."""
     known = complete_config(config)
-    row = BY_TYPE[known["model_type"]]
+    row = TOWER_BY_TYPE[known["model_type"]]
     layers = (shapes(row.layer, known, before=f"encoder.layers.{number}.") for number in range(known["num_hidden_layers"]))
     return shapes(row.before, known) | {name: shape for layer in layers for name, shape in layer.items()} | shapes(row.after, known)
 
@@ -307,7 +306,7 @@ def _unique(pairs: Iterable[tuple[str, LazyTensor]]) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for name, tensor in pairs:
         if name in found:
-            raise InputError(f"the vision tower holds {shown(name)} twice, under names of two layouts", hint=WHOLE)
+            raise InputError(f"the vision tower holds {shown(name)} twice, under names of two layouts", hint=WHOLE_TOWER)
         found[name] = tensor
     return found
 
@@ -321,32 +320,32 @@ def row_of(names: Container[str]) -> Tower:
     return max(TOWERS, key=lambda row: sum(1 if parameter.name in names else -1 for parameter in row.before))
 
 
-def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
+def _measure(tensors: Mapping[str, LazyTensor], name: str) -> TowerSizes:
     """Kind and sizes from the shapes. Raises InputError where a tensor that tells one is missing or has no such shape."""
     for needed, rank in RANKS.items():
         if needed not in tensors:
-            raise InputError(f"the vision tower of {shown(name)} lacks `{needed}`", hint=WHOLE)
+            raise InputError(f"the vision tower of {shown(name)} lacks `{needed}`", hint=WHOLE_TOWER)
         shape = list(tensors[needed].shape)
         if len(shape) != rank or 0 in shape:
-            raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty", hint=WHOLE)
+            raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty", hint=WHOLE_TOWER)
     row = row_of(tensors)
     rows = tensors[POSITION].shape[0] - row.class_token
     if rows < 1 or math.isqrt(rows) ** 2 != rows:
-        raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square", hint=WHOLE)
+        raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square", hint=WHOLE_TOWER)
     numbers = (re.match(r"encoder\.layers\.(\d{1,6})\.", behind) for behind in tensors)
     layers = max(int(found[1]) for found in numbers if found) + 1
     if layers > MAX_LAYERS:
-        raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read", hint=WHOLE)
+        raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read", hint=WHOLE_TOWER)
     sizes = {key: tensors[tensor].shape[axis] for key, (tensor, axis) in MEASURES.items()}
-    return Sizes(row.model_type, {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
+    return TowerSizes(row.model_type, {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
 
 
-def _check_sizes(config: Mapping[str, Any], found: Sizes, *, source: str, error: type[InputError] = InputError) -> None:
+def _check_sizes(config: Mapping[str, Any], found: TowerSizes, *, source: str, error: type[InputError] = InputError) -> None:
     """Raise `error`, naming key and tensor, where a complete config does not describe these tensors."""
     hint = RIGHT_CONFIG
     if config["model_type"] != found.model_type:
-        own, other = ({parameter.name for parameter in BY_TYPE[kind].before} for kind in (found.model_type, config["model_type"]))
-        what = f"`model_type` is `{config['model_type']}` in {source}, but the vision tower is a {BY_TYPE[found.model_type].title}"
+        own, other = ({parameter.name for parameter in TOWER_BY_TYPE[kind].before} for kind in (found.model_type, config["model_type"]))
+        what = f"`model_type` is `{config['model_type']}` in {source}, but the vision tower is a {TOWER_BY_TYPE[found.model_type].title}"
         facts = {"has": listed(sorted(own - other)), "lacks": listed(sorted(other - own))}
         raise error(what, facts={label: names for label, names in facts.items() if names}, hint=hint)
     for key, size in found.sizes.items():
@@ -364,24 +363,24 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
     expected = tower_shapes(config)
     if missing := expected.keys() - tensors.keys():
         names = listed(behind for behind in expected if behind in missing)
-        raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE)
+        raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE_TOWER)
     if unknown := [behind for behind in tensors if behind not in expected]:
-        facts = {"known kinds": ", ".join(BY_TYPE)}
+        facts = {"known kinds": ", ".join(TOWER_BY_TYPE)}
         raise InputError(
             f"the vision tower of {shown(name)} has tensors that no rule knows: {listed(unknown)}",
             facts=facts,
-            hint=f"give a {KINDS} as its authors published it",
+            hint=f"give a {TOWER_TITLES} as its authors published it",
         )
     for behind, shape in expected.items():
         tensor = tensors[behind]
         if tensor.shape != shape:
-            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}", hint=WHOLE)
+            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}", hint=WHOLE_TOWER)
         if tensor.dtype not in FLOATS:
             raise InputError(f"`{behind}` of {shown(name)} is stored as {tensor.dtype}", hint="give a tower that is not quantised")
     return {behind: tensors[behind] for behind in expected}
 
 
-def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str]:
+def _look_up(found: TowerSizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str]:
     """A complete config for measured sizes, and a sentence on where heads and activation are from."""
     model_config = model.config if model else {}
     near = model.origin.path if model and not model.origin.remote else None
@@ -408,7 +407,7 @@ def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | No
     return complete_config(measured), f"vision_config: {note}"
 
 
-def _borrowed(config: Mapping[str, Any], found: Sizes, source: str) -> tuple[dict[str, Any], str]:
+def _borrowed(config: Mapping[str, Any], found: TowerSizes, source: str) -> tuple[dict[str, Any], str]:
     """Another tower's config for these tensors, which may have fewer layers: some LLaVAs drop the last ones."""
     layers = min(config["num_hidden_layers"], found.sizes["num_hidden_layers"])
     fitting = {**config, "num_hidden_layers": layers}
@@ -417,7 +416,7 @@ def _borrowed(config: Mapping[str, Any], found: Sizes, source: str) -> tuple[dic
     return fitting, f"vision_config: from {source}" + (cut if layers < config["num_hidden_layers"] else "")
 
 
-def _known(found: Sizes, named: str) -> KnownTower | None:
+def _known(found: TowerSizes, named: str) -> KnownTower | None:
     """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
     sizes = (found.model_type, found.sizes["hidden_size"], found.sizes["intermediate_size"])
     fitting = [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == sizes]
@@ -436,15 +435,15 @@ def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
 def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The vision half of a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in BY_REPOSITORY:
-        facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(BY_REPOSITORY)}
-        raise InputError(f"{shown(name)} has no config.json of a {KINDS}", facts=facts, hint="give the tower's whole folder")
-    if model_type in BY_TYPE:
+    if not isinstance(model_type, str) or model_type not in TOWER_BY_REPOSITORY:
+        facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(TOWER_BY_REPOSITORY)}
+        raise InputError(f"{shown(name)} has no config.json of a {TOWER_TITLES}", facts=facts, hint="give the tower's whole folder")
+    if model_type in TOWER_BY_TYPE:
         return config
     nested = config.get("vision_config") or config.get("vision_config_dict") or {}  # the second was its name in 2022
     if not isinstance(nested, Mapping):
         raise InputError(f"`vision_config` is not an object in the config.json of {shown(name)}", hint=RIGHT_CONFIG)
-    return {**nested, "model_type": nested.get("model_type") or BY_REPOSITORY[model_type].model_type}
+    return {**nested, "model_type": nested.get("model_type") or TOWER_BY_REPOSITORY[model_type].model_type}
 
 
 def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

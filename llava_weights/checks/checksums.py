@@ -17,14 +17,14 @@ from ..checkpoint.tower import open_tower
 from ..errors import HubError, InputError, LlavaWeightsError
 from ..events import Event
 from ..families.files import CONFIG_FILES, WEIGHT_SUFFIXES
-from ..families.layouts import DROPPED, TABLES, Names, canonical
-from ..families.projectors import NAMES
+from ..families.layouts import DROPPED, VOCABULARY_TABLES, BaseNames, canonical
+from ..families.projectors import PROJECTOR_NAMES
 from ..families.published import recognise
 from ..findings import Finding, Verdict
 from ..formats.folder import member
 from ..storage.http import endpoint
 from ..storage.hub import HubSource, explain, parse_source, source_text
-from ..storage.retry import ANSWER, within
+from ..storage.retry import ANSWER_SECONDS, within
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor, cast
 from ..tensors.resize import resized
@@ -45,7 +45,7 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
     how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
     explained: LlavaWeightsError | None = None
     try:
-        info = within(ANSWER, lambda: api.model_info(source.repo_id, **how))
+        info = within(ANSWER_SECONDS, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
         explained = explain(error, source)
         if explained is None:
@@ -222,7 +222,7 @@ def compare_tower(
 def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Finding]:
     label, theirs = reference.label, reference.tensors or {}
     ours = _in_form_of(subject, theirs, jobs)
-    pairs, alone = Names(theirs).match(ours)
+    pairs, alone = BaseNames(theirs).match(ours)
     taken = set(pairs.values())
     there = [name for name in theirs if name not in taken]
     unlike = {name: other for name, other in pairs.items() if kind(ours[name]) != kind(theirs[other])}
@@ -310,13 +310,13 @@ def _is_single(parts: Mapping[str, str]) -> bool:
 
 
 def _is_pair(parts: Mapping[str, str]) -> bool:
-    return {*parts} == {*NAMES}
+    return {*parts} == {*PROJECTOR_NAMES}
 
 
 def _is_grown(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
     """Whether it is a vocabulary table to which rows were added."""
     same = (ours.dtype, ours.shape[1:]) == (theirs.dtype, theirs.shape[1:])
-    return canonical(name) in TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
+    return canonical(name) in VOCABULARY_TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
 
 
 def _heads(checkpoint: Checkpoint | None, entries: Mapping[str, TensorEntry], rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:

@@ -21,7 +21,7 @@ from ..checkpoint.tokenizer_json import added_tokens
 from ..checkpoint.tower import VisionTower, own_tower
 from ..errors import InputError
 from ..families.layouts import canonical
-from ..families.targets import BY_TYPE as TARGETS
+from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.targets import Target
 from ..findings import Finding, Verdict
 from ..tensors.lazy import LazyTensor

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checkpoint.checkpoint import main_dtype
-from ..checkpoint.config import GENERATION as SAMPLING
+from ..checkpoint.config import GENERATION_SETTINGS as SAMPLING
 from ..checkpoint.config import known_decoder, sensible
-from ..checkpoint.processor import LARGEST
+from ..checkpoint.processor import LARGEST_SETTING
 from ..checkpoint.tokenizer import TOKENIZER_CONFIG
 from ..checkpoint.tower import ACTIVATIONS as TOWER_ACTIVATIONS
 from ..checkpoint.tower import row_of
 from ..families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, ROPE_TYPES
 from ..families.layouts import QUANTIZED_NAMES, QUANTIZERS
-from ..families.towers import BY_TYPE as TOWERS_BY_TYPE
 from ..families.towers import KNOWN_TOWERS, TOWERS, KnownTower, Pixels, Tower
+from ..families.towers import TOWER_BY_TYPE as TOWERS_BY_TYPE
 from ..tensors.dtypes import TORCH_DTYPE
 from ..tensors.lazy import FLOATS
 from ..text import shown
@@ -219,13 +219,13 @@ def _colours(s: Sidecars) -> Iterator[tuple[bool, str]]:
     if not row or not settings:
         return
     rescale = settings.get("rescale_factor", 1 / 255)
-    scale = 255 * rescale if type(rescale) in (int, float) and 0 < rescale <= LARGEST else 1.0
+    scale = 255 * rescale if type(rescale) in (int, float) and 0 < rescale <= LARGEST_SETTING else 1.0
     usual = [_pair(pixels) for pixels in row.pixels if pixels.activation in ("", vision(s.objects).get("hidden_act", ""))]
     foreign = [(other, _pair(pixels)) for other in TOWERS if other is not row for pixels in other.pixels]
     told = 0
     for place, key in enumerate(("image_mean", "image_std")):
         given = settings.get(key)
-        if not isinstance(given, list) or len(given) != 3 or not all(type(x) in (int, float) and abs(x) <= LARGEST for x in given):
+        if not isinstance(given, list) or len(given) != 3 or not all(type(x) in (int, float) and abs(x) <= LARGEST_SETTING for x in given):
             continue  # missing, or refused by `read_image_settings`
         values = [x / scale for x in given]
         told += 1

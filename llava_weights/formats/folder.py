@@ -30,7 +30,7 @@ SHARD_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}"
 META_SIZE = r"\d+[Bb]"
 WEIGHTS = rf".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|{META_FILE}|{'|'.join(map(re.escape, SIDE_FILES))}"
 QUANTISED = r".*\.(gguf|ggml)|ggml.*\.bin|.*\.ggmlv\d.*"
-DOWNLOAD = "download what is missing: `hf download` continues where it stopped"
+DOWNLOAD_MISSING = "download what is missing: `hf download` continues where it stopped"
 DISAGREE = "index and shards are not of one download; download them again together"
 UNQUANTISED = "quantised weights can't be added to or converted; give the float16 checkpoint that they were made from"
 ACCEPTED = "*.safetensors, pytorch_model*.bin, consolidated.*.pth, adapter_model.*, mm_projector.bin, non_lora_trainables.bin"
@@ -100,7 +100,9 @@ def inside(folder: Path, name: str) -> Path:
         facts = {"link": folder / link, "leads to": target}
         raise InputError(f"{shown(link)} {what} out of its folder", facts=facts, hint="put the file itself there, or give its folder")
     if path.is_symlink() and not target.exists():
-        raise InputError(f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD)
+        raise InputError(
+            f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD_MISSING
+        )
     return path
 
 
@@ -202,7 +204,7 @@ def _all_there(folder: Path, names: list[str], expected: list[str], authority: s
     """Raise InputError naming the shards that are expected and missing."""
     if missing := sorted(set(expected).difference(names)):
         what = f"{len(missing):,} of {len(expected):,} shards are missing: {listed(missing)}"
-        raise InputError(what, facts={"folder": folder, "expected by": authority}, hint=DOWNLOAD)
+        raise InputError(what, facts={"folder": folder, "expected by": authority}, hint=DOWNLOAD_MISSING)
 
 
 def _read(

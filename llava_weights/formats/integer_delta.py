@@ -40,7 +40,7 @@ from ..text import listed, shown
 from .safetensors import MAX_AXES, MAX_AXIS, MAX_HEADER, are_counts, make_header
 
 LEVEL = 3  # zlib 6 comes within three points of it and is far slower (facts: peers 4.1)
-CHUNK = 1 << 16  # values turned at once: with their two temporaries they stay in the processor's cache
+CHUNK_VALUES = 1 << 16  # values turned at once: with their two temporaries they stay in the processor's cache
 
 
 def pack(raw: memoryview, base: memoryview, width: int, planes: memoryview) -> bytes:
@@ -73,7 +73,7 @@ def unpack(packed: memoryview, size: int, base: memoryview, width: int, out: mem
 
 def _split(raw: memoryview, base: memoryview, width: int, planes: memoryview) -> None:
     values, known, lanes = _values(raw, width), _values(base, width), _lanes(planes, width)
-    difference, spare = np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype)
+    difference, spare = np.empty(CHUNK_VALUES, values.dtype), np.empty(CHUNK_VALUES, values.dtype)
     for part, common in _chunks(len(values), len(known)):
         stored, temporary = difference[: part.stop - part.start], spare[: part.stop - part.start]
         if common:
@@ -93,7 +93,7 @@ def _split(raw: memoryview, base: memoryview, width: int, planes: memoryview) ->
 
 def _join(planes: memoryview, width: int, skip: int, base: memoryview, out: memoryview) -> None:
     values, known, lanes = _values(out, width), _values(base, width), _lanes(planes, width)[:, skip:]
-    difference, spare = np.empty(CHUNK, values.dtype), np.empty(CHUNK, values.dtype)
+    difference, spare = np.empty(CHUNK_VALUES, values.dtype), np.empty(CHUNK_VALUES, values.dtype)
     for part, common in _chunks(len(values), len(known)):
         stored, temporary = difference[: part.stop - part.start], spare[: part.stop - part.start]
         unsigned = stored.view(f"<u{width}")
@@ -131,8 +131,8 @@ def _lanes(planes: memoryview, width: int) -> np.ndarray:
 def _chunks(count: int, common: int) -> Iterator[tuple[slice, bool]]:
     """Numbers of values, at most CHUNK at a time, and whether the base has them."""
     for first, last, both in ((0, common, True), (common, count, False)):
-        for start in range(first, last, CHUNK):
-            yield slice(start, min(start + CHUNK, last)), both
+        for start in range(first, last, CHUNK_VALUES):
+            yield slice(start, min(start + CHUNK_VALUES, last)), both
 
 
 def _zstandard() -> ModuleType:
@@ -144,9 +144,9 @@ def _zstandard() -> ModuleType:
 
 
 FORMAT, VERSION = "llava-weights.integer-delta", "1"
-DTYPES = ("F16", "BF16", "F32")
+INTEGER_DTYPES = ("F16", "BF16", "F32")
 FIELDS = {"dtype", "shape", "base_rows", "block_rows", "blocks", "sha256"}
-BLOCK = 4 << 20  # raw bytes of a block at most, unless one row has more
+BLOCK_BYTES = 4 << 20  # raw bytes of a block at most, unless one row has more
 LARGEST_BLOCK = 64 << 20  # ours, against files made to exhaust memory: what a reader holds at once
 AHEAD = 2  # blocks that wait to be written beyond those in work
 
@@ -235,7 +235,7 @@ class ToInteger(LazyTensor):
 
     def scratch(self, rows: int) -> int:
         """What one worker holds: raw values, base, planes, the way back, and the packed block."""
-        return 5 * max(BLOCK, self.row_nbytes) + super().scratch(rows)
+        return 5 * max(BLOCK_BYTES, self.row_nbytes) + super().scratch(rows)
 
 
 @dataclass(frozen=True)
@@ -396,9 +396,9 @@ def _pack(block: _Block, idle: list[Workspace]) -> Packed:
 
 def _entry(name: str, tuned: LazyTensor, base: LazyTensor | None) -> dict[str, Any]:
     """The description of a tensor before it is written: as its sizes and digest are not known yet, the longest that may come."""
-    if tuned.dtype not in DTYPES:
-        raise InputError(f"{shown(name)} is {tuned.dtype}, an integer delta holds {', '.join(DTYPES)}", hint="give float weights")
-    rows = 1 << max(0, (BLOCK // max(tuned.row_nbytes, 1)).bit_length() - 1)
+    if tuned.dtype not in INTEGER_DTYPES:
+        raise InputError(f"{shown(name)} is {tuned.dtype}, an integer delta holds {', '.join(INTEGER_DTYPES)}", hint="give float weights")
+    rows = 1 << max(0, (BLOCK_BYTES // max(tuned.row_nbytes, 1)).bit_length() - 1)
     if rows * tuned.row_nbytes > LARGEST_BLOCK:
         raise InputError(
             f"one row of {shown(name)} has {tuned.row_nbytes:,} bytes, at most {LARGEST_BLOCK:,} can be stored",
@@ -432,8 +432,8 @@ def _entry_problem(entry: Any, stored: Stored) -> str:
     """Why this description is not valid or not that of `stored`, or nothing."""
     if not isinstance(entry, dict) or entry.keys() != FIELDS:
         return f"its description needs exactly {', '.join(sorted(FIELDS))}"
-    if entry["dtype"] not in DTYPES:
-        return f"its dtype {shown(str(entry['dtype']))} is not one of {', '.join(DTYPES)}"
+    if entry["dtype"] not in INTEGER_DTYPES:
+        return f"its dtype {shown(str(entry['dtype']))} is not one of {', '.join(INTEGER_DTYPES)}"
     if not are_counts(entry["shape"]) or len(entry["shape"]) > MAX_AXES or any(axis >= MAX_AXIS for axis in entry["shape"]):
         return f"its shape is not a list of at most {MAX_AXES} sizes"
     tensor = LazyTensor(dtype=entry["dtype"], shape=tuple(entry["shape"]))

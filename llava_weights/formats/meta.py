@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import BY_TYPE
+from ..families.decoders import DECODER_BY_TYPE
 from ..families.layouts import MetaName, meta_names
+from ..families.shapes import MAX_LAYERS
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor, PermuteRope, Stored, concat
 from ..text import listed, shown
 from .torch_zip import index_torch_zip
 
-LLAMA = BY_TYPE["llama"]
+LLAMA = DECODER_BY_TYPE["llama"]
 PIECES = (1, 2, 4, 8)
 LENGTHS = ("dim", "n_layers", "n_heads", "n_kv_heads")
-MAX_LENGTH, MAX_LAYERS = 1 << 20, 1000
-DROPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # transformers computes them itself
+MAX_LENGTH = 1 << 20
+ROTARY_FREQUENCIES = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # transformers computes them itself
 TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 GIVE_ALL = "give the folder of one model size with params.json and every consolidated.NN.pth of the same download"
 
@@ -138,7 +139,7 @@ def _check_names(path: Path, piece: Mapping[str, Stored], expected: set[str]) ->
     if missing := [name for name in sorted(expected) if name not in piece]:
         what = f"{shown(path.name)} lacks {len(missing):,} tensors that params.json asks for: {listed(missing)}"
         raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
-    if unknown := [name for name in piece if name not in expected and not DROPPED.fullmatch(name)]:
+    if unknown := [name for name in piece if name not in expected and not ROTARY_FREQUENCIES.fullmatch(name)]:
         what = f"{shown(path.name)} holds {len(unknown):,} tensors that LLaMA does not have: {listed(unknown)}"
         raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
 

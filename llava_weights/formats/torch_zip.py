@@ -32,7 +32,7 @@ MAX_PICKLE = 16 << 20  # that of a 13B model has 40 kB
 MAX_DIRECTORY = 16 << 20
 MAX_MEMBERS = 100_000
 MAX_SHARE = 4  # how often the tensors may stand for the file's bytes; a tied head and embedding do so twice
-MAX_NAME = 512  # bytes of UTF-8, for members and tensors
+MAX_MEMBER_NAME = 512  # bytes of UTF-8, for members and tensors
 
 LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -44,7 +44,7 @@ FLAGS = 1 << 3 | 1 << 11  # descriptor behind the data, name in UTF-8; all other
 
 # The members that torch.save writes; those with a dot are the extras of torch 2.1 and later.
 MEMBER = re.compile(r"data\.pkl|data/[0-9]+|version|byteorder|\.[a-z][a-z_]*(/[a-z_]+)?")
-DAMAGED = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError, struct.error)
+PARSE_ERRORS = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError, struct.error)
 
 
 class Damaged(Refused):
@@ -125,7 +125,7 @@ def _opened(path: Path) -> Iterator[tuple[_File, os.stat_result]]:
         except Refused as error:
             facts = {"path": path, "size": f"{file.size:,} bytes"}
             raise InputError(f"{shown(path.name)} {error}", facts=facts, hint=error.hint) from error
-        except DAMAGED as error:
+        except PARSE_ERRORS as error:
             what = f"{shown(path.name)} is damaged: its directory or pickle makes no sense"
             raise InputError(what, facts={"path": path, "found by": type(error).__name__}, hint=DOWNLOAD_AGAIN) from error
 
@@ -198,7 +198,7 @@ def _why_no_end(file: _File) -> str:
         start = file.read(0, min(file.size, MAX_PICKLE))
         begin = LOCAL.size + sum(LOCAL.unpack_from(start)[-2:])
         views = _views(interpret(start[begin : start.index(b"PK\x07\x08", begin)]))
-    except DAMAGED:
+    except PARSE_ERRORS:
         views = {}
     needed = sum(storage.numel * ITEMSIZE[storage.dtype] for storage in {view.storage for view in views.values()})
     expected = f"expected more than {needed:,} bytes" if needed >= file.size else "its directory is missing"
@@ -214,7 +214,7 @@ def _member(file: _File, directory: bytes, position: int, directory_start: int) 
     if signature != b"PK\x01\x02" or end > len(directory) or comment or disk:
         raise Damaged("has a damaged directory")
     text = name.decode()
-    if not text.isprintable() or not 0 < len(name) <= MAX_NAME:
+    if not text.isprintable() or not 0 < len(name) <= MAX_MEMBER_NAME:
         raise Damaged(f"lists a member with the impossible name {shown(text)}")
     if flags & ~FLAGS or method:
         raise Refused(f"holds {shown(text)} compressed or encrypted; torch.save only stores")
@@ -305,7 +305,7 @@ def _kind(value: object) -> str:
 
 def _stored(name: str, view: View, parts: dict[str, Member], source: SourceFile) -> Stored:
     """The tensor's place in the file, once it is known to lie within its member."""
-    if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
+    if not name.isprintable() or not 0 < len(name.encode()) <= MAX_MEMBER_NAME:
         raise Refused(f"holds a tensor with the impossible name {shown(name)}")
     member, itemsize = parts.get(f"data/{view.storage.key}"), ITEMSIZE[view.storage.dtype]
     if member is None:

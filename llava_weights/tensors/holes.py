@@ -36,15 +36,15 @@ PAGE = 4096  # bytes: what file systems, block devices and downloaders write at 
 # log10 of the chance that the ends of a run are those of values: a delta of a 13B may have 1e6 runs of zero rows, a model a thousand.
 TELLING_DELTA, TELLING = -9.0, -6.0
 NEAR = 16 << 10  # bytes, or three rows if they are more, that are read around a run to find its ends
-WHOLE = 16 << 20  # bytes of a file that are all read beforehand, where no more of it are used
+WHOLE_FILE_BYTES = 16 << 20  # bytes of a file that are all read beforehand, where no more of it are used
 SAMPLES = 256  # of a larger file: a contiguous hole of 1 % is hit at least twice
 SEGMENTS = 1000  # holes of the file system that are looked at, in one file
-WINDOW_BYTES = 1 << 20
+LOOK_BYTES = 1 << 20
 NARROW = 16  # bytes of a row, below which zero rows say nothing
 TEXTURE_ROWS, TEXTURE_BYTES = 256, 1 << 20
 MORE_ROWS, BEGINNING = 16, 512  # rows, and bytes of each, that are looked at before a matrix is read whole
 LISTED, MORE = 8, "more ranges of zeros where values should be"
-DOWNLOAD = "download or copy the file again; if the zeros are meant, pass `--accept-values`"
+DOWNLOAD_OR_ACCEPT = "download or copy the file again; if the zeros are meant, pass `--accept-values`"
 
 
 @dataclass(frozen=True, order=True)
@@ -63,7 +63,9 @@ class Hole:
 
     def error(self) -> InputError:
         facts = {"file": self.path, "bytes": f"{self.start:,} to {self.stop:,}", "evidence": self.why}
-        return InputError(f"`{os.path.basename(self.path)}` holds zeros where values should be, {self.where}", facts=facts, hint=DOWNLOAD)
+        return InputError(
+            f"`{os.path.basename(self.path)}` holds zeros where values should be, {self.where}", facts=facts, hint=DOWNLOAD_OR_ACCEPT
+        )
 
 
 @dataclass(frozen=True)
@@ -177,22 +179,22 @@ class Watch:
                 if file.remote:
                     continue
                 low, high = leaves[0][1].offset, max(leaf.offset + leaf.nbytes for _, leaf in leaves)
-                if high - low <= WHOLE:
+                if high - low <= WHOLE_FILE_BYTES:
                     self._read_whole(file, low, high, work)
                 else:
                     self._seek(file, low, high, work)
                     self._sample(file, low, high, work)
                 for name, leaf in leaves:
-                    if is_matrix(leaf) and self.holds_values(file) and (self.accept or high - low > WHOLE):
+                    if is_matrix(leaf) and self.holds_values(file) and (self.accept or high - low > WHOLE_FILE_BYTES):
                         self._judge_whole(name, leaf, work)
 
     def _read_whole(self, file: SourceFile, low: int, high: int, work: Workspace) -> None:
-        buffer = memoryview(bytearray(min(WINDOW_BYTES, high - low)))
-        for at in range(low, high, WINDOW_BYTES):
-            data = buffer[: min(WINDOW_BYTES, high - at)]
+        buffer = memoryview(bytearray(min(LOOK_BYTES, high - low)))
+        for at in range(low, high, LOOK_BYTES):
+            data = buffer[: min(LOOK_BYTES, high - at)]
             work.read(file, at, data)
             self.look(file, at, data, work)
-        records: set[Record] = {leaf.record for _, leaf in self.places[file] if leaf.record and leaf.record.size <= WHOLE}
+        records: set[Record] = {leaf.record for _, leaf in self.places[file] if leaf.record and leaf.record.size <= WHOLE_FILE_BYTES}
         for record in records:
             with work.scratch(record.size) as data:
                 work.read(file, record.offset, data)
@@ -407,7 +409,7 @@ class Watch:
                 yield name, leaf, low, high
 
 
-def told(texts: Iterable[str]) -> tuple[str, ...]:
+def hole_sentences(texts: Iterable[str]) -> tuple[str, ...]:
     """The first of these sentences on holes, and one for the others."""
     every = tuple(texts)
     return (*every[:LISTED], f"{len(every) - LISTED:,} {MORE}") if len(every) > LISTED else every
@@ -454,7 +456,7 @@ def _read(file: SourceFile, start: int, stop: int, work: Workspace) -> np.ndarra
 
 def _first_piece(file: SourceFile, reach: int) -> int:
     """Bytes of the first look beyond a run: most ends are near, but over a network each look is a request."""
-    return min(reach, WINDOW_BYTES) if file.remote else PAGE
+    return min(reach, LOOK_BYTES) if file.remote else PAGE
 
 
 def _forward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[int, bool]:
@@ -464,7 +466,7 @@ def _forward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[in
         filled = _read(file, at, min(at + piece, limit), work) != 0
         if filled.any():
             return at + int(filled.argmax()), True
-        at, piece = min(at + piece, limit), min(piece * 4, WINDOW_BYTES)
+        at, piece = min(at + piece, limit), min(piece * 4, LOOK_BYTES)
     return at, at == file.size
 
 
@@ -475,12 +477,12 @@ def _backward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[i
         filled = _read(file, low, at, work)[::-1] != 0
         if filled.any():
             return at - int(filled.argmax()), True
-        at, piece = low, min(piece * 4, WINDOW_BYTES)
+        at, piece = low, min(piece * 4, LOOK_BYTES)
     return at, at == 0
 
 
 def _is_zero(file: SourceFile, start: int, stop: int, work: Workspace) -> bool:
-    return all(not _read(file, at, min(at + WINDOW_BYTES, stop), work).any() for at in range(start, stop, WINDOW_BYTES))
+    return all(not _read(file, at, min(at + LOOK_BYTES, stop), work).any() for at in range(start, stop, LOOK_BYTES))
 
 
 def _never_written(file: SourceFile, low: int, high: int) -> Iterator[tuple[int, int]]:

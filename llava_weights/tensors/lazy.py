@@ -20,7 +20,7 @@ from ..storage.threads import in_threads
 from .dtypes import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, to_float32
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-AT_ONCE = 16  # samples over a network
+SAMPLES_AT_ONCE = 16  # samples over a network
 T = TypeVar("T")
 
 
@@ -341,4 +341,4 @@ def each(function: Callable[[str, Workspace], T], names: Iterable[str], *sources
             return function(name, work)
 
     with one_thread():
-        return dict(zip(wanted, in_threads(one, wanted, AT_ONCE), strict=True))
+        return dict(zip(wanted, in_threads(one, wanted, SAMPLES_AT_ONCE), strict=True))

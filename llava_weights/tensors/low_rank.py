@@ -74,7 +74,7 @@ def _squares(values: torch.Tensor, wanted: slice) -> int:
     return sum(int(norm * norm / SQUARE) for norm in norms if math.isfinite(norm))
 
 
-Kind = Literal["linear", "embedding", "conv", "parameter", "bias"]
+UpdateKind = Literal["linear", "embedding", "conv", "parameter", "bias"]
 Arithmetic = Literal["peft", "peft-safe", "peft-half", "exact"]
 """How W, of dtype d, and an update D are rounded. The rules of PEFT 0.21.2, `tuners/lora/layer.py` and `variants.py`:
 
@@ -85,9 +85,9 @@ Arithmetic = Literal["peft", "peft-safe", "peft-half", "exact"]
 - `exact`: all in float64 and rounded once; the same bits on every machine.
 """
 
-BLOCK = 128  # rows of a product, the last block up to 255: far from where kernels change, and 7 MB of float32 for 13824 columns
+BLOCK_ROWS = 128  # rows of a product, the last block up to 255: far from where kernels change, and 7 MB of float32 for 13824 columns
 COUNTED = 8  # blocks of each matrix, evenly spread, tell how much of an update arrives: counting all cost half as much as the products
-PART = 1 << 17  # elements that are rounded and counted at a time, so that they stay in cache
+PART_VALUES = 1 << 17  # elements that are rounded and counted at a time, so that they stay in cache
 SLICES = 3  # of a factor in `exact`, unless its values differ by more than 2**60 along r
 
 
@@ -107,7 +107,7 @@ class LowRank:
     then `weight` scales the change of the tensor as a whole.
     """
 
-    kind: Kind
+    kind: UpdateKind
     b: LazyTensor
     a: LazyTensor | None = None
     scale: float  # alpha / r, or alpha / sqrt(r) with rsLoRA
@@ -193,7 +193,7 @@ class AddLowRank(LazyTensor):
 
     @property
     def row_unit(self) -> int:
-        return math.lcm(self.base.row_unit, max(min(BLOCK, self.rows), 1) if self.lines == 1 else 1)
+        return math.lcm(self.base.row_unit, max(min(BLOCK_ROWS, self.rows), 1) if self.lines == 1 else 1)
 
     def scratch(self, rows: int) -> int:
         _, size, columns = self.matrices
@@ -201,13 +201,13 @@ class AddLowRank(LazyTensor):
         wide = 8 if exact or self.dtype == "F64" else 4
         held = wide * (SLICES if exact else 1) * sum(tensor.numel for tensor in factors)
         held += wide * sum(self.numel for update in self.updates if not update.is_product)
-        merging = wide * columns * min(2 * BLOCK, size) * (len(self.updates) + 1)
-        merging += wide * columns * (PART // max(columns, 1) + 2) * 8  # W, W + D, what was rounded, what was lost, squares...
+        merging = wide * columns * min(2 * BLOCK_ROWS, size) * (len(self.updates) + 1)
+        merging += wide * columns * (PART_VALUES // max(columns, 1) + 2) * 8  # W, W + D, what was rounded, what was lost, squares...
         if rows != self.rows and rows % self.row_unit:
             merging += (rows + 2 * self.row_unit) * self.row_nbytes
         loading = max(tensor.nbytes + tensor.scratch(tensor.rows) + 3 * wide * tensor.numel for tensor in factors)
         if any(update.magnitude and update.transposed for update in self.updates):
-            loading = max(loading, self.nbytes + wide * size * min(2 * BLOCK, columns) * 6)
+            loading = max(loading, self.nbytes + wide * size * min(2 * BLOCK_ROWS, columns) * 6)
         return held + max(loading, merging) + self.base.scratch(rows)
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
@@ -215,7 +215,7 @@ class AddLowRank(LazyTensor):
             return
         lines, nbytes = self.lines, self.row_nbytes
         factors = work.latest(self, lambda: [load(update, self, work) for update in self.updates])
-        blocks = touched(start * lines, stop * lines, self.matrices[1], BLOCK)
+        blocks = touched(start * lines, stop * lines, self.matrices[1], BLOCK_ROWS)
         first, last = blocks[0].start // lines, blocks[-1].stop // lines
         with work.scratch((last - first) * nbytes if (first, last) != (start, stop) else 0) as around:
             target = around or out
@@ -232,9 +232,9 @@ class AddLowRank(LazyTensor):
     def _merge(self, weight: torch.Tensor, factors: Sequence[Factors], at: int, wanted: slice, work: Workspace) -> None:
         """Merge a block in place, its first line being line `at` of the tensor; lines that are not `wanted` may stay as they are."""
         matrix, begin = divmod(at, self.matrices[1])
-        counts = begin // BLOCK % max(self.matrices[1] // BLOCK // COUNTED, 1) == 0
+        counts = begin // BLOCK_ROWS % max(self.matrices[1] // BLOCK_ROWS // COUNTED, 1) == 0
         changes = [factor.product(matrix, slice(begin, begin + len(weight))) for factor in factors]
-        for part in touched(wanted.start, wanted.stop, len(weight), max(PART // weight.shape[1], 2)):
+        for part in touched(wanted.start, wanted.stop, len(weight), max(PART_VALUES // weight.shape[1], 2)):
             before = weight[part].to(changes[0].dtype, copy=True)
             rows = slice(begin + part.start, begin + part.stop)
             update, result = self._result(before, factors, [change[part] for change in changes], rows)
@@ -337,7 +337,7 @@ def column_norms(factors: Factors, target: AddLowRank, work: Workspace) -> torch
     with work.scratch(target.nbytes) as raw:
         target.base.rows_into(raw, 0, target.rows, work)
         weight = as_torch(raw, target.dtype).view(target.shape)
-        for columns in touched(0, len(norms), len(norms), BLOCK):
+        for columns in touched(0, len(norms), len(norms), BLOCK_ROWS):
             change = factors.product(0, slice(None), columns)
             norms[columns] = target.norms(target.moved(weight[:, columns].to(change.dtype), change).T)
     return norms

@@ -11,7 +11,7 @@ from ..storage.reading import Workspace
 from .dtypes import ITEMSIZE
 from .lazy import LazyTensor, read_rows
 
-BLOCK = 1 << 20  # bytes of the source that are summed at once; part of the rule, since sums of BF16 depend on the order
+SUM_BLOCK_BYTES = 1 << 20  # bytes of the source that are summed at once; part of the rule, since sums of BF16 depend on the order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Grown(LazyTensor):
     @property
     def _block(self) -> int:
         unit = self.source.row_unit
-        return max(BLOCK // (self.row_nbytes * unit), 1) * unit
+        return max(SUM_BLOCK_BYTES // (self.row_nbytes * unit), 1) * unit
 
     def scratch(self, rows: int) -> int:
         values = self._block * self.numel // max(self.rows, 1)

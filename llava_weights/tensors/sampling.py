@@ -11,7 +11,7 @@ from ..storage.reading import Workspace
 from .lazy import LazyTensor, read_rows
 
 ROWS, ELEMENTS = 4, 4096  # of a matrix: as many rows as hold this many elements, but not fewer than this
-WHOLE = 1 << 15  # elements; a matrix up to this size is read whole, in one go
+WHOLE_ELEMENTS = 1 << 15  # elements; a matrix up to this size is read whole, in one go
 LARGEST_ROW = 4 << 20  # bytes; no model has longer rows (65B: 44 KB), and rows are the least that can be read
 
 
@@ -25,7 +25,7 @@ def even(length: int, count: int) -> list[int]:
 def chosen_rows(length: int, tensor: LazyTensor, least: int = ROWS, times: int = 1) -> list[int]:
     """Which of the first `length` rows of `tensor` to sample."""
     row = math.prod(tensor.shape[1:])
-    return even(length, length if length * row <= WHOLE else times * max(least, math.ceil(ELEMENTS / row)))
+    return even(length, length if length * row <= WHOLE_ELEMENTS else times * max(least, math.ceil(ELEMENTS / row)))
 
 
 def read_some(tensor: LazyTensor, rows: Iterable[int], work: Workspace) -> np.ndarray:

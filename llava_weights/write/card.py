@@ -10,7 +10,7 @@ from .. import __version__
 from ..checkpoint.chat_template import bare
 from ..checkpoint.checkpoint import Origin, Step
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
-from ..families.projectors import CONSUMERS
+from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
 from ..storage.hub import REPO
 from ..text import markdown_text, redact, visible
@@ -98,7 +98,7 @@ def _projector(plan: Plan) -> str:
     form = _last(plan, "projector_form").get("projector_form")
     if not form:
         return ""
-    rows = [f"| {name}{' (this one)' if name == form else ''} | {text} |" for name, text in CONSUMERS.items()]
+    rows = [f"| {name}{' (this one)' if name == form else ''} | {text} |" for name, text in FORM_READERS.items()]
     told = "This model has one Linear between tower and decoder, where llava-hf has two. They can be the same map in three forms:"
     return "\n".join(["## Projector\n", f"{told}\n", "| `--projector-form` | consumers |", "|---|---|", *rows, ""])
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from llava_weights.checkpoint.checkpoint import Checkpoint, Origin, open_checkpoint
 from llava_weights.checkpoint.tower import VisionTower, complete_config, open_tower, own_tower, tower_shapes
 from llava_weights.errors import InputError, MismatchError
-from llava_weights.families.towers import BY_TYPE
+from llava_weights.families.towers import TOWER_BY_TYPE
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor, read_rows
 from llava_weights.transforms.convert import convert
@@ -106,7 +106,7 @@ def test_defaults_are_those_of_transformers() -> None:
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
     for theirs in (CLIPVisionConfig(), SiglipVisionConfig(vision_use_head=False)):
-        ours = BY_TYPE[theirs.model_type].defaults
+        ours = TOWER_BY_TYPE[theirs.model_type].defaults
         assert ours == {key: theirs.to_dict()[key] for key in ours}
 
 
@@ -125,7 +125,7 @@ def test_clip_repository(folder: Path, patches: int) -> None:
     assert same(values(tower.tensors), wanted)
     assert list(tower.tensors) == list(tower_shapes(tower.config))
     theirs = CLIPVisionConfig.from_pretrained(folder).to_dict()
-    assert tower.config == {key: theirs[key] for key in ("model_type", *BY_TYPE[CLIP].defaults)}
+    assert tower.config == {key: theirs[key] for key in ("model_type", *TOWER_BY_TYPE[CLIP].defaults)}
     assert (tower.kind, tower.class_token, tower.patches, tower.hidden, tower.patch_size) == ("clip", True, patches, 24, 14)
     assert tower.image_size == (28 if patches == 4 else 42)
     assert tower.preprocessor == json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def test_siglip_repository_loses_its_head(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tower = open_tower(open_checkpoint(tmp_path))
     assert (tower.kind, tower.class_token, tower.patches, tower.preprocessor) == ("siglip", False, 9, None)
-    assert tower.config == {"model_type": SIGLIP, **BY_TYPE[SIGLIP].defaults, **TINY, "vision_use_head": False}
+    assert tower.config == {"model_type": SIGLIP, **TOWER_BY_TYPE[SIGLIP].defaults, **TINY, "vision_use_head": False}
     assert len(tower.notes) == 1
     assert "head" in tower.notes[0]
     stored = {name.removeprefix("vision_model."): tensor.numpy() for name, tensor in model.vision_model.state_dict().items()}

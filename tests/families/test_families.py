@@ -23,9 +23,9 @@ from llava_weights.families.decoders import DECODERS
 from llava_weights.families.originals import ORIGINALS, Original, fitting, of_tokens
 from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.families.shapes import length
-from llava_weights.families.targets import BY_TYPE as TARGETS
-from llava_weights.families.targets import DEFAULTS
-from llava_weights.families.towers import BY_KIND, TOWERS
+from llava_weights.families.targets import TARGET_BY_TYPE as TARGETS
+from llava_weights.families.targets import TARGET_DEFAULTS
+from llava_weights.families.towers import TOWER_BY_KIND, TOWERS
 
 ROWS = [(row, decoder, tower) for row in ORIGINALS for decoder, tower in product(row.decoders, row.towers)]
 CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
@@ -46,7 +46,7 @@ def through_the_house(folder: Path, row: Original, decoder: str, tower: str) -> 
     there = write(lw.convert(folder / "llava", "llava-hf"), folder / "hf")
     config, target = read(there, "config.json"), TARGETS[row.target]
     assert (config["model_type"], config["architectures"]) == (target.model_type, [target.architecture])
-    assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == (decoder, BY_KIND[tower].model_type)
+    assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == (decoder, TOWER_BY_KIND[tower].model_type)
     assert read(there, "processor_config.json")["processor_class"] == target.processor
     checked = lw.verify(there)
     assert [finding for finding in checked.findings if finding.verdict in ("failed", "warning")] == []
@@ -98,7 +98,7 @@ def test_names_of_the_rows_lead_to_rows() -> None:
     for row in ORIGINALS:
         assert row.target in TARGETS
         assert row.prompt in CONVERSATIONS
-        assert set(row.towers) <= BY_KIND.keys()
+        assert set(row.towers) <= TOWER_BY_KIND.keys()
         assert set(row.decoders) <= {decoder.model_type for decoder in DECODERS}
 
 
@@ -134,7 +134,7 @@ def test_defaults_of_towers_and_targets_are_those_of_their_classes() -> None:
         found = getattr(transformers, target.config_class)()
         assert found.model_type == target.model_type
         same = ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias")
-        assert {key: getattr(found, key) for key in same} == {key: DEFAULTS[key] for key in same}
+        assert {key: getattr(found, key) for key in same} == {key: TARGET_DEFAULTS[key] for key in same}
         assert hasattr(transformers, target.architecture)
 
 

@@ -98,8 +98,8 @@ class Made:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integer_delta, "BLOCK", 100)
-    monkeypatch.setattr(integer_delta, "CHUNK", 8)
+    monkeypatch.setattr(integer_delta, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(integer_delta, "CHUNK_VALUES", 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -209,7 +209,7 @@ class Endless(BaseHTTPRequestHandler):
 def test_an_answer_that_never_ends(server: Server, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server.RequestHandlerClass = Endless
     server.ended = threading.Event()
-    monkeypatch.setattr(retry, "ANSWER", 0.1)
+    monkeypatch.setattr(retry, "ANSWER_SECONDS", 0.1)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     done = CliRunner().invoke(app, ["inspect", address.format(url=server.url)])
     server.ended.set()

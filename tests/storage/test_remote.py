@@ -317,14 +317,14 @@ def test_a_server_that_is_gone(hub: HubServer, pinned: Plan, tmp_path: Path, mon
 
 def test_too_many_requests_while_listing(hub: HubServer, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, _ = served(hub, pair)
-    hub.refuse, waits, after = (429, {}), [], retry.Patience.after
+    hub.refuse, waits, after = (429, {}), [], retry.Attempts.after
 
-    def wait(self: retry.Patience, error: Exception) -> None:
+    def wait(self: retry.Attempts, error: Exception) -> None:
         waits.append(error)
         hub.refuse = None if len(waits) == 3 else hub.refuse
         after(self, error)
 
-    monkeypatch.setattr(retry.Patience, "after", wait)
+    monkeypatch.setattr(retry.Attempts, "after", wait)
     assert open_checkpoint(base).tensors
     assert len(waits) == 3
     hub.refuse = (429, {})
@@ -344,7 +344,7 @@ def test_waits_as_long_as_the_server_asks(header: str) -> None:
     assert caught.value.wait == (7.0 if "7" in text else 999999.0 if "9" in text else 0.0)
     waited: list[float] = []
     stopping: Any = types.SimpleNamespace(wait=lambda seconds: waited.append(seconds))
-    retry.Patience("https://host/file", stopping).after(caught.value)
+    retry.Attempts("https://host/file", stopping).after(caught.value)
     assert waited[0] <= retry.LONGEST_PAUSE
 
 

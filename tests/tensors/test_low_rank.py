@@ -36,7 +36,7 @@ from llava_weights.formats.torch_zip import index_torch_zip
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.exact import exact_slices, round_once, row_sums
 from llava_weights.tensors.lazy import LazyTensor, cast
-from llava_weights.tensors.low_rank import BLOCK, Arithmetic, Kind, LowRank, add_low_rank, retention
+from llava_weights.tensors.low_rank import BLOCK_ROWS, Arithmetic, LowRank, UpdateKind, add_low_rank, retention
 from llava_weights.tensors.windows import row_ranges
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -143,7 +143,7 @@ def updates_of(model: nn.Module, stored: Mapping[str, LazyTensor]) -> dict[str, 
             update = LowRank(kind="parameter", a=a, b=b, scale=scale, fan_in_fan_out=stacked)
             found[f"{name}.{layer.parameter_name}"] = update
             continue
-        kind: Kind = "embedding" if f"{key}.lora_embedding_A" in stored else "conv" if len(a.shape) > 2 else "linear"
+        kind: UpdateKind = "embedding" if f"{key}.lora_embedding_A" in stored else "conv" if len(a.shape) > 2 else "linear"
         magnitude = stored.get(f"{key}.lora_magnitude_vector")
         transposed = kind == "linear" and layer.fan_in_fan_out
         found[f"{name}.weight"] = LowRank(kind=kind, a=a, b=b, scale=scale, magnitude=magnitude, fan_in_fan_out=transposed)
@@ -549,10 +549,10 @@ def test_nothing_to_add_changes_nothing(tmp_path: Path) -> None:
 
 def test_of_a_large_matrix_a_fixed_sample_of_blocks_is_counted(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
-    w, a, b = (torch.randn(size, generator=generator) for size in ((BLOCK * 33, 16), (4, 16), (BLOCK * 33, 4)))
+    w, a, b = (torch.randn(size, generator=generator) for size in ((BLOCK_ROWS * 33, 16), (4, 16), (BLOCK_ROWS * 33, 4)))
     lazy = saved(tmp_path / "x.safetensors", {"w": w, "a": a, "b": b})
     merged = add_low_rank(lazy["w"], [LowRank(kind="linear", a=lazy["a"], b=lazy["b"], scale=1e-8)], name="w")
     whole, cut = Workspace(), Workspace()
-    assert differing(made(merged, work=whole), made(merged, 5, 700, BLOCK * 32 + 1, work=cut)) == 0
+    assert differing(made(merged, work=whole), made(merged, 5, 700, BLOCK_ROWS * 32 + 1, work=cut)) == 0
     assert whole.tallies == cut.tallies
-    assert whole.tallies["updated"] == 9 * BLOCK * 16  # blocks 0, 4, ... 32
+    assert whole.tallies["updated"] == 9 * BLOCK_ROWS * 16  # blocks 0, 4, ... 32

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from llava_weights.formats.safetensors import index_safetensors
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor
-from llava_weights.tensors.resize import BLOCK, encoded, resized
+from llava_weights.tensors.resize import SUM_BLOCK_BYTES, encoded, resized
 
 
 def stored(tensor: torch.Tensor, folder: Path) -> LazyTensor:
@@ -56,7 +56,7 @@ def test_fewer_rows_and_as_many(tmp_path: Path) -> None:
 
 def test_the_mean_is_read_in_blocks(tmp_path: Path) -> None:
     old = torch.randn(100, 25_000).half()
-    assert old.nbytes > 4 * BLOCK
+    assert old.nbytes > 4 * SUM_BLOCK_BYTES
     table = resized(stored(old, tmp_path), 101)
     assert made(table, 100, 101) == encoded(old.double().mean(0).numpy(), "F16")  # sums of F16 are exact in float64
 
