@@ -211,7 +211,7 @@ def _bare(address: str) -> str:
 
 
 def endpoint() -> str:
-    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co. Raises HubError where that is no address: importing huggingface_hub would fail."""
+    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co. Raises HubError for no address: importing huggingface_hub would fail."""
     given = os.environ.get("HF_ENDPOINT") or ""
     try:
         parts = urlsplit(given)
