@@ -1,7 +1,7 @@
-"""The vision tower of a LLaVA: its tensors by the name behind the tower, and a complete `vision_config` for llava-hf.
+"""The vision tower of a LLaVA: its tensors, by names without the tower's prefix, and a complete `vision_config` for llava-hf.
 
-A tower comes from a repository of its own, a CLIP or a SigLIP (`open_tower`), or lies inside a LLaVA (`own_tower`). Its config is checked
-against the shapes of its tensors; what no tensor tells (heads, activation) is looked up, and `notes` say where.
+A tower comes from a repository of its own, a CLIP or a SigLIP (`open_tower`), or from inside a LLaVA (`own_tower`). Its config is checked
+against the shapes of its tensors; what no shape shows (heads, activation) is looked up, and `notes` say where.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from ..formats.folder import member
 from ..storage.reading import present, unreadable
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import listed, shown
+from ..text import listed, shown, unquoted
 from .checkpoint import Checkpoint, Origin
+from .small_files import RIGHT_CONFIG
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
-RIGHT_CONFIG = "give the config.json that belongs to these tensors"
 TOWER_TITLES = " or ".join(row.title for row in TOWERS)
 WHOLE_TOWER = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
 NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 
-# What tells one tower from another.
+# The config keys in which two different towers differ.
 COMPARED = ("model_type", "hidden_size", "intermediate_size", "patch_size", "image_size", "num_hidden_layers", "hidden_act")
 INTO_PROJECTOR = ("projector.weight", "projector.0.weight")
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A vision tower that is whole: its tensors and config agree, and a LLaVA can be made with it."""
+    """A complete vision tower, whose tensors and config agree."""
 
-    tensors: Mapping[str, LazyTensor]  # "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight", ...
+    tensors: Mapping[str, LazyTensor]  # "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight"...
     config: Mapping[str, Any]  # the vision_config of llava-hf, every key explicit
     preprocessor: Mapping[str, Any] | None  # its preprocessor_config.json, where there is one
     origin: Origin | None  # None: it lies inside the LLaVA
@@ -98,7 +98,7 @@ class VisionTower:
 
 @dataclass(frozen=True)
 class TowerSizes:
-    """What the shapes of a tower tell: its kind, sizes by config key, and patches along each side of an image."""
+    """What the shapes of a tower show: its kind, sizes by config key, and patches along each side of an image."""
 
     model_type: str
     sizes: Mapping[str, int]
@@ -106,8 +106,7 @@ class TowerSizes:
 
 
 def open_tower(checkpoint: Checkpoint) -> VisionTower:
-    """The tower of a CLIP or SigLIP repository: CLIPModel, CLIPVisionModel, SiglipModel, SiglipVisionModel of any transformers
-    version (5.6 and later save a vision model without the prefix `vision_model.`).
+    """The tower of a CLIP or SigLIP repository, saved by any version of transformers (5.6 and later leave out the prefix `vision_model.`).
 
     Raises InputError where there is none, or where config.json and tensors disagree.
     """
@@ -131,12 +130,12 @@ def own_tower(
     model: Checkpoint | None,
     reference: VisionTower | None = None,
 ) -> VisionTower | None:
-    """The tower among the tensors of a LLaVA in any key style, None where there is none.
+    """The tower among the tensors of a LLaVA in any layout, None where there is none.
 
-    `vision_config` is what a llava-hf config.json says. Without one the sizes come from the shapes, and the heads from
-    `reference` (a tower whose config serves, not its tensors), from the config.json of the local folder that `model`'s config
-    names, from a published tower of the same widths, or from 64 per head, in this order. Raises InputError where the heads
-    stay unknown, a tensor is missing or unknown, or `vision_config` disagrees; MismatchError where another config does.
+    `vision_config` is that of a llava-hf config.json. Without one the sizes come from the shapes, and the heads from the config of
+    `reference` (whose tensors are not used), from the config.json of the local folder that `model`'s config names, from a published
+    tower of the same widths, or from 64 channels a head, in this order. Raises InputError where the heads stay unknown, a tensor is
+    missing or unknown, or `vision_config` disagrees; MismatchError where another config does.
     """
     name = model.origin.name if model else "the checkpoint"
     every = ((canonical(full), tensor) for full, tensor in tensors.items())
@@ -156,7 +155,7 @@ def own_tower(
 
 
 def holds_tower(checkpoint: Checkpoint) -> bool:
-    """Whether a LLaVA has a vision tower of its own, in any key style."""
+    """Whether a LLaVA, in any layout, has a vision tower of its own."""
     return any(canonical(name).startswith("tower.") for name in checkpoint.tensors)
 
 
@@ -174,7 +173,7 @@ def tower_hint(config: Mapping[str, Any]) -> str:
 
 
 def published(name: str) -> KnownTower | None:
-    """The published tower of this repository, None for a folder and for a repository that `families` does not list."""
+    """The published tower of this repository; None for a folder, and for a repository that families/towers.py does not list."""
     repo = name.strip().removeprefix("hf://").partition("@")[0].rstrip("/").lower()
     return next((known for known in KNOWN_TOWERS if known.repo.lower() == repo), None)
 
@@ -191,18 +190,18 @@ def _facts(known: KnownTower) -> tuple[str | int, ...]:
 
 @dataclass(frozen=True)
 class Doubts:
-    """What there is to say about a tower beside the name that a config gives: a warning is a fact, a note a mere difference of names."""
+    """How a tower differs from the one that a config names: in sizes or activation (a warning), or only by name (a note)."""
 
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    differs: bool = False  # in a fact, so that the name is not that of the tower
+    differs: bool = False  # in sizes or activation, so it can't be the tower that is named
 
 
 def check_tower(model: Checkpoint, given: VisionTower, *, name: str = "", accept: bool = False) -> Doubts:
-    """Whether `given` can be the tower that `name`, else the config of the original LLaVA `model`, names.
+    """How `given` differs from the tower `name`, else from the one that the config of the original LLaVA `model` names.
 
-    Both are known by their shapes and configs, never by a folder's name. Raises MismatchError where both are published ones and
-    differ, unless `accept`; then, and where one of them is unknown and a fact differs, it is a warning.
+    They are compared by shapes and configs, never by a folder's name. Raises MismatchError where two published towers differ, unless
+    `accept`; then, and where one of them is not a published one, a difference is a warning.
     """
     named = name or named_tower(model.config)
     label = given.origin.name if given.origin else model.origin.name
@@ -220,8 +219,8 @@ def check_tower(model: Checkpoint, given: VisionTower, *, name: str = "", accept
     facts = {f"{shown(named)}, as named": _described(wanted), f"{shown(label)}, as given": _described(given.config)}
     if known and is_known and not accept:
         what = f"{shown(label)} is not the vision tower that the model was trained with: it is {known.repo}, named is {shown(named)}"
-        told = published(named)
-        right = known.repo if given.origin is None else told.repo if told else shown(named)[1:-1]
+        wished = published(named)
+        right = known.repo if given.origin is None else wished.repo if wished else unquoted(named)
         hint = f"give `--vision-tower {right}`, its repository or folder; `--accept-tower` goes on with this one"
         raise MismatchError(what, facts=facts, hint=hint)
     text = f"the vision tower is not the one that the config names: {'; '.join(f'{label} {text}' for label, text in facts.items())}"
@@ -229,10 +228,10 @@ def check_tower(model: Checkpoint, given: VisionTower, *, name: str = "", accept
 
 
 def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bool]:
-    """The config of the tower that is named, None where nobody knows it; and whether it is a published one."""
+    """The config of the tower that is named, None where it is not known; and whether it is a published one."""
     if known := published(named):
         return dict(zip(COMPARED, _facts(known), strict=True)), True
-    with suppress(InputError):  # a folder of that name which holds no tower says nothing
+    with suppress(InputError):  # a folder of that name may be no tower
         if local := _local_config(named, near):
             config = complete_config(_vision_config(local, named), source=shown(named))
             return config, recognised(config) is not None
@@ -240,20 +239,20 @@ def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bo
 
 
 def _may_be_named(model: Checkpoint, wanted: Mapping[str, Any]) -> bool:
-    """Whether the projector takes features of the named tower's width: where not, the name is not that of the tower it was trained with."""
+    """Whether the projector fits the width of the named tower's features; if not, the model was trained with another tower."""
     widths = {tensor.shape[1] for full, tensor in model.tensors.items() if canonical(full) in INTO_PROJECTOR and len(tensor.shape) == 2}
     return not widths or wanted["hidden_size"] in widths
 
 
 def _lost_training(model: Checkpoint, given: VisionTower) -> tuple[str, ...]:
-    """A tower that was trained with its model lies inside of it, unless somebody left it out."""
+    """A warning where the tower was trained with its model, but is missing there and another one was given."""
     if given.origin is None or model.config.get("unfreeze_mm_vision_tower") is not True:
         return ()
     return ("`unfreeze_mm_vision_tower` is true in config.json, so the vision tower was trained too, and the given one was not",)
 
 
 def check_kept(own: VisionTower, given: VisionTower, holder: str) -> str:
-    """A note that the tower inside `holder` is kept, though one was given. Raises MismatchError where that is another one by its facts."""
+    """A note that the tower inside `holder` is kept, though one was given. Raises MismatchError where that one has another config."""
     label = shown(given.origin.name if given.origin else holder)
     if any(own.config[key] != given.config[key] for key in COMPARED):
         facts = {f"inside {shown(holder)}": _described(own.config), f"{label}, as given": _described(given.config)}
@@ -268,7 +267,7 @@ def _described(config: Mapping[str, Any]) -> str:
 
 
 def complete_config(config: Mapping[str, Any], *, source: str = "the vision config") -> dict[str, Any]:
-    """`model_type` and every key among the defaults of its row, from `config` or else as transformers assumes; other keys stay behind.
+    """`model_type` and every key for which its row has a default, from `config` or else the default; without all other keys.
 
     Raises InputError, naming `source`, for a kind of tower that is unknown or a value that is no size, fraction or activation.
     """
@@ -292,9 +291,8 @@ def complete_config(config: Mapping[str, Any], *, source: str = "the vision conf
 
 
 def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the tower that a `vision_config` describes, by the name behind the tower, without SigLIP's pooling head.
-
-    Missing keys count as transformers' defaults. Raises InputError as `complete_config` does."""
+    """The shape of every tensor of the tower that a `vision_config` describes, without SigLIP's pooling head. Missing keys have
+    transformers' defaults. Raises InputError as `complete_config`."""
     known = complete_config(config)
     row = TOWER_BY_TYPE[known["model_type"]]
     layers = (shapes(row.layer, known, before=f"encoder.layers.{number}.") for number in range(known["num_hidden_layers"]))
@@ -302,7 +300,7 @@ def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _unique(pairs: Iterable[tuple[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """The pairs as a mapping. Raises InputError where a name stands twice."""
+    """The pairs as a mapping. Raises InputError where two have the same name."""
     found: dict[str, LazyTensor] = {}
     for name, tensor in pairs:
         if name in found:
@@ -316,12 +314,12 @@ def _is_head(name: str) -> bool:
 
 
 def row_of(names: Container[str]) -> Tower:
-    """The kind of tower that has most of these names, which stand behind the tower, and lacks the fewest."""
+    """The kind of tower that has most of these names, without the tower's prefix, and lacks the fewest."""
     return max(TOWERS, key=lambda row: sum(1 if parameter.name in names else -1 for parameter in row.before))
 
 
 def _measure(tensors: Mapping[str, LazyTensor], name: str) -> TowerSizes:
-    """Kind and sizes from the shapes. Raises InputError where a tensor that tells one is missing or has no such shape."""
+    """Kind and sizes from the shapes. Raises InputError where a tensor that shows one is missing or has no such shape."""
     for needed, rank in RANKS.items():
         if needed not in tensors:
             raise InputError(f"the vision tower of {shown(name)} lacks `{needed}`", hint=WHOLE_TOWER)
@@ -381,7 +379,7 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
 
 
 def _look_up(found: TowerSizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str]:
-    """A complete config for measured sizes, and a sentence on where heads and activation are from."""
+    """A complete config for measured sizes, and a sentence on where heads and activation come from."""
     model_config = model.config if model else {}
     near = model.origin.path if model and not model.origin.remote else None
     named = named_tower(model_config)
@@ -417,23 +415,23 @@ def _borrowed(config: Mapping[str, Any], found: TowerSizes, source: str) -> tupl
 
 
 def _known(found: TowerSizes, named: str) -> KnownTower | None:
-    """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
+    """The published tower with these widths, if possible of the publisher of the tower `named`."""
     sizes = (found.model_type, found.sizes["hidden_size"], found.sizes["intermediate_size"])
     fitting = [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == sizes]
-    theirs = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
-    return next(theirs, fitting[0] if fitting else None)
+    same_publisher = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
+    return next(same_publisher, fitting[0] if fitting else None)
 
 
 def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
-    """config.json of the folder `named`, seen from the working directory or from up to three folders above the checkpoint `near`;
-    None where there is no such folder or file."""
+    """config.json of the folder `named`, relative to the working directory or to one of the three folders above the checkpoint `near`;
+    None where there is none."""
     above = list(near.parents)[:3] if near else []
     folders = (folder / named for folder in (Path(), *above)) if named else ()
     return next((load_object(member(folder, "config.json")) for folder in folders if present(folder / "config.json")), None)
 
 
 def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The vision half of a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
+    """The vision tower's config in a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in TOWER_BY_REPOSITORY:
         facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(TOWER_BY_REPOSITORY)}
@@ -458,7 +456,7 @@ def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 
 def _valid(value: Any, default: int | float | str) -> bool:
-    """Whether a config value is of its default's kind and within bounds."""
+    """Whether a config value has its default's type and is within bounds."""
     if isinstance(default, bool):
         return value is default
     if isinstance(default, str):

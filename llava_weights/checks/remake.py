@@ -11,7 +11,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import TensorEntry, find_manifest
 from ..checkpoint.rehash import digests
 from ..errors import InputError, UsageError
-from ..events import Event
+from ..events import Listener
 from ..families.projectors import PROJECTOR_FORMS
 from ..families.prompts import CONVERSATIONS
 from ..findings import Finding
@@ -25,7 +25,6 @@ from .checksums import failed, folded
 
 TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 DEFAULTS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
-Listener = Callable[[Event], None]
 OTHER = "give the sources and options that it was made with: README.md and the manifest name them"
 
 

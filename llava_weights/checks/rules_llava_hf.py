@@ -12,7 +12,7 @@ from ..checkpoint.config import check_structure
 from ..checkpoint.hf_config import pinpoints
 from ..checkpoint.processor import read_image_settings
 from ..checkpoint.small_files import small_text
-from ..checkpoint.tokenizer import FAST, TOKENIZER_CONFIG
+from ..checkpoint.tokenizer import FAST, RIGHT_TOKENIZER, TOKENIZER_CONFIG
 from ..checkpoint.tower import own_tower
 from ..families.decoders import ACTIVATIONS
 from ..families.decoders import DECODER_BY_TYPE as DECODERS
@@ -24,7 +24,7 @@ from ..text import few, shown
 from . import rules_values
 from .rules import CONFIG, PROCESSOR, Rule, Sidecars, said, vision
 from .rules_original import GENERATION, REPAIR, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
-from .rules_tokenizer import RIGHT_TOKENIZER, odd_form
+from .rules_tokenizer import odd_form
 from .rules_values import PREPROCESSOR, image_settings
 
 TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"

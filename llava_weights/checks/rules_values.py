@@ -22,10 +22,11 @@ from ..families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, RO
 from ..families.layouts import QUANTIZED_NAMES, QUANTIZERS
 from ..families.towers import KNOWN_TOWERS, TOWERS, KnownTower, Pixels, Tower
 from ..families.towers import TOWER_BY_TYPE as TOWERS_BY_TYPE
+from ..storage.strict_json import JsonObject
 from ..tensors.dtypes import TORCH_DTYPE
 from ..tensors.lazy import FLOATS
 from ..text import shown
-from .rules import CONFIG, CORRECT, PROCESSOR, Json, Rule, Sidecars, said, vision
+from .rules import CONFIG, CORRECT, PROCESSOR, Rule, Sidecars, said, vision
 
 PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
 STEERING = (
@@ -38,12 +39,12 @@ BY_HAND = "see that the file is the one that these weights were made with"
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 
-def _text(s: Sidecars) -> Json:
+def _text(s: Sidecars) -> JsonObject:
     """The text model's part of any config."""
     return s.text if s.checkpoint.layout == "llava-hf" else dict(s.of(CONFIG))
 
 
-def _nested(config: Mapping[str, Any]) -> Iterator[tuple[str, Json]]:
+def _nested(config: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:
     """(prefix, config) of a config and of the two inside it."""
     yield "", dict(config)
     for key in ("text_config", "vision_config"):
@@ -207,7 +208,7 @@ def _tower_values(s: Sidecars) -> Iterator[str]:
         yield f"`vision_config.hidden_act` is {said(act)}, {fitting[0].repo} of the same widths has {fitting[0].activation}"
 
 
-def image_settings(s: Sidecars) -> Json:
+def image_settings(s: Sidecars) -> JsonObject:
     """What an image processor reads: preprocessor_config.json, or what transformers 5 puts in its place."""
     nested = s.of(PROCESSOR).get("image_processor")
     return s.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else {})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..checkpoint.manifest import (
 )
 from ..checkpoint.rehash import Reading, rehash, size_of
 from ..errors import MOST_JOBS, InputError, OutputError, UsageError, whole_number
-from ..events import Event, Note
+from ..events import Listener, Note
 from ..families.files import META_FILE, WEIGHT_SUFFIXES
 from ..families.layouts import VOCABULARY, canonical
 from ..findings import OTHER_RULES, STATE_RULES, Finding, exit_code
@@ -58,7 +58,6 @@ CHECKED_STRUCTURE = ("llama", "llava")  # layouts for which checkpoint/config.py
 DEEP = "pass `--deep` to read everything"
 LONGEST_WARNING = 500  # characters of a recorded warning that are shown
 WRITE_SUMS = "run `llava-weights checksum` now to find any later change"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ TokenizerKind = Literal["sentencepiece", "byte-level"]
 
 @dataclass(frozen=True)
 class Decoder:
-    """A text model. `defaults` are what its config class assumes for a key that is left out; None where it computes the value (`derived`).
+    """A text model. `defaults` are what its config class assumes for a key that is left out; None where it computes the value (`computed`).
 
     LLaVA's own code writes the first of `original_types` and of `original_architectures`. The type `llava` has been used with every
     decoder, so the architecture decides there; without one it is a LLaMA.
@@ -36,7 +36,7 @@ class Decoder:
     defaults: Mapping[str, Any]
     tokenizer: TokenizerKind
     runs: bool = True  # whether `smoke` can compute with it
-    derived: Mapping[str, str] = field(
+    computed: Mapping[str, str] = field(
         default_factory=lambda: {"num_key_value_heads": "num_attention_heads", "head_dim": "hidden_size // num_attention_heads"}
     )
 

@@ -31,10 +31,10 @@ from ..errors import InputError, MismatchError, VerificationError
 from ..storage.reading import DOWNLOAD_AGAIN, Watcher, Workspace, check_crcs
 from ..storage.strict_json import parse_json
 from ..storage.threads import Shield
-from ..tensors.dtypes import ITEMSIZE
+from ..tensors.dtypes import ITEMSIZE, MAX_AXES
 from ..tensors.lazy import LazyTensor, Stored
 from ..text import listed, shown
-from .safetensors import MAX_AXES, MAX_AXIS, MAX_HEADER, are_counts, make_header
+from .safetensors import MAX_AXIS, MAX_HEADER, are_counts, make_header
 
 LEVEL = 3  # of zstandard; zlib 6 comes within three points of its size and is far slower
 CHUNK_VALUES = 1 << 16  # converted at once: with their two temporaries they stay in the processor's cache
@@ -126,7 +126,7 @@ def _lanes(planes: memoryview, width: int) -> np.ndarray:
 
 
 def _chunks(count: int, common: int) -> Iterator[tuple[slice, bool]]:
-    """Numbers of values, at most CHUNK at a time, and whether the base has them."""
+    """Ranges of at most CHUNK_VALUES values, and whether the base has them."""
     for first, last, both in ((0, common, True), (common, count, False)):
         for start in range(first, last, CHUNK_VALUES):
             yield slice(start, min(start + CHUNK_VALUES, last)), both
@@ -263,7 +263,7 @@ def index_integer_delta(tensors: Mapping[str, LazyTensor], metadata: Mapping[str
     for name, stored in tensors.items():
         file, entry = described[name]
         if not isinstance(stored, Stored) or stored.file.name != file:
-            raise _refusal(f"{shown(name)} is described in {shown(file)}, but lies elsewhere")
+            raise _refusal(f"{shown(name)} is described in {shown(file)}, but lies in another file")
         if problem := _entry_problem(entry, stored):
             raise _refusal(f"tensor {shown(name)}: {problem}")
         entry |= {"shape": tuple(entry["shape"]), "blocks": tuple(entry["blocks"])}

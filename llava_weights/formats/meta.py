@@ -56,8 +56,7 @@ class Params:
 def index_meta(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """The model of a folder in transformers' names and order, and the config.json that transformers 4.31 would write for it.
 
-    Left out are the rotary frequencies (DROPPED). Raises InputError unless params.json, the number of files, every name,
-    dtype and shape fit together.
+    The rotary frequencies are left out. Raises InputError unless params.json, number of files, names, dtypes and shapes fit together.
     """
     paths = _paths(folder)
     pieces = [index_torch_zip(path) for path in paths]

@@ -18,6 +18,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import known_decoder
 from ..checkpoint.hf_config import select_layer
+from ..checkpoint.small_files import RIGHT_CONFIG
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
 from ..errors import InputError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 
-RIGHT = "give the config.json that belongs to these weights"
 # Keys of a config that change no product, only what code runs, how it is stored or what comes back.
 IGNORED = re.compile(
     r"_.*|mm_.*|auto_map|architectures|model_type|transformers_version|quantization_config|(torch_)?dtype|attn_implementation"
@@ -240,10 +240,10 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
     for part, kinds in RUNNABLE_PART_TYPES.items():
         inner = settings.get(part, {})
         if not isinstance(inner, dict) or inner.setdefault("model_type", DEFAULT_PARTS[part]) not in kinds:
-            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT)
+            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT_CONFIG)
     layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in RUNNABLE_PART_TYPES))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):
-        raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT)
+        raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT_CONFIG)
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[kind])
     try:
         built = config_class(**settings)
@@ -251,7 +251,7 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
         with torch.device("meta"):
             return model_class(built).eval()
     except Exception as error:  # transformers and its validators raise a dozen kinds
-        raise InputError(f"transformers can't build a `{kind}` from this config: {error}", hint=RIGHT) from error
+        raise InputError(f"transformers can't build a `{kind}` from this config: {error}", hint=RIGHT_CONFIG) from error
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -76,6 +76,13 @@ class HubSource:
     repo_id: str
     revision: str | None = None
     folder: str = ""
+
+    def at(self, revision: str | None) -> HubSource:
+        """The same at the revision that was asked for beside it. Raises UsageError where it has another one."""
+        if revision and self.revision and revision != self.revision:
+            what = f"`{self.repo_id}@{self.revision}` and `--revision {revision}` ask for different revisions"
+            raise UsageError(what, hint="give the revision once")
+        return replace(self, revision=self.revision or revision)
 
 
 @dataclass(frozen=True)
@@ -161,11 +168,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
     if it is a terminal). Without a network the cached copy serves if it is complete. Raises HubError, OutputError where the cache has no
     space, InputError where the repository has no weights, UsageError where the revisions differ.
     """
-    if revision and source.revision and revision != source.revision:
-        raise UsageError(
-            f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions", hint="give the revision once"
-        )
-    source = HubSource(source.repo_id, source.revision or revision, source.folder)
+    source = source.at(revision)
     endpoint()
     with narration(sys.stderr.isatty() if progress is None else progress):
         try:

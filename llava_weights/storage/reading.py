@@ -100,16 +100,22 @@ class DropBehind:
     def passed(self, file: SourceFile, fd: int, start: int, stop: int, least: int = STRETCH) -> None:
         """Note that bytes [start, stop) were read, and drop every range of at least `least` bytes that reads have joined."""
         with self.turn:
-            joined: list[tuple[int, int]] = []
-            for first, last in sorted((*self.behind[file], (start, stop))):
-                if joined and first <= joined[-1][1]:
-                    joined[-1] = joined[-1][0], max(last, joined[-1][1])
-                else:
-                    joined.append((first, last))
+            joined = join_ranges((*self.behind[file], (start, stop)))
             self.behind[file] = [(first, last) for first, last in joined if last - first < least]
         for first, last in joined:
             if last - first >= least:
                 drop_cache(fd, first, last - first)
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
+    """Ranges in order, joined where no more than `gap` bytes lie between two."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if joined and start - joined[-1][1] <= gap:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 class Watcher(Protocol):

@@ -39,7 +39,7 @@ from ..text import scheme_of
 from . import ranges, retry
 from .http import LOOPBACK, MAX_SIZE, endpoint
 from .hub import SIDECARS, HubSource, choose_files, explain, parse_source
-from .reading import SHADOWS, SourceFile
+from .reading import SHADOWS, SourceFile, join_ranges
 from .retry import Absent, Attempts, name_of, with_retries, within
 from .threads import in_threads
 
@@ -164,11 +164,7 @@ def _of_hub(text: str, revision: str | None) -> Listing:
     """A repository at the commit that its branch or tag has now."""
     source = parse_source(text)
     assert isinstance(source, HubSource)
-    if revision and source.revision and revision != source.revision:
-        raise UsageError(
-            f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions", hint="give the revision once"
-        )
-    source = HubSource(source.repo_id, source.revision or revision, source.folder)
+    source = source.at(revision)
     info = _ask_hub(source)
     sizes = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     folder, _, only = source.folder.rpartition("/") if source.folder in sizes else (source.folder, "", "")
@@ -342,15 +338,4 @@ def _fill_zip(holes: _Holes) -> None:
     for member in members:
         small = 0 if re.search(r"/data/\d+$", member.filename) else member.file_size
         wanted.append((member.header_offset, member.header_offset + MEMBER_HEAD + len(member.filename.encode()) + small))
-    in_threads(lambda place: holes.fill(*place), list(_joined(wanted)), REQUESTS_AT_ONCE)
-
-
-def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges in order, joined where fewer than JOIN bytes lie between them."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(places):
-        if joined and start - joined[-1][1] < JOIN:
-            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
-        else:
-            joined.append((start, stop))
-    return joined
+    in_threads(lambda place: holes.fill(*place), join_ranges(wanted, gap=JOIN), REQUESTS_AT_ONCE)

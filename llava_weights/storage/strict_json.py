@@ -121,6 +121,6 @@ def _check_depth_and_text(value: Any) -> None:
     raise RecursionError
 
 
-def json_bytes(value: Any) -> bytes:
-    """JSON as the ecosystem writes it: two spaces, keys in the order given, one newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def json_bytes(value: Any, *, sort_keys: bool = False) -> bytes:
+    """JSON as transformers writes it: indented by two spaces, with a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode()

@@ -9,7 +9,6 @@ from ..errors import InputError
 from ..storage.reading import Workspace
 from .lazy import LazyTensor
 
-
 MiB = 1 << 20
 WINDOW_BYTES = 8 * MiB  # measured: 4 to 8 MiB are the fastest, 16 and more leave the processor's cache
 

@@ -20,7 +20,7 @@ from ..checkpoint.manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_m
 from ..checkpoint.rehash import digest_file
 from ..checkpoint.small_files import small_bytes
 from ..errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
-from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
+from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started
 from ..formats.folder import same_header
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
@@ -37,7 +37,6 @@ from .shard import ShardResult, write_shard
 from .work_folder import Job, check_ours, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)

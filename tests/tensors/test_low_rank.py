@@ -1,4 +1,4 @@
-"""Low-rank updates: PEFT's bits in every arithmetic, for every kind of layer and whatever rows are asked for; portable ones in `exact`."""
+"""Low-rank updates: PEFT's bits in every arithmetic, for every kind of layer and any rows; the same on every machine in `exact`."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def made(tensor: LazyTensor, *cuts: int, work: Workspace | None = None) -> torch
     return torch.frombuffer(out, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 
 
-def differing(ours: torch.Tensor, theirs: torch.Tensor) -> int:
-    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-    return int((ours != theirs).sum())
+def differing(result: torch.Tensor, expected: torch.Tensor) -> int:
+    assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+    return int((result != expected).sum())
 
 
 class Experts(nn.Module):
@@ -167,7 +167,7 @@ def threads(count: int) -> Iterator[None]:
 def test_same_bits_as_peft(case: str, bases: dict[str, dict[str, LazyTensor]], tmp_path: Path) -> None:
     """Base and adapter in three dtypes each, factors widened or not, merged safely or not: 36 merges.
 
-    Twelve of them on two threads of torch; ours takes one.
+    Twelve of them with two threads of torch in PEFT; this program uses one.
     """
     from peft import PeftModel
 
@@ -184,9 +184,9 @@ def test_same_bits_as_peft(case: str, bases: dict[str, dict[str, LazyTensor]], t
             assert {tensor for update in updates.values() for tensor in update.tensors} == set(stored.values())
             arithmetic: Arithmetic = ("peft-safe" if safe else "peft") if widen else "peft-half"
             for name, update in updates.items():
-                ours = made(add_low_rank(bases[base_dtype][name], [update], arithmetic, name=name))
-                assert differing(ours, merged[name]) == 0, (name, stored_dtype, base_dtype, arithmetic, safe)
-                assert differing(ours, net(base_dtype).state_dict()[name])
+                result = made(add_low_rank(bases[base_dtype][name], [update], arithmetic, name=name))
+                assert differing(result, merged[name]) == 0, (name, stored_dtype, base_dtype, arithmetic, safe)
+                assert differing(result, net(base_dtype).state_dict()[name])
 
 
 # --- The reference data ---
@@ -207,7 +207,7 @@ def reference_update(module: str, adapter: Mapping[str, LazyTensor], config: Map
 
 
 def check_reference(base: Path, adapter: Path, merged: Mapping[str, torch.Tensor], arithmetic: Arithmetic) -> int:
-    """How many tensors came out as the program merged them, which is all that the adapter changes."""
+    """How many tensors are as the recorded program merged them: all that the adapter changes."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     files = {".safetensors": lambda path: index_safetensors(path)[0], ".bin": index_torch_zip}
     stored = next(files[path.suffix](path) for path in adapter.glob("adapter_model.*"))
@@ -216,8 +216,8 @@ def check_reference(base: Path, adapter: Path, merged: Mapping[str, torch.Tensor
         module = name.removesuffix(".weight")
         if update := reference_update(module, stored, config):
             saved_rows = stored.get(f"base_model.model.{module}.base_layer.weight")
-            ours = made(add_low_rank(cast(saved_rows or tensor, tensor.dtype), [update], arithmetic, name=name))
-            assert differing(ours, merged[name]) == 0, name
+            result = made(add_low_rank(cast(saved_rows or tensor, tensor.dtype), [update], arithmetic, name=name))
+            assert differing(result, merged[name]) == 0, name
             count += 1
     return count
 
@@ -416,7 +416,7 @@ def test_factors_that_are_not_finite_end_somewhere() -> None:
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_rounds_once(dtype: str) -> None:
-    """All midpoints between neighbours, moved by less than a float32 can see: torch's own conversion sends them astray."""
+    """All midpoints between neighbours, moved by less than a float32 can hold: torch's own conversion rounds some of them wrongly."""
     bits = torch.arange(0, 0x7BFF if dtype == "F16" else 0x7F7F, dtype=torch.int16)
     low, high = bits.view(DTYPES[dtype]).double(), (bits + 1).view(DTYPES[dtype]).double()
     middle, even = (low + high) / 2, torch.where(bits % 2 == 0, low, high)
@@ -496,7 +496,7 @@ def test_what_arrives_is_counted(tmp_path: Path) -> None:
     ("dtype", "shares"), [("F16", (0.08, 0.61, 0.96, 1.0)), ("BF16", (0.01, 0.10, 0.68, 0.97)), ("F32", (1.0, 1.0, 1.0, 1.0))]
 )
 def test_small_updates_are_lost_as_measured(dtype: str, shares: tuple[float, ...], tmp_path: Path) -> None:
-    """What is left of updates of these sizes, on weights of std 0.02 (facts: peers 7)."""
+    """The share that is kept of updates of these sizes, on weights of standard deviation 0.02, as measured by another program."""
     generator = torch.Generator().manual_seed(0)
     w, a, b = (torch.randn(size, generator=generator) for size in ((400, 400), (64, 400), (400, 64)))
     for size, share in zip((1e-6, 1e-5, 1e-4, 1e-3), shares, strict=True):
