@@ -44,7 +44,7 @@ HOST_AND_PORT = re.compile(r"(?:localhost|[^:@.]*\.[^:@]*|\[[^\]@]*\]):\d{1,5}")
 CLOSING = "'),.;]}"  # what follows an address in a sentence
 # What a CI takes for a command in a program's output: GitHub `::` at the start of a line, GitHub and others `##[` anywhere.
 CI_COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\w{0,16}\[)")
-CODE = re.compile(r"(?<!`)`([^`|]+)`(?!`)")
+CODE_SPAN = re.compile(r"(?<!`)`([^`|]+)`(?!`)")
 MARKUP = re.compile(r"[\\`*\[\]<>|~&$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?i:(?<=www)\.)")
 EMAIL = re.compile(r"(?<=[A-Za-z0-9._+-])@(?=[A-Za-z0-9_-])")  # GitHub makes a link of it even where it is escaped
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
@@ -85,7 +85,7 @@ def command_free(line: str) -> str:
 def markdown_text(text: str) -> str:
     """`text` for one line of Markdown or a table's cell: without secrets, markup, links and HTML, but text between two backticks stays
     code. CommonMark and GitHub's Markdown read it alike."""
-    pieces = CODE.split(visible(redact(text)))
+    pieces = CODE_SPAN.split(visible(redact(text)))
     return "".join(f"`{piece}`" if number % 2 else _escaped(piece) for number, piece in enumerate(pieces))
 
 

@@ -77,7 +77,7 @@ def example(conversation: Conversation, image: str) -> str:
     return f"{opened}{image}\n{QUESTION}{after}{conversation.generation}"
 
 
-def bare(conversation: Conversation) -> str:
+def bare_prompt(conversation: Conversation) -> str:
     """A prompt without system message and image."""
     before, after = conversation.user_turn
     return f"{conversation.system_turn[1]}{before}<question>{after}{conversation.generation}".strip()

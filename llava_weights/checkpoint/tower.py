@@ -26,6 +26,7 @@ from ..families.towers import (
     PATCH,
     POSITION,
     RANKS,
+    TOWER_ACTIVATIONS,
     TOWER_BY_REPOSITORY,
     TOWER_BY_TYPE,
     TOWERS,
@@ -40,7 +41,6 @@ from ..text import listed, shown, unquoted
 from .checkpoint import Checkpoint, Origin
 from .small_files import RIGHT_CONFIG
 
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
 TOWER_TITLES = " or ".join(row.title for row in TOWERS)
 WHOLE_TOWER = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
 NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
@@ -460,6 +460,6 @@ def _valid(value: Any, default: int | float | str) -> bool:
     if isinstance(default, bool):
         return value is default
     if isinstance(default, str):
-        return value in ACTIVATIONS
+        return value in TOWER_ACTIVATIONS
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and (isinstance(value, int) and 0 < value <= 1 << 16 if isinstance(default, int) else 0 <= value <= 100)

@@ -23,7 +23,7 @@ from ..families.published import recognise
 from ..findings import Finding, Verdict
 from ..formats.folder import member
 from ..storage.http import endpoint
-from ..storage.hub import HubSource, explain, parse_source, source_text
+from ..storage.hub import HubSource, hub_error, parse_source, source_text
 from ..storage.retry import ANSWER_SECONDS, within
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor, cast
@@ -47,7 +47,7 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
     try:
         info = within(ANSWER_SECONDS, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
-        explained = explain(error, source)
+        explained = hub_error(error, source)
         if explained is None:
             raise
     if explained:  # outside of `except`: the library's own message may hold a token, so it must not be the context

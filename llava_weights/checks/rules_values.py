@@ -16,11 +16,10 @@ from ..checkpoint.config import GENERATION_SETTINGS as SAMPLING
 from ..checkpoint.config import known_decoder, sensible
 from ..checkpoint.processor import LARGEST_SETTING
 from ..checkpoint.tokenizer import TOKENIZER_CONFIG
-from ..checkpoint.tower import ACTIVATIONS as TOWER_ACTIVATIONS
 from ..checkpoint.tower import row_of
 from ..families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, ROPE_TYPES
 from ..families.layouts import QUANTIZED_NAMES, QUANTIZERS
-from ..families.towers import KNOWN_TOWERS, TOWERS, KnownTower, Pixels, Tower
+from ..families.towers import KNOWN_TOWERS, TOWER_ACTIVATIONS, TOWERS, KnownTower, Pixels, Tower
 from ..families.towers import TOWER_BY_TYPE as TOWERS_BY_TYPE
 from ..storage.strict_json import JsonObject
 from ..tensors.dtypes import TORCH_DTYPE

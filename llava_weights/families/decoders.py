@@ -52,15 +52,15 @@ class Decoder:
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the decoder by name, in storage order; no head where it is tied. `config` has every size."""
-        found = shapes(BEFORE, config)
+        found = shapes(BEFORE_LAYERS, config)
         for number in range(config["num_hidden_layers"]):
             found |= shapes(self.layer, config, before=f"model.layers.{number}.")
-        found |= shapes(AFTER, config)
+        found |= shapes(AFTER_LAYERS, config)
         return found if config.get("tie_word_embeddings") is True else found | shapes(HEAD, config)
 
 
-BEFORE = (Parameter("model.embed_tokens.weight", ("vocab_size", "hidden_size")),)
-AFTER = (Parameter("model.norm.weight", ("hidden_size",)),)
+BEFORE_LAYERS = (Parameter("model.embed_tokens.weight", ("vocab_size", "hidden_size")),)
+AFTER_LAYERS = (Parameter("model.norm.weight", ("hidden_size",)),)
 HEAD = (Parameter("lm_head.weight", ("vocab_size", "hidden_size")),)  # not stored where it is tied to the embedding table
 LLAMA_LAYER = (
     Parameter("self_attn.q_proj.weight", ("num_attention_heads * head_dim", "hidden_size")),

@@ -63,7 +63,7 @@ TOWER_LAYER = (
     Parameter("mlp.fc2.bias", (HIDDEN,)),
 )
 PATCHES = Parameter(PATCH, (HIDDEN, "num_channels", "patch_size", "patch_size"))
-AFTER = tuple(Parameter(f"post_layernorm.{part}", (HIDDEN,)) for part in ("weight", "bias"))
+TOWER_AFTER = tuple(Parameter(f"post_layernorm.{part}", (HIDDEN,)) for part in ("weight", "bias"))
 HALF = (0.5, 0.5, 0.5)
 
 # The defaults are those of CLIPVisionConfig of 4.28 and SiglipVisionConfig of 4.37 (its first), unchanged up to 5.23.
@@ -82,7 +82,7 @@ TOWERS = (
             *(Parameter(f"pre_layrnorm.{part}", (HIDDEN,)) for part in ("weight", "bias")),  # spelled so in transformers
         ),
         layer=TOWER_LAYER,
-        after=AFTER,
+        after=TOWER_AFTER,
         defaults={
             "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12, "num_attention_heads": 12,
             "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
@@ -114,7 +114,7 @@ TOWERS = (
             Parameter(POSITION, ("(image_size // patch_size) * (image_size // patch_size)", HIDDEN)),
         ),
         layer=TOWER_LAYER,
-        after=AFTER,
+        after=TOWER_AFTER,
         defaults={
             "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "num_channels": 3, "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
@@ -134,6 +134,7 @@ TOWER_BY_KIND = {row.kind: row for row in TOWERS}
 TOWER_BY_REPOSITORY = {name: row for row in TOWERS for name in row.repository_types}
 # What else lies in such a repository: the text half, the way into the shared space, and SigLIP's pooling head.
 BESIDE_TOWER = r"text_model\..*|(visual|text)_projection\..*|logit_(scale|bias)|(vision_model\.)?head\..*"
+TOWER_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
 # Where each size is read: tensor and axis.
 MEASURES = {
     "hidden_size": (PATCH, 0), "num_channels": (PATCH, 1), "patch_size": (PATCH, 2),

@@ -17,7 +17,7 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import HubError
 from . import retry
-from .retry import Absent, Passing, Pinned, changed, name_of, within
+from .retry import Absent, Passing, Pinned, name_of, remote_changed, within
 
 TIMEOUT = 30.0  # seconds without a byte
 HOPS = 5
@@ -150,7 +150,7 @@ def _check_range(file: Pinned, answer: Any, place: str, start: int, stop: int) -
     if whole and (start, stop) != (0, file.size):
         raise Passing("the server sends the whole file in place of a range")
     if size not in (None, file.size):
-        raise changed(file)
+        raise remote_changed(file)
     wanted, etag = f"bytes {start}-{stop - 1}/{file.size}", _etag(answer)
     if not whole and answer.headers.get("content-range") != wanted:
         raise Passing("the server sends another range than was asked for")
@@ -162,7 +162,7 @@ def _check_range(file: Pinned, answer: Any, place: str, start: int, stop: int) -
         known = _places.get(file.path)
         pinned = known.etag if known and known.address == place else etag
     if etag != pinned:
-        raise changed(file)
+        raise remote_changed(file)
     if _origin(place) != _origin(_first(file.path)[0]):
         _places[file.path] = Place(place, etag)
 

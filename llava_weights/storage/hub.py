@@ -176,7 +176,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
         except LlavaWeightsError:
             raise
         except Exception as error:
-            explained = explain(error, source)
+            explained = hub_error(error, source)
             if explained is None:
                 raise
         raise explained  # outside of `except`: the library's own message may hold a token, so it must not be the context
@@ -263,7 +263,7 @@ def _check_space(source: HubSource, info: ModelInfo, chosen: tuple[str, ...]) ->
         raise _error(OutputError, NO_SPACE, facts, NO_SPACE_HINT)
 
 
-def explain(error: Exception, source: HubSource) -> LlavaWeightsError | None:
+def hub_error(error: Exception, source: HubSource) -> LlavaWeightsError | None:
     """The error to show for one of huggingface_hub's; None where neither the Hub nor the disk is the cause."""
     from huggingface_hub import constants, errors
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import HubError, UsageError
 from . import http
-from .retry import Absent, Attempts, Passing, Pinned, changed, name_of, with_retries
+from .retry import Absent, Attempts, Passing, Pinned, name_of, remote_changed, with_retries
 
 PROGRESS_BYTES = 64 << 10  # after so many, the attempts are counted anew
 PIECE_BYTES = 4 << 20  # what fsspec is asked for at once: it keeps an answer whole in memory
@@ -53,16 +53,16 @@ def read(
             if done < len(out):
                 raise Passing("the answer ended early")
         except Absent:
-            raise changed(file) from None
+            raise remote_changed(file) from None
         except Exception as error:
             attempts.failures = 0 if done - begun >= PROGRESS_BYTES else attempts.failures
             attempts.after(error)
 
 
-def check(file: Pinned) -> None:
+def check_unchanged(file: Pinned) -> None:
     """Raise InputError if `file` changed. Every answer of HTTP says so by itself; other stores are asked."""
     if not _is_http(file.path) and stat(file.path) != (file.size, file.etag):
-        raise changed(file)
+        raise remote_changed(file)
 
 
 def stat(address: str) -> tuple[int, str] | None:

@@ -182,7 +182,7 @@ class Workspace:
         if self.drop_cache and done >= DROP_BEHIND:
             self.behind.passed(file, fd, offset, offset + done)
 
-    def check(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
+    def take_crc(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
         """Take the CRC-32 of a piece of `record`; `crc_errors` joins the pieces."""
         self.crc_pieces[file, record].append((offset - record.offset, len(data), zlib.crc32(data)))
 
@@ -190,9 +190,9 @@ class Workspace:
         """Raise InputError if a file that was read has changed since it was indexed."""
         for file, fd in self._fds.items():
             if fd == NO_DESCRIPTOR:
-                from .ranges import check
+                from .ranges import check_unchanged
 
-                check(file)
+                check_unchanged(file)
                 continue
             with reading(file):
                 status = os.fstat(fd)
@@ -239,9 +239,9 @@ def reading(file: SourceFile) -> Iterator[None]:
 def open_source(file: SourceFile) -> int:
     """A descriptor of `file`, or InputError where it is gone or no longer the file that was indexed."""
     if file.remote:
-        from .ranges import check
+        from .ranges import check_unchanged
 
-        check(file)
+        check_unchanged(file)
         return NO_DESCRIPTOR
     with reading(file):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)

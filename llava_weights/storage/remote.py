@@ -38,7 +38,7 @@ from ..families.files import (
 from ..text import scheme_of
 from . import ranges, retry
 from .http import LOOPBACK, MAX_SIZE, endpoint
-from .hub import SIDECARS, HubSource, choose_files, explain, parse_source
+from .hub import SIDECARS, HubSource, choose_files, hub_error, parse_source
 from .reading import SHADOWS, SourceFile, join_ranges
 from .retry import Absent, Attempts, name_of, with_retries, within
 from .threads import in_threads
@@ -195,7 +195,7 @@ def _ask_hub(source: HubSource) -> Any:
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if type(error).__name__ == "OfflineModeIsEnabled":
                 raise HubError(f"`{source.repo_id}` can't be read: `HF_HUB_OFFLINE` is set", hint="unset it") from None
-            explained = explain(error, source)
+            explained = hub_error(error, source)
             try:
                 tries.after(error if explained is None or status == 429 or status >= 500 else explained)
                 continue

@@ -17,7 +17,7 @@ PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; each is twice the one before. The H
 NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3", "aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
 ANSWER_SECONDS = 90.0  # that a server has for an answer's headers, or for an answer of some kB
 NOTE_SECONDS = 30.0  # between two notes about one server
-CHECK = "check the connection, then run the same command again"
+CHECK_CONNECTION = "check the connection, then run the same command again"
 
 
 class Pinned(Protocol):
@@ -60,7 +60,7 @@ class Attempts:
             tell_retry(self.address, str(passing))
         if self.failures >= TRIES or self.stopping.wait(pause):
             facts = {"address": self.address, "tries": self.failures, "reason": passing}
-            raise HubError(f"`{name_of(self.address)}` can't be read over the network", facts=facts, hint=CHECK) from None
+            raise HubError(f"`{name_of(self.address)}` can't be read over the network", facts=facts, hint=CHECK_CONNECTION) from None
 
 
 def with_retries(address: str, action: Callable[[], T]) -> T:
@@ -104,7 +104,7 @@ def name_of(address: str) -> str:
     return address.rstrip("/").rpartition("/")[2]
 
 
-def changed(file: Pinned) -> InputError:
+def remote_changed(file: Pinned) -> InputError:
     return InputError(
         f"`{name_of(file.path)}` changed while it was being read",
         facts={"address": file.path, "size": f"{file.size:,} bytes when indexed", "etag": file.etag or "none"},

@@ -100,7 +100,7 @@ class Watch:
         for file, leaves in self.places.items():
             for name, leaf in leaves:
                 if is_matrix(leaf):
-                    self.siblings[self.roles.get(file.path, ""), folded(name)].append(leaf)
+                    self.siblings[self.roles.get(file.path, ""), numberless(name)].append(leaf)
         self._textures: dict[tuple[SourceFile, int], _Texture] = {}
         self._wholes: dict[tuple[SourceFile, int], Hole | None] = {}
         self._seeming: dict[tuple[SourceFile, int], bool] = {}
@@ -199,7 +199,7 @@ class Watch:
         for record in records:
             with work.scratch(record.size) as data:
                 work.read(file, record.offset, data)
-                work.check(file, record, record.offset, data)
+                work.take_crc(file, record, record.offset, data)
         check_crcs([work])
         work.crc_pieces.clear()
 
@@ -351,7 +351,7 @@ class Watch:
         if not self._is_zero(leaf, work):
             return ""
         role = self.roles.get(leaf.file.path, "")
-        others = [other for other in self.siblings[role, folded(name)] if other is not leaf]
+        others = [other for other in self.siblings[role, numberless(name)] if other is not leaf]
         filled = [other for other in others if not self._seems_zero(other, work)]
         if filled:
             return f"`{name}` is zero as a whole, and {len(filled):,} of the same name in other layers or files are not"
@@ -433,7 +433,7 @@ def row_width(leaf: Stored) -> int:
     return leaf.row_nbytes if len(leaf.shape) > 1 else leaf.nbytes
 
 
-def folded(name: str) -> str:
+def numberless(name: str) -> str:
     """The name without the numbers of layers and experts."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 

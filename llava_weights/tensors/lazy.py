@@ -98,7 +98,7 @@ class Stored(LazyTensor):
         if work.watch is not None:
             work.watch.look(self.file, at, out, work)
         if self.record is not None:
-            work.check(self.file, self.record, at, out)
+            work.take_crc(self.file, self.record, at, out)
 
     def leaves(self) -> tuple[Stored, ...]:
         return (self,)

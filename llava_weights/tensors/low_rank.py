@@ -214,7 +214,7 @@ class AddLowRank(LazyTensor):
             return
         lines, nbytes = self.lines, self.row_nbytes
         factors = work.latest(self, lambda: [load(update, self, work) for update in self.updates])
-        blocks = touched(start * lines, stop * lines, self.matrices[1], BLOCK_ROWS)
+        blocks = blocks_touched(start * lines, stop * lines, self.matrices[1], BLOCK_ROWS)
         first, last = blocks[0].start // lines, blocks[-1].stop // lines
         with work.scratch((last - first) * nbytes if (first, last) != (start, stop) else 0) as around:
             target = around or out
@@ -233,7 +233,7 @@ class AddLowRank(LazyTensor):
         matrix, begin = divmod(at, self.matrices[1])
         counts = begin // BLOCK_ROWS % max(self.matrices[1] // BLOCK_ROWS // COUNTED, 1) == 0
         changes = [factor.product(matrix, slice(begin, begin + len(weight))) for factor in factors]
-        for part in touched(wanted.start, wanted.stop, len(weight), max(PART_VALUES // weight.shape[1], 2)):
+        for part in blocks_touched(wanted.start, wanted.stop, len(weight), max(PART_VALUES // weight.shape[1], 2)):
             before = weight[part].to(changes[0].dtype, copy=True)
             rows = slice(begin + part.start, begin + part.stop)
             update, result = self._result(before, factors, [change[part] for change in changes], rows)
@@ -280,7 +280,7 @@ class AddLowRank(LazyTensor):
         return row_sums(rows * rows).sqrt() if self.arithmetic == "exact" else torch.linalg.vector_norm(rows, dim=1)
 
 
-def touched(start: int, stop: int, size: int, unit: int) -> list[slice]:
+def blocks_touched(start: int, stop: int, size: int, unit: int) -> list[slice]:
     """The blocks of `unit` lines that lines [start, stop) touch. Each matrix, of `size` lines, begins with a new block; lines that are
     left over at its end belong to its last block."""
     found, last = [], max(size // unit, 1) - 1
@@ -336,7 +336,7 @@ def column_norms(factors: Factors, target: AddLowRank, work: Workspace) -> torch
     with work.scratch(target.nbytes) as raw:
         target.base.rows_into(raw, 0, target.rows, work)
         weight = as_torch(raw, target.dtype).view(target.shape)
-        for columns in touched(0, len(norms), len(norms), BLOCK_ROWS):
+        for columns in blocks_touched(0, len(norms), len(norms), BLOCK_ROWS):
             change = factors.product(0, slice(None), columns)
             norms[columns] = target.norms(target.moved(weight[:, columns].to(change.dtype), change).T)
     return norms

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import __version__
-from ..checkpoint.chat_template import bare
+from ..checkpoint.chat_template import bare_prompt
 from ..checkpoint.checkpoint import Origin, Step
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
 from ..families.projectors import FORM_READERS
@@ -56,7 +56,7 @@ def _files(origin: Origin) -> str:
 def _prompt(plan: Plan) -> str:
     prompt = next((str(step.checks["prompt"]) for step in plan.history if "prompt" in step.checks), "")
     found = CONVERSATIONS.get(f"llava_{prompt}")
-    return f"## Prompt\n\n`{bare(found)}`, stop at `{found.stop}`\n" if found else ""
+    return f"## Prompt\n\n`{bare_prompt(found)}`, stop at `{found.stop}`\n" if found else ""
 
 
 USE = """## Use it
