@@ -1,6 +1,6 @@
-"""Every way in which a run can end badly, each with its exit code.
+"""Every way in which a run can fail, each with its exit code.
 
-An error says what happened with the names in it, the facts that led there, and one thing to do. Only `cli/console.py` prints it.
+An error says what happened, to which files or tensors, the facts behind it, and one thing to do. Only `cli/console.py` prints it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from .text import redact
 
-MOST_JOBS = 64  # threads: more only wait for each other
+MOST_JOBS = 64  # more threads only wait for each other
 NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "failed to map segment")  # glibc's and torch's words
 
 
@@ -91,9 +91,9 @@ class OutputError(LlavaWeightsError):
 
 
 def shortage(error: BaseException) -> OutputError | None:
-    """The OutputError for an error that says that this process may have no more memory, threads or open files; None for any other.
+    """The OutputError for an error that means that this process has no more memory, threads or open files; None for any other.
 
-    A library that finds no room where it is loaded says so in an ImportError, or an OSError without a number.
+    A library that lacks memory while it is loaded raises an ImportError, or an OSError without a number.
     """
     number = error.errno if isinstance(error, OSError) else None
     words = str(error).lower()

@@ -1,4 +1,4 @@
-"""What the engine tells whoever listens. The library never prints; `cli/console.py` turns these into text or JSON lines."""
+"""Events that a run reports. The library never prints; `cli/console.py` turns them into text or JSON lines."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ Event = Started | Progress | ShardDone | ReadingBack | Note
 Listener = Callable[[Event], None]
 
 _turn = threading.Lock()
-_listeners: list[tuple[Callable[[Event], None], dict[str, float]]] = []
+_listeners: list[tuple[Listener, dict[str, float]]] = []  # each with the time of the latest event of each key
 
 
 @contextmanager
-def listening(on_event: Callable[[Event], None]) -> Iterator[None]:
-    """Inside, `on_event` hears what `tell` says, in whatever thread: what is found or tried again where no listener is handed down."""
-    listener: tuple[Callable[[Event], None], dict[str, float]] = (on_event, {})
+def listening(on_event: Listener) -> Iterator[None]:
+    """Inside, `on_event` gets what `tell` sends, from any thread: retries and notes of code that has no `on_event` parameter."""
+    listener: tuple[Listener, dict[str, float]] = (on_event, {})
     _listeners.append(listener)
     try:
         yield
@@ -73,11 +73,15 @@ def listening(on_event: Callable[[Event], None]) -> Iterator[None]:
 
 
 def tell(event: Event, *, key: str = "", seconds: float = 0.0) -> None:
-    """Hand `event` to the listeners, but of what has the same `key` only one in so many seconds."""
+    """Send `event` to the listeners; of events with the same `key`, only one in so many seconds."""
     now = time.monotonic()
-    for on_event, told in list(_listeners):
+    for on_event, latest in list(_listeners):
         with _turn:
-            fresh = key not in told or now - told[key] >= seconds
-            told[key] = now if fresh else told[key]
+            fresh = key not in latest or now - latest[key] >= seconds
+            latest[key] = now if fresh else latest[key]
         if fresh:
             on_event(event)
+
+
+def silent(event: Event) -> None:
+    """Nobody listens."""

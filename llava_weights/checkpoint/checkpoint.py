@@ -1,7 +1,6 @@
 """A checkpoint: tensors, config, small files and history together, and how one is opened.
 
-Opening reads headers and small JSON files only. What a folder holds is decided from tensor names, shapes and config,
-never from the folder's name.
+Opening reads headers and small JSON files only. Tensor names, shapes and config decide what a folder holds, never its name.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
 from ..text import legible, listed, redact, redacted, scheme_of
 
-LARGEST_OBJECT = 1 << 20  # bytes of a small file, where nothing else is said
+LARGEST_OBJECT = 1 << 20  # bytes of a small file, where no other limit is given
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Checkpoint:
 
 
 def layout_of(tensors: Iterable[str]) -> str:
-    """The first entry of `families.LAYOUTS` that fits these names, or "unknown"."""
+    """The name of the first row of `LAYOUTS` that fits these names, or "unknown"."""
 
     def some(pattern: str) -> bool:
         return any(re.fullmatch(pattern, name) for name in tensors)
@@ -117,19 +116,18 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
     return max(numbers, default=-1) + 1
 
 
-Source = Checkpoint | str | Path  # what a public function takes as a checkpoint: one that is open, or where it is
+Source = Checkpoint | str | Path  # what public functions take as a checkpoint: an open one, or its path, Hub name or address
 
 
 def opened(source: Source, role: str, *, whole: bool = False) -> Checkpoint:
-    """`source` as a checkpoint, opened where it is a path, a name on the Hub or an address. Raises UsageError for anything else, and as
-    `open_checkpoint` does."""
+    """`source` as a checkpoint, opened if it is not open yet. Raises UsageError for what is no source, and as `open_checkpoint`."""
     if isinstance(source, Checkpoint):
         return source
     return open_checkpoint(to_place(source, role), whole=whole)
 
 
 def to_place(source: object, role: str) -> str | Path:
-    """`source` where it is a path or a text. Raises UsageError for anything else."""
+    """`source` if it is a path or a text. Raises UsageError for anything else."""
     if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str) or not os.fspath(source):
         hint = "give a path, `owner/name` of the Hub, or what `open_checkpoint` returned"
         raise UsageError(f"the {role} is {_kind_of(source)}, no path", hint=hint)
@@ -139,7 +137,7 @@ def to_place(source: object, role: str) -> str | Path:
 
 
 def place_of(source: Source, role: str) -> str | Path:
-    """Where `source` lies, for what needs its files. Raises UsageError for a checkpoint that was only computed, and as `to_place`."""
+    """Where the files of `source` are. Raises UsageError for a checkpoint that was not written yet, and as `to_place`."""
     if not isinstance(source, Checkpoint):
         return to_place(source, role)
     if source.history:
@@ -180,7 +178,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
 
 
 def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
-    """`checkpoint`, or an InputError where its files are not on this machine, as `purpose` needs them."""
+    """`checkpoint` itself. Raises InputError, naming the `purpose`, where its files are not on this machine."""
     if checkpoint.origin.remote:
         hub = checkpoint.origin.revision and f"give `{checkpoint.origin.name}@{checkpoint.origin.revision}`, which is downloaded first"
         what = f"{purpose} needs whole files, and `{checkpoint.origin.name}` is read over the network"
@@ -194,7 +192,7 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
     config = found.config or _read_config(folder if path.is_dir() else None)
     remote = found.files[0].remote
     files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
-    if remote:  # the shadow goes before the plan does
+    if remote:  # the shadow may be deleted before the plan is executed
         files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
     return Checkpoint(
         tensors=found.tensors,
@@ -207,13 +205,13 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
 
 
 def _read_config(folder: Path | None) -> Mapping[str, Any]:
-    if folder is None or "config.json" not in os.listdir(folder):  # `lexists` would take a disk that fails for a missing file
+    if folder is None or "config.json" not in os.listdir(folder):  # on a disk that fails, `lexists` would return False
         return {}
     return load_object(member(folder, "config.json"))
 
 
 def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
-    """Tokenizer, processor, generation config and licence files by name, and a note where something else has such a name.
+    """Tokenizer, processor, generation config and licence files by name, and a note on folders, pipes and devices with such names.
 
     Meta keeps `tokenizer.model` beside the size folders.
     """
@@ -227,7 +225,7 @@ def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]
 
 
 def describe(step: Step) -> dict[str, Any]:
-    """A step as plain data for the manifest and `--json`: names and identities of its inputs, no machine path."""
+    """A step as plain data for the manifest and `--json`: its inputs by name and header digest, without paths of this machine."""
     data = asdict(step)
     data["inputs"] = {
         _numbered(role, [other for other, _ in step.inputs[:position]]): {

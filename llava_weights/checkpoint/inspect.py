@@ -1,4 +1,4 @@
-"""What is this? Layout, family and evidence, sizes, dtypes, vocabulary, and what to do next, from headers and a few MB of values."""
+"""What a checkpoint is, from headers and a few MB of values: layout, family, evidence, sizes, dtypes, vocabulary, and what to do next."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..families.deltas import KnownDelta, known_delta
 from ..families.layouts import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, canonical
 from ..families.originals import fitting
 from ..families.projectors import projector_type
-from ..families.towers import BY_TYPE
+from ..families.towers import TOWER_BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..tensors.lazy import LazyTensor
 from ..text import fold_names, shown
@@ -24,7 +24,8 @@ from .tower import named_tower, published, row_of
 
 
 def inspect(checkpoint: Checkpoint, *, given: str = "", tensors: bool = False) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Rows for people and a document for programs; `given` is how the user called it. Reads samples of the values of a decoder."""
+    """Rows of label and text for people, and a document for programs; `given` is the path or name that the user gave. Reads samples of
+    the values of a decoder."""
     if is_integer_delta(checkpoint.metadata):
         described = index_integer_delta(checkpoint.tensors, checkpoint.metadata)
         checkpoint = replace(checkpoint, tensors={name: LazyTensor(dtype=d.dtype, shape=d.shape) for name, d in described.items()})
@@ -62,7 +63,7 @@ def inspect(checkpoint: Checkpoint, *, given: str = "", tensors: bool = False) -
 
 
 def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, list[str], str]:
-    """What it is in a sentence, why, and the command that comes next."""
+    """What it is, the evidence, and the command to run next."""
     layout = checkpoint.layout
     apply = f"llava-weights apply-delta --base {{}} --delta {given or checkpoint.origin.name} -o OUT"
     if is_integer_delta(checkpoint.metadata):
@@ -82,17 +83,17 @@ def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, list[str], str]:
 
 
 def _family(checkpoint: Checkpoint) -> str:
-    """Which rows of the tables an original LLaVA fits: more than one where its tower is not told, empty for other checkpoints."""
+    """The families that an original LLaVA fits: more than one where its tower is not known; empty for other checkpoints."""
     config, names = checkpoint.config, set(map(canonical, checkpoint.tensors))
     decoder = known_decoder(config)
     if checkpoint.layout != "llava" or decoder is None or not config:
         return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
     inside = {name.removeprefix("tower.") for name in names if name.startswith("tower.")}
     named = published(named_tower(config))
-    tower = row_of(inside).kind if inside else BY_TYPE[named.model_type].kind if named else None
-    told = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
+    tower = row_of(inside).kind if inside else TOWER_BY_TYPE[named.model_type].kind if named else None
+    config = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
     specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
-    rows = [row for row in fitting(told, decoder=decoder.model_type, tower=tower) if not row.token or row.token in specials]
+    rows = [row for row in fitting(config, decoder=decoder.model_type, tower=tower) if not row.token or row.token in specials]
     if not rows:
         return f"none that is known: {decoder.model_type} with {tower or 'an unknown tower'}, {_images(config)}"
     first = [row for row in rows if row.evidence == rows[0].evidence]

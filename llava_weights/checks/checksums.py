@@ -17,14 +17,14 @@ from ..checkpoint.tower import open_tower
 from ..errors import HubError, InputError, LlavaWeightsError
 from ..events import Listener
 from ..families.files import CONFIG_FILES, WEIGHT_SUFFIXES
-from ..families.layouts import DROPPED, TABLES, Names, canonical
-from ..families.projectors import NAMES
+from ..families.layouts import DROPPED, VOCABULARY_TABLES, BaseNames, canonical
+from ..families.projectors import PROJECTOR_NAMES
 from ..families.published import recognise
 from ..findings import Finding, Verdict
 from ..formats.folder import member
 from ..storage.http import endpoint
-from ..storage.hub import HubSource, explain, parse_source, source_text
-from ..storage.retry import ANSWER, within
+from ..storage.hub import HubSource, hub_error, parse_source, source_text
+from ..storage.retry import ANSWER_SECONDS, within
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor, cast
 from ..tensors.resize import resized
@@ -46,9 +46,9 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
     how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
     explained: LlavaWeightsError | None = None
     try:
-        info = within(ANSWER, lambda: api.model_info(source.repo_id, **how))
+        info = within(ANSWER_SECONDS, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
-        explained = explain(error, source)
+        explained = hub_error(error, source)
         if explained is None:
             raise
     if explained:  # outside of `except`: the library's own message may hold a token, so it must not be the context
@@ -224,7 +224,7 @@ def compare_tower(
 def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Finding]:
     label, expected = reference.label, reference.tensors or {}
     found = _in_form_of(subject, expected, jobs)
-    pairs, alone = Names(expected).match(found)
+    pairs, alone = BaseNames(expected).match(found)
     taken = set(pairs.values())
     there = [name for name in expected if name not in taken]
     unlike = {name: other for name, other in pairs.items() if kind(found[name]) != kind(expected[other])}
@@ -315,13 +315,13 @@ def _is_single(names: Mapping[str, str]) -> bool:
 
 
 def _is_pair(names: Mapping[str, str]) -> bool:
-    return {*names} == {*NAMES}
+    return {*names} == {*PROJECTOR_NAMES}
 
 
 def _is_grown(name: str, longer: TensorEntry, shorter: TensorEntry) -> bool:
     """Whether it is a vocabulary table to which rows were added."""
     same = (longer.dtype, longer.shape[1:]) == (shorter.dtype, shorter.shape[1:])
-    return canonical(name) in TABLES and same and len(longer.shape) == 2 and longer.shape[0] > shorter.shape[0] > 0
+    return canonical(name) in VOCABULARY_TABLES and same and len(longer.shape) == 2 and longer.shape[0] > shorter.shape[0] > 0
 
 
 def _heads(checkpoint: Checkpoint | None, entries: Mapping[str, TensorEntry], rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:

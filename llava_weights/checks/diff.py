@@ -20,7 +20,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Source, opened
 from ..errors import MOST_JOBS, UsageError, finite, whole_number
 from ..events import Listener, Progress, Started
-from ..families.layouts import TABLES, Names, canonical
+from ..families.layouts import VOCABULARY_TABLES, BaseNames, canonical
 from ..formats.folder import same_header
 from ..storage.reading import Workspace, check_crcs, steady
 from ..storage.threads import in_threads
@@ -186,7 +186,7 @@ def _pairs(
 ) -> Iterator[tuple[TensorDifference, _Pair | None]]:
     """Every tensor of A, then what only B has, each with what there is to compare."""
     partner = {name: name for name in tensors_a if name in tensors_b}
-    left, right = (Names(name for name in side if name not in partner).canonical for side in (tensors_a, tensors_b))
+    left, right = (BaseNames(name for name in side if name not in partner).canonical for side in (tensors_a, tensors_b))
     partner |= {name: right[key] for key, name in left.items() if key in right}
     for name, a in tensors_a.items():
         if name in partner:
@@ -203,7 +203,7 @@ def _pairs(
 
 def _common(known: TensorDifference, a: LazyTensor, b: LazyTensor, rows: bool) -> _Pair | None:
     """What can be compared of the two: all of it, the common rows of a vocabulary table, or nothing."""
-    table = rows and known.canonical in TABLES and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]
+    table = rows and known.canonical in VOCABULARY_TABLES and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]
     if a.shape != b.shape and not table:
         return None
     larger = max(a.dtype, b.dtype, key=ITEMSIZE.__getitem__)

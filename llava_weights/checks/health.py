@@ -26,12 +26,12 @@ from ..checkpoint.small_files import small_text
 from ..errors import InputError
 from ..families.decoders import ACTIVATIONS
 from ..families.files import STANDARD
-from ..families.layouts import TABLES, canonical, spelled
+from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
 from ..findings import Finding
 from ..formats.folder import member
 from ..storage.reading import Workspace, present
 from ..storage.strict_json import MAX_INDEX, load_object
-from ..tensors.holes import Watch, told
+from ..tensors.holes import Watch, hole_sentences
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..tensors.sampling import LARGEST_ROW, even, read_some
 from ..text import few, fold_names, listed, size
@@ -277,7 +277,7 @@ def _holes(checkpoint: Checkpoint) -> Iterator[Finding]:
         watch.survey()
     except InputError as error:
         yield Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, MAKE_AGAIN)
-    for text in told(hole.text for hole in sorted(watch.found)):
+    for text in hole_sentences(hole.text for hole in sorted(watch.found)):
         yield Finding("L1", "failed", checkpoint.origin.name, text, MAKE_AGAIN)
 
 
@@ -331,7 +331,7 @@ def _layer_sizes(samples: Mapping[str, Sample]) -> Iterator[Finding]:
 
 def _tied_head(s: SmallFiles) -> Iterator[Finding]:
     """A stored `lm_head` that readers replace by the embedding, because a flag says that the two are tied."""
-    config, tables = s.of(CONFIG), [s.tensors.get(part) for part in TABLES]
+    config, tables = s.of(CONFIG), [s.tensors.get(part) for part in VOCABULARY_TABLES]
     embed, head = tables
     if embed is None or head is None or embed.shape != head.shape:
         return
@@ -344,7 +344,7 @@ def _tied_head(s: SmallFiles) -> Iterator[Finding]:
         yield Finding("L1", "failed", CONFIG, text, "set it to false")
     elif same and not tied:
         text = "the head holds the values of the embedding, though `tie_word_embeddings` is not true"
-        yield _warning("L1", spelled(TABLES[1], _layout(s)), text, "see that the head is the one that was trained")
+        yield _warning("L1", spelled(VOCABULARY_TABLES[1], _layout(s)), text, "see that the head is the one that was trained")
 
 
 def _projector_activation(s: SmallFiles) -> Iterator[Finding]:
@@ -391,7 +391,8 @@ def _state(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _width(checkpoint: Checkpoint) -> int:
     return max(
-        (tensor.shape[-1] for name, tensor in checkpoint.tensors.items() if canonical(name) == TABLES[0] and tensor.shape), default=0
+        (tensor.shape[-1] for name, tensor in checkpoint.tensors.items() if canonical(name) == VOCABULARY_TABLES[0] and tensor.shape),
+        default=0,
     )
 
 
@@ -425,10 +426,13 @@ def _vocabulary_rows(small_files: SmallFiles) -> Iterator[Finding]:
         small_files.ids.get("unk"),
         *map(added.get, (small_files.image_token, "<im_patch>", "<pad>", "[PAD]")),
     }
-    unwritten = {TABLES[0]: unread, TABLES[1]: unread | {added.get("<im_start>"), added.get("<im_end>")}}  # no answer holds these
+    unwritten = {
+        VOCABULARY_TABLES[0]: unread,
+        VOCABULARY_TABLES[1]: unread | {added.get("<im_start>"), added.get("<im_end>")},
+    }  # no answer holds these
     texts = {i: name for name, i in added.items()}
     with closing(Workspace(drop_cache=False)) as work:
-        for part in TABLES:
+        for part in VOCABULARY_TABLES:
             if part in small_files.tensors:
                 table = small_files.tensors[part]
                 name = spelled(part, _layout(small_files))

@@ -34,7 +34,7 @@ from ..families.deltas import known_delta
 from ..families.published import UNFIT, Role
 from ..findings import Finding
 from ..formats.torch_zip import LOCAL, Member, zip_records
-from ..storage.reading import READABLE, Record, SourceFile, Workspace, check_crcs
+from ..storage.reading import CHECK_DISK, Record, SourceFile, Workspace, check_crcs
 from ..storage.threads import Shield
 from ..tensors.lazy import FLOATS, Add, LazyTensor, Stored, cast
 from ..tensors.windows import WINDOW_BYTES, cut, make
@@ -304,7 +304,7 @@ def check_inputs(files: Sequence[Path], role: Role, *, jobs: int = 2, on_event: 
     named = {str(path): path for path in files}
     found = rehash(named, {}, algorithms=("sha256", "md5"), jobs=jobs, on_event=on_event)
     for name, what in found.damaged.items():
-        raise InputError(what, facts={"file": name}, hint=READABLE)
+        raise InputError(what, facts={"file": name}, hint=CHECK_DISK)
     return [_recognised(path, role, found.files[name]) for name, path in named.items()]
 
 

@@ -12,7 +12,7 @@ from ..checkpoint.manifest import TensorEntry, find_manifest
 from ..checkpoint.rehash import digests
 from ..errors import InputError, UsageError
 from ..events import Listener
-from ..families.projectors import FORMS
+from ..families.projectors import PROJECTOR_FORMS
 from ..families.prompts import CONVERSATIONS
 from ..findings import Finding
 from ..smoke.probes import table_rows
@@ -126,7 +126,7 @@ def _options(made: Checkpoint) -> RecordedOptions:
         "dtype": lambda value: value in FLOATS,
         "arithmetic": lambda value: value in get_args(Arithmetic),
         "scale": lambda value: type(value) in (int, float) and math.isfinite(value),
-        "projector_form": lambda value: value in FORMS,
+        "projector_form": lambda value: value in PROJECTOR_FORMS,
         "conv_mode": lambda value: value in CONVERSATIONS,
         "image_token": lambda value: 0 < len(value) < 256,
         "image_aspect": lambda value: value in ("square", "pad"),

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..checkpoint.tokenizer import FAST, MODEL, SPECIAL, TOKENIZER_CONFIG, token_text
+from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, SPECIAL, TOKENIZER_CONFIG, token_text
 from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
 from ..text import shown
 from . import rules_tokenizer, rules_values
 from .rules import CONFIG, GENERATION_CONFIG, Rule, SmallFiles, as_json, listings
-from .rules_tokenizer import TAKE_TOKENIZER
 
 REPAIR = "`llava-weights convert PATH --to llava-hf -o OUT` writes this anew"
 REPAIR_ORIGINAL = "`llava-weights convert PATH --to llava -o OUT` repairs this"
@@ -78,8 +77,8 @@ def _role_names(s: SmallFiles) -> Iterator[str]:
 
 
 SHARED_RULES = (
-    Rule("tokenizer", "every id has a row", _beyond_table, remedy=f"{TAKE_TOKENIZER}; convert drops tokens without a row"),
-    Rule("tokenizer", "one id for each token", _contradictions, remedy=TAKE_TOKENIZER),
+    Rule("tokenizer", "every id has a row", _beyond_table, remedy=f"{RIGHT_TOKENIZER}; convert drops tokens without a row"),
+    Rule("tokenizer", "one id for each token", _contradictions, remedy=RIGHT_TOKENIZER),
     Rule("tokenizer", "names of bos and eos", _role_names, "warning", "every llava-weights command that writes a model repairs this"),
     *rules_tokenizer.TOKENIZER_RULES,
 )
@@ -155,7 +154,7 @@ LLAMA_RULES = (
     *rules_values.ANY_CONFIG,
     Rule(GENERATION_CONFIG, "special ids", generation_ids),
     *rules_values.GENERATING,
-    Rule("tokenizer", "there", tokenizer_missing, "warning", TAKE_TOKENIZER),
+    Rule("tokenizer", "there", tokenizer_missing, "warning", RIGHT_TOKENIZER),
     *SHARED_RULES,
 )
 LLAVA_RULES = (
@@ -172,7 +171,7 @@ LLAVA_RULES = (
     *rules_values.ORIGINAL_CONFIG,
     Rule(GENERATION_CONFIG, "special ids", generation_ids, remedy=REPAIR_ORIGINAL),
     *rules_values.GENERATING,
-    Rule("tokenizer", "there", tokenizer_missing, "warning", TAKE_TOKENIZER),
+    Rule("tokenizer", "there", tokenizer_missing, "warning", RIGHT_TOKENIZER),
     *SHARED_RULES,
     rules_tokenizer.BLANKS,
     *rules_values.IMAGES,

@@ -36,7 +36,7 @@ from ..errors import MOST_JOBS, InputError, OutputError, UsageError, whole_numbe
 from ..events import Listener, Note
 from ..families.files import META_FILE, WEIGHT_SUFFIXES
 from ..families.layouts import VOCABULARY, canonical
-from ..findings import KIND, RULES, Finding, exit_code
+from ..findings import OTHER_RULES, STATE_RULES, Finding, exit_code
 from ..formats.folder import META_SIZE, WEIGHTS, member, optional
 from ..formats.integer_delta import is_integer_delta
 from ..storage.atomic import output_error, write_file
@@ -184,7 +184,7 @@ def verify(
 
 def rules() -> list[str]:
     """The names of all rules, which `allow` takes."""
-    return sorted({*RULES, *(rule.name for table in RULES_OF_LAYOUT.values() for rule in table)})
+    return sorted({*OTHER_RULES, *(rule.name for table in RULES_OF_LAYOUT.values() for rule in table)})
 
 
 def _check_options(
@@ -279,7 +279,7 @@ def _settled(findings: list[Finding], asked: list[Finding], more: bool) -> list[
     def settled(each: Finding) -> Finding:
         if each.verdict == "unproved" and each.level in ("L2", "L3"):
             return replace(each, verdict="unchecked", part="")
-        if proved and each.rule in KIND and each.verdict in ("failed", "warning"):
+        if proved and each.rule in STATE_RULES and each.verdict in ("failed", "warning"):
             return replace(each, verdict="note", text=f"{each.text}; so is what it was compared with")
         return each
 

@@ -19,12 +19,12 @@ from ..checkpoint.hf_tokenizer import END_OF_TEXT
 from ..checkpoint.sentencepiece import CONTROL, NORMAL, UNKNOWN
 from ..checkpoint.tower import tower_shapes
 from ..checks.rules_tokenizer import BYTE
-from ..families.decoders import BY_TYPE as DECODERS
+from ..families.decoders import DECODER_BY_TYPE as DECODERS
 from ..families.layouts import meta_names, spelled
 from ..families.originals import Original
-from ..families.projectors import LINEAR, NAMES
-from ..families.targets import BY_TYPE as TARGETS
-from ..families.towers import BY_KIND as TOWERS
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_NAMES
+from ..families.targets import TARGET_BY_TYPE as TARGETS
+from ..families.towers import TOWER_BY_KIND as TOWERS
 from ..storage.strict_json import json_bytes
 
 SIZE, FILES = "13B", 2  # Meta's name and number of model-parallel files; only the layout is that of 13B
@@ -198,7 +198,7 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
 def _projector_shapes(kind: str) -> dict[str, tuple[int, ...]]:
     wide, narrow = TEXT_SIZES["hidden_size"], TOWER_SIZES["hidden_size"]
     found = [(wide, narrow), (wide,)] if kind == "linear" else [(wide, narrow), (wide,), (wide, wide), (wide,)]
-    names = LINEAR if kind == "linear" else NAMES
+    names = LINEAR_NAMES if kind == "linear" else PROJECTOR_NAMES
     return {spelled(name, "llava"): shape for name, shape in zip(names, found, strict=True)}
 
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config import RIGHT_CONFIG, known_decoder
+from ..checkpoint.config import known_decoder
 from ..checkpoint.hf_config import select_layer
+from ..checkpoint.small_files import RIGHT_CONFIG
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
 from ..errors import InputError
-from ..families.decoders import CLASSES, KINDS, PARTS
+from ..families.decoders import CLASSES, RUNNABLE_PART_TYPES, RUNNABLE_TYPES
 from ..families.layouts import canonical
 from ..families.targets import DEFAULT_PARTS, TARGETS
 from ..tensors.lazy import FLOATS, LazyTensor
@@ -127,8 +128,8 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     import torch
 
     kind = checkpoint.config.get("model_type")
-    if kind not in KINDS.get(checkpoint.layout, ()):
-        facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(KINDS.values(), ()))}
+    if kind not in RUNNABLE_TYPES.get(checkpoint.layout, ()):
+        facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(RUNNABLE_TYPES.values(), ()))}
         raise InputError(
             f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint="`verify` and `diff` check what can't be run"
         )
@@ -233,11 +234,11 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
 
     transformers = _transformers()
     settings = _plain(config)
-    for part, kinds in PARTS.items():
+    for part, kinds in RUNNABLE_PART_TYPES.items():
         inner = settings.get(part, {})
         if not isinstance(inner, dict) or inner.setdefault("model_type", DEFAULT_PARTS[part]) not in kinds:
             raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT_CONFIG)
-    layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in PARTS))]
+    layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in RUNNABLE_PART_TYPES))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):
         raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT_CONFIG)
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[kind])
@@ -253,7 +254,7 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the keys of `DROPPED_KEYS`, so that none names code to run; its parts keep their `model_type`."""
     kept = {key: value for key, value in config.items() if not DROPPED_KEYS.fullmatch(key)}
-    for part in PARTS:
+    for part in RUNNABLE_PART_TYPES:
         if isinstance(inner := kept.get(part), dict):
             kept[part] = _plain(inner) | {"model_type": inner["model_type"]} if "model_type" in inner else _plain(inner)
     return kept

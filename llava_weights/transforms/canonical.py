@@ -21,10 +21,10 @@ from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
 from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
-from ..families.layouts import LAYOUTS, PART, TABLES, canonical, spelled
+from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
 from ..families.originals import Original, fitting
-from ..families.projectors import ACTIVATION, LINEAR, NAMES, projector_type
-from ..families.targets import BY_TYPE as TARGETS
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
+from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.targets import Target
 from ..tensors.lazy import LazyTensor, cast
 from ..text import few, shown
@@ -50,7 +50,7 @@ class Model:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding table, and is not stored."""
-        return TABLES[1] not in self.tensors
+        return VOCABULARY_TABLES[1] not in self.tensors
 
     @property
     def target(self) -> Target:
@@ -86,7 +86,7 @@ def to_canonical(
     main = dtype or main_dtype(checkpoint.parameters())
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("tower.")}
     tensors |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
-    rows = tensors[TABLES[0]].rows if TABLES[0] in tensors else 0
+    rows = tensors[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in tensors else 0
     if hub:
         image_token = image_token or _image_token(checkpoint, rows)
     _check_image_ids(checkpoint, rows)
@@ -100,7 +100,7 @@ def to_canonical(
     config, repairs, before = *_repaired(config, tensors, tokenizer, main), config
     families = _families({**before, **config}, chosen, tensors)
     _check_shapes(config, tensors, chosen)
-    activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
+    activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
     return Model(tensors, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
 
 
@@ -141,7 +141,7 @@ def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Canonical:
     """Every parameter by its canonical name. Raises InputError for an unknown name, and where two names mean one tensor."""
     found: Canonical = {}
     stored = checkpoint.parameters()
-    unknown = [name for name in stored if not re.match(PART, canonical(name))]
+    unknown = [name for name in stored if not re.match(LLAVA_PART, canonical(name))]
     if unknown:
         what = f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}"
         raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="give a LLaVA without other weights beside it")
@@ -183,7 +183,9 @@ def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
         raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     named = tower_name(config, tower) or ""
-    made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(NAMES), name=named, dtype="F32")
+    made = original_config(
+        config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(PROJECTOR_NAMES), name=named, dtype="F32"
+    )
     preprocessor, processor = (small_object(checkpoint.files, name) for name in ("preprocessor_config.json", "processor_config.json"))
     made |= {
         key: value
@@ -209,11 +211,16 @@ def _repaired(config: Mapping[str, Any], tensors: Canonical, tokenizer: HfTokeni
 def _check_shapes(config: Mapping[str, Any], tensors: Canonical, tower: VisionTower) -> None:
     """Raise InputError unless names and shapes are exactly those of a LLaVA of this config."""
     text = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith(("tower.", "projector."))}
-    check_structure(config, text, vocabulary_rows=tensors[TABLES[0]].rows)
-    hidden = tensors[TABLES[0]].shape[1]
+    check_structure(config, text, vocabulary_rows=tensors[VOCABULARY_TABLES[0]].rows)
+    hidden = tensors[VOCABULARY_TABLES[0]].shape[1]
     projector = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("projector.")}
-    one = {LINEAR[0]: (hidden, tower.hidden), LINEAR[1]: (hidden,)}
-    two = {NAMES[0]: (hidden, tower.hidden), NAMES[1]: (hidden,), NAMES[2]: (hidden, hidden), NAMES[3]: (hidden,)}
+    one = {LINEAR_NAMES[0]: (hidden, tower.hidden), LINEAR_NAMES[1]: (hidden,)}
+    two = {
+        PROJECTOR_NAMES[0]: (hidden, tower.hidden),
+        PROJECTOR_NAMES[1]: (hidden,),
+        PROJECTOR_NAMES[2]: (hidden, hidden),
+        PROJECTOR_NAMES[3]: (hidden,),
+    }
     if projector not in (one, two):
         facts = {spelled(name, "llava"): str(list(shape)) for name, shape in projector.items()}
         hint = (

@@ -21,10 +21,10 @@ from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import check_tower, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
-from ..families.layouts import TABLES, canonical, spelled
-from ..families.projectors import FORMS, LINEAR, NAMES, projector_type
+from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_FORMS, PROJECTOR_NAMES, projector_type
 from ..families.prompts import CONVERSATIONS
-from ..families.targets import MULTIPLE
+from ..families.targets import VOCABULARY_MULTIPLE
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
@@ -35,7 +35,7 @@ from .projector import paired, single
 TO_LAYOUTS = ("llava-hf", "llava")
 # The options of llava-hf, with the values of those that have a few.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "projector_form": tuple(FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
+    "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
@@ -122,7 +122,7 @@ def to_llava_hf(
     elif tensors.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
     rows = _rows(model, vocab_size, bool(tiles))
-    tensors |= {name: resized(tensors[name], rows) for name in TABLES if name in tensors}
+    tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
     config = llava_hf_config(
         model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(tensors), tiles=tiles
@@ -162,12 +162,14 @@ def to_llava(
     model = to_canonical(checkpoint, tower, None, dtype, accept_tower=accept_tower)
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
     tensors = dict(model.tensors)
-    if NAMES[0] in tensors and (one := single(tensors, model.activation)) is not None:
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
+    if PROJECTOR_NAMES[0] in tensors and (one := single(tensors, model.activation)) is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in PROJECTOR_NAMES} | dict(
+            zip(LINEAR_NAMES, one, strict=True)
+        )
     projector = projector_type(tensors)
     files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
     rows = _unpadded(checkpoint, model, model.rows) or rows
-    tensors |= {name: resized(tensors[name], rows) for name in TABLES if name in tensors}
+    tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     config = _back_config(model, tower_name, projector, rows, main_dtype(tensors))
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
     pad = config["pad_token_id"]
@@ -190,16 +192,16 @@ def _two_layers(model: Model, form: str | None) -> tuple[Canonical, str, str]:
 
     Raises UsageError for a form where the projector has two layers of its own."""
     tensors = dict(model.tensors)
-    if LINEAR[0] not in tensors and form is None:
+    if LINEAR_NAMES[0] not in tensors and form is None:
         return tensors, model.activation, ""
-    if LINEAR[0] in tensors:
-        weight, bias = (tensors.pop(name) for name in LINEAR)
+    if LINEAR_NAMES[0] in tensors:
+        weight, bias = (tensors.pop(name) for name in LINEAR_NAMES)
     elif (one := single(tensors, model.activation)) is not None:
         weight, bias = one
     else:
         raise UsageError("the projector has two layers of its own, so `--projector-form` can change nothing", hint="leave it out")
     form = form or "identity"
-    return {**tensors, **paired(weight, bias, form)}, FORMS[form], form
+    return {**tensors, **paired(weight, bias, form)}, PROJECTOR_FORMS[form], form
 
 
 def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
@@ -213,7 +215,7 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
         return wanted
     if not model.tokenizer.grew or (tiles and used <= rows):
         return max(rows, used)
-    return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
+    return -(-max(rows + 2, used) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
@@ -281,7 +283,13 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
 def _ordered(tensors: Canonical, model: Model) -> Iterator[str]:
     """The same order for every input: decoder, head, tower, projector."""
     text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
-    order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
+    order = [
+        *map(canonical, text),
+        *(f"tower.{name}" for name in tower_shapes(model.tower.config)),
+        *LINEAR_NAMES,
+        *PROJECTOR_NAMES,
+        "newline",
+    ]
     return (name for name in order if name in tensors)
 
 

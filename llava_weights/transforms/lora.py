@@ -23,7 +23,7 @@ from ..checkpoint.config import repair_config, repair_generation_config
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
-from ..families.layouts import MULTIMODAL, TABLES, VOCABULARY, Names, canonical
+from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical
 from ..storage.hub import may_be_revised
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
@@ -145,7 +145,7 @@ def _place(
     """Enter everything that `adapter` holds into `places`. Raises InputError naming what has no place in the base."""
     wanted = {_target(module): module for module in adapter.modules}
     biases = {f"{module.name}.bias": module for module in adapter.modules if module.bias is not None}
-    found, lost = Names(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
+    found, lost = BaseNames(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
     new = [name for name in lost if name in adapter.replacements and _may_be_new(name, tensors)]
     if lost := [name for name in lost if name not in new]:
         raise InputError(
@@ -206,7 +206,7 @@ def _update(module: Module, weight: float) -> LowRank:
 def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic) -> LazyTensor:
     if place.replacement is not None:
         replaced = cast(place.replacement, tensor.dtype)
-        grows = canonical(name) in TABLES and replaced.shape[1:] == tensor.shape[1:]
+        grows = canonical(name) in VOCABULARY_TABLES and replaced.shape[1:] == tensor.shape[1:]
         if replaced.shape != tensor.shape and not grows:
             what = f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter"
             raise MismatchError(what, hint="give the base that the adapter was trained on")

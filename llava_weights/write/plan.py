@@ -19,7 +19,7 @@ from ..checkpoint.diagnose import role_of
 from ..checkpoint.small_files import small_bytes
 from ..errors import MOST_JOBS, UsageError, whole_number
 from ..storage.strict_json import json_bytes
-from ..tensors.holes import MORE, Watch, told
+from ..tensors.holes import MORE, Watch, hole_sentences
 from ..tensors.lazy import LazyTensor
 from ..tensors.windows import WINDOW_BYTES, MiB, cut
 from ..text import redact
@@ -154,7 +154,7 @@ def _watch(checkpoint: Checkpoint, accept: bool) -> Watch:
 def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...]:
     """`history` with a warning in its last step for each of these holes that no warning names yet."""
     known = {warning.rpartition(": ")[0] for step in history for warning in step.warnings}  # one range may have two reasons
-    new = told(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
+    new = hole_sentences(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
     if not history or not new or any(warning.endswith(MORE) for step in history for warning in step.warnings):
         return history
     return (*history[:-1], replace(history[-1], warnings=(*history[-1].warnings, *new)))
