@@ -55,15 +55,16 @@ class Note:
 
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
+Listener = Callable[[Event], None]  # what `on_event=` takes
 
 _turn = threading.Lock()
-_listeners: list[tuple[Callable[[Event], None], dict[str, float]]] = []
+_listeners: list[tuple[Listener, dict[str, float]]] = []
 
 
 @contextmanager
-def listening(on_event: Callable[[Event], None]) -> Iterator[None]:
+def listening(on_event: Listener) -> Iterator[None]:
     """Inside, `on_event` hears what `tell` says, in whatever thread: what is found or tried again where no listener is handed down."""
-    listener: tuple[Callable[[Event], None], dict[str, float]] = (on_event, {})
+    listener: tuple[Listener, dict[str, float]] = (on_event, {})
     _listeners.append(listener)
     try:
         yield

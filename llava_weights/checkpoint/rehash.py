@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..events import Event, Progress, Started
+from ..events import Event, Listener, Progress, Started
 from ..formats.folder import same_header
 from ..storage.reading import READABLE, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
 from ..storage.threads import Shield, in_threads
@@ -109,9 +109,6 @@ def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
         if bits.max() == ones:
             count += int(np.count_nonzero(bits == ones))
     return count
-
-
-Listener = Callable[[Event], None]
 
 
 def _silent(event: Event) -> None:

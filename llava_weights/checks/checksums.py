@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..checkpoint.manifest import GIT, Manifest, Sum, TensorEntry, find_manifest
 from ..checkpoint.rehash import Reading, digest_file, digests, rehash, size_of
 from ..checkpoint.tower import open_tower
 from ..errors import HubError, InputError, LlavaWeightsError
-from ..events import Event
+from ..events import Listener
 from ..families.files import CONFIG_FILES, WEIGHT_SUFFIXES
 from ..families.layouts import DROPPED, TABLES, Names, canonical
 from ..families.projectors import NAMES
@@ -154,9 +154,7 @@ def _recorded_checkpoint(manifest: Manifest) -> Checkpoint | None:
     return Checkpoint(tensors, config, Origin(folder.name, folder, "safetensors", ()), files) if config else None
 
 
-def read_reference(
-    reference: Reference, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
-) -> tuple[Reference, list[Finding]]:
+def read_reference(reference: Reference, *, jobs: int = 2, on_event: Listener = lambda event: None) -> tuple[Reference, list[Finding]]:
     """The reference with digests of its values, and what is wrong with a manifest that lies beside them: it is not asked for any.
 
     Raises InputError where the values can't be read.
@@ -194,7 +192,7 @@ def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = N
 
 
 def compare_tower(
-    checkpoint: Checkpoint, reading: Reading, given: Checkpoint, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+    checkpoint: Checkpoint, reading: Reading, given: Checkpoint, *, jobs: int = 2, on_event: Listener = lambda event: None
 ) -> tuple[list[Finding], dict[str, str]]:
     """The tower in `checkpoint` beside the one that was given, cast to its dtype; and the tensors that it proves, with the reason."""
     tower, label = open_tower(given), shown(given.origin.name)

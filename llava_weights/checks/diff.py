@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Source, opened
 from ..errors import MOST_JOBS, UsageError, finite, whole_number
-from ..events import Event, Progress, Started
+from ..events import Listener, Progress, Started
 from ..families.layouts import TABLES, Names, canonical
 from ..formats.folder import same_header
 from ..storage.reading import Workspace, check_crcs, steady
@@ -97,7 +97,7 @@ def diff(
     tolerance: float = 0.0,
     rows: bool = True,
     jobs: int = 2,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Listener = lambda event: None,
 ) -> Difference:
     """Compare every tensor of `a` with its partner in `b`, each open or a path.
 
@@ -121,7 +121,7 @@ def diff(
 
 
 def _measure_all(
-    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Callable[[Event], None]
+    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Listener
 ) -> list[TensorDifference]:
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]
     on_event(Started(shards=len(pairs), nbytes=sum(nbytes), what="Comparing"))

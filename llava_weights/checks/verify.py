@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..checkpoint.manifest import (
 )
 from ..checkpoint.rehash import Reading, rehash, size_of
 from ..errors import MOST_JOBS, InputError, OutputError, UsageError, whole_number
-from ..events import Event, Note
+from ..events import Listener, Note
 from ..families.files import META_FILE, WEIGHT_SUFFIXES
 from ..families.layouts import VOCABULARY, canonical
 from ..findings import KIND, RULES, Finding, exit_code
@@ -45,6 +45,7 @@ from ..storage.output_file import check_file
 from ..storage.reading import present
 from ..storage.strict_json import json_bytes
 from ..text import is_text, listed, shown, size
+from ..transforms.lora import Adapters
 from . import checksums as other
 from .checksums import DAMAGED, PUBLISHED, compare, compare_tower, counted, differing, failed, find_reference, folded, kind, read_reference
 from .compare_files import compare_files
@@ -58,7 +59,6 @@ CHECKED_STRUCTURE = ("llama", "llava")  # layouts for which checkpoint/config.py
 DEEP = "pass `--deep` to read everything"
 LONGEST_WARNING = 500  # characters of a recorded warning that are shown
 WRITE_SUMS = "run `llava-weights checksum` now to find any later change"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def verify(
     deep: bool = False,
     base: Source | None = None,
     delta: Source | None = None,
-    lora: Sequence[str] = (),
+    lora: Adapters = (),
     vision_tower: Source | None = None,
     strict: bool = False,
     allow: Sequence[str] = (),
@@ -179,7 +179,7 @@ def _check_options(
     against: str | Path | None,
     base: Source | None,
     delta: Source | None,
-    lora: Sequence[str],
+    lora: Adapters,
     tower: Source | None,
     accept_tower: bool,
     strict: bool,

@@ -17,12 +17,12 @@ from .. import findings
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from ..checkpoint.tower import Doubts, tower_hint
 from ..errors import InputError, UsageError, VerificationError, finite
-from ..events import Note
+from ..events import Listener, Note
 from ..findings import Finding
 from ..text import shown
 from .forward import Outcome, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
-from .recording import Listener, Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
+from .recording import Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
 
 Where = Literal["text", "image"]
 Verdict = Literal["same", "plausible", "suspicious", "different"]

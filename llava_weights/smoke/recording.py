@@ -24,7 +24,7 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from ..checkpoint.manifest import environment, find_manifest, root_of_tensors
 from ..errors import InputError, UsageError
-from ..events import Event, Note
+from ..events import Listener, Note
 from ..formats.safetensors import index_safetensors, make_header
 from ..storage.output_file import check_file, write_report
 from ..storage.reading import Workspace
@@ -46,8 +46,6 @@ from ..tensors.lazy import LazyTensor, Stored
 from ..text import shown
 from .forward import Outcome, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
-
-Listener = Callable[[Event], None]
 
 SCHEMA = "llava-weights smoke 1"
 KEYS = r"vision|embeddings|layer\.\d{1,4}"

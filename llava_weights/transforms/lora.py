@@ -37,8 +37,8 @@ from .adapter_config import short_base
 IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
 NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
 
-
-AdapterSource = Adapter | str | Path
+AdapterSource = Adapter | str | Path  # what a public function takes as an adapter: one that is open, or where it is
+Adapters = AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]  # one or several, each with its weight or without
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Placed:
 
 def merge_lora(
     base: Source,
-    adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]],
+    adapters: Adapters,
     *,
     arithmetic: Arithmetic = "peft",
     scale: float = 1.0,
@@ -87,7 +87,7 @@ def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | No
     return to_dtype(dtype)
 
 
-def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:
+def _weighted(adapters: Adapters) -> list[tuple[Adapter, float]]:
     """Each adapter, opened, with its weight. Raises UsageError for what is none."""
     given = adapters if isinstance(adapters, Iterable) and not isinstance(adapters, str | bytes | os.PathLike) else [adapters]
     given = list(given)

@@ -20,7 +20,7 @@ from ..checkpoint.manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_m
 from ..checkpoint.rehash import digest_file
 from ..checkpoint.small_files import small_bytes
 from ..errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
-from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
+from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started
 from ..formats.folder import same_header
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
@@ -37,7 +37,6 @@ from .shard import ShardResult, write_shard
 from .work_folder import Job, check_ours, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,32 @@ def execute(
     restart: bool = False,
     reread: bool = True,
     complete: bool = False,
-    make_job: Callable[[Path], Job] = Job,
     on_event: Listener = lambda event: None,
 ) -> Report:
     """Write `plan` to the folder `out`, which appears complete or not at all. Interrupted work is taken up again.
 
     `pool` is any `concurrent.futures.Executor` that sees the same file system; shards go to it as they are. `reread` reads every
     shard back from the disk before `out` gets its name. `complete` is the end of a job in portions: it writes no shard, and raises
-    OutputError, naming the portions to run again, where one is missing. `make_job` may send them elsewhere (`upload.job_at`). Raises
+    OutputError, naming the portions to run again, where one is missing. Raises
     OutputError where `out` can't be written, is in use or does not come back as it was written, InputError where an input turns out
     damaged; finished shards are kept.
     """
+    return run_plan(plan, out, pool=pool, force=force, restart=restart, reread=reread, complete=complete, on_event=on_event)
+
+
+def run_plan(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    pool: Executor | None = None,
+    force: bool = False,
+    restart: bool = False,
+    reread: bool = True,
+    complete: bool = False,
+    make_job: Callable[[Path], Job] = Job,
+    on_event: Listener = lambda event: None,
+) -> Report:
+    """As `execute`. `make_job` says where the shards go, such as to an address (`upload.job_at`)."""
     if not isinstance(plan, Plan):
         raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
     if pool is not None and not isinstance(pool, Executor):

@@ -43,12 +43,12 @@ class Shard:
 
     name: str
     tensors: tuple[tuple[str, LazyTensor], ...]
-    watch: Watch | None = field(default=None, repr=False, compare=False)
+    _watch: Watch | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         """To a worker goes what is known of the files that it reads, a few kB, not of all inputs."""
         files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
-        return Shard, (self.name, self.tensors, self.watch and self.watch.within(files))
+        return Shard, (self.name, self.tensors, self._watch and self._watch.within(files))
 
     @property
     def nbytes(self) -> int:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import OutputError, UsageError
-from ..events import Note
+from ..events import Listener, Note
 from ..storage.atomic import output_error, remove
-from .execute import Listener, keeping, note_sources, preflight, to_folder, trusted, write_shards
+from .execute import keeping, note_sources, preflight, to_folder, trusted, write_shards
 from .plan import Plan
 from .work_folder import Job, lock, open_job
 
