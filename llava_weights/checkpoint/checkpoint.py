@@ -24,7 +24,7 @@ from ..storage.reading import SourceFile, unreadable
 from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
-from ..text import legible, listed, redact, redacted, scheme_of
+from ..text import brief, legible, listed, redact, redacted, scheme_of, size
 
 LARGEST_OBJECT = 1 << 20  # bytes of a small file, where nothing else is said
 
@@ -38,6 +38,9 @@ class Origin:
     container: str
     files: tuple[SourceFile, ...]
     revision: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Origin({brief(self.name)}, {self.container!r}, {len(self.files)} {'file' if len(self.files) == 1 else 'files'})"
 
     @property
     def remote(self) -> bool:
@@ -58,6 +61,9 @@ class Step:
     warnings: tuple[str, ...] = ()
     checks: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Step({self.operation!r}, {', '.join(f'{role} {brief(origin.name, 30)}' for role, origin in self.inputs[:3])})"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -70,6 +76,10 @@ class Checkpoint:
     history: tuple[Step, ...] = ()
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        done = f", by {brief(', '.join(step.operation for step in self.history))}" if self.history else ""
+        return f"Checkpoint({brief(self.origin.name)}, {self.layout!r}, {len(self.tensors)} tensors, {size(self.nbytes)}{done})"
 
     @property
     def nbytes(self) -> int:

@@ -27,7 +27,7 @@ from ..storage.threads import in_threads
 from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits, to_float32
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..tensors.windows import row_ranges
-from ..text import fold_names
+from ..text import brief, fold_names
 
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
@@ -66,6 +66,10 @@ class TensorDifference:
     non_finite_b: int = 0
     note: str = ""
 
+    def __repr__(self) -> str:
+        apart = f", {self.different} of {self.elements} values, max |d| {self.max_abs:.1e}" if self.different else ""
+        return f"TensorDifference({brief(self.name or self.other, 80)}, {self.status!r}{apart})"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -77,6 +81,10 @@ class Difference:
     tolerance: float = 0.0
     ignored_a: int = 0
     ignored_b: int = 0
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
+        return f"Difference({brief(self.name_a)}, {brief(self.name_b)}, tensors: {found or 'none'})"
 
     @property
     def equal(self) -> bool:

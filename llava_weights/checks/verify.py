@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ from ..storage.hub import HubSource, parse_source, source_text
 from ..storage.output_file import check_file
 from ..storage.reading import present
 from ..storage.strict_json import json_bytes
-from ..text import is_text, listed, shown, size
+from ..text import brief, is_text, listed, shown, size
 from ..transforms.lora import Adapters
 from . import checksums as other
 from .checksums import DAMAGED, PUBLISHED, compare, compare_tower, counted, differing, failed, find_reference, folded, kind, read_reference
@@ -72,6 +73,11 @@ class Verification:
     findings: tuple[Finding, ...]
     facts: Mapping[str, Any]
     against: str = ""
+
+    def __repr__(self) -> str:
+        counts = Counter(finding.verdict for finding in self.findings)
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        return f"Verification({brief(self.name)}, exit code {self.exit_code}, findings: {found or 'none'})"
 
     @property
     def exit_code(self) -> int:

@@ -51,6 +51,9 @@ class Tower:
     original_layer: int | None = None  # what `mm_vision_select_layer` says of a way back, None: what llava-hf said
     runs: bool = True  # whether `smoke` can compute with it
 
+    def __repr__(self) -> str:
+        return f"Tower({self.kind!r})"
+
 
 HIDDEN = "hidden_size"
 PROJECTIONS = ("k_proj", "v_proj", "q_proj", "out_proj")

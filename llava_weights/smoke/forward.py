@@ -25,7 +25,7 @@ from ..families.decoders import CLASSES, KINDS, PARTS
 from ..families.layouts import canonical
 from ..families.targets import DEFAULT_PARTS, TARGETS
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import shown
+from ..text import brief, shown
 from .image_features import IMAGE, Splice
 from .streaming import Streamed
 
@@ -49,6 +49,10 @@ class Probe:
     ids: np.ndarray  # int64 [T]; for an original LLaVA -200 stands for an image, or a run of <im_patch>
     pixel_values: np.ndarray | None = None  # float32 [images, 3, S, S], for anyres [images, tiles, 3, S, S] padded with zeros
     image_sizes: np.ndarray | None = None  # int64 [images, 2], height and width, for anyres
+
+    def __repr__(self) -> str:
+        pixels = "" if self.pixel_values is None else f", pixels {list(self.pixel_values.shape)}"
+        return f"Probe({brief(self.name)}, {len(self.ids)} ids{pixels})"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..checkpoint.tower import Doubts, tower_hint
 from ..errors import InputError, UsageError, VerificationError, finite
 from ..events import Listener, Note
 from ..findings import Finding
-from ..text import shown
+from ..text import brief, shown
 from .forward import Outcome, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
 from .recording import Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
@@ -82,6 +82,9 @@ class Row:
     flips: int
     non_finite: int
 
+    def __repr__(self) -> str:
+        return f"Row({brief(self.probe)}, {self.where!r}, {self.places} places, NMSE {self.nmse:.1e}, top-1 {self.top1:.3f})"
+
     def beyond(self, limits: Limits) -> list[str]:
         """Each limit that is passed, in words."""
         flipped = 1 - self.flips / self.places
@@ -107,6 +110,10 @@ class Smoke:
     limits: Limits
     verdict: Verdict | None
     first_wrong: str = ""
+
+    def __repr__(self) -> str:
+        wrong = f", first wrong: {self.first_wrong}" if self.first_wrong else ""
+        return f"Smoke({brief(self.name)}, against {brief(self.against)}, {self.verdict!r}, {len(self.rows)} rows{wrong})"
 
     @property
     def exit_code(self) -> int:

@@ -43,7 +43,7 @@ from ..storage.output_file import check_file, write_report
 from ..storage.reading import Workspace
 from ..tensors.dtypes import to_dtype
 from ..tensors.lazy import LazyTensor, Stored
-from ..text import shown
+from ..text import brief, shown
 from .forward import Outcome, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
 
@@ -68,6 +68,9 @@ class Recorded:
     logits: np.ndarray  # float32 [P, V]
     hidden: Mapping[str, np.ndarray] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Recorded({brief(self.probe.name)}, logits {list(self.logits.shape)}, {len(self.hidden)} hidden states)"
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -75,6 +78,10 @@ class Recording:
 
     probes: tuple[Recorded, ...]
     metadata: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        about = ", ".join(brief(self.metadata[key], 30) for key in ("layout", "dtype") if key in self.metadata)
+        return f"Recording({len(self.probes)} probes, {about})"
 
     @property
     def dtype(self) -> str:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import MismatchError
 from ..storage.reading import Record, SourceFile, Workspace
 from ..storage.threads import in_threads
+from ..text import brief
 from .dtypes import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, to_float32
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -30,6 +31,21 @@ class LazyTensor:
 
     dtype: str
     shape: tuple[int, ...]
+
+    def __init_subclass__(cls) -> None:
+        cls._repr_pretty_ = LazyTensor._repr_pretty_  # type: ignore[method-assign]  # IPython would take the `__repr__` of the subclass
+
+    def __str__(self) -> str:
+        """Short, beside the whole `repr`, which is part of a plan's identity."""
+        leaves = self.leaves()
+        names = [brief(leaf.name or leaf.file.name, 80) for leaf in leaves[:1]]
+        more = [f"{len(leaves) - 1} more"] if len(leaves) > 1 else []
+        made = f" of {' and '.join([*names, *more])}" if leaves else ""
+        return f"{type(self).__name__}({self.dtype} {list(self.shape)}{made})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython and notebooks show."""
+        printer.text(str(self))
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         """Write rows [start, stop) into `out`, `(stop - start) * row_nbytes` bytes, row-major and little-endian."""

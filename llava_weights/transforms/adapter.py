@@ -26,7 +26,7 @@ from ..storage.reading import SourceFile, present, unreadable
 from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import few, legible, listed, shown
+from ..text import brief, few, legible, listed, shown
 from .adapter_config import DAMAGED, LoraRules, quantised_base, read_rules, short_base
 from .adapter_names import Contents, bare, parameter_names, sort_names
 
@@ -59,6 +59,9 @@ class Module:
     fan_in_fan_out: bool = False
     parameter: str = ""
 
+    def __repr__(self) -> str:
+        return f"Module({brief(self.name, 80)}, {self.kind!r}, rank {self.rank}, scale {self.scale:g})"
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -76,6 +79,10 @@ class Adapter:
     peft: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        rows = f", rows of {len(self.rows)} tensors" if self.rows else ""
+        return f"Adapter({brief(self.origin.name)}, {len(self.modules)} modules, {len(self.replacements)} replaced tensors{rows})"
 
 
 def open_adapter(

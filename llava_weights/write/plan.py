@@ -22,7 +22,7 @@ from ..storage.strict_json import json_bytes
 from ..tensors.holes import MORE, Watch, told
 from ..tensors.lazy import LazyTensor
 from ..tensors.windows import WINDOW_BYTES, MiB, cut
-from ..text import redact
+from ..text import brief, redact, shards, size
 
 FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an AttributeError (facts: llava-hf 2.4)
 
@@ -50,6 +50,14 @@ class Shard:
         files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
         return Shard, (self.name, self.tensors, self._watch and self._watch.within(files))
 
+    def __str__(self) -> str:
+        """Short, beside the whole `repr`, which is part of a plan's identity."""
+        return f"Shard({brief(self.name)}, {len(self.tensors)} tensors, {size(self.nbytes)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython and notebooks show."""
+        printer.text(str(self))
+
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data, the header not counted."""
@@ -76,6 +84,11 @@ class Plan:
     history: tuple[Step, ...]
     settings: Settings = field(default_factory=Settings)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        count = sum(len(shard.tensors) for shard in self.shards)
+        done = f", by {brief(', '.join(step.operation for step in self.history))}" if self.history else ""
+        return f"Plan({shards(len(self.shards))}, {count} tensors, {size(self.nbytes)}, {self.settings.jobs} jobs{done})"
 
     @property
     def nbytes(self) -> int:
