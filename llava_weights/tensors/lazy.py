@@ -27,7 +27,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A tensor that is described but not in memory. `dtype` is spelled as safetensors does: "F16", "BF16", "F32", ..."""
+    """A tensor that is described and not in memory. It knows what values it is made of and can make any range of its rows; until then
+    nothing is read. `dtype` is spelled as safetensors does ("F16", "BF16", "F32"), `shape` is in elements.
+
+    `str` of it is short. `repr` shows everything that it is made of, since that is how a run that continues knows that the work is the
+    same.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,6 +58,7 @@ class LazyTensor:
 
     @property
     def inputs(self) -> tuple[LazyTensor, ...]:
+        """The tensors that it is made of, one step back; empty where it is stored in a file."""
         return ()
 
     def scratch(self, rows: int) -> int:
@@ -71,7 +77,7 @@ class LazyTensor:
 
     @property
     def expected_sha256(self) -> str | None:
-        """Digest that the finished values must have, where an input records it."""
+        """SHA-256 that its finished values must have, in hexadecimal, where an input records it."""
         return None
 
     @property
@@ -81,14 +87,17 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
+        """The number of its values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its values."""
         return self.numel * ITEMSIZE[self.dtype]
 
     @property
     def row_nbytes(self) -> int:
+        """Bytes of one row."""
         return math.prod(self.shape[1:]) * ITEMSIZE[self.dtype]
 
     def leaves(self) -> tuple[Stored, ...]:

@@ -58,11 +58,16 @@ def merge_lora(
     scale: float = 1.0,
     dtype: str | None = None,
 ) -> Checkpoint:
-    """`base` with the adapters merged in, in its own layout and dtype (or in `dtype`).
+    """`base` with `adapters` merged in: a checkpoint in the layout of the base, in its own dtype or in `dtype` ("F16", "BF16", "F32").
+    Nothing is written.
 
-    Base and adapters may be paths, and "PATH@0.5" weighs an adapter as (adapter, 0.5) does; `scale` multiplies all of them. Names are
-    matched across layouts. Raises UsageError for a value that an option can't have, InputError or MismatchError, naming the tensors,
-    where an adapter tensor has no place in the base or does not fit it.
+    `adapters` is one adapter or a list: each open, or a path, a name on the Hub or an address; (adapter, 0.5) weighs one, and so does
+    "PATH@0.5". `scale` multiplies all of them. Names are matched across layouts. `arithmetic` says how the sum of a weight and its update
+    is rounded: "peft" as PEFT's `merge_and_unload()` (0.21.2), "peft-safe" as with `safe_merge=True`, "peft-half" as PEFT 0.7 to 0.11 and
+    so LLaVA's own merges of 2024, "exact" computes in float64 and rounds once, with the same bits on every machine.
+
+    Raises UsageError for a value that an option can't have, InputError where an input is damaged, InputError or MismatchError, naming the
+    tensors, where an adapter's tensor has no place in the base or does not fit it, HubError where the Hub can't serve one.
     """
     dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
     base, weighted = opened(base, "base"), _weighted(adapters)

@@ -39,7 +39,9 @@ REMOTE_JOBS = 4  # workers in place of one, where inputs come over the network: 
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: the unit of work, of resume and of digests."""
+    """One output file, `name`, with the `tensors` that go into it, in order: the unit of work, of an interrupted run that continues, and of
+    checksums.
+    """
 
     name: str
     tensors: tuple[tuple[str, LazyTensor], ...]
@@ -60,13 +62,15 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data, the header not counted."""
+        """Bytes of all values, without the header."""
         return sum(tensor.nbytes for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run, without effect on the bytes written."""
+    """How a plan is carried out, without effect on what is written. `jobs` threads make `window` bytes each at a time; `drop_cache` takes
+    what was read out of the system's page cache; `upload` says that the output goes over a network.
+    """
 
     jobs: int = 2
     window: int = WINDOW_BYTES
@@ -76,7 +80,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs. `files` are the small files of the output, each as bytes or as a path to copy."""
+    """What `execute` does, settled before the first byte is written; a plan is plain data and can be pickled.
+
+    `shards` are the weight files, `config` is config.json, `files` are the other small files, each as its bytes or as a path to copy.
+    `history` is what was done to make the tensors, as manifest and card record it, `options` what was chosen of how they are cut.
+    """
 
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
@@ -92,16 +100,17 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all values, without headers."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
     def memory(self) -> int:
-        """Peak resident bytes promised for the whole process with these settings."""
+        """Most resident bytes of the whole process while the plan is carried out."""
         return _memory(self.shards, self.settings)
 
     @property
     def identity(self) -> dict[str, str]:
-        """What makes two runs the same work, by part; resume compares it and names what differs."""
+        """What makes two runs the same work, by part. A run that continues compares it, and names the part that differs."""
         sources = {leaf.file for shard in self.shards for _, tensor in shard.tensors for leaf in tensor.leaves()}
         small = {name: _digest(small_bytes(name, data, LARGEST_SMALL_FILE)) for name, data in self.files.items()}
         return {
@@ -117,6 +126,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of `identity`, in hexadecimal."""
         return _digest(json.dumps(self.identity, sort_keys=True).encode())
 
 
@@ -130,14 +140,17 @@ def make_plan(
     upload: bool = False,
     accept_values: bool = False,
 ) -> Plan:
-    """Cut `checkpoint` into shards at the boundaries, and with the names, that the Hub's libraries use.
+    """Cut `checkpoint` into shards, at the boundaries and with the names that the Hub's libraries use. Nothing is written.
 
-    `checkpoint` may be a path. `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB"; `upload` says that the
-    output goes elsewhere. Raises UsageError where they can't be read or where the work does not fit into `max_memory`.
+    `max_shard_size` is the most bytes of a shard, `max_memory` the most resident bytes of the whole process: whole numbers, or texts such
+    as "5GB" (10**9 bytes each) and "512MiB" (2**20). `jobs` is the number of threads, from 1 to 64. `upload` says that the output goes over
+    a network, which takes memory. `options` is recorded as part of what was asked for: a run with others does not continue this one's work.
 
-    Samples of the local inputs are read: InputError where zeros stand in place of values (tensors/holes.py), which `accept_values` turns
-    into
-    warnings of the last step. It holds for the whole work, as every byte is seen again while it is written.
+    Samples of the local inputs are read, and zeros that stand in place of values, as in half a download, raise InputError; with
+    `accept_values` they become warnings of the last step, while reading and writing too.
+
+    Raises UsageError for a value that an option can't have and where the work does not fit into `max_memory`, InputError where an input is
+    damaged, HubError where the Hub can't serve it.
     """
     limit, memory = parse_size(max_shard_size, "max-shard-size"), None if max_memory is None else parse_size(max_memory, "max-memory")
     whole_number("jobs", jobs, most=MOST_JOBS)
