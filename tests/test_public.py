@@ -131,6 +131,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "diff for no listener": (lambda: lib.diff(NOWHERE, NOWHERE, on_event=3), "`on_event` is of the type `int`"),
     "smoke_test for no listener": (lambda: lib.smoke_test(NOWHERE, original=NOWHERE, on_event=3), "`on_event` is of the type `int`"),
     "record for no listener": (lambda: lib.record(NOWHERE, "new", on_event=3), "`on_event` is of the type `int`"),
+    "record by a seed of no number": (lambda: lib.record(NOWHERE, "new", seed="x"), "`seed` is 'x'"),
+    "record of no probes": (lambda: lib.record(NOWHERE, "new", probes=[]), "`probes` is no list of probes"),
+    "record of texts": (lambda: lib.record(NOWHERE, "new", probes=["text"]), "`probes` is no list of probes"),
+    "make_plan with options of no names": (lambda: lib.make_plan(NOWHERE, options=3), "`options` is of the type `int`"),
     "a portion of no plan": (lambda: lib.execute_portion(BASE, "out", lw.to_portion("1/2")), "what `make_plan`"),
     "a portion of a number": (lambda: lib.to_portion(3), "is not a portion"),
     "a portion of a text": (lambda: lib.to_portion("3/2"), "is not a portion"),
@@ -162,6 +166,11 @@ def test_a_path_is_as_good_as_a_checkpoint(tmp_path: Path) -> None:
     assert lw.verify(opened(tmp_path / "a"), against=opened(tmp_path / "b")).exit_code == 0
     assert lw.checksum(opened(tmp_path / "a")) == []
     assert lw.smoke_test(opened(HUB), original=ORIGINAL, tower=opened(CLIP)).verdict == "same"
+    for lora in (f"{LORA}@0.5", [f"{LORA}@0.5"], [(LORA, 0.5)], [(lw.open_adapter(LORA), 0.5)]):
+        checked = lw.verify(tmp_path / "e", base=VICUNA, lora=lora)
+        assert checked.exit_code == 0
+    assert lw.verify(tmp_path / "e", base=VICUNA, lora=LORA).exit_code == 4
+    assert lw.inspect(opened(BASE)).document() == lw.inspect(str(BASE)).document()
     assert root(lw.make_plan(str(BASE)), "h") == root(lw.make_plan(opened(BASE)), "i")
 
 

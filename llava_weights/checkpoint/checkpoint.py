@@ -55,9 +55,9 @@ class Origin:
 class Step:
     """One thing that was done to make a checkpoint, as the manifest and the card record it.
 
-    `operation` is the command ("apply-delta"), `inputs` are its inputs, each with its role ("base", "delta", "lora", "tower"), `options`
-    those that change the output. `summary` holds the rows of the printed plan ("add": "363 tensors"), `repairs`, `notes` and `warnings` are
-    sentences, `checks` are measurements of the inputs as plain data.
+    `operation` is the command ("apply-delta"), `inputs` are its inputs, each with its role ("base", "delta", "lora", "source", "tower"),
+    `options` those that change the output. `summary` holds the rows of the printed plan ("add": "363 tensors"), `repairs`, `notes` and
+    `warnings` are sentences, `checks` are measurements of the inputs as plain data.
     """
 
     operation: str

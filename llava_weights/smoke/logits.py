@@ -32,10 +32,10 @@ PRECISION = ("F32", "F16", "BF16")  # from fine to coarse
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may differ before a checkpoint is taken for another model: `nmse` the mean square error of the logits over the mean square
-    of the reference's, `largest` the greatest |d| in standard deviations of the reference's logits, `top1` the least share of places with
-    the same first choice, `kl` the mean Kullback-Leibler divergence in nats; `hidden` the normalised mean square error of a hidden state at
-    one place, from which on a layer is called wrong. Taken from measurements: ten times the noise of a small trained model.
+    """How much may differ before a checkpoint is judged wrong: `nmse` the mean square error of the logits over the mean square of the
+    reference's, `largest` the greatest |d| in standard deviations of the reference's logits, `top1` the least share of places with the same
+    first choice, `kl` the mean Kullback-Leibler divergence in nats; `hidden` the normalised mean square error of a hidden state at one
+    place, from which on a layer is called wrong. Taken from measurements: ten times the noise of a small trained model.
     """
 
     nmse: float

@@ -36,7 +36,7 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from ..checkpoint.manifest import environment, find_manifest, root_of_tensors
-from ..errors import InputError, UsageError
+from ..errors import InputError, UsageError, whole_number
 from ..events import Listener, Note, check_listener
 from ..formats.safetensors import index_safetensors, make_header
 from ..storage.output_file import check_file, write_report
@@ -129,6 +129,10 @@ def record(
     check_listener(on_event)
     place = check_file(path, force=force)
     device, dtype = check_forward(device, dtype)
+    if seed is not None:
+        whole_number("seed", seed, least=0)
+    if probes is not None and not (isinstance(probes, Sequence) and probes and all(isinstance(probe, Probe) for probe in probes)):
+        raise UsageError("`probes` is no list of probes", hint="give one or more of the type Probe, or leave it out")
     model, clip = opened(checkpoint, "checkpoint", whole=True), opened(tower, "tower") if tower is not None else None
     check_file(place, force=force, inputs=[model.origin.path])
     for text in check_given(model, clip, accept=accept_tower).warnings:

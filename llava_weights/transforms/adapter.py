@@ -71,8 +71,8 @@ class Adapter:
 
     `modules` are the low-rank updates. `replacements` are whole tensors, such as a tuned projector. `rows` replace single rows of a table:
     their indices and the tensor that holds them in that order; negative indices count from the end of the grown table. `config` is LLaVA's
-    config.json, empty where there is none, `peft` what of adapter_config.json a merge needs, `files` are the tokenizer's files, `notes` are
-    sentences on what was found when it was opened.
+    config.json, empty where there is none, `peft` are the settings of adapter_config.json that a merge needs, `files` are the tokenizer's
+    files, `notes` are sentences on what was found when it was opened.
     """
 
     origin: Origin

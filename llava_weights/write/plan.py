@@ -68,8 +68,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a plan is carried out, without effect on what is written. `jobs` threads make `window` bytes each at a time; `drop_cache` takes
-    what was read out of the system's page cache; `upload` says that the output goes over a network.
+    """How a plan is carried out, without effect on what is written. `jobs` threads make `window` bytes each at a time; `drop_cache` drops
+    what was read from the system's page cache; `upload` says that the output goes over a network.
     """
 
     jobs: int = 2
@@ -147,13 +147,15 @@ def make_plan(
     a network, which takes memory. `options` is recorded as part of what was asked for: a run with others does not continue this one's work.
 
     Samples of the local inputs are read, and zeros that stand in place of values, as in half a download, raise InputError; with
-    `accept_values` they become warnings of the last step, while reading and writing too.
+    `accept_values` they become warnings of the last step. The same holds for what is found while the plan is carried out.
 
     Raises UsageError for a value that an option can't have and where the work does not fit into `max_memory`, InputError where an input is
     damaged, HubError where the Hub can't serve it.
     """
     limit, memory = parse_size(max_shard_size, "max-shard-size"), None if max_memory is None else parse_size(max_memory, "max-memory")
     whole_number("jobs", jobs, most=MOST_JOBS)
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f"`options` is of the type `{type(options).__name__}`, no mapping", hint="give a dict, or leave it out")
     checkpoint = opened(checkpoint, "checkpoint")
     watch = _watch(checkpoint, accept_values)
     watch.survey()
