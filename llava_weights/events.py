@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from .errors import UsageError
+
 
 @dataclass(frozen=True)
 class Started:
-    """The plan is accepted and the work begins; `done_*` were found finished from an earlier run. `shards` are tensors in a diff."""
+    """Work begins: `shards` output files (of `what` "Comparing" tensors, of "Reading" input files) with `nbytes` bytes. `done_shards` and
+    `done_nbytes` of them were finished by an earlier run. `what` is a word for people: "Writing", "Reading", "Making", "Comparing".
+    """
 
     shards: int
     nbytes: int
@@ -22,7 +26,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """`nbytes` of the whole output are written by now, those of earlier runs included; `shard` is the current file."""
+    """`nbytes` bytes of all are done by now, those of earlier runs included; `shard` is the current file or tensor."""
 
     nbytes: int
     shard: str
@@ -30,7 +34,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard has its name, its digest and its journal line. `index` counts from 1."""
+    """The output file `name` is finished, number `index` (from 1) of `shards`, with `nbytes` bytes of values; `sha256` is that of the file,
+    in hexadecimal.
+    """
 
     name: str
     index: int
@@ -41,21 +47,28 @@ class ShardDone:
 
 @dataclass(frozen=True)
 class ReadingBack:
-    """Everything is written; `nbytes` of it are read from the disk again before the output gets its name."""
+    """Everything is written; `nbytes` bytes of it are read from the disk again before the output gets its name."""
 
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence that the user should read: a warning or a fact found on the way."""
+    """A sentence, `text`, that the user should read: with `warning` something that may be wrong, else a fact found on the way."""
 
     text: str
     warning: bool = False
 
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
-Listener = Callable[[Event], None]
+Listener = Callable[[Event], None]  # what `on_event=` takes
+
+
+def check_listener(on_event: object) -> None:
+    """Raise UsageError where `on_event` can't be called."""
+    if not callable(on_event):
+        raise UsageError(f"`on_event` is of the type `{type(on_event).__name__}`, no function", hint="give a function that takes an Event")
+
 
 _turn = threading.Lock()
 _listeners: list[tuple[Listener, dict[str, float]]] = []  # each with the time of the latest event of each key

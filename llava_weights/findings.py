@@ -47,8 +47,14 @@ STATE_RULES = ("state", "bfloat16")  # on what kind of checkpoint it is: no faul
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is L0 structure, L1 plausibility, L2 files, L3 tensors, L4 derivation, L5 smoke, "against" what was named,
-    "published", the authors' own checksums (facts: verify 1.4), or "recorded", what its own manifest tells."""
+    """One thing that a check found. `verdict` is "failed" (it is wrong), "warning" (it may be wrong), "unproved" (it was asked for and
+    can't be told), "unchecked" (nothing was there to check it against), "note" (worth knowing) or "ok" (checked and right).
+
+    `subject` is the file, the tensor (equal layers folded into one name) or the config key that it is about, `text` a sentence, `remedy`
+    what to do. `level` is L0 for structure, L1 for samples of the values, L2 for files, L3 for tensors, L4 for what the sources give, L5
+    for logits, "against" for what was compared with, "published" for the authors' own checksums, "recorded" for what its own manifest
+    tells. `rule` is the short name that `verify(allow=...)` takes, `part` says in a few words what was proved.
+    """
 
     level: str
     verdict: Verdict

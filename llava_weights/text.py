@@ -250,6 +250,12 @@ def _folded(head: str, numbers: list[int], tail: str) -> str:
     return f"{unquoted(head)}{{{ranges}}}{unquoted(tail)} ({len(numbers)})"
 
 
+def brief(value: object, most: int = 48) -> str:
+    """`repr(value)` in at most `most` characters, for a line that must stay short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 4]}...{text[-1]}"
+
+
 def few(names: Iterable[str]) -> str:
     """Names for a message, folded: the first five groups, and how many more."""
     folded = fold_names(names)

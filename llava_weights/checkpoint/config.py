@@ -94,26 +94,26 @@ def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: 
 
 
 def decoder_of(config: Mapping[str, Any]) -> Decoder:
-    """The decoder that `model_type` and `architectures` name; LLaMA where a config has neither, as LlavaConfig assumes.
+    """The decoder that `model_type` and `architectures` name.
 
-    Raises InputError, by name, for a decoder that no row describes.
+    Raises InputError, by name, for a decoder that no row describes, and for a config that names none.
     """
     found = known_decoder(config)
     if found is None:
         facts = {key: shown(str(config[key])) for key in ("model_type", "architectures") if config.get(key) is not None}
         known = ", ".join(row.model_type for row in DECODERS)
+        if not _named(config):
+            raise InputError("config.json does not say what the decoder is: `model_type` is missing", hint=RIGHT_CONFIG)
         name = next((name for name in _named(config) if not _rows(name)), "several decoders at once")
         raise InputError(f"no decoder is known by the name of {shown(name)}", facts=facts, hint=f"decoders that are known: {known}")
     return found
 
 
 def known_decoder(config: Mapping[str, Any]) -> Decoder | None:
-    """As `decoder_of`, but None where no decoder has all the names that the config gives."""
+    """As `decoder_of`, but None where the config names none, or no decoder has all the names that it gives."""
     named = _named(config)
     rows = [_rows(name) for name in named]
-    if not named:
-        return DECODERS[0]
-    return next((row for row in DECODERS if all(row in fitting for fitting in rows)), None)
+    return next((row for row in DECODERS if named and all(row in fitting for fitting in rows)), None)
 
 
 def _named(config: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from ..tensors.low_rank import Arithmetic
 from ..text import shown
 from ..transforms.convert import TO_LAYOUTS, convert
 from ..transforms.delta import apply_delta
-from ..transforms.lora import merge_lora, open_weighted
+from ..transforms.lora import Adapters, merge_lora
 from .checksums import failed, folded
 
 USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
@@ -48,7 +48,7 @@ def remake(
     base: Checkpoint,
     *,
     delta: Checkpoint | None = None,
-    lora: Sequence[str] = (),
+    lora: Adapters = (),
     tower: Checkpoint | None = None,
     accept_tower: bool = False,
 ) -> Checkpoint:
@@ -62,8 +62,7 @@ def remake(
     dtype = None if options.dtype == "F64" else options.dtype  # which no command makes
     if lora:
         merged_dtype = None if made.layout == "llava-hf" else dtype
-        adapters = [open_weighted(text) for text in lora]
-        result = merge_lora(result, adapters, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
+        result = merge_lora(result, lora, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
     if made.layout == "llava-hf":
         how: Any = {"projector_form": options.projector_form, "conv_mode": options.conv_mode, "image_token": options.image_token}
         how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower}

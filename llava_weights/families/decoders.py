@@ -40,6 +40,9 @@ class Decoder:
         default_factory=lambda: {"num_key_value_heads": "num_attention_heads", "head_dim": "hidden_size // num_attention_heads"}
     )
 
+    def __repr__(self) -> str:
+        return f"Decoder({self.model_type!r})"
+
     @property
     def types(self) -> frozenset[str]:
         """Every `model_type` that a config of this decoder, or of a LLaVA on it, has."""

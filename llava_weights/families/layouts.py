@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 # Buffers that transformers <= 4.31 stored with the weights; never parameters, dropped on output.
 DROPPED = r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids"
@@ -142,6 +143,7 @@ STYLES = (
 LLAVA_PART = r"(text|head|tower|projector)\.|newline$"  # what the canonical name of every tensor of a LLaVA begins with
 
 
+@lru_cache(maxsize=1 << 16)
 def canonical(name: str) -> str:
     """The layout-free name of a tensor or module; other names stand for themselves."""
     for pattern, target in CANONICAL:

@@ -32,6 +32,9 @@ class Original:
     has: tuple[str, ...] = ()
     projector: str = "mlp2x_gelu"
 
+    def __repr__(self) -> str:
+        return f"Original({self.name!r})"
+
     def fits(self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None) -> bool:
         """Whether config, decoder, tower and `image_newline` are those of this family. `tower` and `newline`: None where not known."""
         if decoder not in self.decoders or (tower is not None and tower not in self.towers):

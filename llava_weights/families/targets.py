@@ -26,6 +26,9 @@ class Target:
     padding_processor: str = "LlavaImageProcessor"
     runs: bool = True  # whether `smoke` can compute with it
 
+    def __repr__(self) -> str:
+        return f"Target({self.model_type!r})"
+
 
 TARGETS = (
     Target(

@@ -50,6 +50,9 @@ class Tower:
     original_layer: int | None = None  # `mm_vision_select_layer` in the original layout, None: as the llava-hf config says
     runs: bool = True  # whether `smoke` can compute with it
 
+    def __repr__(self) -> str:
+        return f"Tower({self.kind!r})"
+
 
 HIDDEN = "hidden_size"
 PROJECTIONS = ("k_proj", "v_proj", "q_proj", "out_proj")

@@ -26,7 +26,7 @@ from ..families.decoders import CLASSES, RUNNABLE_PART_TYPES, RUNNABLE_TYPES
 from ..families.layouts import canonical
 from ..families.targets import DEFAULT_PARTS, TARGETS
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import shown
+from ..text import brief, shown
 from .image_features import IMAGE_INDEX, InputEmbeddings
 from .streaming import Streamed
 
@@ -43,12 +43,19 @@ DROPPED_KEYS = re.compile(
 
 @dataclass(frozen=True)
 class Probe:
-    """An input that is stored, never made again from a seed or a tokenizer."""
+    """What a model is run on. `ids` are int64 [T]; in the form of an original LLaVA -200 stands for an image. `pixel_values` are float32
+    [images, 3, S, S], or with tiles [images, tiles, 3, S, S] padded with zeros; `image_sizes`, with tiles, int64 [images, 2] of height and
+    width in pixels. They are stored as they are, never made again from a seed or a tokenizer.
+    """
 
     name: str
     ids: np.ndarray  # int64 [T]; for an original LLaVA -200 stands for an image, or a run of <im_patch>
     pixel_values: np.ndarray | None = None  # float32 [images, 3, S, S], for anyres [images, tiles, 3, S, S] padded with zeros
     image_sizes: np.ndarray | None = None  # int64 [images, 2], height and width, for anyres
+
+    def __repr__(self) -> str:
+        pixels = "" if self.pixel_values is None else f", pixels {list(self.pixel_values.shape)}"
+        return f"Probe({brief(self.name)}, {len(self.ids)} ids{pixels})"
 
 
 @dataclass(frozen=True)
@@ -222,10 +229,11 @@ def _projector(tensors: Mapping[str, LazyTensor]) -> Any:
     def linear(weight: LazyTensor) -> nn.Module:
         return nn.Linear(weight.shape[-1], weight.shape[0], device="meta", dtype=torch.float32)
 
-    if whole := tensors.get("projector.weight"):
-        return linear(whole)
     matrices = [tensors[name] for number in range(0, 16, 2) if (name := f"projector.{number}.weight") in tensors]
-    return nn.Sequential(*[module for matrix in matrices for module in (nn.GELU(), linear(matrix))][1:])
+    with torch.random.fork_rng(devices=[]):
+        if whole := tensors.get("projector.weight"):
+            return linear(whole)
+        return nn.Sequential(*[module for matrix in matrices for module in (nn.GELU(), linear(matrix))][1:])
 
 
 def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
@@ -245,7 +253,7 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
     try:
         built = config_class(**settings)
         built._attn_implementation = "eager"
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # which is drawn from although nothing is filled
             return model_class(built).eval()
     except Exception as error:  # transformers and its validators raise a dozen kinds
         raise InputError(f"transformers can't build a `{kind}` from this config: {error}", hint=RIGHT_CONFIG) from error

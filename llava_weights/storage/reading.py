@@ -32,9 +32,11 @@ STRETCH = 32 << 20
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file as it was when it was indexed; every later read checks that it is still the same file.
+    """An input file as it was when its header was read; every later read checks that it is still the same.
 
-    `path` is a path on this machine, or the address of a remote file, whose `etag` takes the place of its time.
+    `path` is a path of this machine or the address of a file that is read over the network, `size` its bytes, `mtime_ns`, `inode` and
+    `ctime_ns` what the system says of it, `etag` what a server says in their place. `header_sha256` is that of the bytes that name the
+    tensors, in hexadecimal.
     """
 
     path: str
@@ -65,10 +67,12 @@ class SourceFile:
 
     @property
     def remote(self) -> bool:
+        """Whether it is read over the network."""
         return "://" in self.path
 
     @property
     def name(self) -> str:
+        """The last part of its path."""
         return os.path.basename(self.path)
 
     @property

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import MismatchError
 from ..storage.reading import Record, SourceFile, Workspace
 from ..storage.threads import in_threads
+from ..text import brief
 from .dtypes import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, to_float32
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -26,10 +27,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A tensor that is described but not in memory. `dtype` is spelled as safetensors does: "F16", "BF16", "F32", ..."""
+    """A tensor that is described and not in memory. It knows what values it is made of and can make any range of its rows; until then
+    nothing is read. `dtype` is spelled as safetensors does ("F16", "BF16", "F32"), `shape` is in elements.
+
+    `str` of it is short. `repr` shows everything that it is made of, since that is how a run that continues knows that the work is the
+    same.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+
+    def __init_subclass__(cls) -> None:
+        cls._repr_pretty_ = LazyTensor._repr_pretty_  # type: ignore[method-assign]  # IPython would take the `__repr__` of the subclass
+
+    def __str__(self) -> str:
+        """Short, beside the whole `repr`, which is part of a plan's identity."""
+        leaves = self.leaves()
+        names = [brief(leaf.name or leaf.file.name, 80) for leaf in leaves[:1]]
+        more = [f"{len(leaves) - 1} more"] if len(leaves) > 1 else []
+        made = f" of {' and '.join([*names, *more])}" if leaves else ""
+        return f"{type(self).__name__}({self.dtype} {list(self.shape)}{made})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython and notebooks show."""
+        printer.text(str(self))
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         """Write rows [start, stop) into `out`, `(stop - start) * row_nbytes` bytes, row-major and little-endian."""
@@ -37,6 +58,7 @@ class LazyTensor:
 
     @property
     def inputs(self) -> tuple[LazyTensor, ...]:
+        """The tensors that it is made of, one step back; empty where it is stored in a file."""
         return ()
 
     def scratch(self, rows: int) -> int:
@@ -55,7 +77,7 @@ class LazyTensor:
 
     @property
     def expected_sha256(self) -> str | None:
-        """Digest that the finished values must have, where an input records it."""
+        """SHA-256 that its finished values must have, in hexadecimal, where an input records it."""
         return None
 
     @property
@@ -65,14 +87,17 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
+        """The number of its values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its values."""
         return self.numel * ITEMSIZE[self.dtype]
 
     @property
     def row_nbytes(self) -> int:
+        """Bytes of one row."""
         return math.prod(self.shape[1:]) * ITEMSIZE[self.dtype]
 
     def leaves(self) -> tuple[Stored, ...]:

@@ -55,10 +55,19 @@ def convert(
     tower_name: str | None = None,
     accept_tower: bool = False,
 ) -> Checkpoint:
-    """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`; checkpoints may be paths.
+    """`checkpoint` in the layout `to`: "llava-hf", as transformers reads it, or "llava", as haotian-liu's code and SGLang do. Nothing is
+    written.
 
-    Raises UsageError for another layout, a value that an option can't have and an option that the layout does not take, and as
-    `to_llava_hf` and `to_llava` do.
+    `tower` is the vision tower of a checkpoint that holds none; with `accept_tower` it may be another published one than the config names.
+    `dtype` is that of the output ("F16", "BF16", "F32"), by default that of each tensor. Only with "llava-hf": `projector_form` is how a
+    projector of one layer becomes one of two, "identity" (exact in transformers, the default), "relu" (for vLLM) or "gelu" (for llama.cpp
+    and MLX); `image_token` is the text of the image token; `vocab_size` is the number of rows of the vocabulary tables, the new ones being
+    the mean of the old; `conv_mode` is LLaVA's name of the prompt that the chat template writes, such as "llava_v1"; `image_aspect` is
+    "square" or "pad", how an image becomes a square. Only with "llava": `tower_name` is the tower that the config names then.
+
+    Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
+    tensors that are unknown or missing, for shapes that contradict the config and for an image token without a row, MismatchError where
+    `tower` is another published one than the config names, HubError where the Hub can't serve an input.
     """
     hub = {
         "projector_form": projector_form,

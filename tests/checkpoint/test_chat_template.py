@@ -194,8 +194,8 @@ QWEN = {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"], "mm_pr
         ("qwen", QWEN, {"<|im_start|>", "<|im_end|>"}, "a Qwen"),
         ("qwen", {**V15, "model_type": "llava_qwen"}, {"<|im_start|>"}, "a Qwen"),
         ("llama_3", V15, {"<|start_header_id|>"}, "start_header_id"),
-        ("llava_v1", {}, [], "nothing"),
-        ("llava_v1", {"model_type": ["?"], "architectures": 7, "mm_projector_type": {}, "text_config": []}, [], "nothing"),
+        ("llava_v1", {"model_type": "llava"}, [], "nothing"),
+        ("llava_v1", {"model_type": "llava", "architectures": 7, "mm_projector_type": {}, "text_config": []}, [], "nothing"),
         ("llava_llama_2", {**V15, "conv_mode": "llava_llama_2"}, {"<|im_start|>"}, "conv_mode"),
     ],
 )

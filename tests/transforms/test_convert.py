@@ -127,7 +127,7 @@ def test_hub_style_again_is_the_same(made: Callable[..., Path], tmp_path: Path) 
                 assert path.read_bytes() == (again / path.name).read_bytes(), (name, path.name)
 
 
-STYLES = {  # facts: llava-hf 2.1; Hub name -> the name under which that style keeps it
+STYLES = {  # Hub name -> the name under which that style keeps it
     "S2": lambda name: "lm_head.weight" if "lm_head" in name else f"model.{name.replace('language_model.model.', 'language_model.')}",
     "S3": lambda name: STYLES["S2"](name).replace(".vision_model.", "."),
     "S4": lambda name: name.replace(".vision_model.", "."),
