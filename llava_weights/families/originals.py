@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .targets import ANYRES_MAX
-from .targets import BY_TYPE as TARGETS
+from .targets import TARGET_BY_TYPE as TARGETS
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class Original:
     projector: str = "mlp2x_gelu"
     warning: str = ""
 
+    def __repr__(self) -> str:
+        return f"Original({self.name!r})"
+
     def fits(self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None, norm: bool = False) -> bool:
         """Whether config, rows and `image_newline` are those of this family. `tower` and `newline` are None where they are not known,
         `norm`: whether the projector begins with a LayerNorm."""
@@ -52,8 +55,8 @@ def _among(value: Any, values: tuple[Any, ...]) -> bool:
     return value in values or any(isinstance(v, re.Pattern) and isinstance(value, str) and v.fullmatch(value) for v in values)
 
 
-ANY = ("llama", "qwen2")  # a Mistral is taken by its own rows
-WHOLE = {"image_aspect_ratio": ("pad", "square", None)}
+ANY_DECODER = ("llama", "qwen2")  # a Mistral has rows of its own
+WHOLE_IMAGES = {"image_aspect_ratio": ("pad", "square", None)}
 # Images in tiles, joined with an `image_newline` behind each row: LLaVA-NeXT. With `anyres_max_N`, of which many tiles are shrunk to
 # the features of N: LLaVA-OneVision, which has one newline at the end of a video (`one_token`, what its code does without the key).
 JOINED = {"mm_patch_merge_type": ("spatial_unpad",)}
@@ -67,10 +70,10 @@ GRID = (
     "videos will be read wrongly: LLaVA-Video was trained with a newline behind each row of every frame (`mm_newline_position`), and no "
     "class of transformers has these: images are right"
 )
-SIGLIP = {"image_aspect_ratio": ("pad", "square", "anyres", None)}  # LLaVA-NeXT-Interleave says `anyres`, but takes whole images
+SIGLIP_IMAGES = {"image_aspect_ratio": ("pad", "square", "anyres", None)}  # LLaVA-NeXT-Interleave says `anyres`, but takes whole images
 CHATML, LLAMA_3 = "<|im_start|>", "<|start_header_id|>"
-MLP = {"mm_projector_type": ("mlp2x_gelu",)}
-MARKED = {"mm_projector_type": ("linear", None), "mm_use_im_start_end": (True,)}
+MLP_PROJECTOR = {"mm_projector_type": ("mlp2x_gelu",)}
+MARKED_IMAGES = {"mm_projector_type": ("linear", None), "mm_use_im_start_end": (True,)}
 
 
 def _family(
@@ -90,9 +93,9 @@ def _family(
     for title, tower, target, images in (
         (f"{name}, videos", "clip", "llava_next_video", POOLED),
         (f"{name}, images in tiles", "clip", "llava_next", TILES),
-        (name, "clip", "llava", WHOLE),
+        (name, "clip", "llava", WHOLE_IMAGES),
         (f"{name}, SigLIP, a limited number of tiles", "siglip", "llava_onevision", {**CAPPED, **ONE_NEWLINE}),
-        (f"{name}, SigLIP", "siglip", "llava", SIGLIP),
+        (f"{name}, SigLIP", "siglip", "llava", SIGLIP_IMAGES),
     ):
         if target == "llava_onevision" and not capped:
             continue
@@ -142,9 +145,9 @@ ORIGINALS: tuple[Original, ...] = (
         "llama_3",
         f"a LayerNorm in its projector, and `{LLAMA_3}` one of its tokens",
         LLAMA_3,
-        WHOLE,
+        WHOLE_IMAGES,
     ),
-    Original("ViP-LLaVA", ("llama",), ("clip",), "vipllava", "vicuna_v1", "a LayerNorm in its projector", says=WHOLE),
+    Original("ViP-LLaVA", ("llama",), ("clip",), "vipllava", "vicuna_v1", "a LayerNorm in its projector", says=WHOLE_IMAGES),
     *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML, capped=False),
     *_family(
         "LLaVA v1.6 34B",
@@ -154,10 +157,10 @@ ORIGINALS: tuple[Original, ...] = (
         token=CHATML,
     ),
     *_family("LLaVA on Mistral", ("mistral",), "mistral_instruct", "the text model is a Mistral"),
-    *_family("LLaVA on Llama 3", ANY, "llama_3", f"`{LLAMA_3}` is one of its tokens", token=LLAMA_3),
+    *_family("LLaVA on Llama 3", ANY_DECODER, "llama_3", f"`{LLAMA_3}` is one of its tokens", token=LLAMA_3),
     *_family(
         "LLaVA v0",
-        ANY,
+        ANY_DECODER,
         "llava_v0",
         "`max_sequence_length` in config.json, a key of the v0 releases alone",
         has=("max_sequence_length",),
@@ -165,16 +168,16 @@ ORIGINALS: tuple[Original, ...] = (
     ),
     *_family(
         "LLaVA v1 with marked images",
-        ANY,
+        ANY_DECODER,
         "llava_v1",
         "its projector is linear and its images stand between `<im_start>` and `<im_end>`",
-        says=MARKED,
+        says=MARKED_IMAGES,
         projector="linear",
     ),
-    *_family("LLaVA v1.5 and v1.6", ANY, "vicuna_v1", "its projector is `mlp2x_gelu`, which came with v1.5", says=MLP),
+    *_family("LLaVA v1.5 and v1.6", ANY_DECODER, "vicuna_v1", "its projector is `mlp2x_gelu`, which came with v1.5", says=MLP_PROJECTOR),
     Original(
         "LLaVA with images in tiles",
-        ANY,
+        ANY_DECODER,
         ("clip",),
         "llava_next",
         "vicuna_v1",
@@ -184,7 +187,7 @@ ORIGINALS: tuple[Original, ...] = (
     ),
     Original(
         "LLaVA with images in tiles, SigLIP",
-        ANY,
+        ANY_DECODER,
         ("siglip",),
         "llava",
         "vicuna_v1",
@@ -194,12 +197,12 @@ ORIGINALS: tuple[Original, ...] = (
     ),
     Original(
         "LLaVA v1",
-        ANY,
+        ANY_DECODER,
         ("clip", "siglip"),
         "llava",
         "llava_v1",
         "nothing in config.json or the tokens speaks for another one",
-        says=WHOLE,
+        says=WHOLE_IMAGES,
         projector="linear",
     ),
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # What LlavaConfig and LlavaNextConfig assume for a key that is left out.
-DEFAULTS: dict[str, Any] = {
+TARGET_DEFAULTS: dict[str, Any] = {
     "ignore_index": -100, "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default", "image_seq_length": 576, "multimodal_projector_bias": True,
     "tie_word_embeddings": False, "image_grid_pinpoints": None, "use_image_newline_parameter": True,
@@ -63,16 +63,19 @@ class Target:
     layernorm: bool = False  # whether its projector begins with one
     layers: tuple[int, ...] = ()  # hidden states of the tower that an original has one behind the other, where its code leaves no choice
     spelling: str = "llava"  # whose names an original of it has, of `layouts.SPELLINGS`
-    lacks: tuple[str, ...] = ()  # keys of `DEFAULTS` that its config does not have
+    lacks: tuple[str, ...] = ()  # keys of `TARGET_DEFAULTS` that its config does not have
     words: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # keys with the only value that its processor can work with
     pinpoints: tuple[tuple[int, int], ...] = ()  # that it and its image processor assume
-    defaults: Mapping[str, Any] = field(default_factory=lambda: DEFAULTS)  # what its config assumes for keys that are left out
+    defaults: Mapping[str, Any] = field(default_factory=lambda: TARGET_DEFAULTS)  # what its config assumes for keys that are left out
 
     @property
     def tokens(self) -> Mapping[str, str]:
         """The texts that stand for something else than text beside an image, by the key of the config that names their ids."""
         return {"video_token_index": self.video.token} if self.video else {}
+
+    def __repr__(self) -> str:
+        return f"Target({self.model_type!r})"
 
 
 TARGETS = (
@@ -112,7 +115,7 @@ TARGETS = (
             "mm_spatial_pool_stride": ("mm_spatial_pool_stride", None),
         },
         defaults={
-            **DEFAULTS, "image_token_index": 151646, "video_token_index": 151647, "vision_feature_layer": -1,
+            **TARGET_DEFAULTS, "image_token_index": 151646, "video_token_index": 151647, "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full", "vision_aspect_ratio": DEFAULT_RATIO,
         },
     ),
@@ -136,7 +139,8 @@ TARGETS = (
         },
         fixed={"spatial_pool_stride": 2},
         defaults={
-            **DEFAULTS, "image_token_index": 32001, "video_token_index": 32000, "spatial_pool_mode": "average", "spatial_pool_stride": 2,
+            **TARGET_DEFAULTS, "image_token_index": 32001, "video_token_index": 32000, "spatial_pool_mode": "average",
+            "spatial_pool_stride": 2,
             "video_seq_length": 288,
         },
     ),
@@ -152,14 +156,14 @@ TARGETS = (
         spelling="vip-llava",
         lacks=("vision_feature_select_strategy", "multimodal_projector_bias"),
         words={"mm_vision_tower": ("mm_vision_tower", "clip_4layers_336")},
-        defaults={**DEFAULTS, "vision_feature_layer": list(VIP_LAYERS), "projector_layernorm_eps": 1e-5},
+        defaults={**TARGET_DEFAULTS, "vision_feature_layer": list(VIP_LAYERS), "projector_layernorm_eps": 1e-5},
     ),
 )  # fmt: skip
-BY_TYPE = {row.model_type: row for row in TARGETS}
+TARGET_BY_TYPE = {row.model_type: row for row in TARGETS}
 
 # `mm_vision_select_feature` of the original -> `vision_feature_select_strategy`: without the class token, or with it.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
 # The parts of a nested config that describe other models, and what class they are where they do not say.
 DEFAULT_PARTS = {"text_config": "llama", "vision_config": "clip_vision_model"}
 # The vocabulary of a target with new tokens gets `new_rows` more and is rounded up to this (transformers' converters, for speed).
-MULTIPLE = 64
+VOCABULARY_MULTIPLE = 64

@@ -96,10 +96,10 @@ WRONG: tuple[tuple[str, str, Callable[[Path], None]], ...] = (
     (NEXT_VIDEO, "the largest in place of the mean", config(spatial_pool_mode="max")),
     (NEXT_VIDEO, "frames not pooled", config(spatial_pool_stride=1)),
     (NEXT_VIDEO, "mean and deviation of SigLIP", lambda folder: change(folder, "preprocessor_config.json", image_mean=[0.5] * 3)),
-    (VIP, "one layer off by one", config(vision_feature_layer=[-2, -5, -8, -11, 7])),
-    (VIP, "the layers in another order", config(vision_feature_layer=[-5, -2, -8, -11, 6])),
+    (VIP, "one layer off by one", config(vision_feature_layer=[-2, -5, -8, -11, 7], vision_feature_layers=[-2, -5, -8, -11, 7])),
+    (VIP, "the layers in another order", config(vision_feature_layer=[-5, -2, -8, -11, 6], vision_feature_layers=[-5, -2, -8, -11, 6])),
     (VIP, "the layernorm dropped", zero("multi_modal_projector.projector_layernorm.weight")),
-    (VIP, "another epsilon", config(projector_layernorm_eps=1e-2)),
+    (VIP, "another epsilon", config(projector_layernorm_eps=1.0)),
 )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def test_pooling_behind_the_projector_is_another_model(converted: Callable[[str]
     video = targets.BY_TYPE["llava_next_video"].video
     assert video
     later = replace(video, pooled_first=False)
-    init = image_features.Splice.__init__
-    monkeypatch.setattr(image_features.Splice, "__init__", lambda self, *parts: init(self, *parts[:-1], later))
+    init = image_features.InputEmbeddings.__init__
+    monkeypatch.setattr(image_features.InputEmbeddings, "__init__", lambda self, *parts: init(self, *parts[:-1], later))
     folder = converted(NEXT_VIDEO)
     with pytest.raises(lw.VerificationError, match="video"):
         lw.smoke_test(folder / "hf", original=folder / "llava")
