@@ -10,9 +10,10 @@ from typing import Any
 
 from ..errors import UsageError
 from ..families.deltas import KnownDelta, known_delta
-from ..families.layouts import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, canonical
+from ..families.layouts import LAYOUTS, MULTIMODAL, VOCABULARY, canonical
 from ..families.originals import fitting
-from ..families.projectors import NORM, projector_type
+from ..families.projectors import NORM, projector_type, projector_weights
+from ..families.targets import DEFAULT_PARTS, TARGET_BY_TYPE
 from ..families.towers import TOWER_BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..storage.reading import SourceFile
@@ -152,6 +153,10 @@ def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, bool, list[str], 
     if is_integer_delta(checkpoint.metadata):
         return "integer-difference delta (lossless)", True, ["safetensors metadata"], apply.format("BASE")
     title = next((entry.title for entry in LAYOUTS if entry.name == layout), "tensors of an unknown layout")
+    if layout == "llava-hf":
+        kind = checkpoint.config.get("model_type")
+        target, evidence = TARGET_BY_TYPE.get(str(kind)), ["tensor names", *([f"config says model_type {kind}"] if kind else [])]
+        return title + (f", {target.architecture}" if target else ""), False, evidence, ""
     if layout not in ("llama", "llava"):
         return title, False, ["tensor names"], ""
     found = state(checkpoint.parameters())
@@ -166,8 +171,14 @@ def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, bool, list[str], 
 
 
 def _family(checkpoint: Checkpoint) -> str:
-    """The families that an original LLaVA fits: more than one where its tower is not known; empty for other checkpoints."""
+    """The families that an original LLaVA fits: more than one where its tower is not known; the classes that a llava-hf is of; empty for
+    other checkpoints."""
     config, names = checkpoint.config, set(map(canonical, checkpoint.tensors))
+    if checkpoint.layout == "llava-hf" and config:
+        text, vision = (inner.get("model_type") if isinstance(inner := config.get(part), dict) else None for part in DEFAULT_PARTS)
+        kinds = (str(text or DEFAULT_PARTS["text_config"]), str(vision or DEFAULT_PARTS["vision_config"]).removesuffix("_vision_model"))
+        known = str(config.get("model_type")) in TARGET_BY_TYPE
+        return f"{'' if known else 'none that is known: '}{shown(str(config.get('model_type')))[1:-1]} of {' and '.join(kinds)}"
     decoder = known_decoder(config)
     if checkpoint.layout != "llava" or decoder is None or not config:
         return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
@@ -229,13 +240,13 @@ def _vocabulary(checkpoint: Checkpoint) -> str:
 
 
 def _projector(tensors: Mapping[str, LazyTensor]) -> str:
-    found = {name: tensor for name, tensor in tensors.items() if re.fullmatch(PROJECTOR, name)}
-    weights = [tensor for name, tensor in found.items() if name.endswith("weight")]
+    found = {canonical(name): tensor for name, tensor in tensors.items() if canonical(name).startswith("projector.")}
+    weights = [found[name] for name in projector_weights(found)] or [tensor for name, tensor in found.items() if name.endswith("weight")]
     if not weights:
         return ""
-    kind = projector_type(map(canonical, found)) or "of a kind that is not known"
+    kind = projector_type(found) or "of a kind that is not known"
     (*_, narrow), (wide, *_) = weights[0].shape or (1,), weights[-1].shape or (1,)
-    return f"{kind}, {narrow} to {wide}"
+    return f"{kind}{' behind a LayerNorm' if NORM[0] in found else ''}, {narrow} to {wide}"
 
 
 def _tower(checkpoint: Checkpoint) -> str:

@@ -123,7 +123,7 @@ def _layer(s: SmallFiles) -> Iterator[str]:
         if type(number) is not int or (count and not -count - 1 <= number <= count):
             yield f"`vision_feature_layer` is {as_json(layer)}, the vision tower has {count} layers"
     if layer != (older := s.of(CONFIG).get("vision_feature_layers", layer)):
-        yield f"`vision_feature_layer` is {as_json(layer)}, `vision_feature_layers` {as_json(older)}: versions of transformers read one or other"
+        yield f"`vision_feature_layer` is {as_json(layer)}, `vision_feature_layers` {as_json(older)}: readers take one or the other"
     if (strategy := s.told("vision_feature_select_strategy")) not in STRATEGIES.values():
         yield f"`vision_feature_select_strategy` is {as_json(strategy)}, not {' or '.join(STRATEGIES.values())}"
 

@@ -70,7 +70,9 @@ GRID = (
     "videos will be read wrongly: LLaVA-Video was trained with a newline behind each row of every frame (`mm_newline_position`), and no "
     "class of transformers has these: images are right"
 )
-SIGLIP_IMAGES = {"image_aspect_ratio": ("pad", "square", "anyres", None)}  # LLaVA-NeXT-Interleave says `anyres`, but takes whole images
+SIGLIP_IMAGES = {
+    "image_aspect_ratio": ("pad", "square", "anyres", None)
+}  # LLaVA-NeXT-Interleave, a Qwen, says `anyres`, but takes whole images
 CHATML, LLAMA_3 = "<|im_start|>", "<|start_header_id|>"
 MLP_PROJECTOR = {"mm_projector_type": ("mlp2x_gelu",)}
 MARKED_IMAGES = {"mm_projector_type": ("linear", None), "mm_use_im_start_end": (True,)}
@@ -86,22 +88,23 @@ def _family(
     says: Mapping[str, tuple[Any, ...]] | None = None,
     has: tuple[str, ...] = (),
     projector: str = "mlp2x_gelu",
-    capped: bool = True,
 ) -> Iterator[Original]:
-    """The rows of a family whose images come in tiles or whole, and whose tower is a CLIP or a SigLIP, `capped`: also in a limited number
-    of tiles."""
-    for title, tower, target, images in (
-        (f"{name}, videos", "clip", "llava_next_video", POOLED),
-        (f"{name}, images in tiles", "clip", "llava_next", TILES),
-        (name, "clip", "llava", WHOLE_IMAGES),
-        (f"{name}, SigLIP, a limited number of tiles", "siglip", "llava_onevision", {**CAPPED, **ONE_NEWLINE}),
-        (f"{name}, SigLIP", "siglip", "llava", SIGLIP_IMAGES),
+    """The rows of a family whose images come in tiles or whole, and whose tower is a CLIP or a SigLIP. A Qwen takes tiles of a SigLIP by
+    rows of its own."""
+    others = tuple(decoder for decoder in decoders if decoder != "qwen2")
+    for title, tower, target, images, on in (
+        (f"{name}, videos", "clip", "llava_next_video", POOLED, decoders),
+        (f"{name}, images in tiles", "clip", "llava_next", TILES, decoders),
+        (name, "clip", "llava", WHOLE_IMAGES, decoders),
+        (f"{name}, SigLIP, a limited number of tiles", "siglip", "llava_onevision", {**CAPPED, **ONE_NEWLINE}, others),
+        (f"{name}, SigLIP, images in tiles", "siglip", "llava_next", TILES, others),
+        (f"{name}, SigLIP", "siglip", "llava", SIGLIP_IMAGES, decoders),
     ):
-        if target == "llava_onevision" and not capped:
+        if not on:
             continue
         yield Original(
             title,
-            decoders,
+            on,
             (tower,),
             target,
             prompt,
@@ -148,7 +151,7 @@ ORIGINALS: tuple[Original, ...] = (
         WHOLE_IMAGES,
     ),
     Original("ViP-LLaVA", ("llama",), ("clip",), "vipllava", "vicuna_v1", "a LayerNorm in its projector", says=WHOLE_IMAGES),
-    *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML, capped=False),
+    *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML),
     *_family(
         "LLaVA v1.6 34B",
         ("llama", "mistral"),

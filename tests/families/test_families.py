@@ -49,6 +49,9 @@ def through_the_house(folder: Path, row: Original, decoder: str, tower: str) -> 
     assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == (decoder, TOWER_BY_KIND[tower].model_type)
     assert read(there, "processor_config.json")["processor_class"] == target.processor
     checked = lw.verify(there)
+    again = lw.convert(there, "llava-hf")
+    assert dict(again.config) == config
+    assert set(again.tensors) == set(lw.open_checkpoint(there).tensors)
     said = [finding for finding in checked.findings if finding.verdict in ("failed", "warning")]
     assert [finding for finding in said if finding.rule != "recorded"] == []
     assert [row.warning in finding.text for finding in said] == [True] * bool(row.warning)

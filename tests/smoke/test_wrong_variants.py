@@ -124,7 +124,7 @@ def test_each_wrong_one_fails(
 
 def test_pooling_behind_the_projector_is_another_model(converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers pools before it, as LLaVA-NeXT-Video's release did, later code behind it: that difference is seen."""
-    video = targets.BY_TYPE["llava_next_video"].video
+    video = targets.TARGET_BY_TYPE["llava_next_video"].video
     assert video
     later = replace(video, pooled_first=False)
     init = image_features.InputEmbeddings.__init__

@@ -14,8 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
+from llava_weights.cli.toy import make_llava
 from llava_weights.errors import InputError, LlavaWeightsError, UsageError
 from llava_weights.families.layouts import SPELLINGS, canonical, spelled
+from llava_weights.families.originals import ORIGINALS
+from llava_weights.families.targets import TARGETS
 from llava_weights.transforms.convert import convert
 from llava_weights.transforms.delta import apply_delta
 from llava_weights.transforms.lora import merge_lora, open_weighted
@@ -300,11 +303,27 @@ def test_the_tower_of_the_checkpoint_wins(fixtures: Path, made: Callable[..., Pa
     assert "the checkpoint itself" in (made("D") / "README.md").read_text()
 
 
+@pytest.mark.parametrize("family", ["LLaVA-OneVision", "LLaVA v1.5 and v1.6, videos", "ViP-LLaVA"])
+@pytest.mark.parametrize("style", STYLES)
+def test_key_styles_of_other_classes(tmp_path: Path, family: str, style: str) -> None:
+    make_llava(tmp_path, next(row for row in ORIGINALS if row.name == family))
+    execute(make_plan(convert(tmp_path / "llava", "llava-hf")), tmp_path / "hf")
+    names = list(tensors_of(tmp_path / "hf"))
+    shutil.copytree(tmp_path / "hf", tmp_path / "styled")
+    renamed = {STYLES[style](key): tensor for key, tensor in load_file(tmp_path / "hf" / "model.safetensors").items()}
+    save_file(renamed, tmp_path / "styled" / "model.safetensors", {"format": "pt"})
+    assert set(convert(tmp_path / "styled", "llava-hf").tensors) == set(names)
+    assert len(names) == len(renamed)
+
+
 def test_names_are_total_injective_and_inverse(fixtures: Path, made: Callable[..., Path]) -> None:
     for layout, names in (("llava-hf", tensors_of(made("D"))), ("llava", tensors_of(fixtures / SOURCES["D"][0]))):
         assert [spelled(canonical(name), layout) for name in names] == list(names)
         assert len({canonical(name) for name in names}) == len(names)
-    assert set(SPELLINGS) == {"llava", "llava-hf"}
+    assert set(SPELLINGS) == {"llava", "llava-hf", *(row.spelling for row in TARGETS)}
+    vip = ("projector.norm.weight", "projector.norm.bias", "projector.0.weight", "projector.2.bias", "text.norm.weight")
+    for layout in ("vip-llava", "llava-hf"):
+        assert [canonical(spelled(name, layout)) for name in vip] == list(vip)
 
 
 def test_every_key_is_explicit(made: Callable[..., Path]) -> None:
