@@ -41,7 +41,8 @@ class Original:
         return all(config.get(key) in values for key, values in self.says.items()) and all(config.get(key) for key in self.has)
 
 
-ANY = ("llama", "qwen2")  # a Mistral is taken by its own rows
+QWEN = ("qwen2", "qwen3")
+ANY = ("llama", *QWEN, "gemma", "gemma2", "phi3", "mixtral", "stablelm", "granite")  # a Mistral is taken by its own rows
 WHOLE = {"image_aspect_ratio": ("pad", "square", None)}
 # Images in tiles, joined with an `image_newline` behind each row: LLaVA-NeXT. `anyres_max_N` is LLaVA-OneVision, another model.
 TILES = {"image_aspect_ratio": ("anyres",), "mm_patch_merge_type": ("spatial_unpad",)}
@@ -73,7 +74,7 @@ def _family(
 
 # Tried in order, the first that fits wins: the more a row asks for, the earlier it stands.
 ORIGINALS: tuple[Original, ...] = (
-    *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML),
+    *_family("LLaVA on Qwen", QWEN, "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML),
     *_family(
         "LLaVA v1.6 34B",
         ("llama", "mistral"),

@@ -174,7 +174,8 @@ def load_original(
     for place, tensor in _by_place(checkpoint).items():
         part = place.partition(".")[0]
         parts.setdefault(part if part in parts else "decoder", {})[place] = tensor
-    decoder = _build(checkpoint.config, known.model_type, len(parts["decoder"]))
+    # as the classes of LLaVA do it, to which this is compared
+    decoder = _build({**checkpoint.config, **known.head}, known.model_type, len(parts["decoder"]))
     stream.attach(decoder, parts["decoder"], canonical)
     vision, known_tower = _vision(checkpoint, tower, stream)
     layer = select_layer(checkpoint.config, known_tower) if known_tower else 0

@@ -89,19 +89,20 @@ def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None, 
     """
     rows = table_rows(checkpoint)
     known = read_special_ids(checkpoint.files, rows)
+    first = [1 if known.bos is None else known.bos]
     hub = checkpoint.layout == "llava-hf"
     mark = image_id(checkpoint) if hub else IMAGE
     words = [word for k in range(1, 100) if (word := 3 + (7919 * k * k + 104729 * k) % max(1, known.base_vocabulary - 3)) != mark]
     added = [i for i in sorted(known.added.values())[:MOST_ADDED] if i != mark]
     probes = [
-        Probe("text", _ids([known.bos], words[:TEXT])),
-        Probe("rows", _ids([known.bos], words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
-        Probe("table", _ids([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i != mark])),
+        Probe("text", _ids(first, words[:TEXT])),
+        Probe("rows", _ids(first, words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
+        Probe("table", _ids(first, [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i != mark])),
     ]
     sight = find_sight(checkpoint, tower)
     for name, size in sight.sizes() if sight else ():
         count = sight.features(size) if hub and sight else 1
-        ids = _ids([known.bos], words[:AROUND], [mark] * count, words[TEXT : TEXT + AROUND])
+        ids = _ids(first, words[:AROUND], [mark] * count, words[TEXT : TEXT + AROUND])
         probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
     return tuple(probes)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
-from ..checkpoint.config import check_structure, decoder_of, repair_config
+from ..checkpoint.config import check_structure, decoder_of, quantization_notes, repair_config
 from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import Tokens, flat_config, original_config, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
@@ -98,6 +98,7 @@ def take_apart(
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
     tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=target.processor, model_max_length=limit)
     config, repairs, before = *_repaired(config, parts, tokenizer, main), config
+    repairs = (*quantization_notes(checkpoint.config), *repairs) if hub else repairs
     families = _families({**before, **config}, chosen, parts)
     _check_parts(config, parts, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
@@ -204,6 +205,8 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
     made |= {"mm_use_im_patch_token": "<im_patch>" in added, "mm_use_im_start_end": "<im_start>" in added}
     for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "mm_projector_type", "tie_word_embeddings"):
         made.pop(key, None)
+    if isinstance(text.get("eos_token_id"), list):
+        made["eos_token_id"] = text["eos_token_id"]
     return made | {"tie_word_embeddings": text.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
 
 
