@@ -324,7 +324,10 @@ def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes
 def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
     """`model_type` and architecture: LLaVA where there is a projector. Types of other decoders stay."""
     kind, llama = config.get("model_type"), BY_TYPE["llama"]
-    if not isinstance(kind, str) or (projector and kind == llama.model_type) or (not projector and kind.startswith("llava")):
+    if not projector and isinstance(kind, str) and kind.startswith("llava"):
+        row = decoder_of(config)
+        return {"model_type": row.model_type, "architectures": [row.architecture]}
+    if not isinstance(kind, str) or (projector and kind == llama.model_type):
         kind = llama.original_types[0] if projector else llama.model_type
     named = {llama.model_type: llama.architecture, **dict.fromkeys(llama.original_types[:2], llama.original_architectures[0])}
     return {"model_type": kind} | ({"architectures": [named[kind]]} if kind in named else {})

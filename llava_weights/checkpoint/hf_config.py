@@ -178,6 +178,12 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return text
 
 
+def _even_head(text: Mapping[str, Any]) -> int | None:
+    """The width of a head that shares out the hidden size, None where the config does not tell it."""
+    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    return hidden // heads if type(hidden) is int and type(heads) is int and heads > 0 else None
+
+
 def original_config(
     config: Mapping[str, Any], *, tower: VisionTower, tokens: Tokens, projector: str, name: str, dtype: str
 ) -> dict[str, Any]:
@@ -190,6 +196,8 @@ def original_config(
     decoder = decoder_of(text)
     kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZES}
     kept |= {key: text[key] for key in CARRIED if key in text}
+    if text.get("head_dim") and text["head_dim"] != _even_head(text):  # else every class works it out
+        kept["head_dim"] = text["head_dim"]
     strategy = config.get("vision_feature_select_strategy", "default")
     feature = next((name for name, told in STRATEGIES.items() if told == strategy), "patch")
     layer = tower.row.original_layer
