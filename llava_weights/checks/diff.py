@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -19,32 +19,32 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Source, opened
 from ..errors import MOST_JOBS, UsageError, finite, whole_number
-from ..events import Event, Progress, Started
-from ..families.layouts import TABLES, Names, canonical
+from ..events import Listener, Progress, Started, check_listener
+from ..families.layouts import VOCABULARY_TABLES, BaseNames, canonical
 from ..formats.folder import same_header
 from ..storage.reading import Workspace, check_crcs, steady
 from ..storage.threads import in_threads
 from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits, to_float32
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..tensors.windows import row_ranges
-from ..text import fold_names
+from ..tensors.windows import WINDOW_BYTES, row_ranges
+from ..text import brief, fold_names
 
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
 
-WINDOW_BYTES = 8 << 20  # bytes of a tensor read at once (facts: perf)
-CHUNK = 1 << 17  # values measured at once: small enough for the processor's cache, large enough for two threads
+CHUNK_VALUES = 1 << 17  # values measured at once: small enough for the processor's cache, large enough for two threads
 
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor of A beside its partner in B; dtypes and shapes are "" and () where there is none.
+    """One tensor of A, `name`, beside its partner `other` in B; `canonical` is the name that both have in no layout. `status` is "equal",
+    "differs", "shape", "only A" or "only B"; dtypes and shapes are "" and () where there is no partner.
 
-    `elements` were compared (only the common rows of a vocabulary table). `different` of them have other bits, or other values
-    where dtypes differ; `beyond` of these are further apart than the tolerance and decide `status`. `max_abs`, `mean_abs` (over
-    `elements`), `max_ulps` and `relative` = |B - A| / |A| (Frobenius, float64, infinite where A is zero) are over finite values;
-    `non_finite_a` and `non_finite_b` count inf and NaN among the different ones. `max_ulps` counts steps between neighbouring
-    floats, -0.0 and 0.0 being one value; None for integers and where dtypes differ.
+    `elements` values were compared (of a vocabulary table the rows that both have). `different` of them have other bits, or other values
+    where dtypes differ; `beyond` of these are further apart than the tolerance and decide `status`. Over finite values: `max_abs` and
+    `mean_abs` of |B - A| (the mean over `elements`), `relative` = |B - A| / |A| (Frobenius norms in float64, infinite where A is zero),
+    `max_ulps` the most steps between neighbouring floats (-0.0 and 0.0 are one; None for integers and where dtypes differ). `non_finite_a`
+    and `non_finite_b` count inf and NaN among the different ones. `note` says what else there is to know.
     """
 
     name: str
@@ -66,10 +66,16 @@ class TensorDifference:
     non_finite_b: int = 0
     note: str = ""
 
+    def __repr__(self) -> str:
+        apart = f", {self.different} of {self.elements} values, max |d| {self.max_abs:.1e}" if self.different else ""
+        return f"TensorDifference({brief(self.name or self.other, 80)}, {self.status!r}{apart})"
+
 
 @dataclass(frozen=True)
 class Difference:
-    """All pairs in the order of A, then what only B has. `ignored_a` and `ignored_b` count buffers that no program reads."""
+    """What `diff` found: the `tensors` in the order of A, then what only B has. `name_a` and `name_b` are the names of the checkpoints.
+    `ignored_a` and `ignored_b` count buffers that no program reads and that were left out.
+    """
 
     tensors: tuple[TensorDifference, ...]
     name_a: str
@@ -77,6 +83,10 @@ class Difference:
     tolerance: float = 0.0
     ignored_a: int = 0
     ignored_b: int = 0
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
+        return f"Difference({brief(self.name_a)}, {brief(self.name_b)}, tensors: {found or 'none'})"
 
     @property
     def equal(self) -> bool:
@@ -91,49 +101,46 @@ class Difference:
 
 
 def diff(
-    a: Source,
-    b: Source,
-    *,
-    tolerance: float = 0.0,
-    rows: bool = True,
-    jobs: int = 2,
-    on_event: Callable[[Event], None] = lambda event: None,
+    a: Source, b: Source, *, tolerance: float = 0.0, rows: bool = True, jobs: int = 2, on_event: Listener = lambda event: None
 ) -> Difference:
-    """Compare every tensor of `a` with its partner in `b`, each open or a path.
+    """Compare every tensor of `a` with its partner in `b`, across layouts, dtypes and shards. Every byte is read, nothing is written.
 
-    `rows`: vocabulary tables of unequal length are compared on the rows that both have.
+    Of one dtype, equal means equal bits; of two, equal values or both NaN. Values with |a - b| <= `tolerance` count as equal too. With
+    `rows`, vocabulary tables of different lengths are compared on the rows that both have. `jobs` is the number of threads, from 1 to 64;
+    the figures are the same with any. `on_event` is called in this thread with each Event, such as a ProgressBar; bytes are those read of
+    both.
 
-    Same dtype: equal means equal bits. Other dtypes: equal values, or both NaN. |a - b| <= `tolerance` counts as equal too.
-    `on_event` is told in this thread, as each tensor is done; `nbytes` are those read of A and B.
-    Raises UsageError for a tolerance that is no distance, InputError where an input is damaged or changes meanwhile.
+    Raises UsageError for a value that an option can't have, InputError where an input is damaged or changes meanwhile, HubError where the
+    Hub can't serve one.
     """
+    check_listener(on_event)
     if not 0 <= finite("tolerance", tolerance) < math.inf:
         hint = "pass 0 for equal bits, or a small number such as 1e-3"
         raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on", hint=hint)
     whole_number("jobs", jobs, most=MOST_JOBS)
     a, b = opened(a, "first checkpoint"), opened(b, "second checkpoint")
-    ours, theirs = a.parameters(), b.parameters()
-    pairs = list(_pairs(ours, theirs, rows))
-    files = {leaf.file for tensors in (ours, theirs) for tensor in tensors.values() for leaf in tensor.leaves()}
+    tensors_a, tensors_b = a.parameters(), b.parameters()
+    pairs = list(_pairs(tensors_a, tensors_b, rows))
+    files = {leaf.file for tensors in (tensors_a, tensors_b) for tensor in tensors.values() for leaf in tensor.leaves()}
     found = steady(lambda: _measure_all(pairs, tolerance, jobs, on_event), files, same_header)
-    ignored = len(a.tensors) - len(ours), len(b.tensors) - len(theirs)
+    ignored = len(a.tensors) - len(tensors_a), len(b.tensors) - len(tensors_b)
     return Difference(tuple(found), a.origin.name, b.origin.name, tolerance, *ignored)
 
 
 def _measure_all(
-    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Callable[[Event], None]
+    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Listener
 ) -> list[TensorDifference]:
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]
     on_event(Started(shards=len(pairs), nbytes=sum(nbytes), what="Comparing"))
     workspaces = [Workspace() for _ in range(jobs)]
     idle, done = list(workspaces), accumulate(nbytes)  # one workspace for each thread
 
-    def tell(tensor: TensorDifference) -> None:
+    def report(tensor: TensorDifference) -> None:
         on_event(Progress(next(done), tensor.name or tensor.other))
 
     try:
         with one_thread():
-            found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=tell)
+            found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=report)
         for workspace in workspaces:
             workspace.recheck_sources()
         check_crcs(workspaces)
@@ -144,7 +151,7 @@ def _measure_all(
 
 
 def table(difference: Difference, *, limit: int = 20) -> list[str]:
-    """Lines for people: one for each pattern of names with the same fate, worst first, at most `limit`, then what is equal."""
+    """Lines for people: one for each pattern of names with the same result, worst first, at most `limit`, then what is equal."""
     groups: dict[tuple[object, ...], list[TensorDifference]] = {}
     for tensor in difference.tensors:
         if tensor.status != "equal":
@@ -152,15 +159,17 @@ def table(difference: Difference, *, limit: int = 20) -> list[str]:
             pattern = re.sub(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.|$)", "{}", name, count=1)
             groups.setdefault((tensor.status, pattern, tensor.note, _kinds(tensor)), []).append(tensor)
     worst = sorted(groups.values(), key=lambda group: (STATUSES.index(group[0].status), -max(tensor.relative for tensor in group)))
-    rows = [(group[0].status, ", ".join(fold_names(tensor.name or tensor.other for tensor in group)), _told(group)) for group in worst]
+    rows = [
+        (group[0].status, ", ".join(fold_names(tensor.name or tensor.other for tensor in group)), _description(group)) for group in worst
+    ]
     shown = rows[:limit]
     width = max((len(name) for _, name, _ in shown), default=0)
-    lines = [f"{status:<7}  {name:<{width}}  {told}" for status, name, told in shown]
+    lines = [f"{status:<7}  {name:<{width}}  {text}" for status, name, text in shown]
     if len(rows) > limit:
         lines.append(f"and {len(rows) - limit} more patterns")
     notes = Counter(tensor.note for tensor in difference.tensors if tensor.status == "equal" and tensor.note)
-    told = "".join(f"; {count} {note}" for note, count in notes.items())
-    lines.append(f"equal    {difference.counts['equal']} of {len(difference.tensors)} tensors{told}")
+    more = "".join(f"; {count} {note}" for note, count in notes.items())
+    lines.append(f"equal    {difference.counts['equal']} of {len(difference.tensors)} tensors{more}")
     if difference.ignored_a or difference.ignored_b:
         lines.append(f"ignored  {difference.ignored_a} buffers in A, {difference.ignored_b} in B: no program reads them")
     return lines
@@ -186,27 +195,29 @@ class _Pair(LazyTensor):
         return (self.a, self.b)
 
 
-def _pairs(ours: Mapping[str, LazyTensor], theirs: Mapping[str, LazyTensor], rows: bool) -> Iterator[tuple[TensorDifference, _Pair | None]]:
+def _pairs(
+    tensors_a: Mapping[str, LazyTensor], tensors_b: Mapping[str, LazyTensor], rows: bool
+) -> Iterator[tuple[TensorDifference, _Pair | None]]:
     """Every tensor of A, then what only B has, each with what there is to compare."""
-    partner = {name: name for name in ours if name in theirs}
-    left, right = (Names(name for name in side if name not in partner).canonical for side in (ours, theirs))
+    partner = {name: name for name in tensors_a if name in tensors_b}
+    left, right = (BaseNames(name for name in side if name not in partner).canonical for side in (tensors_a, tensors_b))
     partner |= {name: right[key] for key, name in left.items() if key in right}
-    for name, a in ours.items():
+    for name, a in tensors_a.items():
         if name in partner:
-            b = theirs[partner[name]]
+            b = tensors_b[partner[name]]
             known = TensorDifference(name, partner[name], canonical(name), a.dtype, b.dtype, a.shape, b.shape, "shape")
             yield known, _common(known, a, b, rows)
         else:
             yield TensorDifference(name, "", canonical(name), a.dtype, "", a.shape, (), "only A"), None
     taken = set(partner.values())
-    for name, b in theirs.items():
+    for name, b in tensors_b.items():
         if name not in taken:
             yield TensorDifference("", name, canonical(name), "", b.dtype, (), b.shape, "only B"), None
 
 
 def _common(known: TensorDifference, a: LazyTensor, b: LazyTensor, rows: bool) -> _Pair | None:
     """What can be compared of the two: all of it, the common rows of a vocabulary table, or nothing."""
-    table = rows and known.canonical in TABLES and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]
+    table = rows and known.canonical in VOCABULARY_TABLES and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]
     if a.shape != b.shape and not table:
         return None
     larger = max(a.dtype, b.dtype, key=ITEMSIZE.__getitem__)
@@ -291,22 +302,22 @@ def _notes(known: TensorDifference, pair: _Pair, tally: _Tally) -> Iterator[str]
 
 
 def _compare(pair: _Pair, tolerance: float, work: Workspace) -> _Tally:
-    tally, owed, dtypes = _Tally(), list[tuple[int, int]](), (pair.a.dtype, pair.b.dtype)
+    tally, skipped, dtypes = _Tally(), list[tuple[int, int]](), (pair.a.dtype, pair.b.dtype)
     for start, stop in row_ranges(pair, WINDOW_BYTES):
-        with work.scratch((stop - start) * pair.a.row_nbytes) as ours, work.scratch((stop - start) * pair.b.row_nbytes) as theirs:
-            pair.a.rows_into(ours, start, stop, work)
-            pair.b.rows_into(theirs, start, stop, work)
-            a, b = raw_bits(ours, dtypes[0]), raw_bits(theirs, dtypes[1])
+        with work.scratch((stop - start) * pair.a.row_nbytes) as raw_a, work.scratch((stop - start) * pair.b.row_nbytes) as raw_b:
+            pair.a.rows_into(raw_a, start, stop, work)
+            pair.b.rows_into(raw_b, start, stop, work)
+            a, b = raw_bits(raw_a, dtypes[0]), raw_bits(raw_b, dtypes[1])
             if dtypes[0] == dtypes[1] and np.array_equal(a, b):
-                owed.append((start, stop))
+                skipped.append((start, stop))
                 continue
-            for first in range(0, len(a), CHUNK):
-                tally.add((a[first : first + CHUNK], b[first : first + CHUNK]), dtypes, tolerance)
-    for start, stop in owed if tally.different else ():  # their part of A's norm, which an equal tensor does not need
-        with work.scratch((stop - start) * pair.a.row_nbytes) as ours:
-            pair.a.rows_into(ours, start, stop, work)
-            a = raw_bits(ours, dtypes[0])
-            tally.norm += sum(_squares(_values(a[first : first + CHUNK], dtypes[0])) for first in range(0, len(a), CHUNK))
+            for first in range(0, len(a), CHUNK_VALUES):
+                tally.add((a[first : first + CHUNK_VALUES], b[first : first + CHUNK_VALUES]), dtypes, tolerance)
+    for start, stop in skipped if tally.different else ():  # they count in the norm of A, which is only needed where something differs
+        with work.scratch((stop - start) * pair.a.row_nbytes) as raw_a:
+            pair.a.rows_into(raw_a, start, stop, work)
+            a = raw_bits(raw_a, dtypes[0])
+            tally.norm += sum(_squares(_values(a[first : first + CHUNK_VALUES], dtypes[0])) for first in range(0, len(a), CHUNK_VALUES))
     return tally
 
 
@@ -344,7 +355,7 @@ def _kinds(tensor: TensorDifference) -> str:
     return ", ".join(f"{dtype} {list(shape)}" for dtype, shape in sides if dtype) if tensor.status not in ("equal", "differs") else ""
 
 
-def _told(group: Sequence[TensorDifference]) -> str:
+def _description(group: Sequence[TensorDifference]) -> str:
     """What happened to these tensors, which are alike: shares over all, the worst of every measure."""
     parts = [_kinds(group[0])]
     if different := sum(tensor.different for tensor in group):

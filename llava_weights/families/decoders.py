@@ -16,16 +16,17 @@ from .towers import TOWERS
 
 TokenizerKind = Literal["sentencepiece", "byte-level"]
 
-BEFORE = (Parameter("model.embed_tokens.weight", ("vocab_size", "hidden_size")),)
-AFTER = (Parameter("model.norm.weight", ("hidden_size",)),)
+BEFORE_LAYERS = (Parameter("model.embed_tokens.weight", ("vocab_size", "hidden_size")),)
+AFTER_LAYERS = (Parameter("model.norm.weight", ("hidden_size",)),)
 HEAD = (Parameter("lm_head.weight", ("vocab_size", "hidden_size")),)  # not stored where it is tied to the embedding table
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A text model. `defaults` are what its config class assumes for a key that is left out, None where it works the value out
-    (`derived`). The first of `original_types` and of `original_architectures` are what LLaVA's own code writes; plain `llava` stands on
-    every decoder in somebody's training, so the class tells, and without one it is a LLaMA.
+    """A text model. `defaults` are what its config class assumes for a key that is left out; None where it computes the value (`computed`).
+
+    LLaVA's own code writes the first of `original_types` and of `original_architectures`. The type `llava` has been used with every
+    decoder, so the architecture decides there; without one it is a LLaMA.
 
     `layer` are the tensors of each layer, by the name behind `model.layers.N.`, in storage order. `renamed` are keys of the original
     layout that its class in transformers has under another name. Where there is a `mark`, the original's names stand for this decoder only
@@ -43,15 +44,18 @@ class Decoder:
     defaults: Mapping[str, Any]
     tokenizer: TokenizerKind
     runs: bool = True  # whether `smoke` can compute with it
-    derived: Mapping[str, str] = field(
+    computed: Mapping[str, str] = field(
         default_factory=lambda: {"num_key_value_heads": "num_attention_heads", "head_dim": "hidden_size // num_attention_heads"}
     )
-    after: tuple[Parameter, ...] = AFTER
+    after: tuple[Parameter, ...] = AFTER_LAYERS
     renamed: Mapping[str, str] = field(default_factory=dict)
     mark: str = ""
     plain_rope: tuple[str, ...] = ("linear", "dynamic")
     head: Mapping[str, Any] = field(default_factory=dict)
     remark: str = ""
+
+    def __repr__(self) -> str:
+        return f"Decoder({self.model_type!r})"
 
     @property
     def types(self) -> frozenset[str]:
@@ -64,8 +68,8 @@ class Decoder:
         return frozenset((self.architecture, *self.original_architectures))
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the decoder that a whole config describes, in elements and in storage order; no head where it is tied."""
-        found = shapes(BEFORE, config)
+        """The shape of every tensor of the decoder by name, in storage order; no head where it is tied. `config` has every size."""
+        found = shapes(BEFORE_LAYERS, config)
         for number in range(config["num_hidden_layers"]):
             found |= shapes(self.layer, config, before=f"model.layers.{number}.")
         found |= shapes(self.after, config)
@@ -111,11 +115,11 @@ SCALED = (
 )
 
 # The keys that any reader of a text config asks for; readers differ in what they take where one is left out.
-SIZES = (
+SIZE_KEYS = (
     "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "rms_norm_eps",
 )  # fmt: skip
-COMMON = {
+DECODER_DEFAULTS = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "rope_scaling": None, "rope_theta": 10000.0,
     "use_cache": True, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -132,7 +136,7 @@ DECODERS = (
             "LlavaLlamaForCausalLM", "LLaMAForCausalLM", "Share4VLlamaForCausalLM", "GeoChatLlamaForCausalLM", "BunnyLlamaForCausalLM",
         ),
         layer=(*LLAMA_LAYER, *LLAMA_BIASES),
-        defaults={**COMMON, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+        defaults={**DECODER_DEFAULTS, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
         tokenizer="sentencepiece",
     ),
     # A missing window means 4096 to transformers; Mistral 0.2 says null.
@@ -144,7 +148,8 @@ DECODERS = (
         original_architectures=("LlavaMistralForCausalLM",),
         layer=LLAMA_LAYER,
         defaults={
-            **COMMON, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+            **DECODER_DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+            "sliding_window": 4096,
         },
         tokenizer="sentencepiece",
     ),
@@ -156,7 +161,7 @@ DECODERS = (
         original_architectures=("LlavaQwenForCausalLM", "LlavaQwen2ForCausalLM", "BunnyQwenForCausalLM", "BunnyQwen2ForCausalLM"),
         layer=(*LLAMA_LAYER, *_biases("q_proj", "k_proj", "v_proj")),
         defaults={
-            **COMMON, "vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "max_window_layers": 28,
+            **DECODER_DEFAULTS, "vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "max_window_layers": 28,
             "sliding_window": 4096, "use_sliding_window": False, "bos_token_id": None, "eos_token_id": None,
         },
         tokenizer="byte-level",
@@ -172,7 +177,7 @@ DECODERS = (
             Parameter("self_attn.q_norm.weight", ("head_dim",)), Parameter("self_attn.k_norm.weight", ("head_dim",)),
         ),
         defaults={
-            **COMMON, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
+            **DECODER_DEFAULTS, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
             "max_position_embeddings": 32768, "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False,
             "attention_bias": False, "bos_token_id": None, "eos_token_id": None,
         },
@@ -186,7 +191,7 @@ DECODERS = (
         original_architectures=("LlavaGemmaForCausalLM",),
         layer=(*LLAMA_LAYER, *ATTENTION_BIASES),
         defaults={
-            **COMMON, "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
+            **DECODER_DEFAULTS, "vocab_size": 256000, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28,
             "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
             "hidden_activation": None, "max_position_embeddings": 8192, "attention_bias": False, "tie_word_embeddings": True,
             "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
@@ -205,7 +210,7 @@ DECODERS = (
             *_norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
         ),
         defaults={
-            **{key: value for key, value in COMMON.items() if key != "hidden_act"},
+            **{key: value for key, value in DECODER_DEFAULTS.items() if key != "hidden_act"},
             "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
             "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 8192,
             "attention_bias": False, "query_pre_attn_scalar": 256, "sliding_window": 4096, "final_logit_softcapping": 30.0,
@@ -230,7 +235,7 @@ DECODERS = (
             *_norms("input_layernorm", "post_attention_layernorm"),
         ),
         defaults={
-            **COMMON, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+            **DECODER_DEFAULTS, "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0, "sliding_window": None,
             "embd_pdrop": 0.0, "resid_pdrop": 0.0, "eos_token_id": 32000, "pad_token_id": 32000,
         },
@@ -254,9 +259,9 @@ DECODERS = (
             *_norms("input_layernorm", "post_attention_layernorm"),
         ),
         defaults={
-            **COMMON, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6, "sliding_window": None, "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False,
-            "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+            **DECODER_DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "num_experts_per_tok": 2, "num_local_experts": 8,
+            "output_router_logits": False, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
         },
         tokenizer="sentencepiece",
         runs=False,
@@ -272,9 +277,9 @@ DECODERS = (
             *ATTENTION, *_biases("q_proj", "k_proj", "v_proj", when="use_qkv_bias"), *FEED_FORWARD,
             *_norms("input_layernorm", "post_attention_layernorm"), *_norms("input_layernorm", "post_attention_layernorm", part="bias"),
         ),
-        after=(*AFTER, *_norms("model.norm", part="bias")),
+        after=(*AFTER_LAYERS, *_norms("model.norm", part="bias")),
         defaults={
-            **{key: value for key, value in COMMON.items() if key != "rms_norm_eps"},
+            **{key: value for key, value in DECODER_DEFAULTS.items() if key != "rms_norm_eps"},
             "vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 6912, "num_key_value_heads": 32,
             "max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_qkv_bias": False,
             "qk_layernorm": False, "use_parallel_residual": False, "hidden_dropout": 0.0, "bos_token_id": 0, "eos_token_id": 0,
@@ -290,7 +295,7 @@ DECODERS = (
         original_architectures=("LlavaGraniteForCausalLM",),
         layer=(*LLAMA_LAYER, *LLAMA_BIASES),
         defaults={
-            **COMMON, "attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
+            **DECODER_DEFAULTS, "attention_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0, "attention_multiplier": 1.0,
             "residual_multiplier": 1.0, "logits_scaling": 1.0,
         },
         tokenizer="byte-level",
@@ -299,8 +304,7 @@ DECODERS = (
 )  # fmt: skip
 # Keys of a text config that are written only where one is given, since their classes work them out.
 CARRIED = ("layer_types", "partial_rotary_factor", "use_bidirectional_attention")
-BY_TYPE = {row.model_type: row for row in DECODERS}
-MAX_LAYERS = 1024  # more are refused as absurd; the deepest published one has 126
+DECODER_BY_TYPE = {row.model_type: row for row in DECODERS}
 
 # transformers.activations.ACT2FN of 4.37 and 4.57. `identity` is not among them.
 ACTIVATIONS = (
@@ -340,12 +344,13 @@ def size_name(hidden: int, layers: int) -> str:
 # What LLaVA's code of 2023 did before these keys existed: CLS dropped, images resized and cropped to a square.
 LLAVA_DEFAULTS = {"image_aspect_ratio": "square", "mm_vision_select_feature": "patch", "use_mm_proj": True}
 
-# model_type -> configuration and model class of transformers. Built explicitly: no Auto class looks at an input's config.
+# model_type -> configuration and model class of transformers. An Auto class would let an input's config choose the class.
 CLASSES = {
     **{row.model_type: (row.config_class, row.architecture) for row in DECODERS if row.runs},
     **{row.model_type: (row.config_class, row.architecture) for row in TARGETS if row.runs},
     **{row.model_type: (row.config_class, row.model_class) for row in TOWERS if row.runs},
 }
-# Layout, and part of a nested config -> what its `model_type` may say.
-KINDS = {"llama": tuple(row.model_type for row in DECODERS if row.runs), "llava-hf": tuple(row.model_type for row in TARGETS if row.runs)}
-PARTS = {"text_config": KINDS["llama"], "vision_config": tuple(row.model_type for row in TOWERS if row.runs)}
+# What `model_type` may say for `smoke` to run the model: by layout, and by the part of a nested config.
+_RUNNABLE = {part: tuple(row.model_type for row in rows if row.runs) for part, rows in (("text", DECODERS), ("vision", TOWERS))}
+RUNNABLE_TYPES = {"llama": _RUNNABLE["text"], "llava-hf": tuple(row.model_type for row in TARGETS if row.runs)}
+RUNNABLE_PART_TYPES = {"text_config": _RUNNABLE["text"], "vision_config": _RUNNABLE["vision"]}

@@ -16,20 +16,20 @@ SMALL_FILES = (*CONFIG_FILES, ADAPTER_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES
 LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")  # what a place without a listing is asked for
 
-# Weights: the name of one file, and of the shards' index, by container; what training leaves beside or instead of a model.
+# Weight files by container, and what training leaves beside or instead of a model.
 Container = Literal["safetensors", "torch", "meta"]
-STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
+STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}  # stem, suffix
 SINGLE_FILES = tuple(stem + suffix for stem, suffix in STANDARD.values())
 INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 WEIGHT_SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA keeps beside an adapter
+TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 SIDE_FILES = (*ADAPTER_FILES, *PROJECTOR_FILES, TRAINED_BESIDE)
 META_PARAMS, META_FILE, META_MOST = "params.json", r"consolidated\.\d+\.pth", 8  # Meta's own layout: files of one model at most
 META_FILES = tuple(f"consolidated.{number:02}.pth" for number in range(META_MOST))
 
-# The first line whose first pattern a repository has is downloaded, so nothing comes twice and a projector only where it is all.
+# Of a repository, the first line whose first pattern matches a file is downloaded: no weights in two formats, no projector beside a model.
 DOWNLOADS = (
     *((name, TRAINED_BESIDE) for name in ADAPTER_FILES),
     ("model.safetensors",),

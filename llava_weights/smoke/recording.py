@@ -1,8 +1,8 @@
-"""What a model gave for a few probes, and the file that it is kept in: for another program, another machine, another year.
+"""A recording: what a model computed for a few probes, and the file format, to compare with later or on another machine.
 
 One safetensors file. For each probe NAME:
 
-    ids.NAME            I64 [T]           what was run; -200 for an image in LLaVA's own form, one image token a feature in llava-hf
+    ids.NAME            I64 [T]           what was run; -200 for an image in LLaVA's own form, one image token for each feature in llava-hf
     pixel_values.NAME   F32               [images, 3, S, S] or [images, tiles, 3, S, S]; only with an image
     image_sizes.NAME    I64 [images, 2]   height and width; only with tiles
     image.NAME          U8 [T']           1 where a place of the sequence that was computed is a feature of an image
@@ -14,8 +14,7 @@ One safetensors file. For each probe NAME:
 A projection is a sum with signs by `signs`. `hidden` may be missing, as in a reference by another program. `__metadata__` holds
 texts: `schema`, `layout` ("llava", "llava-hf", "llama": whose form the ids are in), `dtype` of the computation ("F32"), and for people
 `model`, `root.tensors`, `producer`, `device`, `attention`, `tf32`, `date`, versions, and `seed`, with which the ids of the built-in
-probes were drawn. `adapter` = "unmerged" says that a LoRA was
-applied beside the weights, so that weights that were rounded after its merge are forgiven their rounding.
+probes were drawn. `adapter` = "unmerged" says that a LoRA was applied beside the weights, so that a merge may differ by its rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,33 +35,42 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from ..checkpoint.manifest import environment, find_manifest, root_of_tensors
-from ..errors import InputError, UsageError
-from ..events import Event, Note
+from ..errors import InputError, UsageError, whole_number
+from ..events import Listener, Note, check_listener
 from ..formats.safetensors import index_safetensors, make_header
 from ..storage.output_file import check_file, write_report
 from ..storage.reading import Workspace
 from ..tensors.dtypes import to_dtype
 from ..tensors.lazy import LazyTensor, Stored
-from ..text import shown
+from ..text import brief, shown
 from .forward import Outcome, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
 
-Listener = Callable[[Event], None]
-
-SCHEMA = "llava-weights smoke 1"
+RECORDING_SCHEMA = "llava-weights smoke 1"
 KEYS = r"vision|embeddings|layer\.\d{1,4}"
-PART = re.compile(rf"(?:(ids|pixel_values|image_sizes|image|positions|logits|top)\.(.+)|hidden\.(.+)\.({KEYS}))")
-DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1"}
-EXPECTED = {"ids": "I64", "pixel_values": "F32", "image_sizes": "I64", "image": "U8", "positions": "I64", "logits": "F32", "top": "I64"}
-LARGEST = 1 << 30  # bytes of a file that are read; one of a 13B has some 10 MB
-LOGITS = 1 << 19  # values of a probe: 2 MB, 16 places of 32,000 (facts: verify 2.3)
-LEAST = 16
-PROJECTIONS, PLACES = 64, 4
+ARRAY_NAME = re.compile(rf"(?:(ids|pixel_values|image_sizes|image|positions|logits|top)\.(.+)|hidden\.(.+)\.({KEYS}))")
+ARRAY_DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1"}
+EXPECTED_DTYPES = {
+    "ids": "I64",
+    "pixel_values": "F32",
+    "image_sizes": "I64",
+    "image": "U8",
+    "positions": "I64",
+    "logits": "F32",
+    "top": "I64",
+}
+LARGEST_FILE = 1 << 30  # bytes of a file that are read; one of a 13B has some 10 MB
+MOST_LOGITS = 1 << 19  # values of a probe: 2 MB, 16 places of 32,000
+LEAST_POSITIONS = 16
+SKETCH_SIZE, SKETCHED_PLACES = 64, 4
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One probe and what came of it. `hidden`: "vision", "embeddings", "layer.0", ..., each as `sketch` makes it."""
+    """One probe and what came of it. `image` is bool [T'], true where a place of the sequence that was computed is a feature of an image.
+    `positions` are int64 [P], the places that `logits`, float32 [P, V], are of: those at p predict what follows position p. `hidden` holds
+    float32 [n, 66] for "vision", "embeddings", "layer.0" and so on: place, root mean square and 64 projections of the hidden state there.
+    """
 
     probe: Probe
     image: np.ndarray  # bool [T']
@@ -70,20 +78,32 @@ class Recorded:
     logits: np.ndarray  # float32 [P, V]
     hidden: Mapping[str, np.ndarray] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Recorded({brief(self.probe.name)}, logits {list(self.logits.shape)}, {len(self.hidden)} hidden states)"
+
 
 @dataclass(frozen=True)
 class Recording:
-    """What is compared with. `metadata` as described above."""
+    """What a model gave for a few probes, to compare others with. `metadata` holds texts: `schema`, `layout` (whose form the ids are in),
+    `dtype` of the computation, and for people `model`, `root.tensors`, `producer`, `device`, `date`, versions and the `seed` of the
+    built-in probes.
+    """
 
     probes: tuple[Recorded, ...]
     metadata: Mapping[str, str]
 
+    def __repr__(self) -> str:
+        about = ", ".join(brief(self.metadata[key], 30) for key in ("layout", "dtype") if key in self.metadata)
+        return f"Recording({len(self.probes)} probes, {about})"
+
     @property
     def dtype(self) -> str:
+        """The dtype of the computation: "F32", "BF16" or "F16"."""
         return self.metadata["dtype"]
 
     @property
     def layout(self) -> str:
+        """Whose form the ids are in: "llava", "llava-hf" or "llama"."""
         return self.metadata["layout"]
 
 
@@ -101,14 +121,25 @@ def record(
     seed: int | None = None,
     on_event: Listener = lambda event: None,
 ) -> Recording:
-    """Run `probes` (else the built-in ones) and keep what comes of them in `path`, in the form that recording.py describes.
+    """Run `checkpoint` on a few probes, and keep what comes of them in the safetensors file `path`, for `smoke_test(reference=...)`.
 
-    The built-in ones read a row of each part of the vocabulary table, by `seed`: another one each time where none is given, so that
-    several recordings read more than one. Raises UsageError for a value that an option can't have, and as `load_forward`, `check_given`
-    and `write_recording`.
+    `probes` are what it is run on, by default built-in ones: text and, where there is a vision tower, images. `seed` draws the ids of the
+    built-in ones, a whole number; by default another one each time, so that several recordings read more rows of the vocabulary table.
+    `tower` is the vision tower of an original LLaVA that holds none; with `accept_tower` it may be another published one than the config
+    names. `device` is "cpu", "cuda" or "cuda:N"; `dtype` is that of the computation, "F32", "BF16" or "F16". Layers are read one by one;
+    `resident` keeps them on the device. `force` replaces a file that is there. `on_event` is called with each Event, such as a ProgressBar.
+
+    Raises UsageError for a value that an option can't have and for a `tower` that nothing has a use for, OutputError where the file exists
+    or can't be written, InputError where the checkpoint is damaged, is of no kind that can be run, or gives logits that are not finite,
+    MismatchError where `tower` is not the one that the config names, HubError where the Hub can't serve one.
     """
+    check_listener(on_event)
     place = check_file(path, force=force)
     device, dtype = check_forward(device, dtype)
+    if seed is not None:
+        whole_number("seed", seed, least=0)
+    if probes is not None and not (isinstance(probes, Sequence) and probes and all(isinstance(probe, Probe) for probe in probes)):
+        raise UsageError("`probes` is no list of probes", hint="give one or more of the type Probe, or leave it out")
     model, clip = opened(checkpoint, "checkpoint", whole=True), opened(tower, "tower") if tower is not None else None
     check_file(place, force=force, inputs=[model.origin.path])
     for text in check_given(model, clip, accept=accept_tower).warnings:
@@ -142,11 +173,8 @@ def make_recording(
     for probe in probes:
         outcome = runner(probe)
         if wrong := int((~np.isfinite(outcome.logits)).sum()):
-            raise InputError(
-                f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers",
-                facts={"probe": probe.name},
-                hint="`llava-weights verify --deep` names the tensors that are damaged",
-            )
+            what = f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers"
+            raise InputError(what, facts={"probe": probe.name}, hint="`llava-weights verify --deep` names the tensors that are damaged")
         made.append(recorded(probe, outcome, image_places(checkpoint, probe, len(outcome.logits), tower)))
         on_event(Note(f"{probe.name}: ran {len(outcome.logits):,} places, kept the logits of {len(made[-1].positions):,}"))
     manifest = find_manifest(checkpoint.origin.path)
@@ -183,13 +211,14 @@ def load_runner(checkpoint: Checkpoint, *, tower: Checkpoint | None, device: str
     return load_forward(checkpoint, dtype=dtype, device=device, resident=resident)
 
 
-def recorded(probe: Probe, outcome: Outcome, image: np.ndarray, *, values: int = LOGITS) -> Recorded:
-    """The part of an outcome that is kept: all places where there are few, else some of the text and some of the images.
-
-    Some means: as many as have `values` logits, and at least LEAST.
+def recorded(probe: Probe, outcome: Outcome, image: np.ndarray, *, values: int = MOST_LOGITS) -> Recorded:
+    """The part of an outcome that is kept: all places, or some of the text and some of the images: as many as have
+    `values` logits together, and at least LEAST_POSITIONS.
     """
-    positions = _chosen(image, max(LEAST, values // outcome.logits.shape[1]))
-    hidden = {key: sketch(value, np.unique(np.linspace(0, len(value) - 1, PLACES).round())) for key, value in outcome.hidden.items()}
+    positions = _chosen(image, max(LEAST_POSITIONS, values // outcome.logits.shape[1]))
+    hidden = {
+        key: sketch(value, np.unique(np.linspace(0, len(value) - 1, SKETCHED_PLACES).round())) for key, value in outcome.hidden.items()
+    }
     return Recorded(probe, image, positions, outcome.logits[positions], hidden)
 
 
@@ -210,20 +239,20 @@ def sketch(value: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 @cache
 def signs(width: int) -> np.ndarray:
-    """[width, 64] of +1 and -1, by the top bit of a mixed-up number (the finalizer of splitmix64): no seed, the same everywhere."""
-    number = np.arange(1, width * PROJECTIONS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    """[width, 64] of +1 and -1, by the top bit of a mixed-up number (the finalizer of splitmix64): no seed, the same on every machine."""
+    number = np.arange(1, width * SKETCH_SIZE + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.where(number >> np.uint64(63), 1.0, -1.0).reshape(width, PROJECTIONS)
+    return np.where(number >> np.uint64(63), 1.0, -1.0).reshape(width, SKETCH_SIZE)
 
 
 def write_recording(recording: Recording, path: Path, *, force: bool = False) -> None:
     """Write the file at once or not at all. Raises OutputError where `path` exists, unless `force`, or can't be written."""
     check_file(path, force=force)
     arrays = {name: array for one in recording.probes for name, array in _arrays(one).items()}
-    codes = {np.dtype(kind): code for code, kind in DTYPES.items()}
+    codes = {np.dtype(kind): code for code, kind in ARRAY_DTYPES.items()}
     described = [(name, LazyTensor(dtype=codes[array.dtype], shape=array.shape)) for name, array in arrays.items()]
-    head, places = make_header(described, {**recording.metadata, "schema": SCHEMA})
+    head, places = make_header(described, {**recording.metadata, "schema": RECORDING_SCHEMA})
     write_report(path, head + b"".join(arrays[name].tobytes() for name, _, _ in places), force=force)
 
 
@@ -244,37 +273,38 @@ def _arrays(one: Recorded) -> dict[str, np.ndarray]:
 
 
 def read_recording(path: str | os.PathLike[str]) -> Recording:
-    """The recording in a file. Raises UsageError for what is no path, InputError unless it is one, whole, and every part of it fits the
-    others."""
+    """The recording in the file `path`. Raises UsageError for what is no path, InputError unless it is a recording, whole, whose parts fit
+    each other.
+    """
     path = Path(to_place(path, "recording"))
     tensors, metadata = index_safetensors(path)
-    if metadata.get("schema") != SCHEMA:
-        facts = {"schema": shown(metadata.get("schema", "none")), "expected": SCHEMA}
+    if metadata.get("schema") != RECORDING_SCHEMA:
+        facts = {"schema": shown(metadata.get("schema", "none")), "expected": RECORDING_SCHEMA}
         raise InputError(
             f"{shown(path.name)} is no reference of a smoke test", facts=facts, hint="make one with `smoke MODEL --record FILE`"
         )
     if metadata.get("dtype") not in ("F32", "F16", "BF16") or "layout" not in metadata:
         raise _refusal(path, "its metadata names no dtype or layout")
-    if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST:
-        raise _refusal(path, f"it has more than {LARGEST:,} bytes")
-    parts: dict[str, dict[str, np.ndarray]] = {}
+    if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST_FILE:
+        raise _refusal(path, f"it has more than {LARGEST_FILE:,} bytes")
+    arrays: dict[str, dict[str, np.ndarray]] = {}
     hidden: dict[str, dict[str, np.ndarray]] = {}
     with closing(Workspace()) as work:
         for name, tensor in tensors.items():
-            if not (found := PART.fullmatch(name)) or tensor.dtype != EXPECTED.get(found[1], "F32"):
+            if not (found := ARRAY_NAME.fullmatch(name)) or tensor.dtype != EXPECTED_DTYPES.get(found[1], "F32"):
                 raise _refusal(path, f"{shown(name)} ({tensor.dtype}) is no part of one")
-            kind, probe = (parts, found[2]) if found[1] else (hidden, found[3])
+            kind, probe = (arrays, found[2]) if found[1] else (hidden, found[3])
             kind.setdefault(probe, {})[found[1] or found[4]] = _values(tensor, work)
-    if not parts or hidden.keys() - parts.keys():
+    if not arrays or hidden.keys() - arrays.keys():
         raise _refusal(path, "it holds no probe, or hidden states of none")
-    return Recording(tuple(_checked(path, name, part, hidden.get(name, {})) for name, part in sorted(parts.items())), metadata)
+    return Recording(tuple(_checked(path, name, part, hidden.get(name, {})) for name, part in sorted(arrays.items())), metadata)
 
 
 def _values(tensor: Stored, work: Workspace) -> np.ndarray:
     raw = bytearray(tensor.nbytes)
     if raw:
         tensor.rows_into(memoryview(raw), 0, tensor.rows, work)
-    return np.frombuffer(raw, DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return np.frombuffer(raw, ARRAY_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _checked(path: Path, name: str, part: Mapping[str, np.ndarray], hidden: Mapping[str, np.ndarray]) -> Recorded:
@@ -292,7 +322,7 @@ def _checked(path: Path, name: str, part: Mapping[str, np.ndarray], hidden: Mapp
     if sizes is not None and (pixels is None or sizes.shape != (len(pixels), 2) or sizes.min(initial=1) < 1):
         raise _refusal(path, f"the image sizes of probe {shown(name)} are none")
     sketches = (
-        value.ndim == 2 and value.shape[1] == PROJECTIONS + 2 and len(value) and value[:, 0].min() >= 0 for value in hidden.values()
+        value.ndim == 2 and value.shape[1] == SKETCH_SIZE + 2 and len(value) and value[:, 0].min() >= 0 for value in hidden.values()
     )
     if not all(sketches) or not all(np.isfinite(value).all() for value in (logits, *hidden.values())):
         raise _refusal(path, f"values of probe {shown(name)} are infinite or no numbers, or its hidden states have another form")
@@ -305,8 +335,5 @@ def _order(key: str) -> int:
 
 
 def _refusal(path: Path, reason: str) -> InputError:
-    return InputError(
-        f"{shown(path.name)} is not a sound reference: {reason}",
-        facts={"file": path},
-        hint="make it again with `smoke MODEL --record FILE`",
-    )
+    what = f"{shown(path.name)} is not a sound reference: {reason}"
+    return InputError(what, facts={"file": path}, hint="make it again with `smoke MODEL --record FILE`")

@@ -1,7 +1,7 @@
-"""An adapter as data: the low-rank updates and replaced tensors of a PEFT or LLaVA folder, each under the name of what it changes.
+"""Read an adapter of PEFT or LLaVA: its low-rank updates and the tensors that it replaces, each under the name of what it changes.
 
-Nothing is merged here, and no base is known yet. Every tensor of the files gets exactly one place or is refused by name, since
-PEFT itself drops without a word what it can't place.
+Nothing is merged here, and no base is known yet. Every tensor of the files gets exactly one place, or is refused by name: PEFT itself
+drops what it can't place, without a word.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ from ..storage.reading import SourceFile, present, unreadable
 from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import few, legible, listed, shown
-from .adapter_config import DAMAGED, LoraRules, quantised_base, read_rules, short_base
+from ..text import brief, few, legible, listed, shown
+from .adapter_config import RIGHT_ADAPTER_CONFIG, LoraRules, quantised_base, read_rules, short_base
 from .adapter_names import Contents, bare, parameter_names, sort_names
 
-Kind = Literal["linear", "embedding", "conv", "parameter"]
+ModuleKind = Literal["linear", "embedding", "conv", "parameter"]
 
 PROJECTOR_NAME = r"model\.mm_projector\.(\d\.)?(weight|bias)"
-# The parts that a module has, those that it needs and those that it may have.
-SLOTS = (({"A", "B"}, {"A", "B", "magnitude", "bias"}), ({"embedding_A", "embedding_B"}, {"embedding_A", "embedding_B", "magnitude"}))
+# The slots that a module must fill, and those that it may fill.
+COMPLETE_SLOTS = (
+    ({"A", "B"}, {"A", "B", "magnitude", "bias"}),
+    ({"embedding_A", "embedding_B"}, {"embedding_A", "embedding_B", "magnitude"}),
+)
 
 ZERO_3 = "gather the full weights with DeepSpeed's `zero_to_fp32.py` from the `global_stepN` folder, then merge those"
 UNPLACED = "an adapter with such a tensor can't be merged as a whole; check that the file is the one its training wrote"
@@ -42,14 +45,16 @@ UNPLACED = "an adapter with such a tensor can't be merged as a whole; check that
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module, by its name without PEFT's prefix, such as `model.layers.0.self_attn.q_proj`.
+    """One adapted module, by its name without PEFT's prefix, such as `model.layers.0.self_attn.q_proj`. `kind` is "linear", "embedding",
+    "conv" or "parameter". The update is `scale` * b @ a; `rank` is its rank.
 
-    `a` is [rank, in] and `b` [out, rank]; of an embedding [rank, vocabulary] and [width, rank]; of a convolution with the
-    kernel's axes behind; of a stack of experts [rank * experts, in] and [out, rank * experts], for the `parameter` so called.
+    Shapes of a linear module: `a` [rank, in], `b` [out, rank]. Of an embedding: [rank, vocabulary] and [width, rank]. Of a convolution: the
+    same with the kernel's axes behind. Of the experts in one `parameter`: [rank * experts, in] and [out, rank * experts]. `magnitude` [out]
+    is that of a DoRA, `bias` [out] that of a module with `lora_bias`. With `fan_in_fan_out` the weight is stored as [in, out].
     """
 
     name: str
-    kind: Kind
+    kind: ModuleKind
     a: LazyTensor
     b: LazyTensor
     scale: float
@@ -59,13 +64,18 @@ class Module:
     fan_in_fan_out: bool = False
     parameter: str = ""
 
+    def __repr__(self) -> str:
+        return f"Module({brief(self.name, 80)}, {self.kind!r}, rank {self.rank}, scale {self.scale:g})"
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does to a base, under the names that its training used. `replacements` replace, they never add.
+    """What an adapter does to a base, under the names that its training used. Nothing is merged yet.
 
-    `rows` replace single rows: indices and the tensor that holds them in that order; negative ones count from the end of the
-    extended table. `config` is LLaVA's config.json where there is one; `peft` are facts of adapter_config.json.
+    `modules` are the low-rank updates. `replacements` are whole tensors, such as a tuned projector. `rows` replace single rows of a table:
+    their indices and the tensor that holds them in that order; negative indices count from the end of the grown table. `config` is LLaVA's
+    config.json, empty where there is none, `peft` are the settings of adapter_config.json that a merge needs, `files` are the tokenizer's
+    files, `notes` are sentences on what was found when it was opened.
     """
 
     origin: Origin
@@ -77,16 +87,23 @@ class Adapter:
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        rows = f", rows of {len(self.rows)} tensors" if self.rows else ""
+        return f"Adapter({brief(self.origin.name)}, {len(self.modules)} modules, {len(self.replacements)} replaced tensors{rows})"
+
 
 def open_adapter(
     source: str | Path, *, revision: str | None = None, non_lora: str | Path | None = None, progress: bool | None = None
 ) -> Adapter:
-    """Open an adapter: a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address
-    as `open_checkpoint` takes it.
+    """Open an adapter, PEFT's or LLaVA's. Reads headers and small JSON files only.
 
-    `non_lora` stands in for the `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. Reads headers and small JSON
-    files only. Raises UsageError for what is no path, InputError for anything missing, damaged, not LoRA, or without a place; HubError
-    where the Hub can't serve it.
+    `source` is a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address as
+    `open_checkpoint` takes it. `revision` is a branch, tag or commit of a repository. `non_lora` is the path of the
+    `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. `progress` shows the bars of a download: None only on a terminal, False
+    never.
+
+    Raises UsageError for what is no path, InputError for what is missing, damaged, hostile, no LoRA or without a place, HubError where the
+    Hub can't serve it.
     """
     source, non_lora = to_place(source, "adapter"), Path(to_place(non_lora, "file of `non_lora`")) if non_lora is not None else None
     text = source_text(source)
@@ -126,7 +143,7 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
 
 
 def _weights_in(folder: Path) -> Path:
-    """The file to read in a folder. Raises InputError saying what is there instead, and where an adapter is near."""
+    """The file to read in a folder. Raises InputError saying what is there instead, and which subfolders hold an adapter."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -160,32 +177,31 @@ def _refuse_unplaced(names: Sequence[str], file: str) -> None:
         raise InputError(f"{len(names):,} tensors of {shown(file)} have no place: {few(names)}", hint=UNPLACED)
 
 
-# --- the low-rank updates --------------------------------------------------------------------------------------------
-
-
 def _modules(contents: Contents, rules: LoraRules, file: str) -> tuple[Module, ...]:
     """The adapted modules in the order of the file. Raises InputError for half ones, and for those that are not as `rules` say."""
-    half = [key for key, parts in contents.parts.items() if not any(need <= parts.keys() <= most for need, most in SLOTS)]
+    half = [key for key, slots in contents.modules.items() if not any(need <= slots.keys() <= most for need, most in COMPLETE_SLOTS)]
     if half:
-        held = sorted({slot for key in half for slot in contents.parts[key]})
+        held = sorted({slot for key in half for slot in contents.modules[key]})
         facts = {"modules": few(half), "parts that are there": listed(held)}
         raise InputError(f"{shown(file)} does not hold both factors of {len(half):,} modules", facts=facts, hint=UNPLACED)
-    names = parameter_names(contents.parts, rules.target_parameters)
-    rules.check_effort(f"{key}.{names.get(key, '')}" for key in contents.parts)
-    modules = {key: _module(key, parts, rules, names.get(key, "")) for key, parts in contents.parts.items()}
+    names = parameter_names(contents.modules, rules.target_parameters)
+    rules.check_effort(f"{key}.{names.get(key, '')}" for key in contents.modules)
+    modules = {key: _module(key, slots, rules, names.get(key, "")) for key, slots in contents.modules.items()}
     problems = {key: problem for key, module in modules.items() if (problem := _problem(module, rules))}
     if problems:
         first = next(iter(problems))
         facts = {"modules": few(problems), "of these": f"{shown(first)} {problems[first]}"}
-        raise InputError(f"{len(problems):,} modules of {shown(file)} are not as `adapter_config.json` says", facts=facts, hint=DAMAGED)
+        raise InputError(
+            f"{len(problems):,} modules of {shown(file)} are not as `adapter_config.json` says", facts=facts, hint=RIGHT_ADAPTER_CONFIG
+        )
     return tuple(modules.values())
 
 
-def _module(key: str, parts: Mapping[str, LazyTensor], rules: LoraRules, parameter: str) -> Module:
+def _module(key: str, slots: Mapping[str, LazyTensor], rules: LoraRules, parameter: str) -> Module:
     name = bare(key)
-    embedding = "embedding_A" in parts
-    a, b = (parts["embedding_A"], parts["embedding_B"]) if embedding else (parts["A"], parts["B"])
-    kind: Kind = "parameter" if parameter else "embedding" if embedding else "conv" if len(a.shape) > 2 else "linear"
+    embedding = "embedding_A" in slots
+    a, b = (slots["embedding_A"], slots["embedding_B"]) if embedding else (slots["A"], slots["B"])
+    kind: ModuleKind = "parameter" if parameter else "embedding" if embedding else "conv" if len(a.shape) > 2 else "linear"
     matched = f"{name}.{parameter}" if parameter else name  # what PEFT matches its patterns against
     return Module(
         name=name,
@@ -194,8 +210,8 @@ def _module(key: str, parts: Mapping[str, LazyTensor], rules: LoraRules, paramet
         b=b,
         scale=rules.scale_of(matched),
         rank=rules.rank_of(matched),
-        magnitude=parts.get("magnitude"),
-        bias=parts.get("bias"),
+        magnitude=slots.get("magnitude"),
+        bias=slots.get("bias"),
         fan_in_fan_out=rules.fan_in_fan_out and kind == "linear",
         parameter=parameter,
     )
@@ -227,12 +243,9 @@ def _rows(contents: Contents, rules: LoraRules) -> dict[str, tuple[tuple[int, ..
         if indices is None or tensor.shape[:1] != (len(indices),):
             facts = {"rows": list(tensor.shape)[:1], "trainable_token_indices": len(indices or ())}
             what = f"the trained rows of {shown(module)} are not those that `adapter_config.json` lists"
-            raise InputError(what, facts=facts, hint=DAMAGED)
+            raise InputError(what, facts=facts, hint=RIGHT_ADAPTER_CONFIG)
         rows[f"{module}.weight"] = (indices, tensor)
     return rows
-
-
-# --- what LLaVA's training saves besides ----------------------------------------------------------------------------
 
 
 def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None) -> Adapter:
@@ -248,8 +261,8 @@ def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Pa
     tensors, file = _index(path)
     _check_sound(tensors, path.name)
     found = sort_names(_strip(tensors), path.name)
-    again = [f"{key}.{slot}" for key, parts in found.parts.items() for slot in parts]
-    strange = [f"{key}.{slot}" for key, parts in found.parts.items() for slot in parts if slot not in contents.parts.get(key, {})]
+    again = [f"{key}.{slot}" for key, slots in found.modules.items() for slot in slots]
+    strange = [f"{key}.{slot}" for key, slots in found.modules.items() for slot in slots if slot not in contents.modules.get(key, {})]
     _refuse_unplaced([*found.unplaced, *found.rows, *strange], path.name)
     both = [name for name in found.replacements if name in adapter.replacements]
     _refuse_unplaced([name for name in both if found.replacements[name].shape != adapter.replacements[name].shape], path.name)
@@ -330,7 +343,7 @@ def _projector(adapter: Adapter, file: Path, tensors: Mapping[str, LazyTensor], 
 
 
 def _with_facts(adapter: Adapter, rules: LoraRules) -> Adapter:
-    """With the facts and notes on which base it was trained, and on what its config announces and the files do not hold."""
+    """With the facts and notes on which base it was trained, and on what its config announces but the files do not hold."""
     base = str(rules.facts.get("base_model_name_or_path", ""))
     quantised = quantised_base(base, adapter.config)
     notes = [f"trained on {shown(short_base(base))}, by adapter_config.json"] if base else []

@@ -1,7 +1,7 @@
 """The original LLaVA layout to llava-hf and back, and any key style of llava-hf to that of the Hub. A pure renaming where it can be.
 
-Everything is decided from tensors and config. What comes in is taken apart by canonical names (`naming`), checked against its
-config, and put together under the names of the other layout in one fixed order, so that it does not matter how it was stored.
+Everything is decided from tensors and config. The checkpoint is brought into canonical form (canonical.py) and checked against its config,
+then its tensors get the names of the other layout, in one fixed order: how the input was stored does not matter.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ..checkpoint.tokenizer import SpecialIds, read_special_ids
 from ..checkpoint.tower import check_tower, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
-from ..families.layouts import TABLES, canonical, spelled
-from ..families.projectors import FORMS, LINEAR, NAMES, projector_type
+from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_FORMS, PROJECTOR_NAMES, projector_type
 from ..families.prompts import CONVERSATIONS
-from ..families.targets import MULTIPLE
+from ..families.targets import VOCABULARY_MULTIPLE
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text
-from .canonical import Model, Parts, take_apart
+from .canonical import Canonical, Model, to_canonical
 from .projector import paired, single
 
-TARGETS = ("llava-hf", "llava")
+TO_LAYOUTS = ("llava-hf", "llava")
 # The options of llava-hf, with the values of those that have a few.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "projector_form": tuple(FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
+    "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
@@ -55,10 +55,19 @@ def convert(
     tower_name: str | None = None,
     accept_tower: bool = False,
 ) -> Checkpoint:
-    """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`; checkpoints may be paths.
+    """`checkpoint` in the layout `to`: "llava-hf", as transformers reads it, or "llava", as haotian-liu's code and SGLang do. Nothing is
+    written.
 
-    Raises UsageError for another layout, a value that an option can't have and an option that the layout does not take, and as
-    `to_llava_hf` and `to_llava` do.
+    `tower` is the vision tower of a checkpoint that holds none; with `accept_tower` it may be another published one than the config names.
+    `dtype` is that of the output ("F16", "BF16", "F32"), by default that of each tensor. Only with "llava-hf": `projector_form` is how a
+    projector of one layer becomes one of two, "identity" (exact in transformers, the default), "relu" (for vLLM) or "gelu" (for llama.cpp
+    and MLX); `image_token` is the text of the image token; `vocab_size` is the number of rows of the vocabulary tables, the new ones being
+    the mean of the old; `conv_mode` is LLaVA's name of the prompt that the chat template writes, such as "llava_v1"; `image_aspect` is
+    "square" or "pad", how an image becomes a square. Only with "llava": `tower_name` is the tower that the config names then.
+
+    Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
+    tensors that are unknown or missing, for shapes that contradict the config and for an image token without a row, MismatchError where
+    `tower` is another published one than the config names, HubError where the Hub can't serve an input.
     """
     hub = {
         "projector_form": projector_form,
@@ -77,7 +86,7 @@ def convert(
 
 def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str | None:
     """`dtype` as safetensors spells it. Raises UsageError where `convert` could not take these options, without a look at a checkpoint."""
-    one_of("layout", to, TARGETS)
+    one_of("layout", to, TO_LAYOUTS)
     own = {"llava-hf": set(CHOICES), "llava": {"tower_name"}}[to]
     given = {key: value for key, value in given.items() if value is not None}
     if foreign := sorted(given.keys() - own):
@@ -113,19 +122,19 @@ def to_llava_hf(
     a published tower that is not the published one that the config names, unless `accept_tower`, UsageError for an option that can
     change nothing of this checkpoint.
     """
-    model = take_apart(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
+    model = to_canonical(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
     tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
-    parts, activation, form = _two_layers(model, projector_form)
+    tensors, activation, form = _two_layers(model, projector_form)
     notes = list(model.tower.notes)
     if tiles:
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
-    elif parts.pop("newline", None) is not None:
+    elif tensors.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
     rows = _rows(model, vocab_size, bool(tiles))
-    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
+    tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
     config = llava_hf_config(
-        model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
+        model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(tensors), tiles=tiles
     )
     if checkpoint.layout == "llava-hf":
         config = kept_config(checkpoint.config, config)
@@ -145,7 +154,7 @@ def to_llava_hf(
         warnings=model.doubts.warnings,
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
     )
-    return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
+    return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)
 
 
 def to_llava(
@@ -158,20 +167,22 @@ def to_llava(
 ) -> Checkpoint:
     """`checkpoint` (llava-hf in any key style, or already original) in the original layout, as haotian-liu's code and SGLang read it.
 
-    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. `tower_name` is what
-    the config names then, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
+    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. The config then names
+    the tower `tower_name`, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
     """
-    model = take_apart(checkpoint, tower, None, dtype, accept_tower=accept_tower)
+    model = to_canonical(checkpoint, tower, None, dtype, accept_tower=accept_tower)
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
-    parts = dict(model.parts)
-    if NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
-        parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
-    projector = projector_type(parts)
+    tensors = dict(model.tensors)
+    if PROJECTOR_NAMES[0] in tensors and (one := single(tensors, model.activation)) is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in PROJECTOR_NAMES} | dict(
+            zip(LINEAR_NAMES, one, strict=True)
+        )
+    projector = projector_type(tensors)
     files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
     rows = _unpadded(checkpoint, model, model.rows) or rows
-    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
+    tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
-    config = _back_config(model, tower_name, projector, rows, main_dtype(parts), pad=read_special_ids(files, rows).pad)
+    config = _back_config(model, tower_name, projector, rows, main_dtype(tensors), pad=read_special_ids(files, rows).pad)
     pad = config["pad_token_id"]
     files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows), config)
     named = config.get("mm_vision_tower")
@@ -184,28 +195,28 @@ def to_llava(
         notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *doubts.notes),
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,))),
     )
-    return _assembled(checkpoint, model, parts, "llava", config, files, step)
+    return _assembled(checkpoint, model, tensors, "llava", config, files, step)
 
 
-def _two_layers(model: Model, form: str | None) -> tuple[Parts, str, str]:
-    """The parts with a projector of two layers, its activation, and the form that was chosen for a single Linear.
+def _two_layers(model: Model, form: str | None) -> tuple[Canonical, str, str]:
+    """The tensors with a projector of two layers, its activation, and the form that was chosen for a single Linear.
 
     Raises UsageError for a form where the projector has two layers of its own."""
-    parts = dict(model.parts)
-    if LINEAR[0] not in parts and form is None:
-        return parts, model.activation, ""
-    if LINEAR[0] in parts:
-        weight, bias = (parts.pop(name) for name in LINEAR)
-    elif (one := single(parts, model.activation)) is not None:
+    tensors = dict(model.tensors)
+    if LINEAR_NAMES[0] not in tensors and form is None:
+        return tensors, model.activation, ""
+    if LINEAR_NAMES[0] in tensors:
+        weight, bias = (tensors.pop(name) for name in LINEAR_NAMES)
+    elif (one := single(tensors, model.activation)) is not None:
         weight, bias = one
     else:
         raise UsageError("the projector has two layers of its own, so `--projector-form` can change nothing", hint="leave it out")
     form = form or "identity"
-    return {**parts, **paired(weight, bias, form)}, FORMS[form], form
+    return {**tensors, **paired(weight, bias, form)}, PROJECTOR_FORMS[form], form
 
 
 def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
-    """How many rows the tables get: two more, rounded up to 64, where tokens are new, as transformers' converters do it."""
+    """How many rows the tables get. Where tokens are new: two more, rounded up to 64, as transformers' converters do it."""
     used, rows = model.tokenizer.used, model.rows
     if wanted is not None:
         if wanted < used:
@@ -215,17 +226,17 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
         return wanted
     if not model.tokenizer.grew or (tiles and used <= rows):
         return max(rows, used)
-    return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
+    return -(-max(rows + 2, used) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
-    """The original's rows, where its tokenizer does not tell them of a table of `rows`: recorded in a llava-hf config, since the way back
-    needs them."""
+    """The rows of the original's tables, where its tokenizer does not tell them once there are `rows`. A llava-hf config records them for
+    the way back."""
     if checkpoint.layout == "llava-hf":
         recorded = checkpoint.config.get("unpadded_vocab_size")
         return recorded if type(recorded) is int and 0 < recorded <= model.rows else None
-    told = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id)[1]
-    return model.rows if told != model.rows else None
+    by_tokenizer = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id)[1]
+    return model.rows if by_tokenizer != model.rows else None
 
 
 @dataclass(frozen=True)
@@ -247,8 +258,8 @@ def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prom
     conversation, evidence = choose(model.config, model.tokenizer.specials, model.families, name=conv_mode)
     token = model.tokenizer.image_token
     image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
-    told = f"{conversation.title} ({evidence})"
-    return Prompt(conversation.name, chat_template(conversation, image), told, example(conversation, image), conversation.stop)
+    source = f"{conversation.title} ({evidence})"
+    return Prompt(conversation.name, chat_template(conversation, image), source, example(conversation, image), conversation.stop)
 
 
 def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
@@ -280,15 +291,21 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
     }
 
 
-def _ordered(parts: Parts, model: Model) -> Iterator[str]:
-    """One order, whatever the input's: decoder, head, tower, projector."""
+def _ordered(tensors: Canonical, model: Model) -> Iterator[str]:
+    """The same order for every input: decoder, head, tower, projector."""
     text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
-    order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
-    return (name for name in order if name in parts)
+    order = [
+        *map(canonical, text),
+        *(f"tower.{name}" for name in tower_shapes(model.tower.config)),
+        *LINEAR_NAMES,
+        *PROJECTOR_NAMES,
+        "newline",
+    ]
+    return (name for name in order if name in tensors)
 
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str, *, pad: int | None) -> dict[str, Any]:
-    """The original's config with what changed: names that it had before are kept."""
+    """The original's config with the values that changed; a tower that it named keeps its name."""
     config = dict(model.config)
     named = name or config.get("mm_vision_tower")
     config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
@@ -332,8 +349,8 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _assembled(
-    checkpoint: Checkpoint, model: Model, parts: Parts, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
+    checkpoint: Checkpoint, model: Model, tensors: Canonical, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
 ) -> Checkpoint:
-    tensors = {spelled(name, layout): parts[name] for name in _ordered(parts, model)}
-    assert len(tensors) == len(parts)
-    return Checkpoint(tensors, config, checkpoint.origin, files, (*checkpoint.history, step))
+    named = {spelled(name, layout): tensors[name] for name in _ordered(tensors, model)}
+    assert len(named) == len(tensors)
+    return Checkpoint(named, config, checkpoint.origin, files, (*checkpoint.history, step))

@@ -25,11 +25,16 @@ CODECS = ("arithmetic", "integer")
 
 
 def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Checkpoint:
-    """`base` + `delta` as a checkpoint in the original layout, F16, with repaired config and tokenizer. Both may be paths.
+    """`base` + `delta`: a checkpoint in the layout of the delta, in F16 (of a lossless delta: in the dtypes of the tuned model), with
+    repaired config and tokenizer. Nothing is written.
 
-    Names and shapes are settled here, and a few MB of both inputs are read to see that they belong together. Raises
-    InputError where one is not what its role needs, MismatchError where they do not fit; `accept_base` turns doubts about the
-    base's values (not its shapes) into warnings.
+    `base` is an original LLaMA (in the Hub's layout or Meta's), `delta` what LLaVA's or Vicuna's authors published, or what `make_delta`
+    made. The sum has the bits of LLaVA's own `apply_delta.py`: float16 of each value, added and rounded once; rows and tensors that the
+    base lacks are the delta's. A few MB of both are read to see that they belong together. With `accept_base`, doubts about the values of
+    the base (not about its shapes) become warnings of the last step.
+
+    Raises UsageError for what is no path or name, InputError where an input is damaged or is not what its role needs, MismatchError where
+    the two do not fit, HubError where the Hub can't serve one.
     """
     base, delta = opened(base, "base"), opened(delta, "delta")
     if is_integer_delta(delta.metadata):
@@ -41,9 +46,9 @@ def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Ch
 
 
 def _apply_arithmetic(base: Checkpoint, delta: Checkpoint) -> dict[str, LazyTensor]:
-    ours, theirs = _untied(base), delta.parameters()
-    _check_names(ours, theirs)
-    return {name: _sum(name, ours.get(name), tensor) for name, tensor in theirs.items()}
+    base_tensors, delta_tensors = _untied(base), delta.parameters()
+    _check_names(base_tensors, delta_tensors)
+    return {name: _sum(name, base_tensors.get(name), tensor) for name, tensor in delta_tensors.items()}
 
 
 def _untied(base: Checkpoint) -> dict[str, LazyTensor]:
@@ -66,34 +71,36 @@ def _sum(name: str, base: LazyTensor | None, delta: LazyTensor) -> LazyTensor:
 
 def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyTensor], Examination]:
     differences = index_integer_delta(delta.tensors, delta.metadata)
-    ours = _untied(base)
-    tensors = {name: difference.onto(ours.get(name)) for name, difference in differences.items()}
+    base_tensors = _untied(base)
+    tensors = {name: difference.onto(base_tensors.get(name)) for name, difference in differences.items()}
     return tensors, examine_integer(tensors)
 
 
 def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Checkpoint:
-    """`tuned` - `base`, the inverse for publishers, with `tuned`'s config and tokenizer as they are. Both may be paths.
+    """`tuned` - `base`: the delta to publish, with config and tokenizer of `tuned` as they are. Nothing is written.
 
-    `codec="arithmetic"` is the published fp16 form (the way back may be one ulp off; the loss is counted while writing),
-    `codec="integer"` the lossless one of `integer_delta`. Raises UsageError for another codec, MismatchError where names or shapes
-    do not fit.
+    `codec` is "arithmetic", the published form: float16 differences, from which a value may come back off by one unit in the last place
+    (how many do is counted while writing); or "integer", which gives every bit back and is smaller where little changed.
+
+    Raises UsageError for another codec and for what is no path or name, InputError where an input is damaged, MismatchError where names or
+    shapes do not fit, HubError where the Hub can't serve one.
     """
     one_of("codec", codec, CODECS)
     base, tuned = opened(base, "base"), opened(tuned, "tuned model")
     examination = examine_make(base, tuned)
-    ours, theirs = _untied(base), tuned.parameters()
-    _check_names(ours, theirs, role="tuned model")
+    base_tensors, tuned_tensors = _untied(base), tuned.parameters()
+    _check_names(base_tensors, tuned_tensors, role="tuned model")
     tensors: dict[str, LazyTensor] = {}
-    for name, tensor in theirs.items():
-        mine = ours.get(name)
-        if mine is not None:
-            _check_shape(name, mine, tensor, role="tuned model")
-        tensors[name] = _difference(name, mine, tensor, codec)
-    common = [name for name in theirs if name in ours]
-    grown = sum(ours[name].rows < theirs[name].rows for name in common)
+    for name, tensor in tuned_tensors.items():
+        original = base_tensors.get(name)
+        if original is not None:
+            _check_shape(name, original, tensor, role="tuned model")
+        tensors[name] = _difference(name, original, tensor, codec)
+    common = [name for name in tuned_tensors if name in base_tensors]
+    grown = sum(base_tensors[name].rows < tuned_tensors[name].rows for name in common)
     summary = {
         "subtract": f"{len(common)} tensors ({codec})" + (f"; {grown} of them have rows that the base lacks" if grown else ""),
-        "keep": _keep(theirs, ours),
+        "keep": _keep(tuned_tensors, base_tensors),
     }
     step = Step(
         "make-delta",
@@ -112,10 +119,8 @@ def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: st
         raise InputError(f"`{name}` does not hold floats", facts={"dtype": tuned.dtype}, hint="give float weights, not quantised ones")
     if codec == "integer":
         if base is not None and base.dtype != tuned.dtype:
-            raise MismatchError(
-                f"`{name}` is {tuned.dtype} in the tuned model and {base.dtype} in the base",
-                hint="the integer codec compares bits: give both in one dtype, or use `--codec arithmetic`",
-            )
+            what = f"`{name}` is {tuned.dtype} in the tuned model and {base.dtype} in the base"
+            raise MismatchError(what, hint="the integer codec compares bits: give both in one dtype, or use `--codec arithmetic`")
         return ToInteger(dtype=tuned.dtype, shape=tuned.shape, tuned=tuned, base=base)
     if base is None:
         return cast(tuned, "F16")
@@ -125,27 +130,19 @@ def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: st
 def _check_names(base: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor], *, role: str = "delta") -> None:
     unknown = [name for name in other if name not in base and not re.fullmatch(MULTIMODAL, name)]
     if unknown:
-        raise MismatchError(
-            f"{len(unknown)} tensors of the {role} have no counterpart in the base",
-            facts={f"only in the {role}": few(unknown)},
-            hint="give the original LLaMA weights of the same size as `--base`",
-        )
+        what, facts = f"{len(unknown)} tensors of the {role} have no counterpart in the base", {f"only in the {role}": few(unknown)}
+        raise MismatchError(what, facts=facts, hint="give the original LLaMA weights of the same size as `--base`")
     absent = [name for name in base if name not in other]
     if absent:
-        raise MismatchError(
-            f"{len(absent)} tensors of the base are not in the {role}",
-            facts={"only in the base": few(absent)},
-            hint=f"check that the {role} is complete (all of its shards)",
-        )
+        what = f"{len(absent)} tensors of the base are not in the {role}"
+        raise MismatchError(what, facts={"only in the base": few(absent)}, hint=f"check that the {role} is complete (all of its shards)")
 
 
 def _check_shape(name: str, base: LazyTensor, other: LazyTensor, *, role: str = "delta") -> None:
     grows = name in VOCABULARY and base.shape[1:] == other.shape[1:] and base.rows <= other.rows
     if base.shape != other.shape and not grows:
-        raise MismatchError(
-            f"`{name}` has shape {list(base.shape)} in the base and {list(other.shape)} in the {role}",
-            hint="give the original LLaMA weights of the same size as `--base`",
-        )
+        what = f"`{name}` has shape {list(base.shape)} in the base and {list(other.shape)} in the {role}"
+        raise MismatchError(what, hint="give the original LLaMA weights of the same size as `--base`")
 
 
 def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTensor], examination: Examination) -> Checkpoint:
@@ -177,7 +174,7 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
 def _conv_mode(delta: Checkpoint, examination: Examination) -> str | None:
     """LLaVA's name of the prompts that the model was trained with, which its own code guesses from the folder's name.
 
-    Known for published deltas; `max_sequence_length` stands only in the configs of v0 (llava-original 1.5).
+    Known for published deltas; only the configs of v0 have `max_sequence_length`.
     """
     prompt = examination.checks.get("prompt") or ("v0" if "max_sequence_length" in delta.config else None)
     return f"llava_{prompt}" if prompt in ("v0", "v1") else None

@@ -1,6 +1,6 @@
-"""Merge adapters into a base: every adapter tensor finds its place, or nothing starts.
+"""Merge adapters into a base. Every tensor of an adapter must have a place in the base, or nothing starts.
 
-The arithmetic is in `tensors/low_rank.py`, reading adapters in `adapter.py`. Several adapters are summed in one accumulation and
+The arithmetic is in `tensors/low_rank.py`, the reader of adapters in `adapter.py`. Several adapters are summed in one accumulation and
 rounded once: W + sum of weight_i * scale_i * B_i A_i, the true weighted sum. (PEFT's "linear" combination mixes the factors
 instead, and its cross terms make another update.)
 """
@@ -23,7 +23,7 @@ from ..checkpoint.config import QUANTIZATION, quantization_notes, repair_config,
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
-from ..families.layouts import MULTIMODAL, TABLES, VOCABULARY, Names, canonical
+from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical
 from ..storage.hub import may_be_revised
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
@@ -37,8 +37,8 @@ from .adapter_config import short_base
 IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
 NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
 
-
-AdapterSource = Adapter | str | Path
+AdapterSource = Adapter | str | Path  # what a public function takes as an adapter: one that is open, or where it is
+Adapters = AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]  # one or several, each with its weight or without
 
 
 @dataclass
@@ -52,17 +52,22 @@ class Placed:
 
 def merge_lora(
     base: Source,
-    adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]],
+    adapters: Adapters,
     *,
     arithmetic: Arithmetic = "peft",
     scale: float = 1.0,
     dtype: str | None = None,
 ) -> Checkpoint:
-    """`base` with the adapters merged in, in its own layout and dtype (or in `dtype`).
+    """`base` with `adapters` merged in: a checkpoint in the layout of the base, in its own dtype or in `dtype` ("F16", "BF16", "F32").
+    Nothing is written.
 
-    Base and adapters may be paths, and "PATH@0.5" weighs an adapter as (adapter, 0.5) does; `scale` multiplies all of them. Names are
-    matched across layouts. Raises UsageError for a value that an option can't have, InputError or MismatchError, naming the tensors,
-    where an adapter tensor has no place in the base or does not fit it.
+    `adapters` is one adapter or a list: each open, or a path, a name on the Hub or an address; (adapter, 0.5) weighs one, and so does
+    "PATH@0.5". `scale` multiplies all of them. Names are matched across layouts. `arithmetic` says how the sum of a weight and its update
+    is rounded: "peft" as PEFT's `merge_and_unload()` (0.21.2), "peft-safe" as with `safe_merge=True`, "peft-half" as PEFT 0.7 to 0.11 and
+    so LLaVA's own merges of 2024, "exact" computes in float64 and rounds once, with the same bits on every machine.
+
+    Raises UsageError for a value that an option can't have, InputError where an input is damaged, InputError or MismatchError, naming the
+    tensors, where an adapter's tensor has no place in the base or does not fit it, HubError where the Hub can't serve one.
     """
     dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
     base, weighted = opened(base, "base"), _weighted(adapters)
@@ -87,8 +92,8 @@ def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | No
     return to_dtype(dtype)
 
 
-def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:
-    """Each adapter, opened, with its weight. Raises UsageError for what is none."""
+def _weighted(adapters: Adapters) -> list[tuple[Adapter, float]]:
+    """Each adapter, opened, with its weight. Raises UsageError for what is no adapter."""
     given = adapters if isinstance(adapters, Iterable) and not isinstance(adapters, str | bytes | os.PathLike) else [adapters]
     given = list(given)
     if not given:
@@ -145,7 +150,7 @@ def _place(
     """Enter everything that `adapter` holds into `places`. Raises InputError naming what has no place in the base."""
     wanted = {_target(module): module for module in adapter.modules}
     biases = {f"{module.name}.bias": module for module in adapter.modules if module.bias is not None}
-    found, lost = Names(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
+    found, lost = BaseNames(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
     new = [name for name in lost if name in adapter.replacements and _may_be_new(name, tensors)]
     if lost := [name for name in lost if name not in new]:
         raise InputError(
@@ -171,7 +176,7 @@ def _place(
 
 
 def _drop_old_projector(tensors: dict[str, LazyTensor], places: Mapping[str, Placed]) -> None:
-    """A projector of another build (mlp2x_gelu for a linear one) takes the place of the base's, as in the original's model."""
+    """A projector of another type (mlp2x_gelu for a linear one) replaces the base's whole, as in LLaVA's own code."""
     if any(name not in tensors and canonical(name).startswith("projector.") for name in places):
         for name in [name for name in tensors if canonical(name).startswith("projector.") and name not in places]:
             del tensors[name]
@@ -206,29 +211,24 @@ def _update(module: Module, weight: float) -> LowRank:
 def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic) -> LazyTensor:
     if place.replacement is not None:
         replaced = cast(place.replacement, tensor.dtype)
-        grows = canonical(name) in TABLES and replaced.shape[1:] == tensor.shape[1:]
+        grows = canonical(name) in VOCABULARY_TABLES and replaced.shape[1:] == tensor.shape[1:]
         if replaced.shape != tensor.shape and not grows:
-            raise MismatchError(
-                f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter",
-                hint="give the base that the adapter was trained on",
-            )
+            what = f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter"
+            raise MismatchError(what, hint="give the base that the adapter was trained on")
         tensor = replaced
     if place.rows is not None:
         indices, values = place.rows
         if values.rows != len(indices) or not all(-tensor.rows <= index < tensor.rows for index in indices):
             facts = {"rows": list(indices), "table": list(tensor.shape)}
-            raise MismatchError(
-                f"the adapter replaces rows that `{name}` does not have",
-                facts=facts,
-                hint="give the base that the adapter was trained on, with its tokens",
-            )
+            what = f"the adapter replaces rows that `{name}` does not have"
+            raise MismatchError(what, facts=facts, hint="give the base that the adapter was trained on, with its tokens")
         tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
     return add_low_rank(tensor, [oriented(update, tensor) for update in place.updates], arithmetic, name=name)
 
 
 def oriented(update: LowRank, tensor: LazyTensor) -> LowRank:
-    """A tensor is stored (out, in) or (in, out), which PEFT reads off the module's class; here the shapes tell, and for a
-    square linear one the adapter's own word. Raises MismatchError for square experts, of which nothing tells."""
+    """`update` turned the way that `tensor` is stored: (out, in) or (in, out). PEFT knows it by the module's class; here the shapes tell,
+    and for a square linear one `fan_in_fan_out`. Raises MismatchError for square experts, where nothing tells."""
     turned = replace(update, fan_in_fan_out=not update.fan_in_fan_out)
     fitting = [each for each in (update, turned) if fits(each, tensor.shape)]
     if update.kind == "parameter" and len(fitting) == 2:
@@ -276,16 +276,13 @@ def _role(weight: float) -> str:
     return "lora" if weight == 1 else f"lora x {weight:g}"
 
 
-Files = dict[str, Any]
-
-
 def _llava_files(
     base: Checkpoint, adapter: Adapter | None, tensors: Mapping[str, LazyTensor], dtype: str
-) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+) -> tuple[Mapping[str, Any], dict[str, Any], tuple[str, ...]]:
     config = {**base.config, **(adapter.config if adapter else {})}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     rows = shapes[VOCABULARY[0]][0]
-    given: Files = {**base.files, **(adapter.files if adapter else {})}
+    given: dict[str, Any] = {**base.files, **(adapter.files if adapter else {})}
     files, ids, fixed = repair_tokenizer(given, rows=rows)
     if missing := _missing_tokens(config, ids.added, ids.base_vocabulary, rows):
         files["added_tokens.json"] = json_bytes({**ids.added, **missing})
@@ -305,7 +302,7 @@ def _llava_files(
 
 
 def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces: int, rows: int) -> dict[str, int]:
-    """Ids of the image tokens for which the table has rows and no file has names: the original numbers them when it loads."""
+    """Ids of image tokens that have a row and are named in no file: LLaVA's own code numbers them when it loads."""
     asked = [token for key, tokens in IMAGE_TOKENS for token in tokens if config.get(key)]
     new = [token for token in asked if token not in added]
     first = max([pieces - 1, *added.values()]) + 1
@@ -314,9 +311,9 @@ def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces:
 
 def _plain_files(
     base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], untied: bool, dtype: str
-) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+) -> tuple[Mapping[str, Any], dict[str, Any], tuple[str, ...]]:
     config, repairs = deepcopy(dict(base.config)), []
-    files: Files = dict(base.files)
+    files: dict[str, Any] = dict(base.files)
     table = next((tensor for name, tensor in tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
     changes: dict[str, Any] = {}
     if table and base.config and table.rows != _text(config).get("vocab_size", table.rows):
@@ -351,10 +348,10 @@ def _summary(adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, La
         kinds = Counter(module.name.rsplit(".", 1)[-1] for module in adapter.modules)
         scales = sorted({f"{module.scale * weight:g}" for module in adapter.modules})
         ranks = sorted({module.rank for module in adapter.modules})
-        parts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+        modules = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
         if kinds:
             label = "merge" if len(adapters) == 1 else f"merge {number}"
-            rows[label] = f"{len(adapter.modules)} modules ({parts}); rank {_joined(ranks)}, scale {_joined(scales)}"
+            rows[label] = f"{len(adapter.modules)} modules ({modules}); rank {_joined(ranks)}, scale {_joined(scales)}"
         if adapter.replacements:
             rows["replace" if len(adapters) == 1 else f"replace {number}"] = few(adapter.replacements)
     if new := [name for name in tensors if name not in base.tensors]:
@@ -369,7 +366,7 @@ def _joined(values: Sequence[Any]) -> str:
 
 
 def _other_names(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[str]:
-    """Adapters that record a base of another name. A name is no evidence: whether the base fits, names and shapes of tensors tell.
+    """A note for each adapter that records a base of another name. No more than a note: names and shapes of tensors tell what fits.
 
     A base that was just made has no name yet.
     """

@@ -20,7 +20,7 @@ from ..checkpoint.manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_m
 from ..checkpoint.rehash import digest_file
 from ..checkpoint.small_files import small_bytes
 from ..errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
-from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
+from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started, check_listener
 from ..formats.folder import same_header
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
@@ -34,15 +34,17 @@ from .destinations import is_address
 from .executors import completed
 from .plan import LARGEST_SMALL_FILE, Plan, Shard, accepted
 from .shard import ShardResult, write_shard
-from .work_folder import Job, check_ours, lies_in, meets, mount_of, open_job
+from .work_folder import Job, check_work_folder, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished run did. `root` is the digest of all tensors, whatever their shards (facts: verify 1.3)."""
+    """What a finished run did. `out` is the folder that was made, of `shards` weight files with `nbytes` bytes of values; `resumed` of the
+    shards were finished by an earlier run. `root` is the SHA-256 of all tensors (their names, dtypes, shapes and values), the same however
+    they are cut into files. `tallies` counts what was measured on the way, such as values that a delta does not give back.
+    """
 
     out: Path
     shards: int
@@ -61,17 +63,37 @@ def execute(
     restart: bool = False,
     reread: bool = True,
     complete: bool = False,
+    on_event: Listener = lambda event: None,
+) -> Report:
+    """Carry out `plan`: write the folder `out`, which appears whole or not at all. A run that was interrupted continues.
+
+    `pool` is any `concurrent.futures.Executor` whose workers see the same file system; by default threads of this process write. `force`
+    replaces a folder that is there, once the new one is whole. `restart` begins again in place of continuing. `reread` reads every shard
+    back from the disk before `out` gets its name. `complete` ends a job that `execute_portion` did: it writes no shard. `on_event` is
+    called with each Event, such as a ProgressBar.
+
+    Raises UsageError for an argument of another kind, OutputError where `out` can't be written, is in use, is another run's work, or does
+    not come back as it was written, and with `complete` where shards are missing (it names the portions); InputError where an input turns
+    out damaged or changes meanwhile; HubError where one can't be read over the network; Interrupted on Ctrl-C. Finished shards are kept,
+    and `kept` of the error says what lies on the disk.
+    """
+    return run_plan(plan, out, pool=pool, force=force, restart=restart, reread=reread, complete=complete, on_event=on_event)
+
+
+def run_plan(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    pool: Executor | None = None,
+    force: bool = False,
+    restart: bool = False,
+    reread: bool = True,
+    complete: bool = False,
     make_job: Callable[[Path], Job] = Job,
     on_event: Listener = lambda event: None,
 ) -> Report:
-    """Write `plan` to the folder `out`, which appears complete or not at all. Interrupted work is taken up again.
-
-    `pool` is any `concurrent.futures.Executor` that sees the same file system; shards go to it as they are. `reread` reads every
-    shard back from the disk before `out` gets its name. `complete` is the end of a job in portions: it writes no shard, and raises
-    OutputError, naming the portions to run again, where one is missing. `make_job` may send them elsewhere (`upload.job_at`). Raises
-    OutputError where `out` can't be written, is in use or does not come back as it was written, InputError where an input turns out
-    damaged; finished shards are kept.
-    """
+    """As `execute`. `make_job` says where the shards go, such as to an address (`upload.job_at`)."""
+    check_listener(on_event)
     if not isinstance(plan, Plan):
         raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
     if pool is not None and not isinstance(pool, Executor):
@@ -112,7 +134,7 @@ def _run(
         note_sources(plan, job, fresh=not results)
         write_shards(plan, job, pool, results, on_event)
         _check_sources(plan, job, pool, results, on_event)
-        if reread and not job.elsewhere:
+        if reread and not job.remote:
             _read_back(job, results, list(results)[resumed:], pool, plan.settings.jobs, on_event)
         _sweep(job, results)  # of workers that died
         finish(plan, job, results)
@@ -130,7 +152,7 @@ def note_sources(plan: Plan, job: Job, *, fresh: bool) -> None:
 
 
 def _key(file: SourceFile) -> str:
-    """A path without what it may say: a folder's name may hold a token."""
+    """A digest of the path: a folder's name may hold a token."""
     return hashlib.sha256(os.fsencode(file.path)).hexdigest()
 
 
@@ -140,11 +162,11 @@ def _local_sources(plan: Plan) -> set[SourceFile]:
 
 
 def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], on_event: Listener) -> None:
-    """Raise InputError where an input holds other bytes than when the first shards were made of it, though of one size and time.
+    """Raise InputError where an input holds other bytes than when the first shards were made of it, though its size and time are the same.
 
-    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or that lies
-    on some network file systems. So the shards that read it are made once more, without being written, and only other bytes count.
-    Those of them that come out otherwise are no longer kept.
+    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or lies on some
+    network file systems. So the shards that read it are made once more, without being written: only other bytes count. Shards that
+    come out with other bytes are deleted.
     """
     noted, now = job.noted_sources(), {file: SourceFile.at(Path(file.path)).state for file in _local_sources(plan)}
     moved = {file for file, state in now.items() if noted.get(_key(file)) != state}
@@ -204,7 +226,7 @@ def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str,
 
 
 def to_folder(out: str | os.PathLike[str]) -> Path:
-    """The folder to write, whole. Raises UsageError for an address, which would become a local folder of that name."""
+    """The folder to write, as an absolute path. Raises UsageError for an address, which would become a local folder of that name."""
     place = to_place(out, "output")
     if is_address(str(place)):
         hint = "give a folder; the command line writes to addresses"
@@ -214,7 +236,7 @@ def to_folder(out: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def keeping(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Iterator[None]:
-    """Make every way in which work can end an error that says what lies on disk."""
+    """Turn every early end into an error that says what lies on disk."""
     try:
         yield
     except Exception as error:
@@ -242,8 +264,8 @@ def _read_back(
     job: Job, results: dict[str, ShardResult], written: Sequence[str], pool: Executor | None, jobs: int, on_event: Listener
 ) -> None:
     """Hash the shards of this run again, from the disk: their pages were dropped when they were written. Those of an earlier
-    run were read when they were taken up. Raises OutputError for one that differs, which is then made again by the next run, and taken
-    out of `results`."""
+    run were read when this one began. Raises OutputError for one that differs, and takes it out of `results`: the next run makes it
+    again."""
     if not written:
         return
     on_event(ReadingBack(sum(results[name].nbytes for name in written)))
@@ -258,7 +280,7 @@ def _read_back(
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """The name of a file of ours and its sha256, or why it has none."""
+    """The name of a written file and its sha256, or why it has none."""
     try:
         return path.name, digest_file(path)
     except InputError as error:
@@ -266,7 +288,7 @@ def _read(path: Path) -> tuple[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """The sha256 of a file of ours. Raises OutputError where it can't be read."""
+    """The sha256 of a written file. Raises OutputError where it can't be read."""
     try:
         return digest_file(path)
     except InputError as error:
@@ -290,10 +312,10 @@ def preflight(plan: Plan, out: Path, *, force: bool = False, make_job: Callable[
 
 def _refuse(plan: Plan, job: Job, force: bool) -> None:
     out = job.out
-    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.elsewhere:
+    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.remote:
         raise OutputError(f"`{out.name}` exists and is not a folder", facts={"output": out}, hint="choose another `-o`")
     with suppress(FileNotFoundError):  # another run ended meanwhile
-        check_ours(job.partial)
+        check_work_folder(job.partial)
     _check_free(job, force)
     _check_small_files(plan)
     _check_inputs(plan, job)
@@ -302,11 +324,11 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
 
 
 def _check_inputs(plan: Plan, job: Job) -> None:
-    """Refuse an output, or a work folder, that is, holds or lies inside an input: what lies there is written over and deleted."""
+    """Refuse an output or work folder that is an input, holds one or lies inside one: the run would write over it or delete it."""
     origins = [origin for step in plan.history for _, origin in step.inputs]
     read = {leaf.file.path for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves() if not leaf.file.remote}
     read |= {file.path for origin in origins for file in origin.files if not file.remote}
-    if job.elsewhere and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
+    if job.remote and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
         what = f"the output `{job.shown}` is an input"
         raise OutputError(what, facts={"input": read_there[0].path}, hint="choose another `-o`")
     given = [origin.path for origin in origins if not origin.remote]
@@ -320,7 +342,7 @@ def _check_inputs(plan: Plan, job: Job) -> None:
 
 
 def _check_small_files(plan: Plan) -> None:
-    """Raise InputError where they could not be recorded, or would take more memory than the plan has for them."""
+    """Raise InputError for a name that no manifest can hold, and for files that take more memory than the plan allows for them."""
     if odd := [name for name in plan.files if not is_text(name)]:
         raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
     sizes = {name: data.stat().st_size if isinstance(data, Path) else len(data) for name, data in plan.files.items()}
@@ -332,9 +354,9 @@ def _check_small_files(plan: Plan) -> None:
 
 
 def _check_place(job: Job) -> None:
-    """Refuse now what would fail when all is written: names can't be moved from one mount to another, nor a mount point be replaced."""
+    """Refuse now what would fail at the end: a folder can't be renamed from one mount to another, and a mount point can't be replaced."""
     above = next(folder for folder in job.out.parents if folder.exists())
-    inside = (job.partial, job.folder, *(() if job.elsewhere else (job.out, job.aside)))
+    inside = (job.partial, job.folder, *(() if job.remote else (job.out, job.aside)))
     for place in (place for place in inside if place.is_dir()):
         if mount_of(place) != mount_of(above):
             facts = {place.name: place, "mounted apart from": above}
@@ -346,11 +368,8 @@ def _check_place(job: Job) -> None:
 
 def _check_free(job: Job, force: bool) -> None:
     if job.occupied and not (force or job.published):
-        raise OutputError(
-            f"`{job.out.name}` exists and is not empty",
-            facts={"output": job.shown},
-            hint="choose another `-o`, or pass `--force` to replace it after the new one is complete",
-        )
+        what, facts = f"`{job.out.name}` exists and is not empty", {"output": job.shown}
+        raise OutputError(what, facts=facts, hint="choose another `-o`, or pass `--force` to replace it after the new one is complete")
 
 
 def _check_space(plan: Plan, job: Job) -> None:
@@ -363,15 +382,12 @@ def _check_space(plan: Plan, job: Job) -> None:
     room = job.room([shard.nbytes for shard in plan.shards])
     needed = max(0, room - there) + room // 50 + 64 * MiB
     if free < needed:
-        raise OutputError(
-            f"not enough space for `{job.out.name}`",
-            facts={"needed": size(needed), "free": f"{size(free)} on {place}"},
-            hint=f"free {size(needed - free)} or choose another `-o`",
-        )
+        what, facts = f"not enough space for `{job.out.name}`", {"needed": size(needed), "free": f"{size(free)} on {place}"}
+        raise OutputError(what, facts=facts, hint=f"free {size(needed - free)} or choose another `-o`")
 
 
 def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:
-    """Shards of an earlier run whose bytes still are what the journal says; the disk may have failed meanwhile."""
+    """Shards of an earlier run whose bytes are still those of the journal: the disk may have failed meanwhile."""
     tensors = {shard.name: {name for name, _ in shard.tensors} for shard in plan.shards}
     for name, entry in job.finished().items():
         result, path = _result(entry), folder / name
@@ -448,7 +464,7 @@ def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
 
 
 def tensor_entries(folder: Path, results: Mapping[str, ShardResult]) -> list[TensorEntry]:
-    """One entry a tensor, as the headers of the written files say, with the digest taken while it was written.
+    """One entry for each tensor, as the headers of the written files say, with the digest taken while it was written.
 
     Raises OutputError where a header does not come back."""
     try:

@@ -12,7 +12,7 @@ from llava_weights.checkpoint.hf_config import flat_config
 from llava_weights.checkpoint.rope import check_rope, plain_rope
 from llava_weights.checkpoint.tokenizer import SpecialIds
 from llava_weights.errors import InputError
-from llava_weights.families.decoders import BY_TYPE
+from llava_weights.families.decoders import DECODER_BY_TYPE
 
 LLAMA_3 = {"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64}
 LONG = {"long_factor": [1.0, 2.0], "short_factor": [1.0, 1.5]}
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("kind", "given", "written"), CASES.values(), ids=CASES)
 def test_every_spelling_is_read(kind: str, given: dict[str, Any], written: dict[str, Any]) -> None:
-    decoder = BY_TYPE[kind]
+    decoder = DECODER_BY_TYPE[kind]
     assert plain_rope(given, decoder) == written
     assert plain_rope(written, decoder) == written
     check_rope(given)
@@ -88,7 +88,7 @@ def test_an_original_config_of_transformers_5_keeps_its_theta() -> None:
         "model_type": "llava_llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
         "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
     }  # fmt: skip
-    shapes = BY_TYPE["llama"].shapes({**config, "num_key_value_heads": 4, "head_dim": 4, "vocab_size": 10})
+    shapes = DECODER_BY_TYPE["llama"].shapes({**config, "num_key_value_heads": 4, "head_dim": 4, "vocab_size": 10})
     made, notes = repair_config(config, shapes=shapes, special_ids=SpecialIds(1, 2, 0, 0, {}, 0), dtype="F16")
     assert (made["rope_theta"], made["rope_scaling"], "rope_parameters" in made) == (5e5, None, False)
     assert any("`rope_theta` 500000.0" in note for note in notes)

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import llava_weights as lw
-from llava_weights.checkpoint import rehash as rehash_module
 from llava_weights.checkpoint.manifest import MANIFEST, SUMS
-from llava_weights.checkpoint.rehash import NOT_FINITE, inf_and_nan, rehash
+from llava_weights.checkpoint.rehash import NOT_FINITE, Rehash, inf_and_nan, rehash
 from llava_weights.checks.verify import Verification, checksum, verify
 from llava_weights.errors import HubError, InputError, OutputError
 from llava_weights.events import Progress, Started
@@ -159,9 +158,9 @@ def test_one_bit_in_each_tensor_and_anywhere_in_the_header(model: Path) -> None:
             assert found.exit_code == 4
             assert any(shard.name in each for each in failures(found, level="L2")), (position, text(found))
             if name:
-                told = failures(found, level="L3")
-                assert told
-                assert all(f"`{name}` in `{shard.name}`" in each for each in told)
+                texts = failures(found, level="L3")
+                assert texts
+                assert all(f"`{name}` in `{shard.name}`" in each for each in texts)
     assert verify(model, deep=True).exit_code == 0
 
 
@@ -176,10 +175,10 @@ def test_exchanged_tensors_are_both_named(model: Path) -> None:
         with open(places[name].file.path, "r+b") as file:
             file.seek(places[name].offset)
             file.write(values[source])
-    [told] = failures(verify(model, deep=True), level="L3")
-    assert f"`{one}`" in told
-    assert f"`{other}`" in told
-    assert "exchanged" in told
+    [text] = failures(verify(model, deep=True), level="L3")
+    assert f"`{one}`" in text
+    assert f"`{other}`" in text
+    assert "exchanged" in text
 
 
 def test_truncated_shard(model: Path) -> None:
@@ -194,9 +193,9 @@ def test_renamed_tensor(model: Path) -> None:
     shard = next(path for path in model.glob("*.safetensors") if "model.norm.weight" in index_safetensors(path)[0])
     for path in (shard, model / "model.safetensors.index.json"):
         path.write_bytes(path.read_bytes().replace(b"model.norm.weight", b"model.norn.weight"))
-    told = "\n".join(failures(verify(model), level="L0"))
-    assert "`model.norm.weight` is in the manifest" in told
-    assert "`model.norn.weight` is in a weight file" in told
+    texts = "\n".join(failures(verify(model), level="L0"))
+    assert "`model.norm.weight` is in the manifest" in texts
+    assert "`model.norn.weight` is in a weight file" in texts
 
 
 def test_reinterpreted_dtype(model: Path) -> None:
@@ -211,8 +210,8 @@ def test_changed_config_value_is_found_without_deep(model: Path) -> None:
     (model / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     found = verify(model)
     assert found.exit_code == 4
-    [told] = failures(found, level="L2")
-    assert "`config.json` changed" in told
+    [text] = failures(found, level="L2")
+    assert "`config.json` changed" in text
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model-00002-of-00004.safetensors"])
@@ -281,9 +280,9 @@ def test_many_failures_are_folded(model: Path) -> None:
     for shard in model.glob("*.safetensors"):
         for place in index_safetensors(shard)[0].values():
             flip(shard, place.offset)
-    told = failures(verify(model, deep=True), level="L3")
-    assert len(told) == 21
-    assert told[-1].startswith("and 3 more")
+    texts = failures(verify(model, deep=True), level="L3")
+    assert len(texts) == 21
+    assert texts[-1].startswith("and 3 more")
 
 
 def test_crc_of_a_bin(containers: Path) -> None:
@@ -398,9 +397,11 @@ def test_against_lists_what_differs(made: Path, fixtures: Path, tmp_path: Path) 
     other = tmp_path / "other.safetensors"
     save_file(weights, other)
     found = verify(made, against=other)
-    told = failures(found, level="against")
-    assert [("norm" in each, "extra" in each) for each in told] == [(False, True), (True, False)]
-    assert ["lm_head" in each.text for each in found.findings if each.verdict == "unproved"] == [True]  # ours alone: not wrong, not proved
+    texts = failures(found, level="against")
+    assert [("norm" in each, "extra" in each) for each in texts] == [(False, True), (True, False)]
+    assert ["lm_head" in each.text for each in found.findings if each.verdict == "unproved"] == [
+        True
+    ]  # only in the checkpoint: neither wrong nor proved
     assert found.exit_code == 4
 
 
@@ -476,9 +477,9 @@ def test_against_a_revision_on_the_hub(model: Path, made: Path, hub: HubServer) 
     shard = largest(model)
     flip(shard, shard.stat().st_size - 1)
     flip(model / "tokenizer.model", 100)
-    told = "\n".join(failures(verify(model, against="owner/model@v1"), level="against"))
-    assert f"`{shard.name}` has the sha256" in told
-    assert "`tokenizer.model` has the git-sha1" in told
+    texts = "\n".join(failures(verify(model, against="owner/model@v1"), level="against"))
+    assert f"`{shard.name}` has the sha256" in texts
+    assert "`tokenizer.model` has the git-sha1" in texts
     with pytest.raises(HubError, match="no revision"):
         verify(model, against="owner/model@v2")
 
@@ -502,11 +503,10 @@ def test_against_published(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("window", [64, 1000, 4097])
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_windows_change_no_digest(made: Path, monkeypatch: pytest.MonkeyPatch, window: int, jobs: int) -> None:
+def test_windows_change_no_digest(made: Path, window: int, jobs: int) -> None:
     shards = {path.name: path for path in sorted(made.glob("*.safetensors"))[-1:]}
     tensors = {name: t for path in shards.values() for name, t in index_safetensors(path)[0].items()}
-    monkeypatch.setattr(rehash_module, "WINDOW_BYTES", window)
-    found = rehash(shards, tensors, jobs=jobs)
+    found = Rehash(("sha256",), jobs, window=window).read(shards, tensors)
     raw = {name: value.numpy().tobytes() for path in shards.values() for name, value in load_file(path).items()}
     assert {name: entry.sha256 for name, entry in found.tensors.items()} == {name: hashlib.sha256(raw[name]).hexdigest() for name in raw}
     assert found.files == {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for name, path in shards.items()}
@@ -523,9 +523,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(model: Path) -> None:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=8, max_size=400), dtype=st.sampled_from(sorted(NUMPY)), shift=st.integers(0, 7), window=st.integers(1, 40))
-def test_inf_and_nan_are_counted_as_numpy_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, dtype: str, shift: int, window: int
-) -> None:
+def test_inf_and_nan_are_counted_as_numpy_does(tmp_path: Path, data: bytes, dtype: str, shift: int, window: int) -> None:
     """Wherever values lie in the file, and wherever a window cuts them."""
     size = np.dtype(NUMPY[dtype]).itemsize
     values = np.frombuffer(data[: len(data) // size * size], NUMPY[dtype]).copy()
@@ -536,8 +534,7 @@ def test_inf_and_nan_are_counted_as_numpy_does(
     packed = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(len(packed).to_bytes(8, "little") + packed + bytes(shift) + raw)
     tensors, _ = index_safetensors(tmp_path / "x.safetensors")
-    monkeypatch.setattr(rehash_module, "WINDOW_BYTES", window)
-    found = rehash({"x": tmp_path / "x.safetensors"}, tensors)
+    found = Rehash(("sha256",), 1, window=window).read({"x": tmp_path / "x.safetensors"}, tensors)
     assert found.non_finite == {"b": int((~np.isfinite(values)).sum())}
     assert found.tensors["b"].sha256 == hashlib.sha256(raw).hexdigest()
 

@@ -13,7 +13,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import llava_weights as lw
 from llava_weights.cli.toy import make_llava
-from llava_weights.families.decoders import BY_TYPE
+from llava_weights.families.decoders import DECODER_BY_TYPE
 from llava_weights.families.originals import ORIGINALS
 
 FREE = {"head_dim": 32}
@@ -82,7 +82,7 @@ def logits(folder: Path) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("decoder", BY_TYPE)
+@pytest.mark.parametrize("decoder", DECODER_BY_TYPE)
 def test_every_value_stays(tmp_path: Path, decoder: str) -> None:
     source = saved(tmp_path, decoder)
     there = write(lw.convert(source, "llava-hf"), tmp_path / "there")
@@ -92,7 +92,7 @@ def test_every_value_stays(tmp_path: Path, decoder: str) -> None:
     for part in ("text_config", "vision_config"):
         kept = {key: value for key, value in given[part].items() if key != "rope_parameters"}
         assert {key: made[part].get(key) for key in kept} == kept
-    classes = [getattr(transformers, BY_TYPE[decoder].config_class)(**config["text_config"]) for config in (given, made)]
+    classes = [getattr(transformers, DECODER_BY_TYPE[decoder].config_class)(**config["text_config"]) for config in (given, made)]
     ropes = [{key: value for key, value in each.rope_parameters.items() if key != "type"} for each in classes]
     assert ropes[0] == ropes[1]
     generation = json.loads((there / "generation_config.json").read_text(encoding="utf-8"))

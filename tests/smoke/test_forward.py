@@ -195,8 +195,8 @@ def test_both_paths_agree_layer_by_layer(fixtures: Path) -> None:
     original = load_original(
         open_checkpoint(fixtures / "C-v1.5/original-no-vision-bin"), tower=open_checkpoint(fixtures / "common/clip-tiny-42px")
     )
-    ours, theirs = (cases(fixtures / "E-logits/C-v1.5", hf=hf)[0] for hf in (True, False))
-    one, other = converted(ours), original(theirs)
+    hub_case, original_case = (cases(fixtures / "E-logits/C-v1.5", hf=hf)[0] for hf in (True, False))
+    one, other = converted(hub_case), original(original_case)
     assert one.hidden.keys() == other.hidden.keys()
     for name, value in one.hidden.items():
         np.testing.assert_allclose(value, other.hidden[name], rtol=0, atol=2e-5, err_msg=name)
@@ -403,7 +403,7 @@ def test_a_damaged_record_is_noticed(fixtures: Path, tmp_path: Path) -> None:
 
 def test_grids_and_crops_are_those_of_the_original() -> None:
     pinpoints = [[84, 42], [42, 84], [84, 84], [42, 126], [126, 42]]
-    assert best_grid((22, 18), pinpoints, 42) == (1, 2)  # a tie: 84 wide comes first (reference D, fact 2)
+    assert best_grid((22, 18), pinpoints, 42) == (1, 2)  # a tie: 84 wide comes first
     assert best_grid((36, 90), pinpoints, 42) == (1, 3)
     assert best_grid((80, 33), pinpoints, 42) == (2, 1)
     picture = torch.arange(6 * 6).view(6, 6, 1)
