@@ -16,6 +16,7 @@ from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import Tokens, flat_config, original_config, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
 from ..checkpoint.processor import original_vision_settings
+from ..checkpoint.rope import check_rope
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
@@ -180,6 +181,8 @@ def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
 def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
     """A llava-hf config as the original layout spells it."""
     config, text = checkpoint.config, flat_config(checkpoint.config)
+    if isinstance(nested := config.get("text_config"), Mapping):
+        check_rope(nested)
     if str(config.get("model_type")) not in TARGETS:
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
         raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")

@@ -129,3 +129,13 @@ def test_a_quantization_config_of_plain_weights_is_left_out_and_said(tmp_path: P
     made = lw.convert(source, "llava-hf")
     assert "quantization_config" not in {**made.config, **made.config["text_config"]}
     assert sum("quantization_config" in repair for repair in made.history[-1].repairs) == 2
+
+
+def test_a_rope_for_each_kind_of_layer_is_refused(tmp_path: Path) -> None:
+    source = saved(tmp_path, "qwen2")
+    config = config_of(source)
+    config["text_config"]["rope_parameters"] = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    (source / "config.json").write_text(json.dumps(config))
+    for layout in ("llava-hf", "llava"):
+        with pytest.raises(lw.InputError, match="differs from layer to layer"):
+            lw.convert(source, layout)
