@@ -336,9 +336,10 @@ LLAMA_SIZES = (
 LONGEST_LLAMA = 4096  # positions of LLaMA 2; Code Llama has the shapes of LLaMA 2, another rope_theta, and 16,384
 
 
-def size_name(hidden: int, layers: int) -> str:
+def size_name(hidden: int, layers: int, intermediate: int) -> str:
     """ "13B" for a published LLaMA shape, else "2 layers of 48"."""
-    return next((s.name for s in LLAMA_SIZES if (s.hidden, s.layers) == (hidden, layers)), f"{layers} layers of {hidden}")
+    shape = (hidden, layers, intermediate)
+    return next((s.name for s in LLAMA_SIZES if (s.hidden, s.layers, s.intermediate) == shape), f"{layers} layers of {hidden}")
 
 
 # What LLaVA's code of 2023 did before these keys existed: CLS dropped, images resized and cropped to a square.

@@ -20,7 +20,7 @@ from llava_weights.checkpoint.chat_template import QUESTION, choose, example
 from llava_weights.checkpoint.config import decoder_of, known_decoder
 from llava_weights.cli.toy import make_llava
 from llava_weights.families import originals
-from llava_weights.families.decoders import DECODERS
+from llava_weights.families.decoders import DECODERS, size_name
 from llava_weights.families.originals import ORIGINALS, Original, fitting, of_tokens
 from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.families.shapes import length
@@ -163,6 +163,11 @@ def test_defaults_of_towers_and_targets_are_those_of_their_classes() -> None:
         same = ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias")
         assert {key: getattr(found, key) for key in same} == {key: TARGET_DEFAULTS[key] for key in same}
         assert hasattr(transformers, target.architecture)
+
+
+def test_a_size_is_that_of_a_llama_alone() -> None:
+    assert size_name(8192, 80, 22016) == "65B"
+    assert size_name(8192, 80, 28672) == "80 layers of 8192"  # Qwen1.5-72B and Llama 2 70B
 
 
 def test_a_row_that_asks_for_more_stands_first() -> None:
