@@ -110,7 +110,7 @@ PREFIXES = {
 @given(st.integers(1, 12), st.booleans())
 def test_renaming_has_one_inverse(layers: int, biased: bool) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8, "attention_bias": biased}
-    text = [canonical(name) for name in expected_shapes({**sizes, "num_hidden_layers": layers})]
+    text = [canonical(name) for name in expected_shapes({**sizes, "model_type": "llama", "num_hidden_layers": layers})]
     tower = [f"tower.{name}" for name in tower_shapes({**sizes, "num_hidden_layers": layers})]
     projector = [f"projector.{place}.{part}" for place in (0, 2) for part in ("weight", "bias")]
     names = [*text, *tower, *projector, "newline"]
@@ -127,7 +127,14 @@ def test_renaming_has_one_inverse(layers: int, biased: bool) -> None:
 def test_meta_names_have_one_inverse() -> None:
     rows = meta_names(1)
     assert len({row.meta for row in rows}) == len({row.name for row in rows}) == len(rows)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "vocab_size": 8,
+        "num_hidden_layers": 1,
+        "model_type": "llama",
+    }
     assert {row.name for row in rows} == expected_shapes(sizes).keys()
 
 
@@ -162,7 +169,7 @@ def test_a_crc_in_pieces_sees_every_flipped_bit(data: bytes, cuts: set[int], ord
         order.shuffle(pieces)
         works = [Workspace() for _ in range(workers)]
         for start, stop in [*pieces, pieces[0]]:  # one is read twice
-            order.choice(works).check(FILE, record, record.offset + start, memoryview(content[start:stop]))
+            order.choice(works).take_crc(FILE, record, record.offset + start, memoryview(content[start:stop]))
         assert list(crc_errors(works)) == ([] if sound else [(FILE, record)])
 
 

@@ -199,7 +199,7 @@ def config_json(data: bytes, folder: Path) -> None:
     if not isinstance(config, dict):
         return
     repair_generation_config(config, IDS)
-    shapes = expected_shapes(SIZES) | {"model.mm_projector.weight": (48, 24), "model.mm_projector.bias": (48,)}
+    shapes = expected_shapes({**SIZES, "model_type": "llama"}) | {"model.mm_projector.weight": (48, 24), "model.mm_projector.bias": (48,)}
     with suppress(LlavaWeightsError):
         check_structure(config, shapes)
     repaired, _ = repair_config(config, shapes=shapes, special_ids=IDS, dtype="F16")
