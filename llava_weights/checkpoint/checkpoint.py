@@ -114,7 +114,8 @@ class Checkpoint:
     def size(self) -> str:
         """ "13B" for a published LLaMA shape, else the number of layers and their width; empty without a decoder."""
         norm = self.tensors.get("model.norm.weight") or self.tensors.get("model.layers.0.input_layernorm.weight")
-        return size_name(norm.shape[0], layer_count(self.tensors)) if norm and norm.shape else ""
+        gate = self.tensors.get("model.layers.0.mlp.gate_proj.weight")
+        return size_name(norm.shape[0], layer_count(self.tensors), gate.rows if gate else 0) if norm and norm.shape else ""
 
     def parameters(self) -> dict[str, LazyTensor]:
         """The tensors without the buffers that no program reads, such as `rotary_emb.inv_freq`."""

@@ -19,6 +19,7 @@ from ..families.projectors import projector_type, projector_weights
 from ..families.shapes import MAX_LAYERS, length
 from ..tensors.dtypes import TORCH_DTYPE
 from ..text import few, listed, shown, unquoted
+from .rope import PARAMETERS, check_rope, plain_rope
 from .small_files import RIGHT_CONFIG
 from .tokenizer import SpecialIds
 
@@ -26,8 +27,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Keys that make a reader run code, download, or load other weights; and every key that starts with `_`.
 REFUSED = r"_.*|auto_map|trust_remote_code|quantization_config|attn_implementation.*"
+QUANTIZATION = "quantization_config"
 NESTED = ("rope_scaling", "rope_parameters")
-FILLED = ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # written where they are missing
+# Written where they are missing.
+FILLED = ("hidden_act", "hidden_activation", "max_position_embeddings", "rms_norm_eps", "layer_norm_eps", "tie_word_embeddings")
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What generation_config.json may hold besides the ids: type, least value (itself excluded for fractions), greatest.
 GENERATION_SETTINGS = {
@@ -56,11 +60,13 @@ def repair_config(
     projector = any(canonical(name).startswith("projector.") for name in shapes)
     kind = _kind(new, projector)
     decoder = decoder_of({**new, **kind})
-    changes: dict[str, Any] = {key: decoder.defaults[key] for key in FILLED} | (LLAVA_DEFAULTS if projector else {})
+    notes += _older_words(new, decoder)
+    changes: dict[str, Any] = {key: decoder.defaults[key] for key in FILLED if decoder.defaults.get(key) is not None}
+    changes |= LLAVA_DEFAULTS if projector else {}
     changes = {key: value for key, value in changes.items() if new.get(key) is None}
     changes |= dict.fromkeys(["torch_dtype", "dtype"] if "dtype" in new else ["torch_dtype"], TORCH_DTYPE[dtype])
     changes |= {"tie_word_embeddings": False} if VOCABULARY[1] in shapes else {}
-    changes |= _facts(new, shapes) | kind | (_multimodal(new, shapes, special_ids) if projector else {})
+    changes |= _facts(new, shapes, decoder) | kind | (_multimodal(new, shapes, special_ids) if projector else {})
     notes += _apply(new, changes)
     _check_numbers(new)
     tower = new.get("mm_vision_tower")
@@ -69,14 +75,22 @@ def repair_config(
     return dict(sorted(new.items())), tuple(notes)
 
 
-def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: SpecialIds) -> tuple[dict[str, Any], tuple[str, ...]]:
+def repair_generation_config(
+    generation: Mapping[str, Any] | None, special_ids: SpecialIds, *, config: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A generation config with the true ids and the valid sampling settings: transformers refuses to save others (LLaVA #1406).
 
-    It has the ids alone where `generation` is None or empty: without a file, transformers 5 never stops at eos.
+    It has the ids alone where `generation` is None or empty: without a file, transformers 5 never stops at eos. A list of eos that holds
+    the true one stays, and so does an id that no tokenizer file tells; `config`, the text model's, tells what is missing.
     """
-    ids = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos, "pad_token_id": special_ids.pad}
+    given, told = generation or {}, config or {}
+    ids = {}
+    for key, true in zip(IDS, (special_ids.bos, special_ids.eos, special_ids.pad), strict=True):
+        if (value := _true_id(key, true, given, told)) is not None:
+            ids[key] = value
+    shown_ids = [ids.get(key) for key in IDS]
     if not generation:
-        return ids, (f"generation_config: written with bos/eos/pad ids {_joined(ids.values())}",)
+        return ids, (f"generation_config: written with bos/eos/pad ids {_joined(shown_ids)}",)
     new = {
         key: value
         for key, value in generation.items()
@@ -84,13 +98,28 @@ def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: 
     }
     gone = [key for key in generation if key not in new]
     notes = [f"generation_config: dropped {listed(gone)}"] if gone else []
-    if [new.get(key) for key in ids] != list(ids.values()):
-        notes.append(f"generation_config: bos/eos/pad ids {_joined(new.get(key) for key in ids)} -> {_joined(ids.values())}")
+    if [new.get(key) for key in IDS] != shown_ids:
+        notes.append(f"generation_config: bos/eos/pad ids {_joined(new.get(key) for key in IDS)} -> {_joined(shown_ids)}")
     needs = [key for key, default in SAMPLING.items() if new.get(key, default) != default]
     if needs and new.get("do_sample") is not True:
         new["do_sample"] = True
         notes.append(f"generation_config: `do_sample` -> true, {listed(needs)} means nothing without it")
     return dict(sorted({**new, **ids}.items())), tuple(notes)
+
+
+def _true_id(key: str, true: int | None, *sources: Mapping[str, Any]) -> Any:
+    """The id of a role: `true`, or the first list of eos that holds it and whose ids have rows; what the sources say where it is None."""
+    said = [value for source in sources if (value := source.get(key)) is not None]
+    if true is None:
+        return next(iter(said), None)
+    rows = next((source["vocab_size"] for source in sources if type(source.get("vocab_size")) is int), 1 << 31)
+    if key == "eos_token_id" and said and said[0] != true:
+        return next((value for value in said if _holds(value, true, rows)), true)
+    return true
+
+
+def _holds(value: Any, true: int, rows: int) -> bool:
+    return isinstance(value, list) and true in value and all(type(i) is int and 0 <= i < rows for i in value)
 
 
 def decoder_of(config: Mapping[str, Any]) -> Decoder:
@@ -113,7 +142,8 @@ def known_decoder(config: Mapping[str, Any]) -> Decoder | None:
     """As `decoder_of`, but None where the config names none, or no decoder has all the names that it gives."""
     named = _named(config)
     rows = [_rows(name) for name in named]
-    return next((row for row in DECODERS if named and all(row in fitting for fitting in rows)), None)
+    fitting = (row for row in DECODERS if named and all(row in known for known in rows))
+    return next((row for row in fitting if not row.mark or row.mark in config or config.get("model_type") == row.model_type), None)
 
 
 def _named(config: Mapping[str, Any]) -> list[str]:
@@ -139,8 +169,8 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if (layers := sizes["num_hidden_layers"]) > MAX_LAYERS:
         raise InputError(f"`num_hidden_layers` is {layers:,} in config.json, at most {MAX_LAYERS:,} are read", hint=RIGHT_CONFIG)
     for key, axis in decoder.computed.items():
-        sizes[key] = _optional_size(config, key) or length(axis, sizes)
-    return {**config, **sizes}
+        sizes[key] = _optional_size({key: decoder.defaults.get(key), **config}, key) or length(axis, sizes)
+    return {**decoder.defaults, **config, **sizes}
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -183,8 +213,19 @@ def _plain(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         nested = key in NESTED and isinstance(value, dict) and all(_is_plain(inner, 1) for inner in value.values())
         if not re.fullmatch(REFUSED, key, re.DOTALL) and (nested or _is_plain(value, 3)):
             new[key] = value
-    gone = [key for key in config if key not in new]
-    return new, [f"config: dropped {listed(gone)}"] if gone else []
+    gone = [key for key in config if key not in new and key != QUANTIZATION]
+    return new, [*quantization_notes(config), *([f"config: dropped {listed(gone)}"] if gone else [])]
+
+
+def quantization_notes(config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each `quantization_config` in a config whose weights are plain numbers, where it does not belong."""
+    notes = []
+    for prefix, part in (("", config), *((f"{key}.", config.get(key)) for key in ("text_config", "vision_config"))):
+        if isinstance(part, Mapping) and (found := part.get(QUANTIZATION)) is not None:
+            method = found.get("quant_method") if isinstance(found, Mapping) else None
+            named = f" ({shown(method)[1:-1]})" if isinstance(method, str) else ""
+            notes.append(f"config: `{prefix}{QUANTIZATION}`{named} left out, the weights are plain numbers")
+    return notes
 
 
 def _is_plain(value: Any, depth: int) -> bool:
@@ -203,21 +244,50 @@ def _numbers(value: Any, depth: int) -> Iterable[float]:
 
 
 def _repair_ids(new: dict[str, Any], ids: SpecialIds, rows: int) -> list[str]:
-    pad = ids.pad if 0 <= ids.pad < rows else ids.unk
-    true = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": pad}
-    old = [new.get(key) for key in true]
-    new |= true
+    pad = ids.pad if ids.pad is None or 0 <= ids.pad < rows else ids.unk
+    sized = {**new, "vocab_size": rows}
+    true = {key: _true_id(key, i, sized) for key, i in zip(IDS, (ids.bos, ids.eos, pad), strict=True)}
+    old = [new.get(key) for key in IDS]
+    new |= {key: i for key, i in true.items() if i is not None}
     return [] if old == list(true.values()) else [f"config: bos/eos/pad ids {_joined(old)} -> {_joined(true.values())}"]
 
 
-def _facts(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """The sizes that the tensors show. Raises InputError where the config has others."""
+def _older_words(new: dict[str, Any], decoder: Decoder) -> list[str]:
+    """Keys under names that `decoder` has no more, or not yet, put under those that every version reads."""
+    old = dict(new)
+    check_rope(new)
+    for before, after in decoder.renamed.items():
+        if before in new:
+            new.setdefault(after, new.pop(before))
+    rope = plain_rope(new, decoder)
+    new.clear()
+    new.update(rope)
+    gone = [key for key in (*decoder.renamed, PARAMETERS) if key in old and key not in new]
+    made = [f"`{key}` {_text(value)}" for key, value in new.items() if key not in old]
+    return [f"config: {listed(gone)} -> {', '.join(made)}"] if made else [f"config: dropped {listed(gone)}, said twice"] * bool(gone)
+
+
+def _measure(decoder: Decoder, size: str, shapes: Shapes) -> tuple[str, int] | None:
+    """A tensor of the first layer, and its axis that has the length `size`; None for a size that no axis has."""
+    for row in decoder.layer:
+        if size in row.shape and not row.when:
+            name = f"model.layers.0.{row.name}".replace("*", "0")
+            _shape(shapes, name, len(row.shape))
+            return name, row.shape.index(size)
+    return None
+
+
+def _facts(config: Mapping[str, Any], shapes: Shapes, decoder: Decoder) -> dict[str, Any]:
+    """What the tensors say about the sizes. Raises InputError where the config says otherwise."""
     rows, hidden = _shape(shapes, VOCABULARY[0], 2)
-    (query, _), (key, _) = (_shape(shapes, f"model.layers.0.self_attn.{name}_proj.weight", 2) for name in "qk")
-    intermediate = _shape(shapes, "model.layers.0.mlp.gate_proj.weight", 2)[0]
+    wanted = ("num_attention_heads * head_dim", "num_key_value_heads * head_dim", "intermediate_size")
+    query_at, key_at, width_at = (_measure(decoder, size, shapes) for size in wanted)
+    assert query_at is not None
+    assert width_at is not None
+    query, intermediate = (shapes[name][axis] for name, axis in (query_at, width_at))
     layers = 1 + max(int(found[1]) for name in shapes if (found := re.match(r"model\.layers\.(\d{1,6})\.", name)))
     _agree(config, "hidden_size", hidden, VOCABULARY[0], shapes)
-    _agree(config, "intermediate_size", intermediate, "model.layers.0.mlp.gate_proj.weight", shapes)
+    _agree(config, "intermediate_size", intermediate, width_at[0], shapes)
     if _optional_size(config, "num_hidden_layers") not in (None, layers):
         what = f"`num_hidden_layers` is {config['num_hidden_layers']} in config.json, but the tensors have {layers} layers"
         raise InputError(what, hint=RIGHT_CONFIG)
@@ -226,11 +296,22 @@ def _facts(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
     )
     if not heads:
         raise InputError("`num_attention_heads` is missing in config.json, and no tensor tells it", hint=RIGHT_CONFIG)
-    head = _optional_size(config, "head_dim") or max(hidden // heads, 1)
-    _agree({"num_attention_heads": heads}, "num_attention_heads", query / head, "model.layers.0.self_attn.q_proj.weight", shapes)
-    _agree(config, "num_key_value_heads", key / head, "model.layers.0.self_attn.k_proj.weight", shapes)
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return {**sizes, "num_key_value_heads": key // head, "vocab_size": rows}
+    head = _optional_size(config, "head_dim") or max(hidden // heads, 1)
+    if decoder.defaults.get("head_dim") and not config.get("head_dim"):  # free of the width, and told by the tensors
+        head = sizes["head_dim"] = max(query // heads, 1)
+    _agree({"num_attention_heads": heads}, "num_attention_heads", query / head, query_at[0], shapes)
+    if key_at is not None:
+        key = shapes[key_at[0]][key_at[1]]
+        _agree(config, "num_key_value_heads", key / head, key_at[0], shapes)
+        sizes["num_key_value_heads"] = key // head
+    else:
+        sizes["num_key_value_heads"] = _optional_size(config, "num_key_value_heads") or heads
+    for size in dict.fromkeys(row.each for row in decoder.layer if row.each):
+        at = _measure(decoder, size, shapes)
+        sizes[size] = shapes[at[0]][at[1]] if at else 1
+        _agree(config, size, sizes[size], at[0] if at else "", shapes)
+    return {**sizes, "vocab_size": rows}
 
 
 def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes: Shapes) -> None:
@@ -241,9 +322,12 @@ def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes
 
 
 def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
-    """`model_type` and architecture: those of LLaVA where there is a projector, of LLaMA where not. Types of other decoders stay."""
+    """`model_type` and architecture: those of LLaVA where there is a projector, of its text model where not."""
     kind, llama = config.get("model_type"), DECODER_BY_TYPE["llama"]
-    if not isinstance(kind, str) or (projector and kind == llama.model_type) or (not projector and kind.startswith("llava")):
+    if not projector and isinstance(kind, str) and kind.startswith("llava"):
+        row = decoder_of(config)
+        return {"model_type": row.model_type, "architectures": [row.architecture]}
+    if not isinstance(kind, str) or (projector and kind == llama.model_type):
         kind = llama.original_types[0] if projector else llama.model_type
     named = {llama.model_type: llama.architecture, **dict.fromkeys(llama.original_types[:2], llama.original_architectures[0])}
     return {"model_type": kind} | ({"architectures": [named[kind]]} if kind in named else {})

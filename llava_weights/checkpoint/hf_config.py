@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import DECODER_BY_TYPE, SIZE_KEYS
+from ..families.decoders import CARRIED, DECODER_BY_TYPE, SIZE_KEYS
 from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
 from ..text import listed, shown
-from .config import decoder_of
+from .config import REFUSED, decoder_of
+from .rope import plain_rope
 from .small_files import RIGHT_CONFIG
 from .tower import VisionTower
 
@@ -141,12 +142,13 @@ def select_layer(config: Mapping[str, Any], tower: VisionTower, target: Target) 
 def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dict[str, Any]:
     """The `text_config`, from a flat config, with every key that any reader asks for."""
     decoder = decoder_of(config)
-    made = {key: config.get(key, default) for key, default in decoder.defaults.items()} | {key: config[key] for key in SIZE_KEYS}
+    made = {key: config.get(key, default) for key, default in decoder.defaults.items()}
+    made |= {key: config[key] for key in SIZE_KEYS if key in decoder.defaults} | {key: config[key] for key in CARRIED if key in config}
     made |= {
         "architectures": [decoder.architecture],
         "bos_token_id": tokens.bos,
         "dtype": TORCH_DTYPE[dtype],
-        "eos_token_id": tokens.eos,
+        "eos_token_id": config["eos_token_id"] if isinstance(config.get("eos_token_id"), list) else tokens.eos,
         "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         "model_type": decoder.model_type,
         "pad_token_id": tokens.pad,
@@ -157,21 +159,65 @@ def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dic
     return dict(sorted(made.items()))
 
 
+# Of a llava-hf config's own keys, those that tensors, tokenizer and options tell: written anew where llava-hf is made of llava-hf.
+TOLD = r"architectures|model_type|(torch_)?dtype|\w+_token_(index|id)|vocab_size|tie_word_embeddings|image_seq_length|projector_hidden_act"
+# Those under names that are not written, and those that only transformers' own save needs.
+RENAMED = r"(image|video)_token_id|rope_parameters|transformers_version"
+# What a text config may leave out and no tensor tells, without a change of what is computed.
+HARMLESS = (
+    r"\w+_token_id|\w+_dropout|\w+_pdrop|initializer_range|use_cache|pretraining_tp|output_router_logits|router_\w+|max_window_layers"
+)
+
+
+def kept_config(given: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """`made`, the llava-hf config that follows from the llava-hf config `given`, with every value of the latter that is not to change."""
+    parts = {key: value for key, value in made.items() if isinstance(value, Mapping)}
+    new = {**made, **{key: value for key, value in _may_stay(given).items() if key not in parts and not re.fullmatch(TOLD, key)}}
+    new = {**{key: value for key, value in _may_stay(given).items() if key not in made}, **new}
+    for key, part in parts.items():
+        inner = given.get(key)
+        new[key] = dict(sorted({**(_may_stay(inner) if isinstance(inner, Mapping) else {}), **part}.items()))
+    return dict(sorted(new.items()))
+
+
+def _may_stay(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not re.fullmatch(f"{REFUSED}|{RENAMED}", key, re.DOTALL)}
+
+
+def left_out(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence on what the text config of a llava-hf config leaves out, and its class therefore takes; none where that is nothing."""
+    text = flat_config(config)
+    if (decoder := DECODER_BY_TYPE.get(str(text["model_type"]))) is None:
+        return ()
+    given = plain_rope(config["text_config"], decoder) if isinstance(config.get("text_config"), Mapping) else {}
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", *decoder.computed)
+    missing = {
+        key: value
+        for key, value in decoder.defaults.items()
+        if key not in given and value not in (None, False) and key not in sizes and not re.fullmatch(HARMLESS, key)
+    }
+    told = ", ".join(f"`{key}` {value}" for key, value in missing.items())
+    return (f"`text_config` leaves out what {decoder.config_class} takes by default: {told}",) if missing else ()
+
+
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `text_config` of a llava-hf config as a flat one, by the keys that every version knows.
 
     transformers 5 writes `rope_parameters` where `rope_theta` and `rope_scaling` were; 4.x would take its own theta.
     """
     text = {**config["text_config"]} if isinstance(config.get("text_config"), Mapping) else {}
-    rope = text.pop("rope_parameters", None)
-    if isinstance(rope, Mapping):
-        text.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        rest = {key: value for key, value in rope.items() if key != "rope_theta"}
-        text.setdefault("rope_scaling", None if rest.get("rope_type", "default") == "default" else rest)
     text.setdefault("model_type", DEFAULT_PARTS["text_config"])
-    if (decoder := DECODER_BY_TYPE.get(str(text["model_type"]))) and "rms_norm_eps" not in text:
-        text["rms_norm_eps"] = decoder.defaults["rms_norm_eps"]  # which transformers' own saved configs leave out
+    decoder = DECODER_BY_TYPE.get(str(text["model_type"]))
+    text = plain_rope(text, decoder)
+    if decoder and "rms_norm_eps" in decoder.defaults:  # which transformers' own saved configs leave out
+        text.setdefault("rms_norm_eps", decoder.defaults["rms_norm_eps"])
     return text
+
+
+def _even_head(text: Mapping[str, Any]) -> int | None:
+    """The width of a head that shares out the hidden size, None where the config does not tell it."""
+    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    return hidden // heads if type(hidden) is int and type(heads) is int and heads > 0 else None
 
 
 def original_config(
@@ -185,6 +231,9 @@ def original_config(
     text = flat_config(config)
     decoder = decoder_of(text)
     kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZE_KEYS}
+    kept |= {key: text[key] for key in CARRIED if key in text}
+    if text.get("head_dim") and text["head_dim"] != _even_head(text):  # else every class works it out
+        kept["head_dim"] = text["head_dim"]
     target = TARGETS[str(config["model_type"])]
     strategy = config.get("vision_feature_select_strategy", target.defaults["vision_feature_select_strategy"])
     feature = next((name for name, told in STRATEGIES.items() if told == strategy and tower.class_token), "patch")

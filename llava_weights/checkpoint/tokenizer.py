@@ -54,12 +54,15 @@ class Repair:
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The true ids: `added` are the tokens behind the `base_vocabulary` pieces of tokenizer.model. All have a row in the table."""
+    """The true ids: `added` are the tokens behind the `base_vocabulary` pieces of tokenizer.model. All have a row in the table.
 
-    bos: int
-    eos: int
-    pad: int
-    unk: int
+    None is an id that no file tells: what a config says of it stands.
+    """
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    unk: int | None
     added: Mapping[str, int]
     base_vocabulary: int
 
@@ -111,11 +114,31 @@ def repair_tokenizer(
 
 
 def _without_model(files: SmallFiles, rows: int) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
-    """Without a tokenizer.model to check against: the files as they are, and LLaMA's ids."""
+    """Without a tokenizer.model to check against: the files as they are, and the ids that they tell."""
     listing = small_object(files, ADDED)
     added = {name: i for name, i in listing.items() if is_token_id(i) and 2 < i < rows}
-    ids = SpecialIds(bos=1, eos=2, pad=0, unk=0, added=added, base_vocabulary=min(added.values(), default=rows))
-    return dict(files), ids, (f"{MODEL}: in neither folder, so the tokenizer files are not checked and bos/eos/pad ids 1/2/0 are assumed",)
+    roles = named_ids(files, rows)
+    ids = SpecialIds(**roles, added=added, base_vocabulary=min(added.values(), default=rows))
+    told = "/".join("none" if roles[role] is None else str(roles[role]) for role in ("bos", "eos", "pad"))
+    how = f"; bos/eos/pad ids are {told} by them" if any(i is not None for i in roles.values()) else ", and ids stay as the config has them"
+    return dict(files), ids, (f"{MODEL}: in neither folder, so the tokenizer files are not checked{how}",)
+
+
+def named_ids(files: SmallFiles, rows: int) -> dict[str, int | None]:
+    """The id of each role that special_tokens_map.json or tokenizer_config.json names, where a file tells it and the table has its row."""
+    special, settings, core = (small_object(files, name, limit=FAST_LIMIT) for name in (SPECIAL, TOKENIZER_CONFIG, FAST))
+    model = core.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else small_object(files, "vocab.json", limit=FAST_LIMIT)
+    entries = core.get("added_tokens")
+    listed_ids = {
+        **(vocabulary if isinstance(vocabulary, dict) else {}),
+        **small_object(files, ADDED),
+        **{name: i for i, name in (_decoder(settings) or {}).items()},
+        **{name: entry.get("id") for entry in (entries if isinstance(entries, list) else []) if (name := token_text(entry)) is not None},
+    }
+    ids = {name: i for name, i in listed_ids.items() if is_token_id(i) and i < rows}
+    names = {role: [token_text(source.get(f"{role}_token")) for source in (special, settings)] for role in ("bos", "eos", "pad", "unk")}
+    return {role: next((ids[name] for name in given if name in ids), None) for role, given in names.items()}
 
 
 # --- the tokens -----------------------------------------------------------------------------------------------------

@@ -202,7 +202,8 @@ def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, JsonObject], rows
     """The id of each role, and how many pieces tokenizer.model has (0 without one). Raises InputError for contradicting files."""
     if MODEL in checkpoint.files:
         ids = read_special_ids({name: x for name, x in checkpoint.files.items() if name != FAST}, rows or 1 << 31)
-        return {"bos": ids.bos, "eos": ids.eos, "pad": ids.pad, "unk": ids.unk}, ids.base_vocabulary
+        told = {"bos": ids.bos, "eos": ids.eos, "pad": ids.pad, "unk": ids.unk}
+        return {role: i for role, i in told.items() if i is not None}, ids.base_vocabulary
     known = {**_vocab(objects), **added_ids(objects)}
     found: dict[str, int] = {}
     for role in ("bos", "eos", "pad", "unk"):

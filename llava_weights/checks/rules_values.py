@@ -114,15 +114,18 @@ def _family_rope(s: SmallFiles) -> Iterator[str]:
 
 
 def _activation(s: SmallFiles) -> Iterator[str]:
-    if (act := _text(s).get("hidden_act", "silu")) not in ACTIVATIONS:
-        yield f"`hidden_act` is {as_json(act)}, which transformers does not know"
+    for key in ("hidden_act", "hidden_activation"):
+        if (act := _text(s).get(key)) is not None and act not in ACTIVATIONS:
+            yield f"`{key}` is {as_json(act)}, which transformers does not know"
 
 
 def _family_values(s: SmallFiles) -> Iterator[str]:
     text = _text(s)
     decoder, act = known_decoder(text), text.get("hidden_act")
-    usual = decoder.defaults["hidden_act"] if decoder else act
+    usual = decoder.defaults.get("hidden_act", act) if decoder else act
     same = {"swish": "silu"}  # two names of one function
+    if usual == "gelu_pytorch_tanh":
+        same["gelu"] = usual  # Gemma's first configs, of which transformers takes one for the other
     if act in ACTIVATIONS and same.get(act, act) != usual:
         yield f"`hidden_act` is {as_json(act)}, every published {decoder.model_type if decoder else ''} has {usual}"
     eps = text.get("rms_norm_eps")

@@ -175,8 +175,11 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     vision, tiles = {**eye.defaults, **TOWER_SIZES, "model_type": eye.model_type, "num_hidden_layers": depth}, target.tiles
     inside = {**vision, "num_hidden_layers": depth - bool(eye.select)}  # as LLaVA-NeXT's code stores a SigLIP
     width = TOWER_SIZES["hidden_size"] * max(1, len(target.layers))
+    heads = {"head_dim": TEXT_SIZES["hidden_size"] // TEXT_SIZES["num_attention_heads"]}
     config = {
         **{key: value for key, value in text.defaults.items() if value is not None or key == "rope_scaling"}, **TEXT_SIZES,
+        **{key: size for key, size in heads.items() if key in text.defaults},
+        **{key: 0 for key in ("eos_token_id", "pad_token_id") if (text.defaults[key] or 0) >= rows},
         "architectures": [text.original_architectures[0]], "model_type": text.original_types[0], "torch_dtype": "float16",
         "vocab_size": rows, "freeze_mm_mlp_adapter": False, "mm_hidden_size": width, "mm_projector_type": family.projector,
         "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
@@ -184,7 +187,6 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
         **({"image_grid_pinpoints": GRIDS} if tiles else {}), **dict.fromkeys(family.has, 2048),
         **{key: values[0] for key, values in family.says.items()},
     }  # fmt: skip
-    heads = {"head_dim": TEXT_SIZES["hidden_size"] // TEXT_SIZES["num_attention_heads"]}
     shapes = {**text.shapes({**config, **heads}), **_projector_shapes(family.projector, width, target)}
     shapes |= {spelled("newline", "llava"): (TEXT_SIZES["hidden_size"],)} if tiles else {}
     towers = {name: 5 * _values(rng, shape) for name, shape in tower_shapes(vision).items()}

@@ -18,6 +18,7 @@ MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\
 # Tensors of a LLaVA that no class of transformers has a place for, and what they are.
 HOMELESS = ((r"model\.faster_token", "the token behind each fast frame of LLaVA-Video's slow and fast frames (`add_faster_video`)"),)
 PROJECTOR = r"model\.mm_projector\..*"
+ATTENTION = r"model\.layers\.\d+\.self_attn\.(q|qkv)_proj\.weight"  # which every decoder of the table has
 # The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 # Tables, in any layout, that may have rows of zeros: tokens and positions that no training has seen.
@@ -43,8 +44,8 @@ LAYOUTS = (
     Layout("loha", "PEFT adapter that is not a LoRA", (r"base_model\..*\.(hada_|lokr_|vera_|ia3_|oft_|boft_).*",)),
     Layout("mpt", "LLaVA-MPT", (r"transformer\.blocks\..*",)),
     Layout("llava-hf", "LLaVA in the llava-hf layout", (r"(model\.)?language_model\..*", r"(model\.)?multi_modal_projector\..*")),
-    Layout("llava", "LLaVA in the original layout", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight", PROJECTOR)),
-    Layout("llama", "LLaMA", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight",)),
+    Layout("llava", "LLaVA in the original layout", (ATTENTION, PROJECTOR)),
+    Layout("llama", "LLaMA", (ATTENTION,)),
     Layout("projector", "LLaVA projector only", (r"(base_model\.model\.)?model\.mm_projector\..*",), (r".*self_attn.*",)),
     Layout("clip", "CLIP", (r"(vision_model\.|vision_tower\.).*",)),
 )

@@ -55,7 +55,8 @@ def _among(value: Any, values: tuple[Any, ...]) -> bool:
     return value in values or any(isinstance(v, re.Pattern) and isinstance(value, str) and v.fullmatch(value) for v in values)
 
 
-ANY_DECODER = ("llama", "qwen2")  # a Mistral has rows of its own
+QWEN = ("qwen2", "qwen3")
+ANY_DECODER = ("llama", *QWEN, "gemma", "gemma2", "phi3", "mixtral", "stablelm", "granite")  # a Mistral has rows of its own
 WHOLE_IMAGES = {"image_aspect_ratio": ("pad", "square", None)}
 # Images in tiles, joined with an `image_newline` behind each row: LLaVA-NeXT. With `anyres_max_N`, of which many tiles are shrunk to
 # the features of N: LLaVA-OneVision, which has one newline at the end of a video (`one_token`, what its code does without the key).
@@ -151,7 +152,7 @@ ORIGINALS: tuple[Original, ...] = (
         WHOLE_IMAGES,
     ),
     Original("ViP-LLaVA", ("llama",), ("clip",), "vipllava", "vicuna_v1", "a LayerNorm in its projector", says=WHOLE_IMAGES),
-    *_family("LLaVA on Qwen", ("qwen2",), "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML),
+    *_family("LLaVA on Qwen", QWEN, "qwen", f"the text model is a Qwen and `{CHATML}` one of its tokens", token=CHATML),
     *_family(
         "LLaVA v1.6 34B",
         ("llama", "mistral"),

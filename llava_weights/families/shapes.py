@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 Axis = int | str  # a length, or what gives it: "num_attention_heads * head_dim", "image_size // patch_size"
@@ -17,11 +18,15 @@ OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.FloorDiv: operat
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of every model of a kind, or, with `when`, of those whose config says true for that key."""
+    """A tensor of every model of a kind, or, with `when`, of those whose config says true for that key.
+
+    Where `each` names a config key, there are as many as its value, with their numbers in place of the `*` in `name`.
+    """
 
     name: str
     shape: tuple[Axis, ...]
     when: str = ""
+    each: str = ""
 
 
 def length(axis: Axis, config: Mapping[str, Any]) -> int:
@@ -31,8 +36,13 @@ def length(axis: Axis, config: Mapping[str, Any]) -> int:
 
 def shapes(parameters: Iterable[Parameter], config: Mapping[str, Any], *, before: str = "") -> dict[str, tuple[int, ...]]:
     """Shape by name, `before` in front of each, of those parameters that a model of `config` has."""
-    there = (row for row in parameters if not row.when or config.get(row.when) is True)
-    return {before + row.name: tuple(length(axis, config) for axis in row.shape) for row in there}
+    there = [row for row in parameters if not row.when or config.get(row.when) is True]
+    found: dict[str, tuple[int, ...]] = {}
+    for each, rows in groupby(there, key=lambda row: row.each):
+        sized = [(before + row.name, tuple(length(axis, config) for axis in row.shape)) for row in rows]
+        for number in range(length(each, config) if each else 1):
+            found |= {name.replace("*", str(number)): shape for name, shape in sized}
+    return found
 
 
 @lru_cache

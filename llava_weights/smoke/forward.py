@@ -189,7 +189,8 @@ def load_original(
     for place, tensor in _canonical_tensors(checkpoint).items():
         first = place.partition(".")[0]
         groups.setdefault(first if first in groups else "decoder", {})[place] = tensor
-    decoder = _build(checkpoint.config, known.model_type, len(groups["decoder"]))
+    # as the classes of LLaVA do it, to which this is compared
+    decoder = _build({**checkpoint.config, **known.head}, known.model_type, len(groups["decoder"]))
     stream.attach(decoder, groups["decoder"], canonical)
     vision, known_tower = _vision(checkpoint, tower, stream)
     norm = NORM[0] in groups["projector"]

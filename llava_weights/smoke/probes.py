@@ -115,25 +115,26 @@ def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None, 
     """
     rows = table_rows(checkpoint)
     known = read_special_ids(checkpoint.files, rows)
+    first = [1 if known.bos is None else known.bos]
     hub = checkpoint.layout == "llava-hf"
     mark = image_id(checkpoint) if hub else IMAGE_INDEX
     marks = {mark, video_id(checkpoint)} if hub else {mark}
     words = [word for k in range(1, 100) if (word := 3 + (7919 * k * k + 104729 * k) % max(1, known.base_vocabulary - 3)) not in marks]
     added = [i for i in sorted(known.added.values())[:MOST_ADDED] if i not in marks]
     probes = [
-        Probe("text", _joined([known.bos], words[:TEXT_TOKENS])),
-        Probe("rows", _joined([known.bos], words[:3], added, (i for i in range(max(3, rows - LAST_ROWS), rows) if i not in marks))),
-        Probe("table", _joined([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i not in marks])),
+        Probe("text", _joined(first, words[:TEXT_TOKENS])),
+        Probe("rows", _joined(first, words[:3], added, (i for i in range(max(3, rows - LAST_ROWS), rows) if i not in marks))),
+        Probe("table", _joined(first, [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i not in marks])),
     ]
     sight = find_sight(checkpoint, tower)
     for name, size in sight.sizes() if sight else ():
         count = sight.features(size) if hub and sight else 1
-        ids = _joined([known.bos], words[:TOKENS_AROUND], [mark] * count, words[TEXT_TOKENS : TEXT_TOKENS + TOKENS_AROUND])
+        ids = _joined(first, words[:TOKENS_AROUND], [mark] * count, words[TEXT_TOKENS : TEXT_TOKENS + TOKENS_AROUND])
         probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
     if sight and sight.target.video and sight.watches:
         count = sight.places(FRAMES) if hub else 1
         run = [video_id(checkpoint) if hub else IMAGE_INDEX] * count
-        ids = _joined([known.bos], words[:TOKENS_AROUND], run, words[TEXT_TOKENS : TEXT_TOKENS + TOKENS_AROUND])
+        ids = _joined(first, words[:TOKENS_AROUND], run, words[TEXT_TOKENS : TEXT_TOKENS + TOKENS_AROUND])
         probes.append(Probe("video", ids, frames=pattern(FRAMES, sight.side)[None]))
     return tuple(probes)
 

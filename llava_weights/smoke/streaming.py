@@ -81,9 +81,16 @@ class Streamed:
 
         bound = _bind(model, tensors, place)
         for path, module in list(model.named_modules()):  # buffers are never stored: their module makes them anew
-            if any(True for _ in module.buffers(recurse=False)):
+            if not any(True for _ in module.buffers(recurse=False)):
+                continue
+            if hasattr(module, "config"):
                 with torch.random.fork_rng(devices=[]):  # its weights are drawn, and replaced below
                     model.set_submodule(path, type(module)(module.config).to(self.device))
+            else:  # a number in a leaf that has parameters, as of embeddings that are scaled: set as before training
+                for name, value in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, torch.empty_like(value, device=self.device))
+                with torch.random.fork_rng(devices=[]):
+                    _owner(model, path)._init_weights(module)
         for path, module in model.named_modules():
             own = {name: bound[f"{path}.{name}" if path else name] for name, value in module.named_parameters(recurse=False)}
             if own and any(True for _ in module.children()):  # CLIP's class_embedding, image_newline: small, and read from outside
@@ -156,6 +163,13 @@ class Streamed:
 
         tensor.rows_into(raw, start, stop, self._work)
         return torch.frombuffer(raw, dtype=getattr(torch, TORCH_DTYPE[tensor.dtype])).view(stop - start, *tensor.shape[1:])
+
+
+def _owner(model: nn.Module, path: str) -> Any:
+    """The innermost model of transformers that the module at `path` is of."""
+    parts = path.split(".")
+    above = (model.get_submodule(".".join(parts[:length])) for length in range(len(parts), -1, -1))
+    return next(module for module in above if hasattr(module, "_init_weights"))
 
 
 def _bind(model: nn.Module, tensors: Mapping[str, LazyTensor], place: Callable[[str], str]) -> dict[str, LazyTensor]:

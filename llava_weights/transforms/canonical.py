@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
-from ..checkpoint.config import check_structure, decoder_of, repair_config
+from ..checkpoint.config import check_structure, decoder_of, quantization_notes, repair_config
 from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import STATED, Tokens, flat_config, original_config, select_layer, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
 from ..checkpoint.processor import original_vision_settings
+from ..checkpoint.rope import check_rope
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
@@ -100,6 +101,7 @@ def to_canonical(
         before=others if first else (), behind=() if first else others,
     )  # fmt: skip
     config, repairs, before = *_repaired(config, tensors, tokenizer, main), config
+    repairs = (*quantization_notes(checkpoint.config), *repairs) if hub else repairs
     families = _families({**before, **config}, chosen, tensors, hub_target)
     _check_shapes(config, tensors, chosen, target)
     activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
@@ -190,6 +192,8 @@ def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
 def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
     """A llava-hf config as the original layout spells it."""
     config, text = checkpoint.config, flat_config(checkpoint.config)
+    if isinstance(nested := config.get("text_config"), Mapping):
+        check_rope(nested)
     if str(config.get("model_type")) not in TARGETS:
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
         raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
@@ -210,6 +214,8 @@ def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
     if "vision_feature_layers" in config:  # its name before transformers 5
         made["vision_feature_layer"] = config["vision_feature_layers"]
     made |= {key: config.get(key, made.get(key, target.defaults[key])) for key in STATED if key in target.defaults}
+    if isinstance(text.get("eos_token_id"), list):
+        made["eos_token_id"] = text["eos_token_id"]
     return made | {"tie_word_embeddings": text.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
-from ..checkpoint.config import expected_shapes, repair_generation_config
-from ..checkpoint.hf_config import STATED, Tokens, llava_hf_config, pinpoints, select_layer
+from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
+from ..checkpoint.hf_config import STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
 from ..checkpoint.hf_tokenizer import original_tokenizer
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings
 from ..checkpoint.small_files import small_object, small_text
-from ..checkpoint.tokenizer import SpecialIds
+from ..checkpoint.tokenizer import SpecialIds, read_special_ids
 from ..checkpoint.tower import check_tower, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
@@ -138,19 +138,21 @@ def to_llava_hf(
     config = llava_hf_config(
         model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(tensors), tiles=tiles
     )
+    if checkpoint.layout == "llava-hf":
+        config = kept_config(checkpoint.config, config)
+        config.pop("unpadded_vocab_size", None)
     if unpadded := _unpadded(checkpoint, model, rows):
         config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
     prompt = _prompt(checkpoint, model, conv_mode)
-    files = (
-        dict(model.tokenizer.files) | _generation(checkpoint, tokens) | _processor(checkpoint, model, config, image_aspect, prompt.template)
-    )
+    files = dict(model.tokenizer.files) | _generation(checkpoint, tokens, config["text_config"])
+    files |= _processor(checkpoint, model, config, image_aspect, prompt.template)
     step = Step(
         "convert",
         _inputs(checkpoint, model),
         _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect),
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *model.tokenizer.notes),
-        notes=(*_first_notes(checkpoint), *notes, *model.doubts.notes),
+        notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *notes, *model.doubts.notes, *_remarks(model)),
         warnings=(*model.doubts.warnings, *prompt.warnings),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
     )
@@ -182,10 +184,10 @@ def to_llava(
     files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id, others=others)
     rows = _unpadded(checkpoint, model, model.rows) or rows
     tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
-    config = _back_config(model, tower_name, projector, rows, main_dtype(tensors))
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
+    config = _back_config(model, tower_name, projector, rows, main_dtype(tensors), pad=read_special_ids(files, rows).pad)
     pad = config["pad_token_id"]
-    files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows))
+    files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows), config)
     named = config.get("mm_vision_tower")
     step = Step(
         "convert",
@@ -193,7 +195,7 @@ def to_llava(
         _given(to="llava", dtype=dtype, tower_name=tower_name),
         _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
-        notes=(*_first_notes(checkpoint), *model.tower.notes, *notes, *doubts.notes),
+        notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *doubts.notes),
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,)), *_other_layer(model, config)),
     )
     return _assembled(checkpoint, model, tensors, "llava", config, files, step)
@@ -332,27 +334,40 @@ def _other_layer(model: Model, config: Mapping[str, Any]) -> Iterator[str]:
         yield f"`vision_feature_layer` is {layer} in config.json, LLaVA's own code takes {own} of this tower: it computes something else"
 
 
-def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str) -> dict[str, Any]:
-    """The original's config with what changed: names that it had before are kept."""
+def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str, *, pad: int | None) -> dict[str, Any]:
+    """The original's config with the values that changed; a tower that it named keeps its name."""
     config = {key: value for key, value in model.config.items() if key not in STATED}
     named = name or config.get("mm_vision_tower")
     config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
     config |= {"tie_word_embeddings": model.tied, "torch_dtype": TORCH_DTYPE[dtype]}
-    if config["pad_token_id"] >= rows:
-        config["pad_token_id"] = 0
+    if pad is not None or config["pad_token_id"] >= rows:
+        config["pad_token_id"] = pad or 0
     return dict(sorted(config.items()))
 
 
-def _generation(checkpoint: Checkpoint, tokens: Tokens) -> dict[str, bytes]:
-    ids = SpecialIds(tokens.bos, tokens.eos, tokens.pad, 0, {}, 0)
-    return {
-        "generation_config.json": json_bytes(repair_generation_config(small_object(checkpoint.files, "generation_config.json"), ids)[0])
-    }
+def _generation(checkpoint: Checkpoint, tokens: Tokens, text: Mapping[str, Any]) -> dict[str, bytes]:
+    """generation_config.json for a decoder whose config is `text`."""
+    ids, name = SpecialIds(tokens.bos, tokens.eos, tokens.pad, 0, {}, 0), "generation_config.json"
+    return {name: json_bytes(repair_generation_config(small_object(checkpoint.files, name), ids, config=text)[0])}
 
 
 def _inputs(checkpoint: Checkpoint, model: Model) -> tuple[tuple[str, Origin], ...]:
     given = (("tower", model.tower.origin),) if model.tower.origin else ()
     return given if checkpoint.history else (("source", checkpoint.origin), *given)
+
+
+def _remarks(model: Model) -> Iterator[str]:
+    """What users of this decoder should know."""
+    decoder = decoder_of(model.config)
+    if decoder.remark:
+        yield decoder.remark
+    for key, plain in decoder.head.items():
+        if (value := model.config.get(key, plain)) != plain:
+            yield f"`{key}` {value} changes what the head gives, and a LLaVA of transformers 4.52 and later leaves it out: the order stays"
+
+
+def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return left_out(checkpoint.config) if checkpoint.layout == "llava-hf" else ()
 
 
 def _first_notes(checkpoint: Checkpoint) -> tuple[str, ...]:

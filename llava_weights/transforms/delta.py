@@ -155,7 +155,7 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
     config, changes = repair_config(delta.config, shapes=shapes, special_ids=ids, dtype=dtype)
     if mode := _conv_mode(delta, examination):
         config = dict(sorted({**config, "conv_mode": mode}.items()))
-    generation, more = repair_generation_config(small_object(delta.files, "generation_config.json"), ids)
+    generation, more = repair_generation_config(small_object(delta.files, "generation_config.json"), ids, config=config)
     files["generation_config.json"] = json_bytes(generation)
     summary = {"add": _added(tensors), "keep": _keep(tensors, base.tensors), "drop": _dropped(base, delta)}
     step = Step(

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from typing import cast as cast_type
 
 from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, to_place
-from ..checkpoint.config import repair_config, repair_generation_config
+from ..checkpoint.config import QUANTIZATION, quantization_notes, repair_config, repair_generation_config
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
@@ -296,7 +296,7 @@ def _llava_files(
             hint="give the base, or the `non_lora_trainables.bin`, with the added rows: the original merges random ones here",
         )
     repaired, changes = repair_config({**config, "vocab_size": rows}, shapes=shapes, special_ids=ids, dtype=dtype)
-    generation, more = repair_generation_config(small_object(given, "generation_config.json"), ids)
+    generation, more = repair_generation_config(small_object(given, "generation_config.json"), ids, config=repaired)
     files["generation_config.json"] = json_bytes(generation)
     return repaired, files, (*changes, *more, *fixed)
 
@@ -330,6 +330,10 @@ def _plain_files(
             if isinstance(place, dict) and (place is config or key in place):
                 repairs.append(f"config: `{key}` {json.dumps(place.get(key))} -> {json.dumps(value)}")
                 place[key] = value
+    repairs += quantization_notes(config)
+    for place in (config, config.get("text_config"), config.get("vision_config")):
+        if isinstance(place, dict):
+            place.pop(QUANTIZATION, None)
     return config, files, tuple(dict.fromkeys(repairs))
 
 

@@ -323,6 +323,60 @@ def test_sampling_without_do_sample_is_what_transformers_refuses() -> None:
     assert notes == ("generation_config: `do_sample` -> true, `temperature`, `top_p` means nothing without it",)
 
 
+LISTS: tuple[tuple[Any, Any, Any], ...] = (
+    # eos of generation_config.json, of config.json, what is written
+    ([7, 2], 2, [7, 2]), (None, [7, 2], [7, 2]), (2, [7, 2], 2), ([7, 9], 2, 2), ([2, 400], 2, 2), ([2, True], 2, 2), (9, [9, 2], [9, 2]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "config", "written"), LISTS)
+def test_a_list_of_eos_that_holds_the_true_one_stays(given: Any, config: Any, written: Any) -> None:
+    told = {"eos_token_id": config, "vocab_size": 307}
+    ours, _ = repair_generation_config({"eos_token_id": given, "top_k": 5, "do_sample": True}, IDS, config=told)
+    assert ours["eos_token_id"] == written
+    repaired_config, _ = repaired(*small(eos_token_id=given))
+    assert repaired_config["eos_token_id"] == (given if given == written else 2)
+
+
+def test_ids_that_no_tokenizer_tells_stay() -> None:
+    """None are made up: Llama 3, Qwen and others have no tokenizer.model."""
+    unknown = SpecialIds(bos=None, eos=None, pad=None, unk=None, added={}, base_vocabulary=0)
+    config, _ = repaired(*small(bos_token_id=296, eos_token_id=[298, 300]), unknown)
+    assert (config["bos_token_id"], config["eos_token_id"], "pad_token_id" in config) == (296, [298, 300], False)
+    generation, _ = repair_generation_config({"eos_token_id": [298, 301]}, unknown, config=config)
+    assert generation == {"bos_token_id": 296, "eos_token_id": [298, 301]}
+    assert repair_generation_config(None, unknown, config=config)[0] == {"bos_token_id": 296, "eos_token_id": [298, 300]}
+
+
+def test_a_quantization_config_beside_plain_numbers_is_left_out_and_said() -> None:
+    config, notes = repaired(*small(quantization_config={"quant_method": "awq", "bits": 4}, _name_or_path="x"))
+    assert "quantization_config" not in config
+    assert any("`quantization_config` (awq)" in note for note in notes)
+
+
+def test_sizes_that_only_some_decoders_have_are_those_of_the_tensors() -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 307}
+    for kind, own in (("mixtral", {"num_local_experts": 3}), ("qwen3", {"head_dim": 8}), ("gemma", {"head_dim": 8})):
+        shapes = expected_shapes({**sizes, **own, "model_type": kind, "num_key_value_heads": 2, "tie_word_embeddings": False})
+        config, _ = repaired({**sizes, "model_type": kind}, shapes)
+        assert {key: config[key] for key in own} == own
+        check_structure(config, shapes)
+        with pytest.raises(InputError, match=next(iter(own)) if kind == "mixtral" else "num_attention_heads"):
+            repaired({**sizes, "model_type": kind, **{key: 5 for key in own}}, shapes)
+
+
+def test_older_names_of_a_decoder_are_read() -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 307}
+    shapes = expected_shapes({**sizes, "model_type": "stablelm", "num_key_value_heads": 4})
+    config, notes = repaired({**sizes, "model_type": "llava_stablelm_epoch", "norm_eps": 1e-4, "rope_pct": 0.5}, shapes)
+    assert (config["layer_norm_eps"], config["partial_rotary_factor"], config.keys() & {"norm_eps", "rope_pct", "rms_norm_eps"}) == (
+        1e-4,
+        0.5,
+        set(),
+    )
+    assert any("`norm_eps`" in note for note in notes)
+
+
 VALUES = st.none() | st.booleans() | st.integers(-3, 3000) | st.floats(-2, 3) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
 FIELDS = ["bos_token_id", "eos_token_id", "do_sample", "temperature", "top_k", "top_p", "typical_p", "max_length", "num_beams", "use_cache"]
 

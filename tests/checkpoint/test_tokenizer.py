@@ -232,7 +232,7 @@ def test_missing_model_comes_from_the_base_and_other_files_pass() -> None:
 def test_without_any_model_nothing_is_touched() -> None:
     files, ids, notes = repair_tokenizer(era("v1-1"), rows=307, fallback={})
     assert files == era("v1-1")
-    assert (ids.bos, ids.eos, ids.pad, ids.base_vocabulary, ids.added["<im_end>"]) == (1, 2, 0, 304, 306)
+    assert (ids.bos, ids.eos, ids.pad, ids.base_vocabulary, ids.added["<im_end>"]) == (None, None, None, 304, 306)
     assert len(notes) == 1
 
 
