@@ -11,16 +11,17 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..families.files import META_FILE, SIDE_FILES, STANDARD, WEIGHT_SUFFIXES, Container
-from ..storage.reading import SourceFile, irregular, present, unreadable
+from ..storage.reading import SourceFile, Workspace, irregular, present, unreadable
 from ..storage.strict_json import MAX_INDEX, load_object
 from ..tensors.lazy import LazyTensor
+from ..tensors.sampling import even
 from ..text import listed, shown
 from .meta import index_meta
 from .safetensors import index_safetensors
@@ -30,6 +31,7 @@ SHARD_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}"
 META_SIZE = r"\d+[Bb]"
 WEIGHTS = rf".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|{META_FILE}|{'|'.join(map(re.escape, SIDE_FILES))}"
 QUANTISED = r".*\.(gguf|ggml)|ggml.*\.bin|.*\.ggmlv\d.*"
+SAMPLED_ROWS = 8  # of each tensor, where two files must be told apart
 DOWNLOAD = "download what is missing: `hf download` continues where it stopped"
 DISAGREE = "index and shards are not of one download; download them again together"
 UNQUANTISED = "quantised weights can't be added to or converted; give the float16 checkpoint that they were made from"
@@ -156,15 +158,18 @@ def _side(folder: Path, names: list[str]) -> WeightFiles | None:
 def _standard(folder: Path, names: list[str], container: Container) -> WeightFiles | None:
     """An index with its shards, the one file of the usual name, or numbered shards without an index."""
     stem, suffix = STANDARD[container]
+    single, usual = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
     indexes = [name for name in names if name.endswith(f"{suffix}.index.json")]
-    if f"{stem}{suffix}.index.json" in indexes:
-        indexes = [f"{stem}{suffix}.index.json"]
+    if usual in indexes:
+        indexes = [usual]
+    if single in names and indexes:
+        return _single_beside_index(folder, names, single, indexes, container)
     if len(indexes) > 1:
         raise InputError(f"there are several index files: {listed(indexes)}", facts={"folder": folder}, hint="keep only one of them there")
     if indexes:
         return _read_indexed(folder, names, indexes[0], container)
-    if f"{stem}{suffix}" in names:
-        return _read(folder, container, [f"{stem}{suffix}"])
+    if single in names:
+        return _read(folder, container, [single])
     shards = [name for name in names if re.fullmatch(rf"{stem}-\d{{5}}-of-(?!0{{5}})\d{{5}}{re.escape(suffix)}", name)]
     if not shards:
         return None
@@ -175,6 +180,51 @@ def _standard(folder: Path, names: list[str], container: Container) -> WeightFil
     expected = [f"{stem}-{number:05}-of-{total}{suffix}" for number in range(1, int(total) + 1)]
     _all_there(folder, names, expected, "the numbers in their names")
     return _read(folder, container, expected, notes=(f"there is no index file; all {len(expected)} numbered shards are there",))
+
+
+def _single_beside_index(folder: Path, names: list[str], single: str, indexes: list[str], container: Container) -> WeightFiles:
+    """The one file, which transformers loads whatever an index beside it says. Raises InputError where the shards of that index are all
+    there too and hold something else: one of the two is the older save, and nothing tells which."""
+    whole, notes = None, []
+    for index in indexes:
+        try:
+            whole = _read_indexed(folder, names, index, container)
+        except InputError:  # its shards are gone, or are not those that it lists: nothing loads them
+            notes.append(f"{shown(index)} is left from another save: its shards are not there")
+            continue
+        if {file.name for file in whole.files} == {single}:
+            return whole
+        found = _read(folder, container, [single])
+        if (differ := _first_difference(found.tensors, whole.tensors)) is not None:
+            shards = listed(file.name for file in whole.files)
+            facts = {"folder": folder, "transformers loads": shown(single), f"{shown(index)} lists": shards, "they differ in": differ}
+            hint = "see which of the two was saved last, and move the other elsewhere"
+            raise InputError(f"two checkpoints lie in one folder: {shown(single)}, and the shards of {shown(index)}", facts=facts, hint=hint)
+        notes.append(f"{shown(index)} lists shards that hold the same as {shown(single)}, by samples of their values")
+    return _read(folder, container, [single], notes=tuple(notes))
+
+
+def _first_difference(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> str | None:
+    """The first tensor in which two sets of weights differ by name, kind or sampled values, None where there is none."""
+    if absent := sorted(one.keys() ^ other.keys()):
+        return shown(absent[0])
+    with closing(Workspace(drop_cache=False)) as work:
+        for name, tensor in one.items():
+            beside = other[name]
+            if (tensor.dtype, tensor.shape) != (beside.dtype, beside.shape) or not _same_samples(tensor, beside, work):
+                return shown(name)
+    return None
+
+
+def _same_samples(one: LazyTensor, other: LazyTensor, work: Workspace) -> bool:
+    """Whether the bytes of some evenly spread rows are the same."""
+    for row in even(one.rows, SAMPLED_ROWS) if one.numel else ():
+        found = [bytearray(one.row_nbytes) for _ in range(2)]
+        for tensor, raw in zip((one, other), found, strict=True):
+            tensor.rows_into(memoryview(raw), row, row + 1, work)
+        if found[0] != found[1]:
+            return False
+    return True
 
 
 def _read_indexed(folder: Path, names: list[str], index: str, container: Container) -> WeightFiles:
