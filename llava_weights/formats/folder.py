@@ -68,6 +68,14 @@ def index_folder(folder: Path) -> WeightFiles:
     return replace(found, notes=(*found.notes, note)) if unread else found
 
 
+def index_shards(folder: Path, index: str) -> WeightFiles:
+    """The shards that the index file of this name lists. Raises InputError where one is missing or they disagree."""
+    container = next((kind for kind, (_, suffix) in STANDARD.items() if index.endswith(f"{suffix}.index.json")), None)
+    if container is None:
+        raise InputError(f"{shown(index)} is no index of weights by its name", facts={"folder": folder}, hint="give the folder")
+    return _read_indexed(folder, _names(folder), index, container)
+
+
 def index_file(path: Path) -> WeightFiles:
     """Index one weight file by its suffix. A piece of a Meta checkpoint brings the pieces beside it. Raises InputError."""
     if not present(path):
@@ -80,9 +88,15 @@ def index_file(path: Path) -> WeightFiles:
     if not container:
         facts = {"path": path, "accepted": ", ".join(WEIGHT_SUFFIXES)}
         raise InputError(f"{shown(path.name)} is not a weight file by its name", facts=facts, hint="give the folder that it is in")
-    shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", path.stem)
-    note = f"{shown(path.name)} is one of {int(shard[1])} shards, the others were not read" if shard else ""
+    count = shard_count(path.name)
+    note = f"{shown(path.name)} is one of {count} shards, the others were not read" if count > 1 else ""
     return _read(path.parent, container, [path.name], path=path, notes=(note,) if note else ())
+
+
+def shard_count(name: str) -> int:
+    """Of how many shards a file of this name is one; 0 where the name is not that of a shard."""
+    shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", Path(name).stem)
+    return int(shard[1]) if shard else 0
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -185,26 +199,27 @@ def _standard(folder: Path, names: list[str], container: Container) -> WeightFil
 def _single_beside_index(folder: Path, names: list[str], single: str, indexes: list[str], container: Container) -> WeightFiles:
     """The one file, which transformers loads whatever an index beside it says. Raises InputError where the shards of that index are all
     there too and hold something else: one of the two is the older save, and nothing tells which."""
-    whole, notes = None, []
+    notes = []
     for index in indexes:
-        try:
-            whole = _read_indexed(folder, names, index, container)
-        except InputError:  # its shards are gone, or are not those that it lists: nothing loads them
-            notes.append(f"{shown(index)} is left from another save: its shards are not there")
+        shards = set(_weight_map(folder, index, container).values())
+        if shards == {single}:
+            return _read_indexed(folder, names, index, container)
+        if gone := sorted(shards.difference(names)):
+            notes.append(f"{shown(index)} is left from another save: {listed(gone)} are not there")
             continue
-        if {file.name for file in whole.files} == {single}:
-            return whole
+        whole = _read_indexed(folder, names, index, container)
         found = _read(folder, container, [single])
-        if (differ := _first_difference(found.tensors, whole.tensors)) is not None:
-            shards = listed(file.name for file in whole.files)
-            facts = {"folder": folder, "transformers loads": shown(single), f"{shown(index)} lists": shards, "they differ in": differ}
+        if (differ := first_difference(found.tensors, whole.tensors)) is not None:
+            others = listed(sorted(shards))
+            facts = {"folder": folder, "transformers loads": shown(single), f"{shown(index)} lists": others, "they differ in": differ}
             hint = "see which of the two was saved last, and move the other elsewhere"
-            raise InputError(f"two checkpoints lie in one folder: {shown(single)}, and the shards of {shown(index)}", facts=facts, hint=hint)
+            what = f"two checkpoints lie in one folder: {shown(single)}, and the shards of {shown(index)}"
+            raise InputError(what, facts=facts, hint=hint)
         notes.append(f"{shown(index)} lists shards that hold the same as {shown(single)}, by samples of their values")
     return _read(folder, container, [single], notes=tuple(notes))
 
 
-def _first_difference(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> str | None:
+def first_difference(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> str | None:
     """The first tensor in which two sets of weights differ by name, kind or sampled values, None where there is none."""
     if absent := sorted(one.keys() ^ other.keys()):
         return shown(absent[0])
@@ -229,16 +244,8 @@ def _same_samples(one: LazyTensor, other: LazyTensor, work: Workspace) -> bool:
 
 def _read_indexed(folder: Path, names: list[str], index: str, container: Container) -> WeightFiles:
     """The shards that an index names, which must hold the tensors that it lists there and no others."""
-    suffix = STANDARD[container][1]
-    weight_map = load_object(member(folder, index), limit=MAX_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{shown(index)} has no `weight_map` from tensor names to files", facts={"folder": folder}, hint=DISAGREE)
-    targets = set(map(str, weight_map.values()))
-    bad = sorted({str(value) for value in weight_map.values() if not isinstance(value, str)})
-    bad += sorted(target for target in targets if not re.fullmatch(SHARD_NAME + re.escape(suffix), target))
-    if bad:
-        facts = {"folder": folder, "accepted": f"names of {suffix} files in the same folder, not paths"}
-        raise InputError(f"{shown(index)} points to {listed(bad)}", facts=facts, hint="download the checkpoint again from its authors")
+    weight_map = _weight_map(folder, index, container)
+    targets = set(weight_map.values())
     _all_there(folder, names, sorted(targets), shown(index))
     found = _read(folder, container, sorted(targets), weight_map=weight_map)
     unlisted = [name for name in found.tensors if name not in weight_map]
@@ -246,6 +253,20 @@ def _read_indexed(folder: Path, names: list[str], index: str, container: Contain
         where = f"{shown(index)} does not list {len(unlisted):,} of the tensors in its shards"
         raise InputError(where, facts={"folder": folder, "tensors": listed(unlisted)}, hint=DISAGREE)
     return found
+
+
+def _weight_map(folder: Path, index: str, container: Container) -> dict[str, str]:
+    """The file of each tensor, by an index. Raises InputError for one that is no such map, or that leads out of the folder."""
+    suffix = STANDARD[container][1]
+    weight_map = load_object(member(folder, index), limit=MAX_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{shown(index)} has no `weight_map` from tensor names to files", facts={"folder": folder}, hint=DISAGREE)
+    bad = sorted({str(value) for value in weight_map.values() if not isinstance(value, str)})
+    bad += sorted(target for target in set(map(str, weight_map.values())) if not re.fullmatch(SHARD_NAME + re.escape(suffix), target))
+    if bad:
+        facts = {"folder": folder, "accepted": f"names of {suffix} files in the same folder, not paths"}
+        raise InputError(f"{shown(index)} points to {listed(bad)}", facts=facts, hint="download the checkpoint again from its authors")
+    return weight_map
 
 
 def _all_there(folder: Path, names: list[str], expected: list[str], authority: str) -> None:

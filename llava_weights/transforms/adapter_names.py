@@ -60,13 +60,14 @@ def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
 
     Raises InputError where two claim one place, or the file holds several adapters.
     """
-    contents, adapters = Contents(), set[str]()
+    contents, adapters = Contents(), {found[2] for name in tensors if (found := _place(_key(name)))[2]}
+    if len(adapters) > 1:
+        several = listed(sorted(filter(None, adapters)))
+        raise InputError(f"{shown(file)} holds several adapters: {several}", hint="save the one to merge by itself")
     whole: dict[str, dict[str, str]] = {}  # by base name, then by spelling: the name in the file
     taken: dict[tuple[str, str], str] = {}
     for name, tensor in tensors.items():
-        key = WRAPPERS.sub("", name).removeprefix(PREFIX)
-        place, slot, adapter = _place(key)
-        adapters |= {adapter} if adapter else set()
+        place, slot, _ = _place(_key(name))
         if slot and (other := taken.setdefault((place, slot), name)) != name:
             raise InputError(
                 f"{shown(file)} holds {shown(other)} and {shown(name)}, which are the same thing", hint="remove one of the two"
@@ -79,11 +80,13 @@ def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
             whole.setdefault(place, {})[slot] = name
         else:
             contents.parts.setdefault(place, {})[slot] = tensor
-    if len(adapters) > 1:
-        raise InputError(f"{shown(file)} holds several adapters: {listed(sorted(adapters))}", hint="save the one to merge by itself")
     copies = [copy for place, spellings in whole.items() for copy in _choose(contents, place, spellings, tensors)]
     contents.notes = (f"not used, copies of what {shown(file)} also holds or of the base: {listed(copies)}",) if copies else ()
     return contents
+
+
+def _key(name: str) -> str:
+    return WRAPPERS.sub("", name).removeprefix(PREFIX)
 
 
 def _place(key: str) -> tuple[str, str, str | None]:
