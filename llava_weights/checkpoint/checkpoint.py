@@ -10,14 +10,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
 from ..families.decoders import size_name
-from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES
+from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, WEIGHT_SUFFIXES
 from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY
+from ..families.unsupported import unsupported
 from ..formats.folder import index_file, index_folder, member, optional
 from ..storage.hub import HubSource, fetch, parse_source, source_text
 from ..storage.reading import SourceFile, unreadable
@@ -189,8 +191,13 @@ def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
 
 
 def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
-    found = index_folder(path) if path.is_dir() else index_file(path)
     folder = path if path.is_dir() else path.parent
+    try:
+        found = index_folder(path) if path.is_dir() else index_file(path)
+    except InputError as error:
+        if (told := _of_parts(path, name, error)) is error:
+            raise
+        raise told from error
     config = found.config or _read_config(folder if path.is_dir() else None)
     remote = found.files[0].remote
     files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
@@ -204,6 +211,17 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
         metadata=found.metadata,
         notes=(*found.notes, *notes),
     )
+
+
+def _of_parts(path: Path, name: str, error: InputError) -> InputError:
+    """The error for a folder whose weights lie in folders below it, where its config tells a family for which there is no class."""
+    with suppress(InputError, OSError):
+        weights = path.is_dir() and any(entry.endswith(tuple(WEIGHT_SUFFIXES)) for entry in os.listdir(path))
+        if path.is_dir() and not weights and (found := unsupported(_read_config(path), ())):
+            row, evidence = found
+            facts = {"why it can't be used": row.why, "recognised by": evidence, **error.facts}
+            return InputError(f"`{name}` is {row.name}", facts=facts, hint=row.hint)
+    return error
 
 
 def _read_config(folder: Path | None) -> Mapping[str, Any]:

@@ -22,11 +22,13 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.diagnose import LONGEST_NORM, MODELS, bf16_damaged, is_llama1, role_of, state
+from ..checkpoint.kinds import kind_of
 from ..checkpoint.small_files import small_text
 from ..errors import InputError
 from ..families.decoders import ACTIVATIONS
 from ..families.files import STANDARD
 from ..families.layouts import TABLES, canonical, spelled
+from ..families.quantised import EVERY_NAME
 from ..findings import Finding
 from ..formats.folder import member
 from ..storage.reading import Workspace, present
@@ -40,6 +42,7 @@ from .rules import CONFIG, Rule, Sidecars, added_ids, check, read_sidecars, refu
 from .template_check import asks_for
 
 RULES: Mapping[str, tuple[Rule, ...]] = {"llama": rules_original.LLAMA, "llava": rules_original.LLAVA, "llava-hf": rules_llava_hf.RULES}
+SHAPES = ("config/structure", "config/tower", "config/projector")  # which compare shapes
 MORE_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
 TEMPLATES_FROM = "take the template from the authors of the model"
 CODE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")  # the last: CVE-2026-4372 (facts: verify 3.5)
@@ -71,7 +74,7 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     Reads headers, small files and samples of the values, some MB. Raises nothing for what is damaged: that is a finding.
     """
     sidecars, findings = read_sidecars(checkpoint)
-    findings += check(RULES.get(checkpoint.layout, ()), sidecars)
+    findings += check(_rules(checkpoint), sidecars)
     findings += _or_ok(
         "L0", "weight files", _ruled("weight-files", _containers(checkpoint)), "one container of safetensors, whole by its index"
     )
@@ -82,6 +85,16 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     except InputError as error:
         findings.append(Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, DOWNLOAD))
     return tuple(findings)
+
+
+def _rules(checkpoint: Checkpoint) -> Iterable[Rule]:
+    """The rules that fit: of a quantised checkpoint those that compare no shape, of an unsupported family those on tokens alone."""
+    rules, kind = RULES.get(checkpoint.layout, ()), kind_of(checkpoint)
+    if kind is None:
+        return rules
+    return (
+        [rule for rule in rules if rule.name not in SHAPES] if kind.quantised else [rule for rule in rules if rule in rules_original.SHARED]
+    )
 
 
 def _ruled(rule: str, findings: Iterable[Finding]) -> Iterator[Finding]:
@@ -217,18 +230,20 @@ def _keys(value: Any) -> Iterator[str]:
 
 
 def _values(checkpoint: Checkpoint, sidecars: Sidecars) -> list[Finding]:
-    tensors = checkpoint.parameters()
-    samples = _samples(tensors)
+    kind_known = kind_of(checkpoint) is None
+    packed = re.compile(rf".*({EVERY_NAME})", re.DOTALL)
+    samples = _samples({name: tensor for name, tensor in checkpoint.parameters().items() if not packed.fullmatch(name)})
     read = f"{len(samples):,} tensors, {size(sum(sample.nbytes for sample in samples.values()))} of them read"
     findings = [*_non_finite(samples), *_holes(checkpoint)]
-    kind = list(_ruled("state", _state(checkpoint))) if checkpoint.layout in MODELS else []
+    model = checkpoint.layout in MODELS and kind_known
+    kind = list(_ruled("state", _state(checkpoint))) if model else []
     if any(finding.verdict == "failed" for finding in kind):  # in a delta zeros and equal rows are usual
         return findings + kind
     findings += chain(
         _ruled("constant", _constant(samples)), _ruled("equal-layers", _twice(samples)), _ruled("layer-sizes", _unlike(samples))
     )
     findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal, no holes", part="samples")]
-    if checkpoint.layout in MODELS:
+    if model:
         findings += kind
         findings += _or_ok(
             "L1",
@@ -285,7 +300,7 @@ def watch_over(checkpoint: Checkpoint) -> Watch:
 
 def _constant(samples: Mapping[str, Sample]) -> Iterator[Finding]:
     """Zeros and constants, but in biases, where they are usual: LayerNorm's of an untrained tower, those of an identity projector."""
-    constant = {name: x.constant for name, x in samples.items() if x.constant is not None and not name.endswith(".bias")}
+    constant = {name: x.constant for name, x in samples.items() if x.constant is not None and not name.endswith("bias")}
     if second := [name for name, value in constant.items() if value == 0 and re.fullmatch(r".*\.lora_(embedding_)?B\b.*", name)]:
         yield _warning(
             "L1", second[0], f"every sampled value is 0 in {few(second)}: this adapter changes nothing there", "train it further"

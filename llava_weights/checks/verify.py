@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, Source, need_files, open_checkpoint, opened, place_of
 from ..checkpoint.config import check_structure, known_decoder
+from ..checkpoint.kinds import kind_of
 from ..checkpoint.manifest import (
     MANIFEST,
     SUMS,
@@ -447,7 +448,11 @@ def _headers(ours: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> It
 
 def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Whether the tensors are those that config.json describes."""
-    if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config and known_decoder(checkpoint.config) is None:
+    if kind := kind_of(checkpoint):
+        part = "a family that is not known" if not kind.quantised else "shapes of quantised weights"
+        text = f"it is {kind.name}, by {kind.evidence}: {kind.why}; names and shapes were not compared with a config"
+        yield Finding("L0", "unchecked", "config.json", text, kind.hint, part=f"{part} (nothing to compare them with)")
+    elif checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config and known_decoder(checkpoint.config) is None:
         why = f"no decoder is known by `model_type` {shown(str(checkpoint.config.get('model_type')))}"
         yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: {why}")
     elif checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config:

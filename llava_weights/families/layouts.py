@@ -38,13 +38,14 @@ class Layout:
 # Tried in order, the first that fits wins.
 LAYOUTS = (
     Layout("adapter", "LoRA adapter", (r".*\.lora_(A|B|embedding_A|embedding_B)\b.*",)),
+    Layout("mlx-adapter", "LoRA adapter of MLX", (r".*\.lora_(a|b)",)),
     Layout("loha", "PEFT adapter that is not a LoRA", (r"base_model\..*\.(hada_|lokr_|vera_|ia3_|oft_|boft_).*",)),
     Layout("mpt", "LLaVA-MPT", (r"transformer\.blocks\..*",)),
     Layout("llava-hf", "LLaVA in the llava-hf layout", (r"(model\.)?language_model\..*", r"(model\.)?multi_modal_projector\..*")),
     Layout("llava", "LLaVA in the original layout", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight", PROJECTOR)),
     Layout("llama", "LLaMA", (r"model\.layers\.\d+\.self_attn\.q_proj\.weight",)),
     Layout("projector", "LLaVA projector only", (r"(base_model\.model\.)?model\.mm_projector\..*",), (r".*self_attn.*",)),
-    Layout("clip", "CLIP", (r"(vision_model\.|vision_tower\.).*",)),
+    Layout("clip", "vision tower (a CLIP or a SigLIP)", (r"(vision_model\.|vision_tower\.).*",)),
 )
 
 # quant_method of transformers whose weights are stored packed, with scales: a `quantization_config` that names one and plain

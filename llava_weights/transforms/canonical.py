@@ -15,6 +15,7 @@ from ..checkpoint.config import check_structure, decoder_of, repair_config
 from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import Tokens, flat_config, original_config, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
+from ..checkpoint.kinds import ADAPTERS, kind_of, leftover, refuse_kind
 from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds
@@ -101,6 +102,7 @@ def take_apart(
     families = _families({**before, **config}, chosen, parts)
     _check_parts(config, parts, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
+    repairs = (*filter(None, [leftover(checkpoint.config)]), *repairs)
     return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
 
 
@@ -121,11 +123,17 @@ def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts) -> tu
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
+    if checkpoint.layout not in ADAPTERS:
+        refuse_kind(kind_of(checkpoint), checkpoint)
     if checkpoint.layout not in ("llava", "llava-hf"):
-        title = next((layout.title for layout in LAYOUTS if layout.name == checkpoint.layout), "of an unknown kind")
+        told = checkpoint.config.get("model_type")
+        unknown = "of an unknown kind" + (f", by its config {shown(str(told))}" if told else "")
+        title = next((layout.title for layout in LAYOUTS if layout.name == checkpoint.layout), unknown)
         hints = {
             "mpt": f"LLaVA-MPT has no counterpart in transformers; decoders that are known: {DECODER_NAMES}",
             "llama": "a LLaVA has a projector: apply a delta in the same pass, as `convert BASE --delta DELTA --to llava-hf`",
+            "clip": "give the LLaVA, and this as `--vision-tower`",
+            "projector": "give the base that it was trained on, and this as `--lora`: `convert BASE --lora PROJECTOR --to llava-hf`",
             "adapter": "merge it first, or in the same pass: `convert BASE --lora ADAPTER --to llava-hf`",
         }
         raise InputError(
