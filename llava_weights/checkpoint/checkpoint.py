@@ -27,6 +27,7 @@ from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
 from ..text import legible, listed, redact, redacted, scheme_of
+from .stored_names import model_names
 
 LARGEST_OBJECT = 1 << 20  # bytes of a small file, where nothing else is said
 
@@ -72,6 +73,7 @@ class Checkpoint:
     history: tuple[Step, ...] = ()
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
     notes: tuple[str, ...] = ()
+    wrapped: str = ""  # what a wrapper put into the names in its files, which `tensors` leaves out
 
     @property
     def nbytes(self) -> int:
@@ -203,13 +205,15 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
     files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
     if remote:  # the shadow goes before the plan does
         files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
+    tensors, wrapped, renamed = model_names(found.tensors, config)
     return Checkpoint(
-        tensors=found.tensors,
+        tensors=tensors,
         config=config,
         origin=Origin(redact(legible(name)), path.absolute(), found.container, found.files, revision),
         files=files,
         metadata=found.metadata,
-        notes=(*found.notes, *notes),
+        notes=(*found.notes, *renamed, *notes),
+        wrapped=wrapped,
     )
 
 

@@ -415,6 +415,10 @@ def _structure(subject: Subject) -> Iterator[Finding]:
     if subject.manifest:
         yield from _headers(subject.tensors, subject.manifest.tensors)
     yield from (Finding("L0", "unchecked", subject.place.name, note) for note in subject.checkpoint.notes)
+    if subject.checkpoint.wrapped:
+        text = f"the names in its files have {subject.checkpoint.wrapped} in them: no program finds a tensor of the model by these names"
+        remedy = "`llava-weights convert PATH --to llava-hf -o OUT`, or `--to llava`, writes the model's own names"
+        yield Finding("L0", "failed", subject.place.name, text, remedy)
     if not subject.packed:
         yield from _config(subject.checkpoint)
 

@@ -56,6 +56,11 @@ QUANTIZED_NAMES = (
     r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state[\w.]*|weight_scale(_inv)?|weight_packed|codebooks|codes)$"
 )
 
+# What programs put into the names of a model that they wrap: FSDP, activation checkpointing, torch.compile, DataParallel, PEFT.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
+PEFT_PREFIX = "base_model.model."
+BASE_LAYER = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")
+
 # Where each layout keeps the parts of a LLaVA. First match wins; the canonical name is the part and what follows in it.
 # Original (haotian-liu), Hub style, the in-memory names of transformers 4.52 and 5.6, and what 5.4/5.5 saved by mistake
 # (facts: llava-hf 2.1, styles S0 to S5).

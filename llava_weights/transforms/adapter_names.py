@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import InputError
+from ..families.layouts import BASE_LAYER, PEFT_PREFIX, WRAPPERS
 from ..tensors.lazy import LazyTensor
 from ..text import listed, shown
 
-PREFIX = "base_model.model."
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 LORA = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?P<end>\.weight|\.bias|)"
@@ -30,7 +29,6 @@ SLOTS = {
 ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(?:\.(?P<adapter>[^.]+)(?=\.))?\.(?P<rest>.+)")
 ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
-BASE_LAYER = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")
 # What no rule above took although PEFT put it there: parts of other methods, or LoRA parts with something unknown in the name.
 FOREIGN = re.compile(
     r"(?:^|.*\.)(?:(?:lora|hada|lokr|vera|ia3|oft|boft|hra|fourierft|trainable_tokens)_|ranknum|modules_to_save|token_adapter).*"
@@ -86,7 +84,7 @@ def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
 
 
 def _key(name: str) -> str:
-    return WRAPPERS.sub("", name).removeprefix(PREFIX)
+    return WRAPPERS.sub("", name).removeprefix(PEFT_PREFIX)
 
 
 def _place(key: str) -> tuple[str, str, str | None]:

@@ -6,9 +6,12 @@ Whatever layout and key style it came in, it is the same from here on, and check
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
 from ..checkpoint.config import check_structure, decoder_of, repair_config
@@ -27,7 +30,9 @@ from ..families.originals import Original, fitting
 from ..families.projectors import ACTIVATION, LINEAR, NAMES, projector_type
 from ..families.targets import BY_TYPE as TARGETS
 from ..families.targets import Target
+from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, cast
+from ..tensors.sampling import sample_both
 from ..text import few, shown
 
 DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
@@ -102,6 +107,7 @@ def take_apart(
     families = _families({**before, **config}, chosen, parts)
     _check_parts(config, parts, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
+    doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, parts)))
     repairs = (*filter(None, [leftover(checkpoint.config)]), *repairs)
     return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
 
@@ -145,6 +151,21 @@ def _check_kind(checkpoint: Checkpoint) -> None:
             f"`{checkpoint.origin.name}` is an unapplied delta",
             hint=f"convert it in the same pass as it is applied: `convert LLAMA --delta {checkpoint.origin.name} --to llava-hf`",
         )
+
+
+def _own_head(config: Mapping[str, Any], parts: Parts) -> Iterator[str]:
+    """A warning where the config ties the head to the embedding, and the head that is stored has other values."""
+    text = config.get("text_config")
+    tied = True in (config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
+    embed, head = (parts.get(name) for name in TABLES)
+    if tied and embed and head and embed.shape == head.shape:
+        with closing(Workspace(drop_cache=False)) as work:
+            one, other = sample_both(embed, head, work)
+        if not np.array_equal(one, other, equal_nan=True):
+            yield (
+                "`tie_word_embeddings` is true in config.json, but the stored head has values of its own: it is kept and the flag set to "
+                "false; transformers before 5 takes the embedding in its place"
+            )
 
 
 def _parts(checkpoint: Checkpoint, dtype: str | None) -> Parts:
