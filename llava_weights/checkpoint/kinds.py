@@ -74,13 +74,6 @@ def refuse_kind(kind: Kind | None, checkpoint: Checkpoint, role: str = "") -> No
         raise InputError(what, facts={"why it can't be used": kind.why, "recognised by": kind.evidence}, hint=kind.hint)
 
 
-def leftover(config: Mapping[str, Any]) -> str:
-    """The sentence on a `quantization_config` beside plain weights, which every output leaves out; empty without one."""
-    text = config.get("text_config")
-    there = any("quantization_config" in part for part in (config, text if isinstance(text, Mapping) else {}))
-    return "config: `quantization_config` dropped, the weights are plain" if there else ""
-
-
 def _method(config: Mapping[str, Any]) -> str:
     """What `quantization_config` calls itself, at the top or in the text model's part; empty without one."""
     text = config.get("text_config")

@@ -18,7 +18,7 @@ from ..checkpoint.config import check_structure, decoder_of, repair_config
 from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import Tokens, flat_config, original_config, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
-from ..checkpoint.kinds import ADAPTERS, kind_of, leftover, refuse_kind
+from ..checkpoint.kinds import ADAPTERS, kind_of, refuse_kind
 from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds
@@ -108,7 +108,6 @@ def take_apart(
     _check_parts(config, parts, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
     doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, parts)))
-    repairs = (*filter(None, [leftover(checkpoint.config)]), *repairs)
     return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
 
 

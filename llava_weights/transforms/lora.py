@@ -20,7 +20,7 @@ from typing import cast as cast_type
 
 from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, to_place
 from ..checkpoint.config import repair_config, repair_generation_config
-from ..checkpoint.kinds import leftover, quantised_kind, refuse_kind
+from ..checkpoint.kinds import quantised_kind, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
@@ -327,11 +327,6 @@ def _plain_files(
             files |= adapter.files
     if untied:
         changes["tie_word_embeddings"] = False
-    if said := leftover(config):
-        repairs.append(said)
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict):
-                part.pop("quantization_config", None)
     torch_dtype = TORCH_DTYPE[dtype]
     if any(config.get(key, torch_dtype) != torch_dtype for key in ("torch_dtype", "dtype")):
         changes |= {key: torch_dtype for key in ("torch_dtype", "dtype") if key in config}
