@@ -22,12 +22,15 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .checkpoint.checkpoint import Source as Source
     from .checkpoint.checkpoint import Step as Step
     from .checkpoint.checkpoint import open_checkpoint as open_checkpoint
+    from .checkpoint.inspect import Inspection as Inspection
+    from .checkpoint.inspect import inspect as inspect
     from .checks.diff import Difference as Difference
     from .checks.diff import TensorDifference as TensorDifference
     from .checks.diff import diff as diff
     from .checks.verify import Verification as Verification
     from .checks.verify import checksum as checksum
     from .checks.verify import verify as verify
+    from .cli.progress import ProgressBar as ProgressBar
     from .errors import HubError as HubError
     from .errors import InputError as InputError
     from .errors import Interrupted as Interrupted
@@ -38,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .errors import UsageError as UsageError
     from .errors import VerificationError as VerificationError
     from .events import Event as Event
+    from .events import Listener as Listener
     from .events import Note as Note
     from .events import Progress as Progress
     from .events import ReadingBack as ReadingBack
@@ -45,6 +49,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .events import Started as Started
     from .findings import Finding as Finding
     from .smoke.forward import Probe as Probe
+    from .smoke.logits import Limits as Limits
     from .smoke.logits import Row as Row
     from .smoke.logits import Smoke as Smoke
     from .smoke.logits import smoke_test as smoke_test
@@ -52,6 +57,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .smoke.recording import Recording as Recording
     from .smoke.recording import read_recording as read_recording
     from .smoke.recording import record as record
+    from .storage.reading import SourceFile as SourceFile
     from .tensors.lazy import LazyTensor as LazyTensor
     from .tensors.low_rank import Arithmetic as Arithmetic
     from .transforms.adapter import Adapter as Adapter
@@ -60,6 +66,8 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .transforms.convert import convert as convert
     from .transforms.delta import apply_delta as apply_delta
     from .transforms.delta import make_delta as make_delta
+    from .transforms.lora import Adapters as Adapters
+    from .transforms.lora import AdapterSource as AdapterSource
     from .transforms.lora import merge_lora as merge_lora
     from .write.execute import Report as Report
     from .write.execute import execute as execute
@@ -90,7 +98,11 @@ _FROM = {
         "Module",
         "open_adapter",
     ),
-    "transforms.lora": ("merge_lora",),
+    "transforms.lora": (
+        "AdapterSource",
+        "Adapters",
+        "merge_lora",
+    ),
     "tensors.low_rank": ("Arithmetic",),
     "transforms.convert": ("convert",),
     "write.plan": (
@@ -122,6 +134,7 @@ _FROM = {
         "diff",
     ),
     "smoke.logits": (
+        "Limits",
         "Row",
         "Smoke",
         "smoke_test",
@@ -134,6 +147,7 @@ _FROM = {
     ),
     "events": (
         "Event",
+        "Listener",
         "Note",
         "Progress",
         "ReadingBack",
@@ -151,6 +165,12 @@ _FROM = {
         "UsageError",
         "VerificationError",
     ),
+    "checkpoint.inspect": (
+        "Inspection",
+        "inspect",
+    ),
+    "cli.progress": ("ProgressBar",),
+    "storage.reading": ("SourceFile",),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}
 __all__ = sorted(_HOME)

@@ -1,6 +1,6 @@
-"""Every way in which a run can end badly, each with its exit code.
+"""Every way in which a run can fail, each with its exit code.
 
-An error says what happened with the names in it, the facts that led there, and one thing to do. Only `cli/console.py` prints it.
+An error says what happened, to which files or tensors, the facts behind it, and one thing to do. Only `cli/console.py` prints it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping
 
 from .text import redact
 
-MOST_JOBS = 64  # threads: more only wait for each other
+MOST_JOBS = 64  # more threads only wait for each other
 NO_MEMORY = ("cannot allocate memory", "can't allocate memory", "failed to map segment")  # glibc's and torch's words
 
 
 class LlavaWeightsError(Exception):
-    """A problem that the user can act on: `what` happened, the `facts`, one `hint`.
+    """What every error of the library is: a problem that the user can act on. `what` says what happened, `facts` are what led there, by
+    label, and `hint` is one thing to do. `kept` says what lies on the disk, where work had begun. `exit_code` is that of the command.
 
-    `kept` is set by the writer once work has begun and says what lies on disk; until then nothing was written. Pickles as it is: each
-    class takes `what` alone too, and the rest travels as attributes. No text in it holds a token, a password or a signature.
+    No text in it holds a token, a password or a signature. It can be pickled.
     """
 
     exit_code = 1
@@ -40,7 +40,7 @@ class LlavaWeightsError(Exception):
 
 
 class UsageError(LlavaWeightsError):
-    """The command line asks for something that does not exist."""
+    """An argument, an option or a combination of them that can't be. `exit_code` 2."""
 
     exit_code = 2
 
@@ -69,31 +69,31 @@ def finite(name: str, value: object) -> float:
 
 
 class InputError(LlavaWeightsError):
-    """An input is missing, damaged, hostile or of an unknown kind."""
+    """An input is missing, damaged, hostile or of an unknown kind. `exit_code` 3."""
 
     exit_code = 3
 
 
 class MismatchError(InputError):
-    """Each input is sound, but they do not belong together."""
+    """Each input is sound, but they do not belong together. `exit_code` 3."""
 
 
 class VerificationError(LlavaWeightsError):
-    """A check against digests, another checkpoint or reference logits failed."""
+    """A check against checksums, another checkpoint or recorded logits failed. `exit_code` 4."""
 
     exit_code = 4
 
 
 class OutputError(LlavaWeightsError):
-    """The output exists, has no space, can't be written or is in use by another run."""
+    """The output exists, has no space, can't be written or is in use by another run. `exit_code` 5."""
 
     exit_code = 5
 
 
 def shortage(error: BaseException) -> OutputError | None:
-    """The OutputError for an error that says that this process may have no more memory, threads or open files; None for any other.
+    """The OutputError for an error that means that this process has no more memory, threads or open files; None for any other.
 
-    A library that finds no room where it is loaded says so in an ImportError, or an OSError without a number.
+    A library that lacks memory while it is loaded raises an ImportError, or an OSError without a number.
     """
     number = error.errno if isinstance(error, OSError) else None
     words = str(error).lower()
@@ -110,19 +110,20 @@ def shortage(error: BaseException) -> OutputError | None:
 
 
 class HubError(LlavaWeightsError):
-    """The Hub answered no, or did not answer."""
+    """The Hub, or another server, said no or did not answer. `exit_code` 6."""
 
     exit_code = 6
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised in the main thread by the handler that the command line installs."""
+    """SIGTERM. Only the command line installs a handler that raises it; a library's user meets it nowhere else."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C (130) or SIGTERM (143) while something was made: the same command continues, and `kept` says what lies on disk.
+    """Ctrl-C (`exit_code` 130) or SIGTERM (143) while something was made. The same call continues the work, and `kept` says what lies on
+    the disk.
 
-    A KeyboardInterrupt, so nothing that catches errors takes it for one. Its attributes are those of LlavaWeightsError.
+    A KeyboardInterrupt, so that nothing that catches errors catches it. Its attributes are those of LlavaWeightsError.
     """
 
     def __init__(self, what: str = "stopped", *, exit_code: int = 130) -> None:
@@ -134,7 +135,7 @@ class Interrupted(KeyboardInterrupt):
 
     @classmethod
     def of(cls, error: KeyboardInterrupt, kept: str | None = None) -> Interrupted:
-        """`error` with what is known of it."""
+        """`error` as an Interrupted, with what is `kept`."""
         found = error if isinstance(error, Interrupted) else cls(exit_code=143 if isinstance(error, Terminated) else 130)
         found.kept = kept or found.kept
         return found

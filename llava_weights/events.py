@@ -1,4 +1,4 @@
-"""What the engine tells whoever listens. The library never prints; `cli/console.py` turns these into text or JSON lines."""
+"""Events that a run reports. The library never prints; `cli/console.py` turns them into text or JSON lines."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from .errors import UsageError
+
 
 @dataclass(frozen=True)
 class Started:
-    """The plan is accepted and the work begins; `done_*` were found finished from an earlier run. `shards` are tensors in a diff."""
+    """Work begins: `shards` output files (of `what` "Comparing" tensors, of "Reading" input files) with `nbytes` bytes. `done_shards` and
+    `done_nbytes` of them were finished by an earlier run. `what` is a word for people: "Writing", "Reading", "Making", "Comparing".
+    """
 
     shards: int
     nbytes: int
@@ -22,7 +26,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """`nbytes` of the whole output are written by now, those of earlier runs included; `shard` is the current file."""
+    """`nbytes` bytes of all are done by now, those of earlier runs included; `shard` is the current file or tensor."""
 
     nbytes: int
     shard: str
@@ -30,7 +34,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard has its name, its digest and its journal line. `index` counts from 1."""
+    """The output file `name` is finished, number `index` (from 1) of `shards`, with `nbytes` bytes of values; `sha256` is that of the file,
+    in hexadecimal.
+    """
 
     name: str
     index: int
@@ -41,29 +47,37 @@ class ShardDone:
 
 @dataclass(frozen=True)
 class ReadingBack:
-    """Everything is written; `nbytes` of it are read from the disk again before the output gets its name."""
+    """Everything is written; `nbytes` bytes of it are read from the disk again before the output gets its name."""
 
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence that the user should read: a warning or a fact found on the way."""
+    """A sentence, `text`, that the user should read: with `warning` something that may be wrong, else a fact found on the way."""
 
     text: str
     warning: bool = False
 
 
 Event = Started | Progress | ShardDone | ReadingBack | Note
+Listener = Callable[[Event], None]  # what `on_event=` takes
+
+
+def check_listener(on_event: object) -> None:
+    """Raise UsageError where `on_event` can't be called."""
+    if not callable(on_event):
+        raise UsageError(f"`on_event` is of the type `{type(on_event).__name__}`, no function", hint="give a function that takes an Event")
+
 
 _turn = threading.Lock()
-_listeners: list[tuple[Callable[[Event], None], dict[str, float]]] = []
+_listeners: list[tuple[Listener, dict[str, float]]] = []  # each with the time of the latest event of each key
 
 
 @contextmanager
-def listening(on_event: Callable[[Event], None]) -> Iterator[None]:
-    """Inside, `on_event` hears what `tell` says, in whatever thread: what is found or tried again where no listener is handed down."""
-    listener: tuple[Callable[[Event], None], dict[str, float]] = (on_event, {})
+def listening(on_event: Listener) -> Iterator[None]:
+    """Inside, `on_event` gets what `tell` sends, from any thread: retries and notes of code that has no `on_event` parameter."""
+    listener: tuple[Listener, dict[str, float]] = (on_event, {})
     _listeners.append(listener)
     try:
         yield
@@ -72,11 +86,15 @@ def listening(on_event: Callable[[Event], None]) -> Iterator[None]:
 
 
 def tell(event: Event, *, key: str = "", seconds: float = 0.0) -> None:
-    """Hand `event` to the listeners, but of what has the same `key` only one in so many seconds."""
+    """Send `event` to the listeners; of events with the same `key`, only one in so many seconds."""
     now = time.monotonic()
-    for on_event, told in list(_listeners):
+    for on_event, latest in list(_listeners):
         with _turn:
-            fresh = key not in told or now - told[key] >= seconds
-            told[key] = now if fresh else told[key]
+            fresh = key not in latest or now - latest[key] >= seconds
+            latest[key] = now if fresh else latest[key]
         if fresh:
             on_event(event)
+
+
+def silent(event: Event) -> None:
+    """Nobody listens."""

@@ -1,4 +1,4 @@
-"""What a check found: one sentence with its level, what it is about, and what to do. And what exit code all of them give."""
+"""What a check found: a sentence with its level, its subject and its remedy; and the exit code of many."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-# failed: it is wrong. warning: it may be wrong. unproved: it was asked for and can't be told. unchecked: it was not asked for, or is
-# explained, and nothing was there to check it against. note: worth knowing. ok: checked and right.
+# failed: wrong. warning: may be wrong. unproved: asked for, but could not be checked. unchecked: not asked for, or explained, and there
+# was nothing to check it against. note: worth knowing. ok: checked and right.
 Verdict = Literal["failed", "warning", "unproved", "unchecked", "note", "ok"]
 
-# What a finding of a level belongs to where it names no rule of its own.
+# The rule of a finding that names none, by its level.
 LEVELS = {
     "L0": "structure", "L1": "values", "L2": "files", "L3": "tensors", "L4": "sources", "L5": "smoke", "against": "against",
     "published": "published", "recorded": "recorded",
 }  # fmt: skip
 # The rules that are no row of a table in checks/rules_original.py or checks/rules_llava_hf.py, by the names that `--allow` takes.
-RULES = {
+OTHER_RULES = {
     "structure": "names, shapes, sizes and index of the weight files",
     "unlisted-file": "a file that the manifest or SHA256SUMS does not list",
     "weight-files": "pickles, the metadata `format: pt`, the size in the index",
@@ -42,13 +42,19 @@ RULES = {
     "published": "the authors' own checksums",
     "smoke": "logits",
 }
-KIND = ("state", "bfloat16")  # rules on what kind of checkpoint it is: no fault where the reference is of the same
+STATE_RULES = ("state", "bfloat16")  # on what kind of checkpoint it is: no fault where the reference is of the same kind
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is L0 structure, L1 plausibility, L2 files, L3 tensors, L4 derivation, L5 smoke, "against" what was named,
-    "published", the authors' own checksums (facts: verify 1.4), or "recorded", what its own manifest tells."""
+    """One thing that a check found. `verdict` is "failed" (it is wrong), "warning" (it may be wrong), "unproved" (it was asked for and
+    can't be told), "unchecked" (nothing was there to check it against), "note" (worth knowing) or "ok" (checked and right).
+
+    `subject` is the file, the tensor (equal layers folded into one name) or the config key that it is about, `text` a sentence, `remedy`
+    what to do. `level` is L0 for structure, L1 for samples of the values, L2 for files, L3 for tensors, L4 for what the sources give, L5
+    for logits, "against" for what was compared with, "published" for the authors' own checksums, "recorded" for what its own manifest
+    tells. `rule` is the short name that `verify(allow=...)` takes, `part` says in a few words what was proved.
+    """
 
     level: str
     verdict: Verdict

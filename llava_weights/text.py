@@ -11,19 +11,19 @@ from typing import Any
 from urllib.parse import quote
 
 UNITS = ((10**15, "PB"), (10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))  # decimal, as the Hub counts
-# What no word of ours may hold: values of these variables, tokens, passwords in addresses, and what follows an address's path: queries and
-# fragments are where signed addresses (Amazon's, Google's, Azure's; the Hub redirects to such) and logins keep their secrets.
+# No text that is shown or saved may hold the values of these variables, tokens, passwords in addresses, or what follows the path of an
+# address: signed addresses (Amazon's, Google's, Azure's; the Hub redirects to them) and logins keep secrets in queries and fragments.
 SECRET_VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN",
     "AZURE_STORAGE_CONNECTION_STRING", "AZURE_CLIENT_SECRET", "GITHUB_TOKEN", "GH_TOKEN", "ACTIONS_RUNTIME_TOKEN",
     "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "FSSPEC_S3_SECRET", "FSSPEC_S3_TOKEN",
 )  # fmt: skip
-# Names of parameters that hold one, at the end of a longer name too: `X-Amz-Signature`, `access_token`.
+# Names of parameters that hold a secret, at the end of a longer name too: `X-Amz-Signature`, `access_token`.
 SECRET_NAME = (
     r"(?:[\w.-]{0,64}[-_.])?(?:token|secret|signature|sig|key|credentials?|password|passwd|pwd|auth|authorization|jwt|assertion|code)"
     r"|(?:x-amz|x-goog)-[\w-]{1,64}|key-pair-id|accountkey|awsaccesskeyid|apikey|accesstoken|sharedaccess(?:key|signature)"
 )
-# Each is linear in the text's length: what may repeat is bounded, or can't hold the place where another try would begin.
+# Each takes time linear in the text's length: a repetition is bounded, or can't match where another match would begin.
 SECRETS = (
     (re.compile(r"hf_(?:oauth|jwt)_[\w.-]{16,}"), "hf_***"),
     (re.compile(r"(gh[pousr]|github_pat)_\w{20,}"), r"\1_***"),
@@ -38,15 +38,15 @@ SECRETS = (
 )
 HUB_TOKEN = re.compile(r"(hf|api_org)_([A-Za-z0-9]{16,})")
 HUB_TOKEN_LENGTH = 34
-CUT = 16  # characters of a secret that are one still
-WORD = re.compile(r"[^\s\"`<>]+")  # an address ends where one of these comes
+CUT = 16  # characters: a piece of a secret that is as long is still a secret
+WORD = re.compile(r"[^\s\"`<>]+")  # an address ends at one of these characters
 HOST_AND_PORT = re.compile(r"(?:localhost|[^:@.]*\.[^:@]*|\[[^\]@]*\]):\d{1,5}")
 CLOSING = "'),.;]}"  # what follows an address in a sentence
-# Where a CI reads commands out of what a program prints: GitHub at the start of a line, it and others between `##` and `[` anywhere.
+# What a CI takes for a command in a program's output: GitHub `::` at the start of a line, GitHub and others `##[` anywhere.
 CI_COMMAND = re.compile(r"^(\s*):(?=:)|##(?=\w{0,16}\[)")
-CODE = re.compile(r"(?<!`)`([^`|]+)`(?!`)")
+CODE_SPAN = re.compile(r"(?<!`)`([^`|]+)`(?!`)")
 MARKUP = re.compile(r"[\\`*\[\]<>|~&$#@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?i:(?<=www)\.)")
-EMAIL = re.compile(r"(?<=[A-Za-z0-9._+-])@(?=[A-Za-z0-9_-])")  # which GitHub links even where it is escaped
+EMAIL = re.compile(r"(?<=[A-Za-z0-9._+-])@(?=[A-Za-z0-9_-])")  # GitHub makes a link of it even where it is escaped
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30})://")
 
 
@@ -57,7 +57,7 @@ def size(nbytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For a sentence: `0.8 s`, `24 s`, `1m 24s`, `2h 03m`."""
+    """A time in a sentence: `0.8 s`, `24 s`, `1m 24s`, `2h 03m`."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -67,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 def clock_face(seconds: float) -> str:
-    """For a line that changes: `0:53`, `1:02:03`."""
+    """A time in a progress line: `0:53`, `1:02:03`."""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}" if minutes >= 60 else f"{minutes}:{second:02d}"
 
@@ -78,14 +78,14 @@ def visible(text: str) -> str:
 
 
 def command_free(line: str) -> str:
-    """`line` so that no CI takes it for a command: GitHub's `::error ...` and `##[...]`, and those that others know."""
+    """`line` with escapes where a CI would take it for a command, as `::error ...` and `##[...]`."""
     return CI_COMMAND.sub(lambda found: "#\\x23" if found[1] is None else f"{found[1]}\\x3a", line)
 
 
 def markdown_text(text: str) -> str:
-    """`text` as a piece of one line of Markdown, a table's cell too: no secrets, and nothing in it is markup, a link or HTML, except that
-    what stands between two backticks is code. CommonMark and GitHub's Markdown read it alike."""
-    pieces = CODE.split(visible(redact(text)))
+    """`text` for one line of Markdown or a table's cell: without secrets, markup, links and HTML, but text between two backticks stays
+    code. CommonMark and GitHub's Markdown read it alike."""
+    pieces = CODE_SPAN.split(visible(redact(text)))
     return "".join(f"`{piece}`" if number % 2 else _escaped(piece) for number, piece in enumerate(pieces))
 
 
@@ -94,10 +94,10 @@ def _escaped(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` without tokens, passwords in addresses, queries and signatures. For all that may be shown or saved.
+    """`text` without tokens, passwords in addresses, queries and signatures: for everything that may be shown or saved.
 
-    Takes time in proportion to the length. A token of the Hub has 34 letters and digits, or is a piece of one, which mixes cases as no
-    name does; other words that begin with `hf_` are names.
+    Takes time linear in the length. A token of the Hub, or a piece of one, has 34 letters and digits and mixes cases as no name does;
+    other words that begin with `hf_` are names.
     """
     for variable in SECRET_VARIABLES:
         secret = os.environ.get(variable, "").strip()
@@ -112,7 +112,7 @@ def redact(text: str) -> str:
 
 
 def _without(text: str, secret: str) -> str:
-    """`text` with *** for `secret`, as it is or as an address, a JSON file or a header spells it, and for what is left where it is cut."""
+    """`text` with *** for `secret`, as it is or as spelled in an address, a JSON file or a header, and for one that is cut short."""
     encoded = base64.b64encode(secret.encode(errors="surrogateescape")).decode()
     for form in dict.fromkeys((secret, quote(secret, safe=""), quote(secret), secret.replace("/", "\\/"), encoded)):
         text = text.replace(form, "***")
@@ -129,7 +129,7 @@ def _shared(one: str, other: str) -> int:
 
 
 def _may_be_token(letters: str) -> bool:
-    """Whether what follows `hf_` can be a token, or one whose end is cut off."""
+    """Whether these letters after `hf_` can be a token, whole or cut short."""
     if len(letters) >= HUB_TOKEN_LENGTH:
         return len(letters) == HUB_TOKEN_LENGTH or not (letters.islower() or letters.isupper())
     cases = [letter.isupper() for letter in letters if letter.isalpha()]
@@ -137,7 +137,7 @@ def _may_be_token(letters: str) -> bool:
 
 
 def _address(word: str) -> str:
-    """A word that holds an address, with *** for its user and password, its query, and a fragment that has values."""
+    """A word that contains an address, with *** for its user and password, its query, and a fragment that has values."""
     last, place, kept, pieces = word.rfind("@"), word.find("://"), 0, list[str]()
     while place >= 0:
         start = place + 3
@@ -162,7 +162,7 @@ def _address(word: str) -> str:
 
 
 def scheme_of(text: str) -> str:
-    """The scheme of an address in lower case, as `hf` of `HF://owner/name`; nothing where `text` is no address."""
+    """The scheme of an address in lower case, as `hf` of `HF://owner/name`; empty where `text` is no address."""
     found = SCHEME.match(text)
     return found[1].lower() if found else ""
 
@@ -183,7 +183,7 @@ def two_columns(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def sentences(*parts: str | None) -> str:
-    """The parts that there are, one after the other, with a full stop between two and none at the end."""
+    """The parts that are not empty, joined by full stops, with none at the end."""
     given = [part for part in parts if part]
     return " ".join([*(part if part[-1] in ".!?" else f"{part}." for part in given[:-1]), *given[-1:]])
 
@@ -205,14 +205,14 @@ LONGEST_SHOWN = 300  # characters
 
 
 def shown(name: str) -> str:
-    """A name or path out of an input, safe to print: in backticks, no control characters or lone surrogates, not without end."""
+    """A name or path from an input, safe to print: in backticks, without control characters and lone surrogates, cut where it is long."""
     clean = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name[:LONGEST_SHOWN])
     return f"`{clean}`" if len(name) <= LONGEST_SHOWN else f"`{clean}...`"
 
 
 def legible(name: str) -> str:
-    """The name of a file as text that UTF-8 can hold: bytes of it that are no text are replaced."""
-    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", name)  # Python's stand-ins for such bytes
+    """The name of a file as text that UTF-8 can hold: bytes that are no text are replaced."""
+    return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", name)  # lone surrogates, by which Python represents such bytes
 
 
 def is_text(name: str) -> bool:
@@ -228,7 +228,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def fold_names(names: Iterable[str]) -> list[str]:
-    """Names for a message, with those that differ only in their first number as one: `model.layers.{0..39}.mlp.up_proj.weight (40)`."""
+    """Names for a message, those that differ only in their first number as one: `model.layers.{0..39}.mlp.up_proj.weight (40)`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
         found = re.search(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.|$)", name)
@@ -239,7 +239,7 @@ def fold_names(names: Iterable[str]) -> list[str]:
 
 def _folded(head: str, numbers: list[int], tail: str) -> str:
     if len(numbers) < 2:
-        return _clean("".join([head, *map(str, numbers), tail]))
+        return unquoted("".join([head, *map(str, numbers), tail]))
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -247,7 +247,13 @@ def _folded(head: str, numbers: list[int], tail: str) -> str:
         else:
             runs.append([number, number])
     ranges = ",".join(f"{first}..{last}" if last > first + 1 else ",".join(map(str, sorted({first, last}))) for first, last in runs)
-    return f"{_clean(head)}{{{ranges}}}{_clean(tail)} ({len(numbers)})"
+    return f"{unquoted(head)}{{{ranges}}}{unquoted(tail)} ({len(numbers)})"
+
+
+def brief(value: object, most: int = 48) -> str:
+    """`repr(value)` in at most `most` characters, for a line that must stay short."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 4]}...{text[-1]}"
 
 
 def few(names: Iterable[str]) -> str:
@@ -256,5 +262,6 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(folded[:5]) + (f" and {len(folded) - 5} more" if len(folded) > 5 else "")
 
 
-def _clean(text: str) -> str:
-    return shown(text)[1:-1]  # without the backticks
+def unquoted(text: str) -> str:
+    """As `shown`, without the backticks."""
+    return shown(text)[1:-1]

@@ -103,7 +103,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.M))
     assert done.returncode == 0, done.stderr[-1000:]
     assert "typer" in imported
-    assert imported & {"torch", "transformers", "peft", "huggingface_hub", "rich"} == set()
+    assert imported & {"torch", "transformers", "peft", "huggingface_hub", "rich", "tqdm"} == set()
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "huggingface.co"])

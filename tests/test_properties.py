@@ -96,7 +96,7 @@ def root_by_hand(tensors: Mapping[str, torch.Tensor]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-# Every prefix under which a checkpoint of llava-hf style may keep its parts (facts: llava-hf 2.1).
+# Every prefix under which a checkpoint of llava-hf style may keep its parts, by version of transformers (PR #44431, #45357).
 PREFIXES = {
     "language_model.model.": ("language_model.model.", "model.language_model.model.", "model.language_model."),
     "language_model.lm_head.": ("language_model.lm_head.", "model.language_model.lm_head.", "lm_head."),

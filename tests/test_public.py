@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
+import os
 import pickle
+import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import llava_weights as lw
+from llava_weights.families import decoders, originals, targets, towers
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT / "fixtures"
@@ -25,6 +37,9 @@ VICUNA, LORA = FIXTURES / "B-lora/base-vicuna-tiny", FIXTURES / "B-lora/llava-v1
 ORIGINAL, HUB, CLIP = FIXTURES / "C-v1.5/original-no-vision-bin", FIXTURES / "C-v1.5/hf-by-tf4.47.1", FIXTURES / "common/clip-tiny-42px"
 NOWHERE = Path("/no/where")  # what is wrong is told before anything is opened
 lib: Any = lw  # wrong calls on purpose
+
+FUNCTIONS = sorted(name for name in lw.__all__ if inspect.isfunction(getattr(lw, name)))
+CLASSES = sorted(name for name in lw.__all__ if isinstance(getattr(lw, name), type))
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "apply_delta without a base": (lambda: lib.apply_delta(None, DELTA), "the base is of the type `NoneType`"),
@@ -101,6 +116,25 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "record to no path": (lambda: lib.record(HUB, None), "None is no path of a file"),
     "record on another device": (lambda: lib.record(NOWHERE, "new", device="tpu"), "cpu, cuda or cuda:N"),
     "record with a tower for nobody": (lambda: lib.record(HUB, "new", tower=CLIP), "holds its own vision tower"),
+    "inspect of nothing": (lambda: lib.inspect(None), "the checkpoint is of the type `NoneType`"),
+    "inspect of an empty name": (lambda: lib.inspect(""), "the checkpoint is an empty text"),
+    "inspect of a number": (lambda: lib.inspect(BASE, given=3), "`given` is of the type `int`"),
+    "a bar that is wide": (lambda: lib.ProgressBar(disable="no"), "`disable` is 'no'"),
+    "verify by a number": (lambda: lib.verify(BASE, base=BASE, lora=3), "the adapter is of the type `int`"),
+    "execute for no listener": (lambda: lib.execute(lw.make_plan(BASE), "out", on_event=3), "`on_event` is of the type `int`"),
+    "execute_portion for no listener": (
+        lambda: lib.execute_portion(lw.make_plan(BASE), "out", lw.to_portion("1/2"), on_event=None),
+        "`on_event` is of the type `NoneType`",
+    ),
+    "verify for no listener": (lambda: lib.verify(NOWHERE, on_event="print"), "`on_event` is of the type `str`"),
+    "checksum for no listener": (lambda: lib.checksum(NOWHERE, on_event=3), "`on_event` is of the type `int`"),
+    "diff for no listener": (lambda: lib.diff(NOWHERE, NOWHERE, on_event=3), "`on_event` is of the type `int`"),
+    "smoke_test for no listener": (lambda: lib.smoke_test(NOWHERE, original=NOWHERE, on_event=3), "`on_event` is of the type `int`"),
+    "record for no listener": (lambda: lib.record(NOWHERE, "new", on_event=3), "`on_event` is of the type `int`"),
+    "record by a seed of no number": (lambda: lib.record(NOWHERE, "new", seed="x"), "`seed` is 'x'"),
+    "record of no probes": (lambda: lib.record(NOWHERE, "new", probes=[]), "`probes` is no list of probes"),
+    "record of texts": (lambda: lib.record(NOWHERE, "new", probes=["text"]), "`probes` is no list of probes"),
+    "make_plan with options of no names": (lambda: lib.make_plan(NOWHERE, options=3), "`options` is of the type `int`"),
     "a portion of no plan": (lambda: lib.execute_portion(BASE, "out", lw.to_portion("1/2")), "what `make_plan`"),
     "a portion of a number": (lambda: lib.to_portion(3), "is not a portion"),
     "a portion of a text": (lambda: lib.to_portion("3/2"), "is not a portion"),
@@ -132,7 +166,109 @@ def test_a_path_is_as_good_as_a_checkpoint(tmp_path: Path) -> None:
     assert lw.verify(opened(tmp_path / "a"), against=opened(tmp_path / "b")).exit_code == 0
     assert lw.checksum(opened(tmp_path / "a")) == []
     assert lw.smoke_test(opened(HUB), original=ORIGINAL, tower=opened(CLIP)).verdict == "same"
+    for lora in (f"{LORA}@0.5", [f"{LORA}@0.5"], [(LORA, 0.5)], [(lw.open_adapter(LORA), 0.5)]):
+        checked = lw.verify(tmp_path / "e", base=VICUNA, lora=lora)
+        assert checked.exit_code == 0
+    assert lw.verify(tmp_path / "e", base=VICUNA, lora=LORA).exit_code == 4
+    assert lw.inspect(opened(BASE)).document() == lw.inspect(str(BASE)).document()
     assert root(lw.make_plan(str(BASE)), "h") == root(lw.make_plan(opened(BASE)), "i")
+
+
+RIGHT: dict[str, Callable[[Path, lw.Listener], Any]] = {
+    "apply_delta": lambda out, bar: lw.apply_delta(BASE, DELTA),
+    "checksum": lambda out, bar: lw.checksum(shutil.copytree(BASE, out), on_event=bar),
+    "convert": lambda out, bar: lw.convert(ORIGINAL, "llava-hf", tower=CLIP),
+    "diff": lambda out, bar: lw.diff(BASE, TUNED, on_event=bar),
+    "execute": lambda out, bar: lw.execute(lw.make_plan(BASE), out, on_event=bar),
+    "execute_portion": lambda out, bar: lw.execute_portion(lw.make_plan(BASE), out, lw.to_portion("1/1"), on_event=bar),
+    "inspect": lambda out, bar: lw.inspect(DELTA),
+    "make_delta": lambda out, bar: lw.make_delta(BASE, TUNED),
+    "make_plan": lambda out, bar: lw.make_plan(lw.apply_delta(BASE, DELTA)),
+    "merge_lora": lambda out, bar: lw.merge_lora(VICUNA, LORA),
+    "open_adapter": lambda out, bar: lw.open_adapter(LORA),
+    "open_checkpoint": lambda out, bar: lw.open_checkpoint(BASE),
+    "read_recording": lambda out, bar: (lw.record(HUB, out), lw.read_recording(out)),
+    "record": lambda out, bar: lw.record(HUB, out, on_event=bar),
+    "smoke_test": lambda out, bar: lw.smoke_test(HUB, original=ORIGINAL, tower=CLIP, on_event=bar),
+    "to_portion": lambda out, bar: lw.to_portion("3/16"),
+    "verify": lambda out, bar: lw.verify(BASE, deep=True, on_event=bar),
+}
+
+
+def test_every_public_function_is_called_rightly_and_wrongly() -> None:
+    tree = ast.parse(Path(__file__).read_text())
+    wrong = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "lib"}
+    assert sorted(RIGHT) == FUNCTIONS
+    assert wrong >= set(FUNCTIONS)
+
+
+def process() -> dict[str, Any]:
+    """What a library must not change for its user."""
+    return {
+        "threads of torch": torch.get_num_threads(),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "warnings": list(warnings.filters),
+        "working directory": os.getcwd(),
+        "environment": dict(os.environ),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "random numbers": (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()),  # type: ignore[index]
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "logging": logging.root.level,
+    }
+
+
+@pytest.mark.parametrize("function", RIGHT)
+def test_a_public_function_leaves_the_process_as_it_found_it(function: str, tmp_path: Path) -> None:
+    RIGHT[function](tmp_path / "first", lambda event: None)  # which imports what it needs; other packages set things then
+    own, threads = torch.get_num_threads(), 3
+    torch.set_num_threads(threads)
+    try:
+        before = process()
+        with lw.ProgressBar() as bar:
+            RIGHT[function](tmp_path / "second", bar)
+        assert process() == before
+    finally:
+        torch.set_num_threads(own)
+
+
+def shown_by_ipython(value: Any) -> str:
+    """As IPython's printer chooses: class by class, the first with a `_repr_pretty_` or a `__repr__` of its own."""
+    for found in type(value).__mro__:
+        if "_repr_pretty_" in vars(found):
+            said: list[str] = []
+            found._repr_pretty_(value, SimpleNamespace(text=said.append), False)
+            return "".join(said)
+        if "__repr__" in vars(found):
+            return repr(value)
+    raise AssertionError
+
+
+def test_what_a_prompt_shows_is_one_short_line(tmp_path: Path) -> None:
+    long = tmp_path / ("a name that is long " * 10) / "b"
+    shutil.copytree(BASE, long)
+    merged = lw.apply_delta(long, DELTA)
+    tied = lw.merge_lora(VICUNA, LORA)
+    converted, back = lw.convert(ORIGINAL, "llava-hf", tower=CLIP), lw.convert(HUB, "llava")
+    plan, adapter = lw.make_plan(merged), lw.open_adapter(LORA)
+    recording = lw.record(HUB, tmp_path / "recording")
+    smoke = lw.smoke_test(HUB, original=ORIGINAL, tower=CLIP)
+    difference = lw.diff(BASE, TUNED)
+    every: list[Any] = [
+        merged, tied, converted, back, merged.origin, *merged.history, *merged.tensors.values(), *tied.tensors.values(),
+        *converted.tensors.values(), *back.tensors.values(), plan, *plan.shards, adapter, *adapter.modules, lw.verify(BASE), difference,
+        *difference.tensors, smoke, *smoke.rows, recording, *recording.probes, *(one.probe for one in recording.probes), lw.inspect(DELTA),
+        lw.to_portion("1/2"), *decoders.DECODERS, *towers.TOWERS, *originals.ORIGINALS, *targets.TARGETS,
+    ]  # fmt: skip
+    for value in every:
+        line = shown_by_ipython(value)
+        assert len(line) < 200, line
+        assert line.isprintable(), line
+        assert line.startswith(f"{type(value).__name__}("), line
+        assert isinstance(value, lw.LazyTensor | lw.Shard) or repr(value) == line
+        assert not isinstance(value, lw.LazyTensor | lw.Shard) or str(value) == line
+    assert shown_by_ipython(merged.tensors["lm_head.weight"]) == "Add(F16 [307, 48] of 'lm_head.weight' and 1 more)"
+    assert repr(merged) == f"Checkpoint('delta-307-apr17', 'llava', {len(merged.tensors)} tensors, 172 kB, by 'apply-delta')"
 
 
 def test_an_output_must_be_able_to_get_its_name(cli: Callable[..., Any]) -> None:
@@ -173,36 +309,97 @@ def test_type_checkers_and_python_see_the_same_names() -> None:
     assert all(getattr(lw, name) is getattr(__import__(f"llava_weights.{module}", fromlist=[name]), name) for name, module in found)
 
 
-def test_everything_that_public_functions_take_return_and_raise_is_exported() -> None:
-    def classes(hint: Any) -> Iterator[type]:
-        if isinstance(hint, type) and hint.__module__.startswith("llava_weights"):
-            yield hint
-        for part in typing.get_args(hint):
-            yield from classes(part) if not isinstance(part, list) else ()
+ENGINE = {"LazyTensor": {"rows_into", "leaves"}}  # how a tensor is made, from parts that a user doesn't meet
 
-    functions = [getattr(lw, name) for name in lw.__all__ if inspect.isfunction(getattr(lw, name))]
-    used = {found for function in functions for hint in typing.get_type_hints(function).values() for found in classes(hint)}
-    assert {found.__name__ for found in used} - {"Job"} <= set(lw.__all__)
-    raised = {name for function in functions for name in re.findall(r"\b[A-Z]\w+Error\b", function.__doc__ or "")}
+
+def classes_in(hint: Any) -> Iterator[type]:
+    """The package's own classes in a type, however deep."""
+    if isinstance(hint, type) and hint.__module__.startswith("llava_weights"):
+        yield hint
+    for part in typing.get_args(hint):
+        for one in part if isinstance(part, list) else [part]:
+            yield from classes_in(one)
+
+
+def hints_of(found: Any) -> Iterator[Any]:
+    """What a public function takes and returns; the types of a class's public attributes, and what its public methods take and return."""
+    if not isinstance(found, type):
+        yield from typing.get_type_hints(found).values()
+        return
+    yield from (hint for name, hint in typing.get_type_hints(found).items() if not name.startswith("_"))
+    for name, member in vars(found).items():
+        own = name == "__init__" and not is_dataclass(found)
+        if own or not (name.startswith("_") or name in ENGINE.get(found.__name__, ())):
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            if inspect.isfunction(function):
+                yield from typing.get_type_hints(function).values()
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES])
+def test_everything_that_the_public_takes_or_returns_is_exported(name: str) -> None:
+    used = {found for hint in hints_of(getattr(lw, name)) for found in classes_in(hint)}
+    assert {found.__name__ for found in used} <= set(lw.__all__)
+    assert all(getattr(lw, found.__name__) is found for found in used)
+
+
+def test_everything_that_is_raised_is_exported() -> None:
+    raised = {name for function in FUNCTIONS for name in re.findall(r"\b[A-Z]\w+Error\b", getattr(lw, function).__doc__ or "")}
     assert raised <= set(lw.__all__)
     assert {error.__name__ for error in lw.LlavaWeightsError.__subclasses__()} <= set(lw.__all__)
 
 
+def test_no_public_parameter_is_of_any_type_and_all_are_documented() -> None:
+    """`**options: Any` would take every misspelt option."""
+    for name in FUNCTIONS:
+        parameters = inspect.signature(getattr(lw, name)).parameters
+        assert all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()), name
+        assert Any not in typing.get_type_hints(getattr(lw, name)).values(), name
+        undocumented = [given for given in parameters if f"`{given}`" not in getattr(lw, name).__doc__]
+        assert undocumented == [], name
+
+
+def test_docstrings_are_for_users() -> None:
+    """No notes of the authors, no modules that a user can't import from, no name without a docstring."""
+    modules = {path.stem for path in (ROOT / "llava_weights").rglob("*.py")} - set(lw.__all__)
+    for name in (*FUNCTIONS, *CLASSES):
+        texts = [getattr(lw, name).__doc__ or ""]
+        if isinstance(getattr(lw, name), type):
+            public = [member for key, member in vars(getattr(lw, name)).items() if not key.startswith("_")]
+            texts += [member.__doc__ or "" for member in public if isinstance(member, property | classmethod) or inspect.isfunction(member)]
+        for text in texts:
+            assert text, name
+            assert "facts:" not in text.lower(), name
+            assert not re.search(r"\w+/\w+\.py", text), name
+            assert not {found for found in re.findall(r"\b(\w+)\.py\b", text)} & modules, name
+            assert not re.match(rf"{name}\(", text), f"{name} has only the docstring that dataclasses make"
+
+
 SCRIPT = """
+from pathlib import Path
+
 import llava_weights as lw
 
 merged = lw.apply_delta("llama-13b", lw.open_checkpoint("delta"))
 reveal_type(merged)
-reveal_type(lw.merge_lora(merged, ["lora@0.5", ("other", 0.5)]))
+reveal_type(lw.merge_lora(merged, ["lora@0.5", ("other", 0.5), lw.open_adapter(Path("third"))]))
 reveal_type(lw.convert(merged, "llava-hf", tower="clip"))
 reveal_type(lw.make_plan(merged))
-reveal_type(lw.execute(lw.make_plan(merged), "out"))
-reveal_type(lw.verify("out").findings)
+with lw.ProgressBar() as bar:
+    reveal_type(lw.execute(lw.make_plan(lw.make_delta("base", merged)), "out", on_event=bar))
+    reveal_type(lw.execute_portion(lw.make_plan(merged), "out", lw.to_portion("1/2"), on_event=bar).portion)
+reveal_type(lw.verify("out", lora="lora", base=Path("base")).findings)
 reveal_type(lw.diff("a", "b").equal)
 reveal_type(lw.smoke_test("a", original="b"))
+reveal_type(lw.record("a", "file").probes[0].logits.shape[0])
+reveal_type(lw.read_recording("file"))
+reveal_type(lw.inspect("a").is_delta)
+reveal_type(lw.inspect(merged).files[0].size)
 reveal_type(merged.tensors["a"].shape)
+told: list[lw.Event] = []
+listener: lw.Listener = told.append
+adapters: lw.Adapters = [(lw.open_adapter("a"), 0.5)]
 try:
-    lw.checksum("out")
+    lw.checksum("out", on_event=listener)
 except lw.UsageError as error:
     reveal_type(error.hint)
 lw.apply_delta(3, "delta")
@@ -214,12 +411,22 @@ SEEN = (
     "llava_weights.checkpoint.checkpoint.Checkpoint",
     "llava_weights.write.plan.Plan",
     "llava_weights.write.execute.Report",
+    "llava_weights.write.portions.Portion",
     "tuple[llava_weights.findings.Finding, ...]",
     "bool",
     "llava_weights.smoke.logits.Smoke",
+    "Any",
+    "llava_weights.smoke.recording.Recording",
+    "bool",
+    "int",
     "tuple[int, ...]",
     "str | None",
 )
+
+
+def test_the_script_uses_every_public_function() -> None:
+    used = {node.attr for node in ast.walk(ast.parse(SCRIPT)) if isinstance(node, ast.Attribute)}
+    assert {*FUNCTIONS, "ProgressBar"} <= used
 
 
 def test_a_users_type_checker_sees_real_types(tmp_path: Path) -> None:

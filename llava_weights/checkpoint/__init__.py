@@ -1,2 +1,2 @@
-"""A model as a whole: its tensors, config, tokenizer, processor, chat template, vision tower and manifest.
-`open_checkpoint` recognises what lies in a folder; `inspect` and `diagnose` say what it is."""
+"""A checkpoint as a whole: its tensors, config, tokenizer, processor, chat template, vision tower and manifest.
+`open_checkpoint` opens one; inspect.py and diagnose.py say what it is."""

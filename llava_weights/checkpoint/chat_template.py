@@ -1,4 +1,4 @@
-"""The Jinja template that tells other programs how a LLaVA is prompted, and which family of prompts a checkpoint has."""
+"""The Jinja template by which other programs prompt a LLaVA, and the choice of the conversation that a checkpoint was trained with."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..text import shown
 
 QUESTION = "What is shown in this image?"
 
-# For each message: images first, whatever their place in the list, then its texts. The loops stand on `messages` and
-# `message["content"]` by name, since vLLM looks for them to learn that content may be a list. No `generation` tag: other
-# readers of Jinja do not know it.
+# For each message: images first, whatever their place in the list, then its texts. The loops are over `messages` and
+# `message["content"]` by name, since vLLM looks for these to learn that content may be a list. No `generation` tag: readers
+# of Jinja other than transformers do not know it.
 TEMPLATE = """\
 {%- set state = namespace(text="", opened=false) -%}
 {%- for message in messages -%}
@@ -77,7 +77,7 @@ def example(conversation: Conversation, image: str) -> str:
     return f"{opened}{image}\n{QUESTION}{after}{conversation.generation}"
 
 
-def bare(conversation: Conversation) -> str:
+def bare_prompt(conversation: Conversation) -> str:
     """A prompt without system message and image."""
     before, after = conversation.user_turn
     return f"{conversation.system_turn[1]}{before}<question>{after}{conversation.generation}".strip()
@@ -88,8 +88,8 @@ def choose(
 ) -> tuple[Conversation, str]:
     """The conversation that a checkpoint was trained with, and the evidence as a short sentence.
 
-    `families` are the rows that its config fits, `specials` the texts of its added tokens; the folder's name is not asked. `name` decides
-    where it is given, then `conv_mode` in the config. Raises UsageError for an unknown `name`, InputError for an unknown
+    `families` are the rows that its config fits, `specials` the texts of its added tokens; the folder's name does not matter. `name`
+    decides where it is given, else `conv_mode` in the config. Raises UsageError for an unknown `name`, InputError for an unknown
     `conv_mode`, and where none of the families has such tokens.
     """
     if name is not None:

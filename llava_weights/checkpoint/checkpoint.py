@@ -1,7 +1,6 @@
 """A checkpoint: tensors, config, small files and history together, and how one is opened.
 
-Opening reads headers and small JSON files only. What a folder holds is decided from tensor names, shapes and config,
-never from the folder's name.
+Opening reads headers and small JSON files only. Tensor names, shapes and config decide what a folder holds, never its name.
 """
 
 from __future__ import annotations
@@ -26,15 +25,18 @@ from ..storage.reading import SourceFile, unreadable
 from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
-from ..text import legible, listed, redact, redacted, scheme_of
+from ..text import brief, legible, listed, redact, redacted, scheme_of, size
 from .stored_names import model_names
 
-LARGEST_OBJECT = 1 << 20  # bytes of a small file, where nothing else is said
+LARGEST_OBJECT = 1 << 20  # bytes of a small file, where no other limit is given
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint came from. Manifest and card name it by `name` and never show `path`, which is this machine's."""
+    """Where a checkpoint came from: `name` is the folder's, the file's or the repository's, `path` where it lies on this machine (of a
+    checkpoint that is read over the network, a folder that holds its headers only). `container` is "safetensors", "torch" or "meta",
+    `files` are the weight files, `revision` the commit on the Hub, None for anything else. Manifest and card show `name`, never `path`.
+    """
 
     name: str
     path: Path
@@ -42,15 +44,23 @@ class Origin:
     files: tuple[SourceFile, ...]
     revision: str | None = None
 
+    def __repr__(self) -> str:
+        return f"Origin({brief(self.name)}, {self.container!r}, {len(self.files)} {'file' if len(self.files) == 1 else 'files'})"
+
     @property
     def remote(self) -> bool:
-        """Whether the weights are read over the network; `path` is a shadow then, without values."""
+        """Whether the weights are read over the network."""
         return any(file.remote for file in self.files)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was done: the operation, its inputs by role, its options, and sentences on what it changed."""
+    """One thing that was done to make a checkpoint, as the manifest and the card record it.
+
+    `operation` is the command ("apply-delta"), `inputs` are its inputs, each with its role ("base", "delta", "lora", "source", "tower"),
+    `options` those that change the output. `summary` holds the rows of the printed plan ("add": "363 tensors"), `repairs`, `notes` and
+    `warnings` are sentences, `checks` are measurements of the inputs as plain data.
+    """
 
     operation: str
     inputs: tuple[tuple[str, Origin], ...]
@@ -61,10 +71,19 @@ class Step:
     warnings: tuple[str, ...] = ()
     checks: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Step({self.operation!r}, {', '.join(f'{role} {brief(origin.name, 30)}' for role, origin in self.inputs[:3])})"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What every transform takes and returns. `tensors` is ordered: the order of the output."""
+    """A checkpoint that is described, and not in memory: what every transform takes and returns.
+
+    `tensors` are the tensors by name, in the order of the output. `config` is config.json, empty where there is none. `files` are the small
+    files (tokenizer, processor, generation config, licence), each as its path or its bytes. `history` is what was done to make it, first
+    step first, empty for a checkpoint that was only opened. `metadata` is `__metadata__` of each safetensors file, by file name, and
+    `notes` are sentences on what was found when it was opened.
+    """
 
     tensors: Mapping[str, LazyTensor]
     config: Mapping[str, Any]
@@ -75,13 +94,18 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     wrapped: str = ""  # what a wrapper put into the names in its files, which `tensors` leaves out
 
+    def __repr__(self) -> str:
+        done = f", by {brief(', '.join(step.operation for step in self.history))}" if self.history else ""
+        return f"Checkpoint({brief(self.origin.name)}, {self.layout!r}, {len(self.tensors)} tensors, {size(self.nbytes)}{done})"
+
     @property
     def nbytes(self) -> int:
+        """Bytes of all values, without headers."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def layout(self) -> str:
-        """The name of the `families.LAYOUTS` entry that fits, or "unknown"."""
+        """ "llava", "llava-hf", "llama", "clip", "projector", "mpt", "adapter" or "loha", by the names of the tensors, else "unknown"."""
         return layout_of(self.tensors)
 
     @property
@@ -97,12 +121,12 @@ class Checkpoint:
         return size_name(norm.shape[0], layer_count(self.tensors)) if norm and norm.shape else ""
 
     def parameters(self) -> dict[str, LazyTensor]:
-        """The tensors without the buffers that no program reads (`families.DROPPED`)."""
+        """The tensors without the buffers that no program reads, such as `rotary_emb.inv_freq`."""
         return {name: tensor for name, tensor in self.tensors.items() if not re.fullmatch(DROPPED, name)}
 
 
 def layout_of(tensors: Iterable[str]) -> str:
-    """The first entry of `families.LAYOUTS` that fits these names, or "unknown"."""
+    """The name of the first row of `LAYOUTS` that fits these names, or "unknown"."""
 
     def some(pattern: str) -> bool:
         return any(re.fullmatch(pattern, name) for name in tensors)
@@ -121,19 +145,18 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
     return max(numbers, default=-1) + 1
 
 
-Source = Checkpoint | str | Path  # what a public function takes as a checkpoint: one that is open, or where it is
+Source = Checkpoint | str | Path  # what public functions take as a checkpoint: an open one, or its path, Hub name or address
 
 
 def opened(source: Source, role: str, *, whole: bool = False) -> Checkpoint:
-    """`source` as a checkpoint, opened where it is a path, a name on the Hub or an address. Raises UsageError for anything else, and as
-    `open_checkpoint` does."""
+    """`source` as a checkpoint, opened if it is not open yet. Raises UsageError for what is no source, and as `open_checkpoint`."""
     if isinstance(source, Checkpoint):
         return source
     return open_checkpoint(to_place(source, role), whole=whole)
 
 
 def to_place(source: object, role: str) -> str | Path:
-    """`source` where it is a path or a text. Raises UsageError for anything else."""
+    """`source` if it is a path or a text. Raises UsageError for anything else."""
     if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str) or not os.fspath(source):
         hint = "give a path, `owner/name` of the Hub, or what `open_checkpoint` returned"
         raise UsageError(f"the {role} is {_kind_of(source)}, no path", hint=hint)
@@ -143,7 +166,7 @@ def to_place(source: object, role: str) -> str | Path:
 
 
 def place_of(source: Source, role: str) -> str | Path:
-    """Where `source` lies, for what needs its files. Raises UsageError for a checkpoint that was only computed, and as `to_place`."""
+    """Where the files of `source` are. Raises UsageError for a checkpoint that was not written yet, and as `to_place`."""
     if not isinstance(source, Checkpoint):
         return to_place(source, role)
     if source.history:
@@ -156,13 +179,15 @@ def _kind_of(value: object) -> str:
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None, progress: bool | None = None, whole: bool = False) -> Checkpoint:
-    """Open a folder, a file, `owner/name[@revision]` (downloaded first), or an address: `hf://owner/name[@revision][/folder]`,
-    `s3://`, `gs://`, `https://` (read over the network where and when values are needed). An existing local path wins.
+    """Open a checkpoint. Reads headers and small JSON files only.
 
-    Reads headers only; `progress=False` hides the bars of a download. With `whole`, `hf://` is downloaded too, for who reads everything
-    more than once.
-    Raises UsageError for what is no path or name, InputError for anything missing, damaged or unknown, HubError where the Hub can't
-    serve it.
+    `source` is a folder, a file, `owner/name[@revision]` on the Hub (downloaded first), or an address:
+    `hf://owner/name[@revision][/folder]`, `s3://`, `gs://`, `https://` (values are read over the network when they are needed). A local
+    path that exists wins. `revision` is a branch, tag or commit of a repository. `progress` shows the bars of a download: None only on a
+    terminal, False never. With `whole`, `hf://` is downloaded first too, which is better where everything is read more than once.
+
+    Raises UsageError for what is no path or name, InputError for what is missing, damaged, hostile or of an unknown kind, HubError where
+    the Hub can't serve it.
     """
     text = source_text(to_place(source, "source"))
     if revision is not None and not isinstance(revision, str):
@@ -184,7 +209,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
 
 
 def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
-    """`checkpoint`, or an InputError where its files are not on this machine, as `purpose` needs them."""
+    """`checkpoint` itself. Raises InputError, naming the `purpose`, where its files are not on this machine."""
     if checkpoint.origin.remote:
         hub = checkpoint.origin.revision and f"give `{checkpoint.origin.name}@{checkpoint.origin.revision}`, which is downloaded first"
         what = f"{purpose} needs whole files, and `{checkpoint.origin.name}` is read over the network"
@@ -203,7 +228,7 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
     config = found.config or _read_config(folder if path.is_dir() else None)
     remote = found.files[0].remote
     files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
-    if remote:  # the shadow goes before the plan does
+    if remote:  # the shadow may be deleted before the plan is executed
         files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
     tensors, wrapped, renamed = model_names(found.tensors, config)
     return Checkpoint(
@@ -229,13 +254,13 @@ def _of_parts(path: Path, name: str, error: InputError) -> InputError:
 
 
 def _read_config(folder: Path | None) -> Mapping[str, Any]:
-    if folder is None or "config.json" not in os.listdir(folder):  # `lexists` would take a disk that fails for a missing file
+    if folder is None or "config.json" not in os.listdir(folder):  # on a disk that fails, `lexists` would return False
         return {}
     return load_object(member(folder, "config.json"))
 
 
 def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
-    """Tokenizer, processor, generation config and licence files by name, and a note where something else has such a name.
+    """Tokenizer, processor, generation config and licence files by name, and a note on folders, pipes and devices with such names.
 
     Meta keeps `tokenizer.model` beside the size folders.
     """
@@ -249,7 +274,7 @@ def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]
 
 
 def describe(step: Step) -> dict[str, Any]:
-    """A step as plain data for the manifest and `--json`: names and identities of its inputs, no machine path."""
+    """A step as plain data for the manifest and `--json`: its inputs by name and header digest, without paths of this machine."""
     data = asdict(step)
     data["inputs"] = {
         _numbered(role, [other for other, _ in step.inputs[:position]]): {

@@ -1,7 +1,7 @@
 """config.json and generation_config.json of a checkpoint in the original layout: repaired, and checked against the tensors.
 
-The published configs of 2023 carry wrong ids (bos 0, eos 1, pad -1), old key names and a `model_type` that later code does
-not take for a LLaVA (LLaVA #213, #15). Where config and tensors differ about a shape, nothing is guessed: that is an error.
+The published configs of 2023 have wrong ids (bos 0, eos 1, pad -1), old key names and a `model_type` that later code does not
+recognise as a LLaVA (LLaVA #213, #15). A config that contradicts the shapes of the tensors is an error, never repaired by guessing.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import BY_TYPE, DECODERS, LLAMA_SIZES, LLAVA_DEFAULTS, MAX_LAYERS, Decoder
+from ..families.decoders import DECODER_BY_TYPE, DECODERS, LLAMA_SIZES, LLAVA_DEFAULTS, Decoder
 from ..families.layouts import DROPPED, MULTIMODAL, VOCABULARY, canonical, spelled
 from ..families.projectors import projector_type, projector_weights
-from ..families.shapes import length
+from ..families.shapes import MAX_LAYERS, length
 from ..tensors.dtypes import TORCH_DTYPE
-from ..text import _clean, few, listed, shown
+from ..text import few, listed, shown, unquoted
+from .small_files import RIGHT_CONFIG
 from .tokenizer import SpecialIds
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Keys that make a reader run code, download, or load other weights than these; besides every key that starts with `_`.
+# Keys that make a reader run code, download, or load other weights; and every key that starts with `_`.
 REFUSED = r"_.*|auto_map|trust_remote_code|quantization_config|attn_implementation.*"
 NESTED = ("rope_scaling", "rope_parameters")
-FILLED = ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # written out where a config leaves them out
-RIGHT_CONFIG = "give the config.json that belongs to these weights"
+FILLED = ("hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")  # written where they are missing
 
-# What may stand in generation_config.json beside the ids: type, least value (itself excluded for fractions), greatest.
-GENERATION = {
+# What generation_config.json may hold besides the ids: type, least value (itself excluded for fractions), greatest.
+GENERATION_SETTINGS = {
     "do_sample": (bool, 0, 1), "max_length": (int, 1, 1 << 24), "max_new_tokens": (int, 1, 1 << 24), "num_beams": (int, 1, 1024),
     "repetition_penalty": (float, 0, 100), "temperature": (float, 0, 100), "top_k": (int, 0, 1 << 24), "top_p": (float, 0, 1),
     "typical_p": (float, 0, 1), "use_cache": (bool, 0, 1),
 }  # fmt: skip
-SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}  # no effect at these values
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0}  # the values at which they need no `do_sample`
 
 
 def repair_config(
@@ -44,7 +44,7 @@ def repair_config(
     """The config that fits the merged tensors, keys sorted, and a sentence for each thing changed or noticed.
 
     `shapes` are those of the merged checkpoint in the original layout, `dtype` is spelled as safetensors does. Raises
-    InputError where the config contradicts the tensors or lacks a size that they do not tell.
+    InputError where the config contradicts the tensors, or lacks a size that no tensor shows.
     """
     new, notes = _plain(config)
     notes += _repair_ids(new, special_ids, _shape(shapes, VOCABULARY[0], 2)[0])
@@ -70,14 +70,18 @@ def repair_config(
 
 
 def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: SpecialIds) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A generation config with the true ids and those sampling settings that are valid: transformers refuses to save others (LLaVA #1406).
+    """A generation config with the true ids and the valid sampling settings: transformers refuses to save others (LLaVA #1406).
 
-    It is made from the ids alone where `generation` is None or empty. Without one, transformers 5 never stops at eos.
+    It has the ids alone where `generation` is None or empty: without a file, transformers 5 never stops at eos.
     """
     ids = {"bos_token_id": special_ids.bos, "eos_token_id": special_ids.eos, "pad_token_id": special_ids.pad}
     if not generation:
         return ids, (f"generation_config: written with bos/eos/pad ids {_joined(ids.values())}",)
-    new = {key: value for key, value in generation.items() if key in ids or (key in GENERATION and sensible(value, *GENERATION[key]))}
+    new = {
+        key: value
+        for key, value in generation.items()
+        if key in ids or (key in GENERATION_SETTINGS and sensible(value, *GENERATION_SETTINGS[key]))
+    }
     gone = [key for key in generation if key not in new]
     notes = [f"generation_config: dropped {listed(gone)}"] if gone else []
     if [new.get(key) for key in ids] != list(ids.values()):
@@ -90,7 +94,7 @@ def repair_generation_config(generation: Mapping[str, Any] | None, special_ids: 
 
 
 def decoder_of(config: Mapping[str, Any]) -> Decoder:
-    """The row of `families.decoders` that `model_type` and `architectures` name.
+    """The decoder that `model_type` and `architectures` name.
 
     Raises InputError, by name, for a decoder that no row describes, and for a config that names none.
     """
@@ -106,14 +110,14 @@ def decoder_of(config: Mapping[str, Any]) -> Decoder:
 
 
 def known_decoder(config: Mapping[str, Any]) -> Decoder | None:
-    """As `decoder_of`, None where the config names nothing, or no one row has all that it names."""
+    """As `decoder_of`, but None where the config names none, or no decoder has all the names that it gives."""
     named = _named(config)
     rows = [_rows(name) for name in named]
     return next((row for row in DECODERS if named and all(row in fitting for fitting in rows)), None)
 
 
 def _named(config: Mapping[str, Any]) -> list[str]:
-    """Every name that says what the decoder of a flat config is; that of the class of a LLaVA says nothing of it."""
+    """Every name by which a flat config says what its decoder is."""
     given = config.get("architectures")
     named = [config.get("model_type"), *(given if isinstance(given, list) else [given])]
     return [name for name in named if isinstance(name, str) and name]
@@ -124,34 +128,30 @@ def _rows(name: str) -> list[Decoder]:
 
 
 def sizes_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes that shapes are made of, by config key, and the switches that say which tensors there are.
+    """`config` with every size that a shape is made of.
 
     Raises InputError for a size that is missing or absurd, and as `decoder_of`.
     """
     decoder = decoder_of(config)
-    told = {
+    sizes = {
         key: _size(config, key) for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     }
-    if told["num_hidden_layers"] > MAX_LAYERS:
-        layers = told["num_hidden_layers"]
+    if (layers := sizes["num_hidden_layers"]) > MAX_LAYERS:
         raise InputError(f"`num_hidden_layers` is {layers:,} in config.json, at most {MAX_LAYERS:,} are read", hint=RIGHT_CONFIG)
-    for key, axis in decoder.derived.items():
-        told[key] = _optional_size(config, key) or length(axis, told)
-    return {**config, **told}
+    for key, axis in decoder.computed.items():
+        sizes[key] = _optional_size(config, key) or length(axis, sizes)
+    return {**config, **sizes}
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the decoder that `config` describes, grouped-query attention included, in storage order.
-
-    Raises InputError for a size that is missing or absurd, and as `decoder_of`.
-    """
+    """The shape of every tensor of the decoder that `config` describes, in storage order. Raises InputError as `sizes_of`."""
     return decoder_of(config).shapes(sizes_of(config))
 
 
 def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_rows: int | None = None) -> None:
-    """Raise InputError unless `shapes` are exactly the LLaMA of `config`, besides projector, vision tower and rotary buffers.
+    """Raise InputError unless `shapes` are exactly those that `config` describes; projector, vision tower and buffers may be there too.
 
-    `vocabulary_rows` stands in for the config's `vocab_size` where tokens were added.
+    `vocabulary_rows` replaces the config's `vocab_size` where tokens were added.
     """
     _check_numbers(config)
     expected = expected_shapes(config if vocabulary_rows is None else {**config, "vocab_size": vocabulary_rows})
@@ -213,7 +213,7 @@ def _repair_ids(new: dict[str, Any], ids: SpecialIds, rows: int) -> list[str]:
 
 
 def _facts(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-    """What the tensors say about the sizes. Raises InputError where the config says otherwise."""
+    """The sizes that the tensors show. Raises InputError where the config has others."""
     rows, hidden = _shape(shapes, VOCABULARY[0], 2)
     (query, _), (key, _) = (_shape(shapes, f"model.layers.0.self_attn.{name}_proj.weight", 2) for name in "qk")
     intermediate = _shape(shapes, "model.layers.0.mlp.gate_proj.weight", 2)[0]
@@ -238,13 +238,13 @@ def _facts(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
 def _agree(config: Mapping[str, Any], key: str, size: float, tensor: str, shapes: Shapes) -> None:
     value = _optional_size(config, key)
     if value not in (None, size) or size != int(size):
-        told = f"`{key}` is {value:,} in config.json" if value else f"config.json has no `{key}`"
-        raise InputError(f"{told}, but `{tensor}` has shape {list(shapes[tensor])}", hint=RIGHT_CONFIG)
+        stated = f"`{key}` is {value:,} in config.json" if value else f"config.json has no `{key}`"
+        raise InputError(f"{stated}, but `{tensor}` has shape {list(shapes[tensor])}", hint=RIGHT_CONFIG)
 
 
 def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
-    """`model_type` and architecture: LLaVA where there is a projector. Types of other decoders stay."""
-    kind, llama = config.get("model_type"), BY_TYPE["llama"]
+    """`model_type` and architecture: those of LLaVA where there is a projector, of LLaMA where not. Types of other decoders stay."""
+    kind, llama = config.get("model_type"), DECODER_BY_TYPE["llama"]
     if not isinstance(kind, str) or (projector and kind == llama.model_type) or (not projector and kind.startswith("llava")):
         kind = llama.original_types[0] if projector else llama.model_type
     named = {llama.model_type: llama.architecture, **dict.fromkeys(llama.original_types[:2], llama.original_architectures[0])}
@@ -252,13 +252,13 @@ def _kind(config: Mapping[str, Any], projector: bool) -> dict[str, Any]:
 
 
 def _multimodal(config: Mapping[str, Any], shapes: Shapes, ids: SpecialIds) -> dict[str, Any]:
-    """What the projector's tensors and the vocabulary say. Raises InputError for a projector that ends in another width."""
+    """The settings that the projector's tensors and the vocabulary show. Raises InputError for a projector of another width."""
     found: dict[str, Any] = {}
     if not isinstance(config.get("mm_use_im_patch_token"), bool):  # LLaVA's code takes its absence for true, and adds the token
         found["mm_use_im_patch_token"] = "<im_patch>" in ids.added
     weights = [spelled(name, "llava") for name in projector_weights(map(canonical, shapes))]
     if not weights or not all(len(shapes[name]) == 2 for name in weights):
-        return found  # of a kind that no row describes: the config's word stands
+        return found  # of a kind that no row describes: the config's own settings stay
     hidden = shapes[VOCABULARY[0]][1]
     if shapes[weights[-1]][0] != hidden:
         raise InputError(f"`{weights[-1]}` has shape {list(shapes[weights[-1]])}, but the decoder is {hidden} wide", hint=RIGHT_CONFIG)
@@ -266,7 +266,7 @@ def _multimodal(config: Mapping[str, Any], shapes: Shapes, ids: SpecialIds) -> d
 
 
 def _apply(new: dict[str, Any], changes: Mapping[str, Any]) -> list[str]:
-    """Set `changes` in `new`: one sentence for all keys that were missing, one for each that had another value."""
+    """Set `changes` in `new`. Returns a sentence for each key that had another value, and one for all that were missing."""
     missing = [f"`{key}` {_text(value)}" for key, value in changes.items() if new.get(key) is None]
     notes = [
         f"config: `{key}` {_text(new[key])} -> {_text(value)}"
@@ -320,4 +320,4 @@ def _joined(values: Iterable[Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return _clean(json.dumps(value, ensure_ascii=False))
+    return unquoted(json.dumps(value, ensure_ascii=False))

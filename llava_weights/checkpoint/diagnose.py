@@ -1,8 +1,9 @@
-"""What a few MB of a checkpoint's values give away: an unapplied delta, a wrong base, damage by bfloat16.
+"""What a few MB of a checkpoint's values show: an unapplied delta, a wrong base, damage by bfloat16.
 
-Shapes and names cannot tell these apart, and no published hash is needed. Everything here is a pure function of the values:
-rows are sampled evenly (no random numbers), names are taken in sorted order, so the container and its order do not matter.
-A model of zeros gives "unknown" or "too few", never an error. Thresholds: facts `verify` 5, unless said otherwise.
+Shapes and names do not show these, and no published hash is needed. Everything here is a pure function of the values: rows are
+sampled evenly (no random numbers) and names are sorted, so the container and its order do not matter. A model of zeros gives
+"unknown" or "too few", never an error. Thresholds without a measurement beside them are the usual orders of magnitude: no
+statistics of LLaMA's values were found.
 """
 
 from __future__ import annotations
@@ -22,43 +23,42 @@ from ..errors import InputError
 from ..storage.reading import Workspace
 from ..tensors.lazy import FLOATS, LazyTensor, each, read_rows
 from ..tensors.sampling import LARGEST_ROW, chosen_rows, deviation, even, finite_only, read_some, sample, sample_both
+from ..tensors.windows import WINDOW_BYTES, row_ranges
 from .checkpoint import Checkpoint
 
 Tensors = Mapping[str, LazyTensor]
 
 # Sampling: 13B has 282 matrices of 10-28 KB a row, so the round trip reads 14 MB of each side, all else together 10 MB.
-MATRICES = 32  # for questions about a whole model
-MORE, TIMES = 32, 3  # an unclear round trip looks again at so many matrices, at so many times the rows
+MATRICES = 32  # sampled where the question is about a whole model
+MORE, TIMES = 32, 3  # after an unclear round trip, so many matrices are sampled again, so many times the rows of each
 LONGEST_NORM = 1 << 16
-WINDOW_BYTES = 4 << 20
 
 NORM = r"(.*\.)?(input_layernorm|post_attention_layernorm|attention_norm|ffn_norm|norm)\.weight"
 NOT_TEXT = r"(.*\.)?(vision_tower|vision_model|mm_projector|multi_modal_projector)\..*"  # a delta holds these whole
 
-POSITIVE = 0.9  # share of positive entries in a model's RMSNorm vector: above; all but 1 in 10 vectors must agree
-BALANCED = (0.3, 0.7)  # the same in a delta, exact zeros left out (they are most of it where the learning rate was small)
-SMALL_NORM = 5e-2  # median |x| in a delta: below. The facts guess 1e-2, the reference deltas have 1.2e-2 and 1.3e-2
-SMALL_MATRIX = 5e-3  # standard deviation in a delta: below (LLaMA: 1e-2 to 3e-2; other models may be smaller, so no proof alone)
+POSITIVE = 0.9  # least share of positive entries in a model's RMSNorm vector, and of the vectors that must have it
+BALANCED = (0.3, 0.7)  # the same share in a delta, without exact zeros (most entries are zero where the learning rate was small)
+SMALL_NORM = 5e-2  # greatest median |x| in a delta; the tests' deltas have 1.2e-2 and 1.3e-2
+SMALL_MATRIX = 5e-3  # greatest standard deviation in a delta (LLaMA: 1e-2 to 3e-2; other models may have less, so it decides nothing alone)
 
 PASS, FAIL = 1e-3, 5e-3  # share of failing elements. Right base: 0 to 4e-5; Vicuna as base: 1e-2 to 2e-1; unrelated: 0.3
-ENOUGH = 1024  # elements: with none failing out of so many, the share is below 0.3 % (95 %)
-ENOUGH_OF_ONE, FAILING_OF_ONE = 256, 8  # to call one matrix bad: fewer is binomial noise
+ENOUGH = 1024  # elements: if none of so many fails, the share is below 0.3 % (95 % confidence)
+ENOUGH_OF_ONE, FAILING_OF_ONE = 256, 8  # elements, and failing ones, to call one matrix bad: fewer may be chance
 
-PLAUSIBLE = 0.5  # |delta| / |base|: at most. Expected 0.005 to 0.3, measured 0.0005 to 0.1 for changes of 1e-5 to 2e-3
+PLAUSIBLE = 0.5  # greatest |delta| / |base|. Expected 0.005 to 0.3, measured 0.0005 to 0.1 for changes of 1e-5 to 2e-3
 SAME_SIZE = (0.5, 2.0)
-ALIGNED = 0.8  # |cosine|. tuned vs. base: > 0.95; unrelated model - base: -0.71
+ALIGNED = 0.8  # least |cosine|. Of a tuned model with its base: > 0.95; of (unrelated model - base) with the base: -0.71
 MODELS = ("llama", "llava", "llava-hf")  # layouts that hold RMSNorm vectors to judge by
-EXTRA = (0.1, 10.0)  # standard deviation of added rows, as a multiple of the trained rows'
-LLAMA1_EPS_1E6 = (4096, 5120, 6656)  # hidden sizes of LLaMA 1 with rms_norm_eps 1e-6; 65B has 1e-5 (facts: llava-original 4.1)
+EXTRA_ROWS_STD = (0.1, 10.0)  # standard deviation of added rows, as a multiple of the trained rows'
+LLAMA1_EPS_1E6 = (4096, 5120, 6656)  # hidden sizes of LLaMA 1 with rms_norm_eps 1e-6; 65B has 1e-5 (Meta's params.json)
 
 
 @dataclass(frozen=True)
 class State:
-    """Whole weights or an unapplied delta? Medians over the RMSNorm vectors, and over matrices their standard deviation."""
+    """Whole weights or an unapplied delta: medians over the RMSNorm vectors, and the median standard deviation of matrices."""
 
     verdict: Literal["weights", "delta", "unknown"]
     norms: int
-    positive_share: float
     median: float
     matrix_std: float
     evidence: tuple[str, ...]
@@ -66,7 +66,7 @@ class State:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """How much of a delta can't come from this base. `worst` names matrices and their shares, `bad` of `tensors` fail for certain."""
+    """How much of a delta can't come from this base. `worst` are matrices with their shares; of `tensors` matrices, `bad` surely fail."""
 
     share: float
     sampled: int
@@ -79,7 +79,7 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class Pair:
-    """Size and direction of a delta against its base: medians over matrices of |delta| / |base| and of the cosine."""
+    """Size and direction of a delta beside its base: medians over matrices of |delta| / |base| and of the cosine."""
 
     verdict: Literal["plausible", "full model", "subtracted twice", "identical", "swapped", "unlike", "too few"]
     ratio: float
@@ -90,7 +90,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Bf16:
-    """The share of sampled non-zero values that bfloat16 can hold, the commonest dtype, the matrices that hold nothing else."""
+    """The share of sampled non-zero values that bfloat16 can hold, the commonest dtype, and the matrices with no other values."""
 
     share: float
     sampled: int
@@ -118,7 +118,7 @@ class ExtraRows:
 def state(tensors: Tensors) -> State:
     """Judge one checkpoint by its RMSNorm vectors: of ordinary size and positive in a model, small and of both signs in a delta.
 
-    Where they do not decide (all zero: never trained), small ones and small matrices together make a delta.
+    Where their signs do not decide (all zero: never trained), it is a delta if its vectors and its matrices are small.
     """
     norms = {name: t for name, t in sorted(tensors.items()) if _is_norm(name, t)}
     matrices = _spread([name for name in _matrices(tensors) if not re.fullmatch(NOT_TEXT, name)], MATRICES)
@@ -141,14 +141,14 @@ def state(tensors: Tensors) -> State:
         f"{like_model} of {len(norms)} RMSNorm vectors are positive as in a model, {like_delta} have both signs; median size {typical:.2g}",
         f"matrix values have a standard deviation of {matrix_std:.2g}",
     )
-    return State(verdict, len(norms), median(shares or [0.0]), typical, matrix_std, evidence)
+    return State(verdict, len(norms), typical, matrix_std, evidence)
 
 
 def role_of(checkpoint: Checkpoint) -> str:
-    """What a checkpoint is to `holes.Watch`, by its names and values: "lora" or "delta" for differences, "" for values."""
+    """The role of a checkpoint for `holes.Watch`, by its names and values: "lora" or "delta" for differences, "" for values."""
     if checkpoint.layout == "adapter":
         return "lora"
-    with suppress(InputError):  # which reading the values tells
+    with suppress(InputError):  # reading all values will raise it again
         if checkpoint.layout in MODELS and state(checkpoint.parameters()).verdict == "delta":
             return "delta"
     return ""
@@ -156,10 +156,10 @@ def role_of(checkpoint: Checkpoint) -> str:
 
 @np.errstate(all="ignore")
 def round_trip(base: Tensors, delta: Tensors) -> RoundTrip:
-    """Was `delta` made by subtracting this `base` in fp16? Then `fp16(fp16(b + d) - b) == d`, but for other bases it often fails.
+    """Whether `delta` was made by subtracting this `base` in fp16. If so, `fp16(fp16(b + d) - b) == d`; for other bases it often fails.
 
-    Matrices only, on the rows that both have, where `d != 0`; one bad matrix is enough for "wrong". Values that are not finite
-    are left out. Says nothing on swapped arguments or a delta that was subtracted twice: see `pair`.
+    Looks at matrices only, at rows that both have, where `d != 0` and all is finite; one bad matrix is enough for "wrong". Swapped
+    arguments and a delta that was subtracted twice are for `pair` to find.
     """
     names = _common(base, delta)
     counts = each(lambda name, work: _failing(base[name], delta[name], work), names, base, delta)
@@ -173,7 +173,7 @@ def round_trip(base: Tensors, delta: Tensors) -> RoundTrip:
 
 @np.errstate(all="ignore")
 def pair(base: Tensors, delta: Tensors, *, difference: bool = True) -> Pair:
-    """Does `delta` have the size and direction of a difference? `difference=False`: it is a tuned model, so subtract `base` first."""
+    """Whether `delta` has the size and direction of a difference. With `difference=False` it is a tuned model: `base` is subtracted."""
     ratios, cosines, elements, moved = [], [], 0, False
     with closing(Workspace(drop_cache=False)) as work:
         for name in _spread(_common(base, delta), MATRICES):
@@ -183,7 +183,7 @@ def pair(base: Tensors, delta: Tensors, *, difference: bool = True) -> Pair:
             b, d = b[known], d[known]
             elements, moved = elements + b.size, moved or bool(np.any(d))
             if np.any(d):
-                bb, dd, db = (float(np.sum(product)) for product in (b * b, d * d, d * b))  # BLAS would add in another order elsewhere
+                bb, dd, db = (float(np.sum(product)) for product in (b * b, d * d, d * b))  # not by BLAS, whose order of adding varies
                 ratios.append(math.sqrt(dd / bb))
                 cosines.append(db / math.sqrt(dd * bb))
     ratio, cosine = median(ratios or [0.0]), median(cosines or [0.0])
@@ -204,9 +204,9 @@ def pair(base: Tensors, delta: Tensors, *, difference: bool = True) -> Pair:
 
 @np.errstate(all="ignore")
 def bf16_damaged(tensors: Tensors) -> Bf16:
-    """Did these weights go through bfloat16, whatever their dtype is now? Of genuine fp16 values it can hold 1 in 8.
+    """Whether these weights went through bfloat16, whatever their dtype is now. Of genuine fp16 values, bfloat16 can hold 1 in 8.
 
-    Ask it of weights: the values of a delta are small multiples of the weights' last bit, and nearly all of them fit.
+    For weights only: the values of a delta are small multiples of the weights' last bit, and bfloat16 can hold nearly all.
     """
     matrices = _matrices(tensors)
     names, sampled, fitting = [], 0, 0
@@ -224,7 +224,7 @@ def bf16_damaged(tensors: Tensors) -> Bf16:
 
 @np.errstate(all="ignore")
 def extra_rows(delta: Tensors, base: Tensors) -> tuple[ExtraRows, ...]:
-    """The rows of each matrix of `delta` that `base` lacks (added tokens): a delta holds them whole, so they must look like weights."""
+    """The rows of each matrix of `delta` that `base` lacks (added tokens): a delta holds them whole, so they should look like weights."""
     found = []
     with closing(Workspace(drop_cache=False)) as work:
         for name in _common(base, delta):
@@ -235,30 +235,29 @@ def extra_rows(delta: Tensors, base: Tensors) -> tuple[ExtraRows, ...]:
             finite = bool(np.all(np.isfinite(values)))
             std, usual = deviation(finite_only(values)), deviation(finite_only(sample(base[name], work)))
             ratio = std / usual if usual else 0.0
-            sane = finite and EXTRA[0] <= ratio <= EXTRA[1]
+            sane = finite and EXTRA_ROWS_STD[0] <= ratio <= EXTRA_ROWS_STD[1]
             verdict: Literal["plausible", "odd", "unknown"] = "plausible" if sane else "odd" if usual or not finite else "unknown"
             found.append(ExtraRows(name, rows - first, finite, std, ratio, verdict))
     return tuple(found)
 
 
 @np.errstate(all="ignore")
-def non_finite(tensors: Tensors, names: Iterable[str]) -> list[str]:
-    """Those of `names` that hold inf or NaN anywhere. Reads them whole, in windows of 4 MiB: for small tensors."""
+def non_finite(tensors: Tensors, names: Iterable[str], *, window: int = WINDOW_BYTES) -> list[str]:
+    """Those of `names` that hold inf or NaN anywhere. Reads them whole, window by window: for small tensors."""
     bad = []
     with closing(Workspace(drop_cache=False)) as work:
         for name in names:
             tensor = tensors[name]
             if tensor.dtype not in FLOATS or not tensor.numel:
                 continue
-            step = max(1, WINDOW_BYTES // tensor.row_nbytes)
-            windows = (read_rows(tensor, i, min(i + step, tensor.rows), work) for i in range(0, tensor.rows, step))
+            windows = (read_rows(tensor, start, stop, work) for start, stop in row_ranges(tensor, window))
             if not all(np.isfinite(values).all() for values in windows):
                 bad.append(name)
     return bad
 
 
 def llama2_hints(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What in a config speaks of Llama 2 where LLaMA 1 is needed. Configs get edited: evidence, never proof."""
+    """What in a config suggests Llama 2 where LLaMA 1 is needed: evidence only, since configs get edited."""
 
     def number(key: str) -> float:
         value = config.get(key)
@@ -275,7 +274,7 @@ def llama2_hints(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_llama1(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a LLaMA 1 up to 30B, as far as a config can tell: 65B has the rms_norm_eps of Llama 2."""
+    """Whether a config is that of a LLaMA 1 up to 30B: 65B has the rms_norm_eps of Llama 2, so its config can't show it."""
     eps = config.get("rms_norm_eps")
     return isinstance(eps, float) and math.isclose(eps, 1e-6, rel_tol=1e-3) and not llama2_hints(config)
 
@@ -316,8 +315,8 @@ def _matrices(tensors: Tensors) -> list[str]:
 
 def _common(base: Tensors, delta: Tensors) -> list[str]:
     """Names of the matrices that both have, with rows of the same length."""
-    ours = set(_matrices(base))
-    return [name for name in _matrices(delta) if name in ours and base[name].shape[1:] == delta[name].shape[1:]]
+    in_base = set(_matrices(base))
+    return [name for name in _matrices(delta) if name in in_base and base[name].shape[1:] == delta[name].shape[1:]]
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:

@@ -1,7 +1,5 @@
-"""config.json of the llava-hf layout from the original's, and back. Every key stands there: readers have other defaults.
-
-(mlx-vlm takes rms_norm_eps 1e-6 where it is missing, candle needs pad_token_id; facts: llava-hf 3.1.) `config` of the original
-layout is one that `repair_config` has been over.
+"""config.json of the llava-hf layout from the original's, and back. Every key is written, since readers have other defaults:
+mlx-vlm takes rms_norm_eps 1e-6 where it is missing, candle needs pad_token_id. Configs of the original layout are repaired first.
 """
 
 from __future__ import annotations
@@ -12,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import BY_TYPE, SIZES
+from ..families.decoders import DECODER_BY_TYPE, SIZE_KEYS
 from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
 from ..text import shown
-from .config import RIGHT_CONFIG, decoder_of
+from .config import decoder_of
+from .small_files import RIGHT_CONFIG
 from .tower import VisionTower
 
 
@@ -35,8 +34,8 @@ class Tokens:
 def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
     """`image_grid_pinpoints` with each pair swapped: (width, height) in the original, (height, width) in transformers.
 
-    Only with the swap do ties fall as the original's, and so logits and number of image tokens (reference D, fact 2).
-    Raises InputError where they are not pairs of multiples of `size`, pixels.
+    Without the swap, transformers would choose another grid where two fit an image equally well, and so other image tokens and logits.
+    Raises InputError where they are not pairs of multiples of `size`, in pixels.
     """
     found = config.get("image_grid_pinpoints")
     pairs = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
@@ -58,7 +57,7 @@ def llava_hf_config(
     dtype: str,
     tiles: Sequence[Sequence[int]] | None,
 ) -> dict[str, Any]:
-    """The config of the llava-hf layout for the class `target`; `tiles` are its pinpoints in transformers' order."""
+    """The config of the llava-hf layout for the class `target`; `tiles` are its grid pinpoints in transformers' order."""
     name = TORCH_DTYPE[dtype]
     select = tower.row.select
     strategy = select[1] if select else STRATEGIES.get(str(config.get("mm_vision_select_feature", "patch")))
@@ -67,7 +66,7 @@ def llava_hf_config(
         raise InputError(what, hint=RIGHT_CONFIG)
     vision = dict(tower.config)
     if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        vision["_name_or_path"] = given  # what the way back writes as `mm_vision_tower`
+        vision["_name_or_path"] = given  # `original_config` writes it back as `mm_vision_tower`
     made: dict[str, Any] = {
         "architectures": [target.architecture],
         "dtype": name,
@@ -92,7 +91,7 @@ def llava_hf_config(
 
 
 def select_layer(config: Mapping[str, Any], tower: VisionTower) -> int:
-    """Which hidden state of the tower is taken: what its row says, else what the original's config does."""
+    """Which hidden state of the tower is used: by its row, else by the original's config."""
     if tower.row.select:
         return tower.row.select[0]
     layer, count = config.get("mm_vision_select_layer", -2), int(tower.config["num_hidden_layers"])
@@ -103,9 +102,9 @@ def select_layer(config: Mapping[str, Any], tower: VisionTower) -> int:
 
 
 def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dict[str, Any]:
-    """The decoder's part, from a flat config, with every key that any reader asks for."""
+    """The `text_config`, from a flat config, with every key that any reader asks for."""
     decoder = decoder_of(config)
-    made = {key: config.get(key, default) for key, default in decoder.defaults.items()} | {key: config[key] for key in SIZES}
+    made = {key: config.get(key, default) for key, default in decoder.defaults.items()} | {key: config[key] for key in SIZE_KEYS}
     made |= {
         "architectures": [decoder.architecture],
         "bos_token_id": tokens.bos,
@@ -122,7 +121,7 @@ def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dic
 
 
 def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder's part of a llava-hf config as a plain one, in the words that every version knows.
+    """The `text_config` of a llava-hf config as a flat one, by the keys that every version knows.
 
     transformers 5 writes `rope_parameters` where `rope_theta` and `rope_scaling` were; 4.x would take its own theta.
     """
@@ -133,7 +132,7 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
         rest = {key: value for key, value in rope.items() if key != "rope_theta"}
         text.setdefault("rope_scaling", None if rest.get("rope_type", "default") == "default" else rest)
     text.setdefault("model_type", DEFAULT_PARTS["text_config"])
-    if (decoder := BY_TYPE.get(str(text["model_type"]))) and "rms_norm_eps" not in text:
+    if (decoder := DECODER_BY_TYPE.get(str(text["model_type"]))) and "rms_norm_eps" not in text:
         text["rms_norm_eps"] = decoder.defaults["rms_norm_eps"]  # which transformers' own saved configs leave out
     return text
 
@@ -143,14 +142,14 @@ def original_config(
 ) -> dict[str, Any]:
     """The flat config of the original layout from a llava-hf one: the keys that LLaVA's code and SGLang read.
 
-    `name` is the tower that the original's code names; the checkpoint holds its tensors, and `unfreeze_mm_vision_tower` makes
-    that code keep them (LLaVA #902). `projector` is `mm_projector_type`.
+    `name` is written as `mm_vision_tower`; the checkpoint holds the tower's tensors, and `unfreeze_mm_vision_tower` makes LLaVA's code
+    keep them (LLaVA #902). `projector` is `mm_projector_type`.
     """
     text = flat_config(config)
     decoder = decoder_of(text)
-    kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZES}
+    kept = {key: text.get(key, default) for key, default in decoder.defaults.items() if key in text or key not in SIZE_KEYS}
     strategy = config.get("vision_feature_select_strategy", "default")
-    feature = next((name for name, told in STRATEGIES.items() if told == strategy), "patch")
+    feature = next((original for original, target in STRATEGIES.items() if target == strategy), "patch")
     layer = tower.row.original_layer
     made: dict[str, Any] = {
         **kept,
@@ -175,15 +174,15 @@ def original_config(
         "use_mm_proj": True,
         "vocab_size": tokens.rows,
     }
-    if tiles := config.get("image_grid_pinpoints"):
+    if config.get("image_grid_pinpoints"):
         size = tower.image_size
-        made |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints(config, size) if tiles else None}
+        made |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": pinpoints(config, size)}
         made |= {"image_crop_resolution": size, "image_split_resolution": size, "mm_patch_merge_type": "spatial_unpad"}
     return dict(sorted(made.items()))
 
 
 def tower_name(config: Mapping[str, Any], tower: VisionTower) -> str | None:
-    """The Hub id of the tower, as far as the config or its shapes tell."""
+    """The Hub id of the tower by the config, else by its shapes; None where neither is known."""
     vision = config.get("vision_config")
     recorded = vision.get("_name_or_path") if isinstance(vision, Mapping) else None
     return str(recorded) if recorded else HUB_TOWERS.get((tower.kind, tower.hidden, tower.image_size))

@@ -1,10 +1,10 @@
 """The tokenizer files of a llava-hf folder, and the way back: tokenizer.json made from pieces, scores and added tokens.
 
 One form gives LLaVA's own ids in every transformers from 4.37 to 5.23, fast and slow: a normalizer that puts a blank before each
-piece of text, no pre-tokenizer, `legacy: true`. It differs from LLaVA's main program in one way: after a special token inside a
-text, as `</s>` or `<im_end>`, it puts that blank, where a slow tokenizer with `legacy: false` does so only at the start of a text
-and after `<image>`. One turn with a plain `<image>` has the same ids, and so have whole dialogues of v0, which hold no `</s>`.
-transformers 5 does not read the form where no config.json of a LLaVA lies beside: it leaves out one of two blanks after a token.
+piece of text, no pre-tokenizer, `legacy: true`. It differs from LLaVA's main program in one way: it puts that blank also after a
+special token inside a text, such as `</s>` or `<im_end>`, where a slow tokenizer with `legacy: false` puts it only at the start of a
+text and after `<image>`. One turn with a plain `<image>` has the same ids, and so have whole dialogues of v0, which hold no `</s>`.
+transformers 5 needs the config.json of a LLaVA beside it to read this form: else it leaves out one of two blanks after a token.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MismatchError, UsageError
-from ..storage.strict_json import json_bytes
+from ..storage.strict_json import JsonObject, json_bytes
 from ..text import listed, shown
 from . import tokenizer_json
 from .sentencepiece import BPE, CONTROL, UNKNOWN, USER_DEFINED, Vocabulary, read_sentencepiece
-from .small_files import small_bytes, small_object
+from .small_files import SmallFiles, small_bytes, small_object
 from .tokenizer import (
     ADDED,
     FAST,
@@ -29,11 +29,12 @@ from .tokenizer import (
     MODEL_LIMIT,
     NO_LIMIT,
     RIGHT_TOKENIZER,
-    SETTINGS,
     SIDES,
     SPECIAL,
     TOKENIZER_CONFIG,
+    TOKENIZER_SETTINGS,
     is_token_id,
+    list_at,
     repair_tokenizer,
     token_text,
 )
@@ -44,19 +45,18 @@ LLAVA_TOKENS = (IM_PATCH, "<im_start>", "<im_end>")
 STRIPPED, ROLES = {"lstrip": True, "rstrip": True}, ("bos", "eos", "pad", "unk")
 ROW_1 = {"legacy": True, "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False}
 
-Files = Mapping[str, "Path | bytes"]
-Json = dict[str, Any]
+Entries = dict[int, JsonObject]  # added tokens by id
 
 
 @dataclass(frozen=True)
 class HfTokenizer:
-    """The files of a llava-hf folder's tokenizer and the ids that its configs need.
+    """The tokenizer of a llava-hf folder and the ids that its configs need.
 
-    `files` holds every file given, the tokenizer's own replaced or added. The table needs at least `used` rows; `grew`: there are
-    tokens that were not there before. `specials` has the text of every added token, `notes` a sentence for each change.
+    `files` are all files that were given, the tokenizer's own replaced or added. The embedding table needs at least `used` rows; `grew`
+    says that tokens were added. `specials` has the text of every added token, `notes` a sentence for each change.
     """
 
-    files: Files
+    files: SmallFiles
     image_token: str
     image_id: int
     bos: int
@@ -69,14 +69,15 @@ class HfTokenizer:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """A tokenizer of either kind in pieces: `core` is tokenizer.json without its added tokens, `entries` those by id."""
+class _Tokenizer:
+    """A tokenizer of either kind: `core` is tokenizer.json without its added tokens, `entries` are these by id, `settings` are those of
+    tokenizer_config.json, `roles` the token of each role, `ids` the id of every token. `llama`: it is a LLaMA's, not byte-level."""
 
-    files: Files
-    core: Json
-    settings: Json
+    files: SmallFiles
+    core: JsonObject
+    settings: JsonObject
     roles: dict[str, str]
-    entries: dict[int, Json]
+    entries: Entries
     llama: bool
     notes: tuple[str, ...] = ()
     ids: dict[str, int] = field(init=False)
@@ -87,81 +88,81 @@ class _Parts:
 
     @property
     def base(self) -> int:
-        """How many tokens the model itself has; further ones are added."""
+        """How many tokens the vocabulary has, without added ones."""
         return len(self.core["model"]["vocab"])
 
 
 def hf_tokenizer(
-    files: Files, *, rows: int, image_token: str | None = None, processor_class: str, model_max_length: object = None
+    files: SmallFiles, *, rows: int, image_token: str | None = None, processor_class: str, model_max_length: object = None
 ) -> HfTokenizer:
-    """The tokenizer files for a llava-hf folder, from any checkpoint's small files and a table of `rows` rows.
+    """The tokenizer for a llava-hf folder, from any checkpoint's small files and an embedding table of `rows` rows.
 
-    The image token is `image_token`, else `<im_patch>` where the tokenizer has it, else `<image>`: by its own id, or behind all
+    The image token is `image_token`, else `<im_patch>` where the tokenizer has it, else `<image>`. A new one gets the id behind all
     tokens, with `<pad>` behind it where no other token pads. Raises InputError as `repair_tokenizer`, and for a tokenizer that
     is neither a BPE of SentencePiece nor byte-level, MismatchError for one with more tokens than the table has rows.
     """
-    parts = _read(files, rows, model_max_length)
-    name = image_token if image_token is not None else IM_PATCH if IM_PATCH in parts.ids else IMAGE
+    tokenizer = _read(files, rows, model_max_length)
+    name = image_token if image_token is not None else IM_PATCH if IM_PATCH in tokenizer.ids else IMAGE
     if not name.strip():
         raise UsageError("the image token is empty", hint="leave `--image-token` out for `<image>`")
-    parts, before = _with_image(parts, name, rows), len(parts.ids)
-    settings = {**parts.settings, "padding_side": "left", "processor_class": processor_class, **(ROW_1 if parts.llama else {})}
-    written, notes = _written(replace(parts, settings=settings), files, fast=True)
-    end = END_OF_TEXT if END_OF_TEXT in parts.ids else parts.roles["eos"]
-    bos, eos, pad = (parts.ids[parts.roles.get(role, end)] for role in ("bos", "eos", "pad"))
-    specials = frozenset(entry["content"] for entry in parts.entries.values())
-    used = max(parts.ids.values()) + 1
-    return HfTokenizer(written, name, parts.ids[name], bos, eos, pad, used, len(parts.ids) > before, specials, notes)
+    tokenizer, before = _with_image(tokenizer, name, rows), len(tokenizer.ids)
+    settings = {**tokenizer.settings, "padding_side": "left", "processor_class": processor_class, **(ROW_1 if tokenizer.llama else {})}
+    written, notes = _written(replace(tokenizer, settings=settings), files, fast=True)
+    end = END_OF_TEXT if END_OF_TEXT in tokenizer.ids else tokenizer.roles["eos"]
+    bos, eos, pad = (tokenizer.ids[tokenizer.roles.get(role, end)] for role in ("bos", "eos", "pad"))
+    specials = frozenset(entry["content"] for entry in tokenizer.entries.values())
+    used = max(tokenizer.ids.values()) + 1
+    return HfTokenizer(written, name, tokenizer.ids[name], bos, eos, pad, used, len(tokenizer.ids) > before, specials, notes)
 
 
-def original_tokenizer(files: Files, *, rows: int, image_id: int) -> tuple[dict[str, Path | bytes], int, tuple[str, ...]]:
+def original_tokenizer(files: SmallFiles, *, rows: int, image_id: int) -> tuple[dict[str, Path | bytes], int, tuple[str, ...]]:
     """The way back: files for the original layout, how many rows of the table belong to them, and a sentence for each change.
 
-    The token `image_id` goes, unless it is `<im_patch>`, and with it a `<pad>` right behind it or behind the pieces; then unk
-    pads again. Both stay where other tokens follow. A byte-level tokenizer keeps all `rows`. Raises as `hf_tokenizer`.
+    The token `image_id` is dropped, unless it is `<im_patch>`, and with it a `<pad>` right behind it or behind the pieces; then unk
+    pads again. Both are kept where other tokens follow. A byte-level tokenizer keeps all `rows`. Raises as `hf_tokenizer`.
     """
-    parts = _read(files, rows, None)
-    names = {i: entry["content"] for i, entry in parts.entries.items() if i >= parts.base}
+    tokenizer = _read(files, rows, None)
+    names = {i: entry["content"] for i, entry in tokenizer.entries.items() if i >= tokenizer.base}
     doomed = {image_id} if names.get(image_id, IM_PATCH) != IM_PATCH else set()
-    doomed |= {i for i in (image_id + 1, parts.base) if doomed and names.get(i) == PAD}
+    doomed |= {i for i in (image_id + 1, tokenizer.base) if doomed and names.get(i) == PAD}
     kept = sorted(set(names) - doomed)
-    notes = list(parts.notes)
-    if kept != list(range(parts.base, parts.base + len(kept))):
+    notes = list(tokenizer.notes)
+    if kept != list(range(tokenizer.base, tokenizer.base + len(kept))):
         notes.append(f"tokenizer: {listed(names[i] for i in sorted(doomed))} kept, other tokens follow")
         doomed, kept = set(), sorted(names)
     gone = {names[i] for i in doomed}
     notes += [f"tokenizer: {shown(names[i])} (id {i}) dropped, it came with the llava-hf layout" for i in sorted(doomed)]
 
-    roles = {role: name for role, name in parts.roles.items() if name not in gone}
-    roles.setdefault("pad", roles["unk"] if parts.llama else END_OF_TEXT if END_OF_TEXT in parts.ids else roles["eos"])
-    settings = {key: value for key, value in parts.settings.items() if key != "processor_class"}
+    roles = {role: name for role, name in tokenizer.roles.items() if name not in gone}
+    roles.setdefault("pad", roles["unk"] if tokenizer.llama else END_OF_TEXT if END_OF_TEXT in tokenizer.ids else roles["eos"])
+    settings = {key: value for key, value in tokenizer.settings.items() if key != "processor_class"}
     if isinstance(extra := settings.get("additional_special_tokens"), list):
         settings["additional_special_tokens"] = [token for token in extra if token_text(token) not in gone]
-    entries = {i: entry for i, entry in parts.entries.items() if i not in doomed}
-    parts = replace(parts, settings=settings, roles=roles, entries=entries, notes=tuple(notes))
-    result, changes = _written(parts, files, fast=MODEL not in files)
-    return result, parts.base + len(kept) if parts.llama else rows, changes
+    entries = {i: entry for i, entry in tokenizer.entries.items() if i not in doomed}
+    tokenizer = replace(tokenizer, settings=settings, roles=roles, entries=entries, notes=tuple(notes))
+    result, changes = _written(tokenizer, files, fast=MODEL not in files)
+    return result, tokenizer.base + len(kept) if tokenizer.llama else rows, changes
 
 
-def _with_image(parts: _Parts, name: str, rows: int) -> _Parts:
-    """The tokenizer with this image token, special and found in the middle of a text."""
-    wanted = [name] if name in parts.ids or parts.roles.get("pad") not in (None, parts.roles.get("unk")) else [name, PAD]
-    entries, roles, notes = dict(parts.entries), dict(parts.roles), list(parts.notes)
+def _with_image(tokenizer: _Tokenizer, name: str, rows: int) -> _Tokenizer:
+    """The tokenizer with this image token, special and found inside a text."""
+    wanted = [name] if name in tokenizer.ids or tokenizer.roles.get("pad") not in (None, tokenizer.roles.get("unk")) else [name, PAD]
+    entries, roles, notes = dict(tokenizer.entries), dict(tokenizer.roles), list(tokenizer.notes)
     for token in wanted:
-        known = parts.ids.get(token)
-        i = max(max(parts.ids.values()), max(entries, default=0)) + 1 if known is None else known
+        known = tokenizer.ids.get(token)
+        i = max(max(tokenizer.ids.values()), max(entries, default=0)) + 1 if known is None else known
         entries[i] = {**entries.get(i, tokenizer_json.added_token(token)), "special": True}
         if known is None:
             notes.append(f"tokenizer: {shown(token)} added as id {i}, " + ("a row of the table's padding" if i < rows else "a new row"))
         if token == PAD:
             roles["pad"] = PAD
-    return replace(parts, entries=dict(sorted(entries.items())), roles=roles, notes=tuple(notes))
+    return replace(tokenizer, entries=dict(sorted(entries.items())), roles=roles, notes=tuple(notes))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
+def _read(files: SmallFiles, rows: int, model_max_length: object) -> _Tokenizer:
     if MODEL in files:
         return _from_pieces(files, rows, model_max_length)
     if FAST in files:
@@ -177,8 +178,8 @@ def _read(files: Files, rows: int, model_max_length: object) -> _Parts:
     return _from_fast(files, core, rows, model_max_length)
 
 
-def _from_pieces(files: Files, rows: int, model_max_length: object) -> _Parts:
-    """A SentencePiece tokenizer, repaired. Tokens that only tokenizer.json names count too: transformers 5 writes no other list."""
+def _from_pieces(files: SmallFiles, rows: int, model_max_length: object) -> _Tokenizer:
+    """A SentencePiece tokenizer, repaired. Added tokens are read from tokenizer.json too: transformers 5 writes no other list of them."""
     given, source = {name: content for name, content in files.items() if name != FAST}, small_object(files, TOKENIZER_CONFIG)
     if FAST in files and ADDED not in files and not source.get("added_tokens_decoder"):
         source["added_tokens_decoder"] = {
@@ -194,19 +195,19 @@ def _from_pieces(files: Files, rows: int, model_max_length: object) -> _Parts:
     settings = small_object(repaired, TOKENIZER_CONFIG)
     roles = {role: text for role in ROLES if (text := token_text(settings.pop(f"{role}_token", None)))}
     decoder = {int(i): entry for i, entry in settings.pop("added_tokens_decoder", {}).items()}
-    entries = _entries(vocabulary, ids.added, decoder, {*roles.values(), *map(token_text, _list(settings, "additional_special_tokens"))})
+    entries = _entries(vocabulary, ids.added, decoder, {*roles.values(), *map(token_text, list_at(settings, "additional_special_tokens"))})
     if "added_tokens_decoder" not in source:
         typed = {token_text(value) for value in small_object(files, SPECIAL).values() if isinstance(value, dict)}
         entries |= {i: {**entries[i], **STRIPPED} for name, i in ids.added.items() if name not in typed}
-    settings.pop("add_prefix_space", None)  # where it stands, transformers 4.45 makes its own tokenizer.json
+    settings.pop("add_prefix_space", None)  # it makes transformers 4.45 ignore tokenizer.json and make its own
     if not vocabulary.prefix:
         settings["add_prefix_space"] = False
     core = _llama(vocabulary.ids, tokenizer_json.bpe_merges(vocabulary), roles, ids.added, settings, prefix=vocabulary.prefix)
-    return _Parts(repaired, core, settings, roles, entries, llama=True, notes=notes)
+    return _Tokenizer(repaired, core, settings, roles, entries, llama=True, notes=notes)
 
 
-def _entries(vocabulary: Vocabulary, added: Mapping[str, int], decoder: Mapping[int, Json], special: set[str | None]) -> dict[int, Json]:
-    """Every token that is found in a text as a whole: pieces that are no text or the user's own, and those behind the pieces."""
+def _entries(vocabulary: Vocabulary, added: Mapping[str, int], decoder: Entries, special: set[str | None]) -> Entries:
+    """Every token that is found in a text as a whole: control and unknown pieces, user-defined ones, and those behind the pieces."""
     unwritten = {name for name, kind in vocabulary.kinds.items() if kind in (CONTROL, UNKNOWN)}
     marked = {name for name, kind in vocabulary.kinds.items() if kind == USER_DEFINED or vocabulary.ids[name] in decoder} | unwritten
     entries = {}
@@ -219,8 +220,8 @@ def _entries(vocabulary: Vocabulary, added: Mapping[str, int], decoder: Mapping[
     return entries
 
 
-def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) -> _Parts:
-    """A tokenizer.json: a LLaMA's, which is written anew in the one form, or a byte-level one, which keeps its parts."""
+def _from_fast(files: SmallFiles, core: JsonObject, rows: int, model_max_length: object) -> _Tokenizer:
+    """A tokenizer.json: a LLaMA's, which is written anew in the form above, or a byte-level one, whose normalizer and the like stay."""
     vocabulary, merges = tokenizer_json.bpe_model(core)
     if len(vocabulary) > rows:
         what = f"the tokenizer has {len(vocabulary):,} tokens, but the embedding table only {rows:,} rows"
@@ -228,7 +229,7 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
     llama, config = tokenizer_json.is_llama(core), small_object(files, TOKENIZER_CONFIG)
     entries, notes = _every_entry(files, core, vocabulary, rows)
     ids = {**vocabulary, **{entry["content"]: i for i, entry in entries.items()}}
-    settings = {key: config[key] for key, kind in SETTINGS.items() if type(config.get(key)) is kind}
+    settings = {key: config[key] for key, kind in TOKENIZER_SETTINGS.items() if type(config.get(key)) is kind}
     settings |= {key: config[key] for key in SIDES if config.get(key) in ("left", "right")}
     if not 0 < settings.get("model_max_length", 0) < NO_LIMIT and is_token_id(model_max_length):
         settings["model_max_length"] = model_max_length
@@ -245,13 +246,13 @@ def _from_fast(files: Files, core: Json, rows: int, model_max_length: object) ->
         core = {**core, "model": {**core["model"], "merges": merges}}
         if settings.get("tokenizer_class") in (None, "TokenizersBackend"):  # transformers 4 does not know the latter
             settings["tokenizer_class"] = "Qwen2Tokenizer" if tokenizer_json.splits_as_qwen2(core) else "PreTrainedTokenizerFast"
-    return _Parts(files, core, settings, roles, dict(sorted(entries.items())), llama=llama, notes=notes)
+    return _Tokenizer(files, core, settings, roles, dict(sorted(entries.items())), llama=llama, notes=notes)
 
 
-def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: int) -> tuple[dict[int, Json], tuple[str, ...]]:
+def _every_entry(files: SmallFiles, core: JsonObject, vocabulary: Mapping[str, int], rows: int) -> tuple[Entries, tuple[str, ...]]:
     """The added tokens of all files, tokenizer.json first. Raises InputError where they disagree or leave a gap between ids."""
-    entries, ids = dict[int, Json](), dict(vocabulary)
-    named: list[tuple[Any, Json]] = [(i, {"content": name}) for name, i in small_object(files, ADDED).items()]
+    entries, ids = Entries(), dict(vocabulary)
+    named: list[tuple[Any, JsonObject]] = [(i, {"content": name}) for name, i in small_object(files, ADDED).items()]
     decoder = found if isinstance(found := small_object(files, TOKENIZER_CONFIG).get("added_tokens_decoder"), dict) else {}
     decoded = {int(i): entry for i, entry in decoder.items() if i.isdecimal() and len(i) < 10 and isinstance(entry, dict)}
     for i, stored in (*tokenizer_json.added_tokens(core).items(), *decoded.items(), *named):
@@ -270,8 +271,9 @@ def _every_entry(files: Files, core: Json, vocabulary: Mapping[str, int], rows: 
     return entries, notes
 
 
-def _roles(files: Files, ids: Mapping[str, int], usual: Mapping[str, str]) -> dict[str, str]:
-    """The token of each role by the files, else the usual one. Raises InputError where eos, or a usual bos or unk, is no token."""
+def _roles(files: SmallFiles, ids: Mapping[str, int], usual: Mapping[str, str]) -> dict[str, str]:
+    """The token of each role by the files, else the usual one. Raises InputError where there is none for eos, or for another usual role
+    but pad."""
     sources, roles = (small_object(files, SPECIAL), small_object(files, TOKENIZER_CONFIG)), dict[str, str]()
     for role in ROLES:
         names = (*(token_text(source.get(f"{role}_token")) for source in sources), usual.get(role))
@@ -285,20 +287,20 @@ def _roles(files: Files, ids: Mapping[str, int], usual: Mapping[str, str]) -> di
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def _written(parts: _Parts, given: Files, *, fast: bool) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
-    """The files with the tokenizer's JSON made anew, each kept as given where it says the same already, and all notes."""
-    tokens = {f"{role}_token": name for role, name in parts.roles.items()}
-    settings = {**parts.settings, **tokens, "added_tokens_decoder": {str(i): entry for i, entry in parts.entries.items()}}
+def _written(tokenizer: _Tokenizer, given: SmallFiles, *, fast: bool) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """The files with the tokenizer's JSON written anew, but as given where it says the same already; and all notes."""
+    tokens = {f"{role}_token": name for role, name in tokenizer.roles.items()}
+    settings = {**tokenizer.settings, **tokens, "added_tokens_decoder": {str(i): entry for i, entry in tokenizer.entries.items()}}
     extra = {key: value for key, value in settings.items() if key == "additional_special_tokens"}
-    contents: dict[str, Json] = {
+    contents: dict[str, JsonObject] = {
         TOKENIZER_CONFIG: dict(sorted(settings.items())),
         SPECIAL: {**extra, **tokens},
-        ADDED: {entry["content"]: i for i, entry in parts.entries.items() if i >= parts.base},
+        ADDED: {entry["content"]: i for i, entry in tokenizer.entries.items() if i >= tokenizer.base},
     }
     if fast:
-        contents[FAST] = {**parts.core, "added_tokens": [{"id": i, **entry} for i, entry in parts.entries.items()]}
-    result = {name: source for name, source in parts.files.items() if name not in (ADDED, FAST)}
-    notes = list(parts.notes)
+        contents[FAST] = {**tokenizer.core, "added_tokens": [{"id": i, **entry} for i, entry in tokenizer.entries.items()]}
+    result = {name: source for name, source in tokenizer.files.items() if name not in (ADDED, FAST)}
+    notes = list(tokenizer.notes)
     for name, content in contents.items():
         before = json.dumps(small_object(given, name, limit=FAST_LIMIT), sort_keys=True)
         same = name in given and before == json.dumps(content, sort_keys=True)
@@ -306,22 +308,28 @@ def _written(parts: _Parts, given: Files, *, fast: bool) -> tuple[dict[str, Path
             result[name] = given[name] if same else json_bytes(content)
     if fast and result[FAST] is not given.get(FAST):
         notes.append(f"{FAST}: written" + " anew" * (FAST in given) + f" from {MODEL}" * (MODEL in given))
-    if changes := list(_changes(small_object(parts.files, TOKENIZER_CONFIG), contents[TOKENIZER_CONFIG])):
+    if changes := list(_changes(small_object(tokenizer.files, TOKENIZER_CONFIG), contents[TOKENIZER_CONFIG])):
         notes.append(f"{TOKENIZER_CONFIG}: {', '.join(changes)}")
     notes += [f"{FAST}: dropped, LLaVA's own code reads {MODEL}"] * (FAST in given and not fast)
     return result, tuple(notes)
 
 
 def _llama(
-    vocabulary: Mapping[str, int], merges: list[Any], roles: Mapping[str, str], added: Mapping[str, int], settings: Json, *, prefix: bool
-) -> Json:
+    vocabulary: Mapping[str, int],
+    merges: list[Any],
+    roles: Mapping[str, str],
+    added: Mapping[str, int],
+    settings: JsonObject,
+    *,
+    prefix: bool,
+) -> JsonObject:
     ids = {**vocabulary, **added}
     start, end = ({roles[role]: ids[roles[role]]} if settings.get(f"add_{role}_token") else {} for role in ("bos", "eos"))
     return tokenizer_json.llama_json(vocabulary, merges, roles["unk"], start=start, end=end, prefix=prefix)
 
 
-def _changes(old: Json, new: Json) -> Iterator[str]:
-    """What differs between two tokenizer_config.json: single values as old -> new, the rest by name."""
+def _changes(old: JsonObject, new: JsonObject) -> Iterator[str]:
+    """The differences of two tokenizer_config.json: single values as old -> new, lists and objects by name."""
 
     def plain(value: Any) -> str:
         return str(value).lower() if isinstance(value, bool) else "null" if value is None else shown(str(value))
@@ -334,8 +342,3 @@ def _changes(old: Json, new: Json) -> Iterator[str]:
             yield f"`{key}` " + ("written anew" if before else "written")
         elif before != after:
             yield f"`{key}` " + (f"{plain(before)} -> {plain(after)}" if key in old else f"{plain(after)} added")
-
-
-def _list(value: Json, key: str) -> list[Any]:
-    found = value.get(key)
-    return found if isinstance(found, list) else []

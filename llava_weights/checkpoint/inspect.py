@@ -1,98 +1,182 @@
-"""What is this? Layout, family and evidence, sizes, dtypes, vocabulary, and what to do next, from headers and a few MB of values."""
+"""What a checkpoint is, from headers and a few MB of values: layout, family, evidence, sizes, dtypes, vocabulary, and what to do next."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import UsageError
 from ..families.deltas import KnownDelta, known_delta
 from ..families.layouts import LAYOUTS, MULTIMODAL, PROJECTOR, VOCABULARY, canonical
 from ..families.originals import fitting
 from ..families.projectors import projector_type
-from ..families.towers import BY_TYPE
+from ..families.towers import TOWER_BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
+from ..storage.reading import SourceFile
 from ..tensors.lazy import LazyTensor
-from ..text import fold_names, shown
-from .checkpoint import Checkpoint
+from ..text import brief, fold_names, redact, shown, size, two_columns, visible
+from .checkpoint import Checkpoint, Source, opened, to_place
 from .config import known_decoder
 from .diagnose import State, bf16_damaged, state
 from .tokenizer import read_special_ids
 from .tower import named_tower, published, row_of
 
 
-def inspect(checkpoint: Checkpoint, *, given: str = "", tensors: bool = False) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Rows for people and a document for programs; `given` is how the user called it. Reads samples of the values of a decoder."""
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is. `str` of it is the report that `llava-weights inspect` prints.
+
+    `what` says it in a sentence, `evidence` why, `next` the command that comes next, "" where nothing has to be done. `family` is the
+    published family of an original LLaVA, with the reason; `weights`, `vocabulary`, `projector`, `tower` and `tokenizer` are a line of the
+    report each, "" where the checkpoint has no such thing. `notes` are what opening it found worth knowing.
+
+    `layout` is "llava", "llava-hf", "llama", "clip", "projector", "mpt", "adapter", "loha" or "unknown", `container` the form of its files:
+    "safetensors", "torch" or "meta". `nbytes` counts the bytes of all values, without headers; `dtypes` says how many tensors have each
+    dtype, spelled as safetensors does ("F16"). `tensors` are in the order of the files; of a lossless delta they are those that it packs.
+    """
+
+    name: str
+    revision: str | None
+    layout: str
+    container: str
+    what: str
+    is_delta: bool
+    evidence: tuple[str, ...]
+    family: str
+    weights: str
+    vocabulary: str
+    projector: str
+    tower: str
+    tokenizer: str
+    notes: tuple[str, ...]
+    next: str
+    nbytes: int
+    dtypes: Mapping[str, int]
+    files: tuple[SourceFile, ...]
+    tensors: Mapping[str, LazyTensor]
+
+    def __str__(self) -> str:
+        return "\n".join(map(visible, self.lines()))
+
+    def __repr__(self) -> str:
+        return f"Inspection({brief(self.name)}, {brief(self.what)}, {len(self.tensors)} tensors, {size(self.nbytes)})"
+
+    def lines(self, *, tensors: bool = False) -> list[str]:
+        """The report, line by line; with `tensors` a line for each tensor too, those of equal layers folded into one."""
+        rows = [*self._texts().items(), *(("note", note) for note in self.notes), ("next", self.next)]
+        rows = [(label, text) for label, text in rows if text]
+        rows += [("", line) for line in _listing(self.tensors)] if tensors else []
+        return [self.name, *two_columns(rows)]
+
+    def document(self, *, tensors: bool = False) -> dict[str, Any]:
+        """The same as plain data: what `llava-weights inspect --json` prints, with `tensors` their dtypes and shapes too."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "revision": self.revision,
+            "layout": self.layout,
+            "container": self.container,
+            "count": len(self.tensors),
+            "nbytes": self.nbytes,
+            "dtypes": dict(self.dtypes),
+            "files": [{"name": file.name, "size": file.size} for file in self.files],
+            **{label: text for label, text in (self._texts() | {"next": self.next}).items() if text},
+            "notes": list(self.notes),
+        }
+        if tensors:
+            found["tensors"] = {name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for name, tensor in self.tensors.items()}
+        return found
+
+    def _texts(self) -> dict[str, str]:
+        return {
+            "what": self.what,
+            "evidence": "; ".join(self.evidence),
+            "family": self.family,
+            "weights": self.weights,
+            "vocabulary": self.vocabulary,
+            "projector": self.projector,
+            "tower": self.tower,
+            "tokenizer": self.tokenizer,
+        }
+
+
+def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
+    """Say what `checkpoint` is, why, and what to do with it. Nothing is written.
+
+    `checkpoint` is what `open_checkpoint` returned, or a path, a name on the Hub or an address. Reads headers, small files and, where
+    there is a decoder, samples of a few MB of its values. `given` is what the command in `next` calls the checkpoint: by default the
+    path that was given, else its name.
+
+    Raises UsageError for what is no path or name, InputError for a checkpoint that is missing, damaged or hostile, HubError where the Hub
+    can't serve it.
+    """
+    if given is not None and not isinstance(given, str):
+        raise UsageError(f"`given` is of the type `{type(given).__name__}`, no text", hint="give a text, or leave it out")
+    if given is None:
+        given = "" if isinstance(checkpoint, Checkpoint) else str(to_place(checkpoint, "checkpoint"))
+    checkpoint = opened(checkpoint, "checkpoint")
     if is_integer_delta(checkpoint.metadata):
         described = index_integer_delta(checkpoint.tensors, checkpoint.metadata)
         checkpoint = replace(checkpoint, tensors={name: LazyTensor(dtype=d.dtype, shape=d.shape) for name, d in described.items()})
-    kind, evidence, following = _verdict(checkpoint, given)
-    dtypes = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
-    rows = [
-        ("what", kind),
-        ("evidence", "; ".join(evidence)),
-        ("family", _family(checkpoint)),
-        ("weights", _weights(checkpoint, dtypes)),
-        ("vocabulary", _vocabulary(checkpoint)),
-        ("projector", _projector(checkpoint.tensors)),
-        ("tower", _tower(checkpoint)),
-        ("tokenizer", ", ".join(name for name in checkpoint.files if "token" in name)),
-        *(("note", note) for note in checkpoint.notes),
-        ("next", following),
-    ]
-    rows = [(label, text) for label, text in rows if text]
-    document: dict[str, Any] = {
-        "name": checkpoint.origin.name,
-        "revision": checkpoint.origin.revision,
-        "layout": checkpoint.layout,
-        "container": checkpoint.origin.container,
-        "count": len(checkpoint.tensors),
-        "nbytes": checkpoint.nbytes,
-        "dtypes": dict(dtypes),
-        "files": [{"name": file.name, "size": file.size} for file in checkpoint.origin.files],
-        **{label: text for label, text in rows if label != "note"},
-        "notes": list(checkpoint.notes),
-    }
-    if tensors:
-        rows += [("", line) for line in _listing(checkpoint.tensors)]
-        document["tensors"] = {name: {"dtype": t.dtype, "shape": list(t.shape)} for name, t in checkpoint.tensors.items()}
-    return rows, document
+    what, is_delta, evidence, following = _verdict(checkpoint, redact(given))
+    dtypes = dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values()))
+    return Inspection(
+        name=checkpoint.origin.name,
+        revision=checkpoint.origin.revision,
+        layout=checkpoint.layout,
+        container=checkpoint.origin.container,
+        what=what,
+        is_delta=is_delta,
+        evidence=tuple(evidence),
+        family=_family(checkpoint),
+        weights=_weights(checkpoint, dtypes),
+        vocabulary=_vocabulary(checkpoint),
+        projector=_projector(checkpoint.tensors),
+        tower=_tower(checkpoint),
+        tokenizer=", ".join(name for name in checkpoint.files if "token" in name),
+        notes=checkpoint.notes,
+        next=following,
+        nbytes=checkpoint.nbytes,
+        dtypes=dtypes,
+        files=checkpoint.origin.files,
+        tensors=checkpoint.tensors,
+    )
 
 
-def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, list[str], str]:
-    """What it is in a sentence, why, and the command that comes next."""
+def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, bool, list[str], str]:
+    """What it is in a sentence, whether that is an unapplied delta, why, and the command that comes next."""
     layout = checkpoint.layout
     apply = f"llava-weights apply-delta --base {{}} --delta {given or checkpoint.origin.name} -o OUT"
     if is_integer_delta(checkpoint.metadata):
-        return "integer-difference delta (lossless)", ["safetensors metadata"], apply.format("BASE")
+        return "integer-difference delta (lossless)", True, ["safetensors metadata"], apply.format("BASE")
     title = next((entry.title for entry in LAYOUTS if entry.name == layout), "tensors of an unknown layout")
     if layout not in ("llama", "llava"):
-        return title, ["tensor names"], ""
+        return title, False, ["tensor names"], ""
     found = state(checkpoint.parameters())
     evidence = [*_family_evidence(checkpoint), *found.evidence]
     if found.verdict == "delta":
         known = _known(checkpoint)
         base = known.base if known else "BASE"
         evidence += [f"shapes and tokens of {known.repo}"] if known else []
-        return f"unapplied delta of a {'LLaVA' if layout == 'llava' else 'LLaMA'}, {checkpoint.size}", evidence, apply.format(base)
+        return f"unapplied delta of a {'LLaVA' if layout == 'llava' else 'LLaMA'}, {checkpoint.size}", True, evidence, apply.format(base)
     place = " in Meta's layout" if checkpoint.origin.container == "meta" else ""
-    return f"{title}{place}, {checkpoint.size}{_damage(checkpoint, found)}", evidence, ""
+    return f"{title}{place}, {checkpoint.size}{_damage(checkpoint, found)}", False, evidence, ""
 
 
 def _family(checkpoint: Checkpoint) -> str:
-    """Which rows of the tables an original LLaVA fits: more than one where its tower is not told, empty for other checkpoints."""
+    """The families that an original LLaVA fits: more than one where its tower is not known; empty for other checkpoints."""
     config, names = checkpoint.config, set(map(canonical, checkpoint.tensors))
     decoder = known_decoder(config)
     if checkpoint.layout != "llava" or decoder is None or not config:
         return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
     inside = {name.removeprefix("tower.") for name in names if name.startswith("tower.")}
     named = published(named_tower(config))
-    tower = row_of(inside).kind if inside else BY_TYPE[named.model_type].kind if named else None
-    told = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
+    tower = row_of(inside).kind if inside else TOWER_BY_TYPE[named.model_type].kind if named else None
+    config = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
     specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
-    rows = [row for row in fitting(told, decoder=decoder.model_type, tower=tower) if not row.token or row.token in specials]
+    rows = [row for row in fitting(config, decoder=decoder.model_type, tower=tower) if not row.token or row.token in specials]
     if not rows:
         return f"none that is known: {decoder.model_type} with {tower or 'an unknown tower'}, {_images(config)}"
     first = [row for row in rows if row.evidence == rows[0].evidence]

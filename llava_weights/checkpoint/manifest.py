@@ -1,7 +1,7 @@
-"""What proves a folder, written and read: `SHA256SUMS` for standard tools, and a manifest with one digest a tensor and two roots.
+"""The records of a folder's checksums, written and read: `SHA256SUMS` for standard tools, and a manifest with a digest for each tensor.
 
-A digest is over the raw little-endian, row-major values only, so it does not depend on shards, container or file names.
-Schema: facts, verify 1.3. What is read is untrusted, whoever recorded it.
+The digest of a tensor is over its raw little-endian, row-major values only, so it does not depend on shards, container or file names.
+Records are read as untrusted input, whoever wrote them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .checkpoint import Step, describe
 
 MANIFEST = "llava-weights.manifest.json"
 SUMS = "SHA256SUMS"
-SCHEMA = 1
+MANIFEST_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """`shard` says where the tensor lies and is outside the roots."""
+    """`shard` is the file that holds the tensor; the roots do not depend on it."""
 
     name: str
     dtype: str
@@ -50,13 +50,13 @@ class TensorEntry:
 
 
 def root_of_tensors(tensors: Iterable[TensorEntry]) -> str:
-    """sha256 of one line a tensor, sorted by name: `name TAB dtype TAB dim,dim TAB sha256 LF`. Reproducible with `sha256sum`."""
+    """sha256 of a line for each tensor, sorted by name: `name TAB dtype TAB dim,dim TAB sha256 LF`. `sha256sum` gives the same."""
     lines = (f"{t.name}\t{_content(t)}" for t in sorted(tensors, key=lambda t: t.name.encode()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def root_of_content(tensors: Iterable[TensorEntry]) -> str:
-    """The same without names, lines sorted: equal before and after a pure renaming."""
+    """As `root_of_tensors`, but without names, and lines sorted: a pure renaming does not change it."""
     return hashlib.sha256("".join(sorted(map(_content, tensors))).encode()).hexdigest()
 
 
@@ -85,9 +85,9 @@ def make_manifest(
     tensors: Sequence[TensorEntry],
     tallies: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The manifest as plain data. No timestamp: the same work gives the same bytes."""
+    """The manifest as plain data. Without a time, so that the same work gives the same bytes."""
     return {
-        "schema": SCHEMA,
+        "schema": MANIFEST_SCHEMA,
         "tool": {"name": "llava-weights", "version": __version__},
         "root": {
             "tensors": root_of_tensors(tensors),
@@ -104,7 +104,7 @@ def make_manifest(
 
 
 def environment() -> dict[str, str]:
-    """Versions that arithmetic and bytes may depend on, without importing any of them."""
+    """Versions of what arithmetic and bytes may depend on, none of which is imported for it."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("torch", "numpy", "zstandard", "huggingface_hub"):
         try:
@@ -114,10 +114,9 @@ def environment() -> dict[str, str]:
     return versions
 
 
-GIT = "git-sha1"  # how git, and the Hub for its small files, names content: sha1 of a line with the size, then the bytes
-
+GIT = "git-sha1"  # git's names of content, and the Hub's of small files: sha1 of a line with the size, then the bytes
 MAX_MANIFEST = 16 << 20  # that of a 13B model has 250 kB
-MAX_SUMS = 4 << 20  # some 50,000 files
+MAX_SUMS = 4 << 20  # bytes: lines for some 50,000 files
 ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}  # by the digest's length in hexadecimal digits
 # `digest  name` and `digest *name` of GNU's programs and Meta's checklist.chk; `SHA256 (name) = digest` of BSD's.
 LINE = re.compile(
@@ -125,7 +124,7 @@ LINE = re.compile(
 )
 UNESCAPED = {text: char for char, text in ESCAPES.items()}
 A_LIST = "give a file as `sha256sum` or `md5sum` write it, a manifest or a checkpoint"
-AGAIN = "write it again with `llava-weights checksum`, or get it again from where it came from"
+WRITE_AGAIN = "write it again with `llava-weights checksum`, or download it again"
 
 Entry = TypeVar("Entry", FileEntry, TensorEntry)
 
@@ -134,8 +133,8 @@ Entry = TypeVar("Entry", FileEntry, TensorEntry)
 class Manifest:
     """A `llava-weights.manifest.json` that agrees with itself.
 
-    `recipe` has what each step says of itself: objects `inputs` and `options`, and a list of texts `warnings`; `doubt` says why there
-    is none, where what stands there can't be read.
+    `recipe` has an object for each step, with objects `inputs` and `options` and a list of texts `warnings`; where it can't be read it
+    is empty, and `doubt` says so.
     """
 
     path: Path
@@ -164,7 +163,7 @@ def sums_path(place: Path) -> Path:
 
 
 def find_manifest(place: Path) -> Manifest | None:
-    """The manifest of a folder or file; for a file also that of its folder, cut to what it says of this file."""
+    """The manifest of a folder or file; for a file without its own, the entries about it in that of its folder."""
     own = manifest_path(place)
     if present(own):
         return read_manifest(member(own.parent, own.name))
@@ -179,11 +178,11 @@ def find_manifest(place: Path) -> Manifest | None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises InputError unless the file is a manifest of this schema whose roots are those of its own lists."""
+    """The manifest in a file. Raises InputError unless it has this schema and its roots are those of its own lists."""
     found = load_object(path, limit=MAX_MANIFEST)
-    if found.get("schema") != SCHEMA:
-        hint = "verify it with the version of llava-weights that wrote it" if type(found.get("schema")) is int else AGAIN
-        what = f"{shown(path.name)} is not a manifest of schema {SCHEMA}"
+    if found.get("schema") != MANIFEST_SCHEMA:
+        hint = "verify it with the version of llava-weights that wrote it" if type(found.get("schema")) is int else WRITE_AGAIN
+        what = f"{shown(path.name)} is not a manifest of schema {MANIFEST_SCHEMA}"
         raise InputError(what, facts={"path": path, "schema": shown(str(found.get("schema")))}, hint=hint)
     files = _entries(path, found.get("files"), FileEntry)
     tensors = _entries(path, found.get("tensors"), TensorEntry)
@@ -242,17 +241,17 @@ def _counts(*values: Any) -> bool:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path from a list stays in the folder that it is relative to; `formats.folder.inside` then says where its links lead."""
+    """Whether a path from a list stays in its folder, as far as the text shows; `formats.folder.inside` checks links too."""
     parts = PurePosixPath(path).parts
     return bool(parts) and not path.startswith("/") and ".." not in parts and "\0" not in path
 
 
 def _refusal(path: Path, reason: str) -> InputError:
-    return InputError(f"{shown(path.name)} is not a manifest that can be trusted: {reason}", facts={"path": path}, hint=AGAIN)
+    return InputError(f"{shown(path.name)} is not a manifest that can be trusted: {reason}", facts={"path": path}, hint=WRITE_AGAIN)
 
 
 def read_sums(path: Path) -> tuple[Sum, ...]:
-    """The lines of a list as sha256sum, md5sum or their BSD cousins write it. Raises InputError for anything else."""
+    """The lines of a list as GNU's or BSD's sha256sum and md5sum write it. Raises InputError for anything else."""
     with open_regular(path) as (fd, status):
         if status.st_size > MAX_SUMS:
             what = f"{shown(path.name)} has {status.st_size:,} bytes, too many for a list of checksums"
@@ -260,7 +259,7 @@ def read_sums(path: Path) -> tuple[Sum, ...]:
         data = read_exactly(path, fd, status.st_size)
     refuse_disguise(path, data[:64])
     sums = []
-    for number, line in enumerate(data.decode("utf-8", "surrogateescape").split("\n"), 1):  # a name may hold other ends of a line
+    for number, line in enumerate(data.decode("utf-8", "surrogateescape").split("\n"), 1):  # not `splitlines`: names may hold \r and more
         if not line.strip() or line.startswith("#"):
             continue
         found = LINE.fullmatch(line.lstrip().removesuffix("\r"))
@@ -274,7 +273,7 @@ def read_sums(path: Path) -> tuple[Sum, ...]:
         sums.append(Sum(name, ALGORITHMS[len(digest)], digest))
     by_name = {(entry.path, entry.algorithm): entry for entry in sums}
     if contradicted := [entry.path for entry in sums if by_name[entry.path, entry.algorithm] != entry]:
-        raise InputError(f"{shown(path.name)} lists two digests for {listed(contradicted)}", facts={"path": path}, hint=AGAIN)
+        raise InputError(f"{shown(path.name)} lists two digests for {listed(contradicted)}", facts={"path": path}, hint=WRITE_AGAIN)
     if not sums:
         raise InputError(f"{shown(path.name)} lists no checksums", facts={"path": path}, hint=A_LIST)
     return tuple(by_name.values())

@@ -1,4 +1,4 @@
-"""The JSON files beside a llava-hf model that `AutoProcessor` reads: how images become pixels, text and images become one prompt.
+"""The files of a llava-hf model that `AutoProcessor` reads: how images are prepared, and how text and images become one prompt.
 
 Sources: transformers 4.45.2, 4.47.1, 4.57.6 and 5.23.0, which read the same files as the same settings.
 """
@@ -17,15 +17,15 @@ from ..text import shown
 
 STEPS = ("do_resize", "do_rescale", "do_normalize")  # every tower of LLaVA wants all three
 LAST_RESAMPLE = 5  # PIL's filters are 0 to 5, 3 is bicubic
-LARGEST = 1e6  # of a mean, a deviation or a factor; real ones are below 256
+LARGEST_SETTING = 1e6  # mean, deviation or factor; real ones are below 256
 RIGHT_FILE = "give the preprocessor_config.json that belongs to the vision tower"
 MAX_PINPOINTS = 1024  # the largest known list has 36
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a picture becomes the input of a vision tower: `size` and `patch` in pixels, `mean` and `std` for red, green and
-    blue in units of the range [0, 1], `resample` as PIL numbers its filters."""
+    """How an image becomes the input of a vision tower: `size` and `patch` in pixels, `mean` and `std` of red, green and blue
+    from 0 to 1, `resample` as PIL numbers its filters."""
 
     tower: Tower
     size: int
@@ -37,9 +37,9 @@ class ImageSettings:
 
 
 def read_image_settings(preprocessor: Mapping[str, Any] | None, *, tower: Tower, size: int, patch: int) -> ImageSettings:
-    """The settings in a tower's preprocessor_config.json of any age; what it lacks, or all without one, is what its row of `TOWERS` says.
+    """The settings in a tower's preprocessor_config.json of any transformers version; missing ones are those of the `tower`'s row.
 
-    `size` and `patch` are those of the tower itself. Raises InputError for a setting that no image processor could mean,
+    `size` and `patch` are those of the tower itself. Raises InputError for a setting that no image processor could have,
     MismatchError where the file prepares images of another size than the tower's.
     """
     given = {key: value for key, value in (preprocessor or {}).items() if value is not None}
@@ -79,14 +79,14 @@ def processor_files(
     """The four files by name, for the class `target`; `pinpoints` are (height, width) in pixels where it takes tiles.
 
     `aspect` is "square" (resize and crop, as llava-hf models do) or "pad" (a square in the mean colour, as LLaVA v1.5 does;
-    transformers reads that from 4.49 on). `pads` records that the original padded where "square" is written: CLIPImageProcessor
-    takes no notice of it, in any version. `select_strategy` must be the model's own `vision_feature_select_strategy`.
-    `template` is written twice, since transformers 4.45 reads only the JSON file, and others give each its own reader.
+    transformers reads that from 4.49 on). `pads` records that the original padded, though "square" is written: CLIPImageProcessor
+    ignores it, in any version. `select_strategy` must be the model's own `vision_feature_select_strategy`. The chat template is
+    written twice: transformers 4.45 reads only the JSON file, later ones prefer the other.
     """
     processor = {
         "image_token": image_token,
-        # What a tower puts out beside its patches: CLIP a class token, SigLIP nothing. "default" takes one away again, "full"
-        # does not, so 27 x 27 patches of SigLIP are 729 tokens. transformers 4.45 and 4.46 take 1 for every tower.
+        # The tower's outputs besides its patches: CLIP has a class token, SigLIP nothing. The strategy "default" removes one, "full"
+        # none, so 27 x 27 patches of SigLIP are 729 tokens. transformers 4.45 and 4.46 assume 1 for every tower.
         "num_additional_image_tokens": int(settings.tower.class_token),
         "patch_size": settings.patch,
         "processor_class": target.processor,
@@ -103,9 +103,9 @@ def processor_files(
 def original_vision_settings(preprocessor: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
     """`image_aspect_ratio` and, with tiles, `image_grid_pinpoints` in (width, height), as LLaVA's own config.json has them.
 
-    Takes preprocessor_config.json, or what transformers 5 puts in its place: `image_processor` inside processor_config.json.
-    Says what the files record: "square" for CLIPImageProcessor without `do_pad`, though the LLaVA v1.5 behind most such files
-    was trained with "pad". Raises InputError for pinpoints that are none.
+    Reads preprocessor_config.json, or what transformers 5 has in its place: `image_processor` inside processor_config.json. A
+    CLIPImageProcessor without `do_pad` gives "square", though the LLaVA v1.5 behind most such files was trained with "pad". Raises
+    InputError for pinpoints that are no pairs of sizes.
     """
     nested = processor.get("image_processor")
     settings = preprocessor or (nested if isinstance(nested, Mapping) else {})
@@ -154,7 +154,7 @@ def _check_pinpoints(pinpoints: Any) -> None:
 
 
 def _square(key: str, value: Any) -> int:
-    """The edge in pixels, as 2022 wrote it (224), as CLIP (shortest_edge) or SigLIP (height and width) do."""
+    """The edge in pixels, from a number (as in 2022), CLIP's shortest_edge, or SigLIP's height and width."""
     edges = list(value.values()) if isinstance(value, Mapping) else [value]
     if not edges or any(type(edge) is not int or edge < 1 or edge != edges[0] for edge in edges):
         raise _refusal(key, value)
@@ -169,7 +169,7 @@ def _colours(given: Mapping[str, Any], key: str, default: tuple[float, ...], *, 
 
 
 def _number(key: str, value: Any, *, positive: bool) -> float:
-    if type(value) not in (int, float) or not abs(value) <= LARGEST or (positive and value <= 0):
+    if type(value) not in (int, float) or not abs(value) <= LARGEST_SETTING or (positive and value <= 0):
         raise _refusal(key, value)
     return float(value)
 

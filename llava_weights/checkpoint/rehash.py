@@ -1,7 +1,7 @@
 """Files read once, front to back, in little memory: digests of the file and of each tensor in it, zip CRC-32s, inf and NaN.
 
-A file passes in windows of 8 MiB through two reused buffers: while one is filled from the disk, the other is digested. Each
-digest and each scan is a lane of its own, which sees the windows in file order; hashlib, zlib and numpy let the lanes run side by side.
+A file is read in windows of 8 MiB into two buffers in turn: while one is filled from the disk, the other is digested. Each digest and
+each scan is a lane, which gets the windows in file order; lanes run in parallel, since hashlib, zlib and numpy release the GIL.
 """
 
 from __future__ import annotations
@@ -20,28 +20,27 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
-from ..events import Event, Progress, Started
+from ..events import Listener, Progress, Started, silent
 from ..formats.folder import same_header
-from ..storage.reading import READABLE, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
+from ..storage.reading import CHECK_DISK, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
 from ..storage.threads import Shield, in_threads
 from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits
-from ..tensors.holes import Watch, told
+from ..tensors.holes import Watch, hole_sentences
 from ..tensors.lazy import LazyTensor, Stored
-from ..tensors.windows import row_ranges
+from ..tensors.windows import WINDOW_BYTES, row_ranges
 from .manifest import GIT, TensorEntry
 
-WINDOW_BYTES = 8 << 20
-CHUNK = 1 << 17  # values scanned at once: with their copy they stay in the processor's cache
+SCAN_VALUES = 1 << 17  # scanned at once: with their copy they stay in the processor's cache
 
 Digest = tuple[str, tuple[int, ...], str]  # dtype, shape, sha256
 
-# The bits that are all ones in every inf and NaN (F8_E4M3: in NaN, it has no inf) and in no other value.
+# The bits that are all ones in every inf and NaN and in no other value. F8_E4M3 has no inf.
 NOT_FINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the bytes say. A file that could not be read to its end has no digest, and neither have its tensors."""
+    """Digests and findings of the files that were read. A file that could not be read to its end has no digest, nor have its tensors."""
 
     files: Mapping[str, Mapping[str, str]]  # name -> algorithm -> hex digest
     tensors: Mapping[str, TensorEntry]
@@ -54,7 +53,7 @@ class Reading:
 
 @dataclass
 class _Range:
-    """Bytes [begin, end) of a file on their way: their sha256 and the count of inf and NaN."""
+    """The sha256 and the count of inf and NaN of a tensor, while its bytes are read."""
 
     dtype: str
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
@@ -62,7 +61,7 @@ class _Range:
     tail: bytes = b""
 
     def scan(self, piece: memoryview) -> None:
-        """Count inf and NaN; a value that two windows share is put together first."""
+        """Count inf and NaN; a value that two windows share is joined first."""
         size = ITEMSIZE[self.dtype]
         missing = -len(self.tail) % size
         self.tail += bytes(piece[:missing])
@@ -83,7 +82,7 @@ class _Crc:
 
 
 class _Lane:
-    """Gives each taker the part of every window that lies in its range. Windows come in file order."""
+    """Gives each taker the part of every window that lies in its range of bytes. Windows come in file order."""
 
     def __init__(self, takers: Iterable[tuple[tuple[int, int], Callable[[memoryview], None]]]) -> None:
         self.waiting = sorted(takers, key=lambda taker: taker[0], reverse=True)
@@ -104,25 +103,18 @@ def inf_and_nan(raw: bytes | memoryview, dtype: str) -> int:
         return 0
     values, count = raw_bits(raw, dtype), 0
     ones = values.dtype.type(NOT_FINITE[dtype])
-    for first in range(0, len(values), CHUNK):
-        bits = values[first : first + CHUNK] & ones
+    for first in range(0, len(values), SCAN_VALUES):
+        bits = values[first : first + SCAN_VALUES] & ones
         if bits.max() == ones:
             count += int(np.count_nonzero(bits == ones))
     return count
 
 
-Listener = Callable[[Event], None]
-
-
-def _silent(event: Event) -> None:
-    """Nobody listens."""
-
-
 class Rehash:
-    """One run over a set of files. `read` gives what they say; an interrupt ends it after the windows in hand."""
+    """One run over a set of files. An interrupt ends `read` after the current windows."""
 
     def __init__(
-        self, algorithms: Sequence[str], jobs: int, on_event: Listener = _silent, watch: Watch | None = None, window: int = WINDOW_BYTES
+        self, algorithms: Sequence[str], jobs: int, on_event: Listener = silent, watch: Watch | None = None, window: int = WINDOW_BYTES
     ) -> None:
         self.algorithms, self.jobs, self.on_event, self.watch, self.window = algorithms, jobs, on_event, watch, window
         self.stop, self.turn, self.nbytes = threading.Event(), threading.Lock(), 0
@@ -154,11 +146,11 @@ class Rehash:
             in_threads(self._made, made.items(), self.jobs, stop=self.stop.set)
         ordered = {name: self.entries[name] for name in tensors if name in self.entries}
         known = {name: found[name] for name in files if name not in self.damaged}
-        holes = told(hole.text for hole in sorted(self.watch.found)) if self.watch else ()
+        holes = hole_sentences(hole.text for hole in sorted(self.watch.found)) if self.watch else ()
         return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes, holes)
 
     def _file(self, name: str, path: Path, tensors: Mapping[str, Stored], lanes: Executor) -> dict[str, str]:
-        """Digests of one file by algorithm; what is found of its tensors goes to this object."""
+        """Digests of one file by algorithm; what is found of its tensors is kept in this object."""
         ranges: dict[tuple[int, int], _Range] = {}
         records: dict[Record, _Crc] = {}
         for tensor in tensors.values():
@@ -185,7 +177,7 @@ class Rehash:
         return {algorithm: digest.hexdigest() for algorithm, digest in whole.items()}
 
     def _pass(self, file: SourceFile, name: str, work: Sequence[_Lane], lanes: Executor) -> None:
-        """Show every window of the file to every lane: the next is read while the lanes are busy with the one before."""
+        """Feed every window of the file to every lane; the next window is read while the lanes work on the one before."""
         size = min(self.window, file.size)
         with closing(Workspace()) as workspace, workspace.scratch(size) as one, workspace.scratch(size) as other:
             busy: list[Future[None]] = []
@@ -205,7 +197,7 @@ class Rehash:
             workspace.recheck_sources()
 
     def _made(self, item: tuple[str, LazyTensor]) -> None:
-        """A tensor that lies in several files or in another order (Meta's layout): its rows are made, a second reading of its bytes."""
+        """Digest a tensor that is joined or reordered (Meta's layout): its rows are made, which reads its bytes again."""
         name, tensor = item
         found, first = _Range(tensor.dtype), tensor.leaves()[0].file
         shard = self.names.get(first.path, first.name)
@@ -242,17 +234,18 @@ def rehash(
     *,
     algorithms: Sequence[str] = ("sha256",),
     jobs: int = 2,
-    on_event: Listener = _silent,
+    on_event: Listener = silent,
     watch: Watch | None = None,
 ) -> Reading:
-    """Read `files`, by their names in messages, each once and `jobs` at a time, and digest the `tensors` that lie in them on the way.
+    """Read `files` (by their names in messages) once, `jobs` at a time, and digest them and the `tensors` that lie in them.
 
-    Memory is 16 MiB a job. A file that can't be read, or changes meanwhile, is in `damaged`. `watch`, one that accepts, sees every byte.
+    Takes 16 MiB of memory a job. A file that can't be read, or changes meanwhile, is in `damaged`. `watch`, which must accept holes,
+    sees every byte.
     """
     begun = {name: SourceFile.at(path) for name, path in files.items() if path.exists()}
     indexed = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
     found = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
-    there = [file for file in (*begun.values(), *indexed) if file.remote or os.path.exists(file.path)]  # reading tells of the others
+    there = [file for file in (*begun.values(), *indexed) if file.remote or os.path.exists(file.path)]  # others are in `damaged`
     if not (moved := touched(there)):
         return found
     again = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
@@ -264,7 +257,7 @@ def rehash(
     return replace(again, files=kept, damaged={**damaged, **again.damaged})
 
 
-def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Listener = _silent) -> dict[str, Digest]:
+def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Listener = silent) -> dict[str, Digest]:
     """dtype, shape and sha256 of the values of each tensor, made `jobs` at a time in windows of rows."""
     on_event(Started(len(tensors), sum(tensor.nbytes for tensor in tensors.values()), what="Making"))
     done, turn = [0], threading.Lock()
@@ -296,15 +289,15 @@ def made_rows(tensor: LazyTensor, work: Workspace) -> Iterator[memoryview]:
 
 
 def digest_file(path: Path) -> str:
-    """The sha256 of one file, in 8 MiB of memory. Raises InputError where it can't be read, or changes meanwhile."""
+    """The sha256 of a file, in 8 MiB of memory. Raises InputError where it can't be read, or changes meanwhile."""
     found = Rehash(("sha256",), 1, window=WINDOW_BYTES // 2).read({path.name: path}, {})
     for what in found.damaged.values():
-        raise InputError(what, facts={"file": path}, hint=READABLE)
+        raise InputError(what, facts={"file": path}, hint=CHECK_DISK)
     return found.files[path.name]["sha256"]
 
 
 def size_of(path: Path) -> int:
-    """The bytes of a file, 0 where it is gone meanwhile: reading it then tells."""
+    """The bytes of a file, 0 where it is gone meanwhile, which reading it will report."""
     try:
         return path.stat().st_size
     except OSError:

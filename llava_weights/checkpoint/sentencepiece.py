@@ -1,4 +1,4 @@
-"""SentencePiece models: which pieces `tokenizer.model` holds, read field by field, without the sentencepiece library.
+"""SentencePiece models: the pieces of a `tokenizer.model`, read field by field, without the sentencepiece library.
 
 sentencepiece_model.proto: ModelProto{1: pieces{1: piece, 2: score, 3: type}, 2: trainer_spec{3: model type, 45-48: unk, bos, eos,
 pad piece}, 3: normalizer_spec{2: character map, 3: add dummy prefix, 4: remove extra whitespaces}}.
@@ -23,10 +23,9 @@ TRAINING, NORMALIZING = (3, *DEFAULT_PIECES), (2, 3, 4)  # the fields that are r
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What tokenizer.model holds: the id of every piece, and which pieces are special. `pad` is None where there is none.
+    """What tokenizer.model holds: id, score and kind of every piece, and which pieces are special (`pad`: None where there is none).
 
-    `scores` and `kinds` are those of each piece; `prefix` says whether a blank is put before every text, `verbatim` that
-    the text is otherwise taken as it is.
+    `prefix` says whether a blank is put before every text, `verbatim` that the text is otherwise not changed.
     """
 
     ids: Mapping[str, int]
@@ -42,7 +41,7 @@ class Vocabulary:
 
 
 def read_sentencepiece(data: bytes) -> Vocabulary:
-    """The pieces of a SentencePiece model. Raises InputError for anything that SentencePiece would not load as one with bos and eos."""
+    """The pieces of a SentencePiece model. Raises InputError for what SentencePiece would not load, and for one without bos or eos."""
     ids: dict[str, int] = {}
     kinds: dict[str, int] = {}
     scores: dict[str, float] = {}

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
 from ..storage.reading import DOWNLOAD_AGAIN, open_regular
-from ..storage.strict_json import load_object, parse_object, read_exactly
+from ..storage.strict_json import JsonObject, load_object, parse_object, read_exactly
 from .checkpoint import LARGEST_OBJECT
 
+SmallFiles = Mapping[str, Path | bytes]  # by name
+RIGHT_CONFIG = "give the config.json that belongs to these weights"
 
-def small_object(files: Mapping[str, Path | bytes], name: str, *, limit: int = LARGEST_OBJECT) -> dict[str, Any]:
-    """The JSON object in one of a checkpoint's small files, empty where there is no such file. Raises InputError for anything else, and
-    where it has more than `limit` bytes."""
+
+def small_object(files: SmallFiles, name: str, *, limit: int = LARGEST_OBJECT) -> JsonObject:
+    """The JSON object in a small file, empty where there is no such file. Raises InputError for anything else, and for more than
+    `limit` bytes."""
     if (source := files.get(name)) is None:
         return {}
     return load_object(source, limit=limit) if isinstance(source, Path) else parse_object(small_bytes(name, source, limit), name=name)
 
 
-def small_text(files: Mapping[str, Path | bytes], name: str, *, limit: int = 1 << 20) -> str | None:
-    """The text in one of a checkpoint's small files, None where there is no such file. Raises InputError unless it is short and UTF-8."""
+def small_text(files: SmallFiles, name: str, *, limit: int = LARGEST_OBJECT) -> str | None:
+    """The text in a small file, None where there is no such file. Raises InputError for more than `limit` bytes, or other than UTF-8."""
     if (source := files.get(name)) is None:
         return None
     try:

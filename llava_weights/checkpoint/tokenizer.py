@@ -1,52 +1,50 @@
-"""The tokenizer files of a LLaMA-family checkpoint: what their tokens' true ids are, and repair of the files around them.
+"""The tokenizer files of a LLaMA-family checkpoint: the true ids of special tokens, and repair of the JSON files.
 
 No tokenizer class is involved: `tokenizer.model` (a SentencePiece ModelProto) is read field by field and copied byte for
-byte, the JSON files are checked against it and written anew where they are wrong. The published files of 2023 are: empty
-or wrong bos/eos/unk, the class `LLaMATokenizer`, a `[PAD]` without a row (LLaVA #950, #210, #69).
+byte, the JSON files are checked against it and written anew where they are wrong. The published files of 2023 have an empty
+or wrong bos/eos/unk, the class `LLaMATokenizer`, and a `[PAD]` without a row (LLaVA #950, #210, #69).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..errors import InputError
+from ..storage.strict_json import json_bytes
 from ..text import listed, shown
 from .sentencepiece import Vocabulary, read_sentencepiece
-from .small_files import small_bytes, small_object
+from .small_files import SmallFiles, small_bytes, small_object
 
 MODEL, TOKENIZER_CONFIG, SPECIAL, ADDED, FAST = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
 )  # fmt: skip
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-# Bytes. LLaMA's own tokenizer.model has 499,723, Llama 3's tokenizer.json 17 million; in memory, text may take four bytes a character.
+# Bytes. LLaMA's own tokenizer.model has 499,723, Llama 3's tokenizer.json 17 million; in memory, text takes up to four bytes a character.
 MODEL_LIMIT, FAST_LIMIT = 16 << 20, 20 << 20
 # meta-llama/llama PR #87 and llama.cpp's SHA256SUMS; Llama-2 has the same file.
 LLAMA_TOKENIZER = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 RIGHT_TOKENIZER = "give the tokenizer that belongs to these weights"
-NO_LIMIT = 10**9  # transformers writes model_max_length 10^30 where it knows none
+NO_LIMIT = 10**9  # a larger model_max_length is none: transformers writes 10^30 where it knows no limit
 
-# What may stand in tokenizer_config.json beside the tokens. Paths, `auto_map` and everything unknown stay behind.
-SETTINGS = {
+# What is kept of tokenizer_config.json besides the tokens: no paths, no `auto_map`, nothing unknown.
+TOKENIZER_SETTINGS = {
     "add_bos_token": bool, "add_eos_token": bool, "add_prefix_space": bool, "chat_template": str, "clean_up_tokenization_spaces": bool,
     "legacy": bool, "model_max_length": int, "processor_class": str, "spaces_between_special_tokens": bool, "tokenizer_class": str,
     "use_default_system_prompt": bool,
 }  # fmt: skip
 SIDES = ("padding_side", "truncation_side")
-# `legacy: true` is how the slow tokenizer of 2023 put a blank before every piece of text, and 5.x adds no `<s>` unless told to.
+# With `legacy: true` there is a blank before every piece of text, as the slow tokenizer of 2023 put it; 5.x adds `<s>` only where asked.
 EXPLICIT = {"legacy": True, "add_bos_token": True, "add_eos_token": False}
 TOKEN_FIELDS = {"lstrip", "normalized", "rstrip", "single_word", "special"}
-
-Files = Mapping[str, "Path | bytes"]
 
 
 @dataclass(frozen=True)
 class Repair:
-    """New content of one JSON file, what changed in it, and whether a token that it named was wrong."""
+    """The new content of a JSON file, what changed in it, and whether a token that it named was wrong."""
 
     name: str
     content: Mapping[str, Any]
@@ -56,7 +54,7 @@ class Repair:
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The true ids: `added` are the tokens behind the `base_vocabulary` pieces of tokenizer.model. All are below the table's rows."""
+    """The true ids: `added` are the tokens behind the `base_vocabulary` pieces of tokenizer.model. All have a row in the table."""
 
     bos: int
     eos: int
@@ -66,19 +64,19 @@ class SpecialIds:
     base_vocabulary: int
 
 
-def read_special_ids(files: Files, rows: int) -> SpecialIds:
-    """The special ids that hold for these files and a table of `rows` rows, after repair. Raises as `repair_tokenizer`."""
+def read_special_ids(files: SmallFiles, rows: int) -> SpecialIds:
+    """The true special ids of these files, for a table of `rows` rows. Raises as `repair_tokenizer`."""
     return repair_tokenizer(files, rows=rows)[1]
 
 
 def repair_tokenizer(
-    files: Files, *, rows: int, fallback: Files | None = None, model_max_length: object = None
+    files: SmallFiles, *, rows: int, fallback: SmallFiles | None = None, model_max_length: object = None
 ) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
     """`files` with repaired tokenizer files, the true special ids, and a sentence for each thing changed or noticed.
 
-    Files of other kinds and those without fault come back as they were given. `fallback` (the base's files) serves a missing
-    tokenizer.model; `model_max_length` is written where tokenizer_config.json gives no usable limit. Raises InputError for
-    damaged files, tokens with two ids, a gap between ids, and a table too small for the pieces of tokenizer.model.
+    Other files and those without fault are returned as given. A missing tokenizer.model is taken from `fallback` (the base's files);
+    `model_max_length` is written where tokenizer_config.json gives no usable limit. Raises InputError for damaged files, tokens with
+    two ids, a gap between ids, and a table too small for the pieces of tokenizer.model.
     """
     model = files.get(MODEL, (fallback or {}).get(MODEL))
     if model is None:
@@ -112,8 +110,8 @@ def repair_tokenizer(
     return result, ids, tuple(notes)
 
 
-def _without_model(files: Files, rows: int) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
-    """Nothing to check against: the files stay as they are and the ids are LLaMA's."""
+def _without_model(files: SmallFiles, rows: int) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
+    """Without a tokenizer.model to check against: the files as they are, and LLaMA's ids."""
     listing = small_object(files, ADDED)
     added = {name: i for name, i in listing.items() if is_token_id(i) and 2 < i < rows}
     ids = SpecialIds(bos=1, eos=2, pad=0, unk=0, added=added, base_vocabulary=min(added.values(), default=rows))
@@ -123,14 +121,11 @@ def _without_model(files: Files, rows: int) -> tuple[dict[str, Path | bytes], Sp
 # --- the tokens -----------------------------------------------------------------------------------------------------
 
 
-def _added_tokens(files: Files, vocabulary: Vocabulary, rows: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tokens behind the pieces of tokenizer.model, by every file that names them: those with a row, and those without."""
+def _added_tokens(files: SmallFiles, vocabulary: Vocabulary, rows: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The tokens behind the pieces of tokenizer.model, from every file that names some: those with a row, and those without."""
     base = len(vocabulary.ids)
     if base > rows:
-        raise InputError(
-            f"`{MODEL}` has {base:,} pieces, but the embedding table only {rows:,} rows",
-            hint=RIGHT_TOKENIZER,
-        )
+        raise InputError(f"`{MODEL}` has {base:,} pieces, but the embedding table only {rows:,} rows", hint=RIGHT_TOKENIZER)
     names: dict[int, str] = {i: name for name, i in vocabulary.ids.items()}
     ids: dict[str, int] = dict(vocabulary.ids)
     listing = small_object(files, ADDED)
@@ -161,8 +156,8 @@ def is_token_id(value: Any) -> bool:
 def _resolve(special: Mapping[str, Any], settings: Mapping[str, Any], vocabulary: Vocabulary, known: Mapping[str, int]) -> dict[str, str]:
     """The token for each role: the first that the files name and that can be right, else tokenizer.model's own.
 
-    special_tokens_map.json goes first, as in transformers 4.28. SentencePiece knows one unk. bos can't be its eos nor eos its
-    bos, which is what LLaVA's training code of 2023 wrote; pad falls back on unk, as there.
+    special_tokens_map.json goes first, as in transformers 4.28. SentencePiece has one unk. A bos that is tokenizer.model's eos, or an
+    eos that is its bos, is wrong: LLaVA's training code of 2023 swapped them. pad falls back on unk, as there.
     """
     tokens = {"unk": vocabulary.unk}
     own = {"bos": vocabulary.bos, "eos": vocabulary.eos, "pad": vocabulary.pad or vocabulary.unk}
@@ -185,9 +180,9 @@ def token_text(value: Any) -> str | None:
 
 def _repair_added(old: Mapping[str, Any], vocabulary: Vocabulary, added: Mapping[str, int], dropped: Mapping[str, int]) -> Repair:
     pieces = [name for name in old if name in vocabulary.ids]
-    elsewhere = [name for name in added if name not in old]
+    missing = [name for name in added if name not in old]
     sentences = [f"{ADDED}: dropped {listed(pieces)}, already pieces of {MODEL}"] * bool(pieces)
-    sentences += [f"{ADDED}: {listed(elsewhere)} taken from {TOKENIZER_CONFIG}"] * bool(elsewhere)
+    sentences += [f"{ADDED}: {listed(missing)} taken from {TOKENIZER_CONFIG}"] * bool(missing)
     return Repair(ADDED, added, tuple(sentences), bool(dropped))
 
 
@@ -203,7 +198,7 @@ def _repair_settings(
     old: Mapping[str, Any], tokens: Mapping[str, str], known: Mapping[str, int], added: Mapping[str, int], model_max_length: object
 ) -> Repair:
     new, changes = _roles(old, tokens, typed=True)
-    new |= {key: old[key] for key, kind in SETTINGS.items() if type(old.get(key)) is kind}
+    new |= {key: old[key] for key, kind in TOKENIZER_SETTINGS.items() if type(old.get(key)) is kind}
     new |= {key: old[key] for key in SIDES if old.get(key) in ("left", "right")}
     if _all_known(old.get("additional_special_tokens"), known):
         new["additional_special_tokens"] = old["additional_special_tokens"]
@@ -211,7 +206,7 @@ def _repair_settings(
         new["sp_model_kwargs"] = {}
     decoder = _decoder(old)
     if decoder and all(known.get(name) == i for i, name in decoder.items()) and set(added) <= set(decoder.values()):
-        new["added_tokens_decoder"] = old["added_tokens_decoder"]  # readers that know it ignore added_tokens.json: all or nothing
+        new["added_tokens_decoder"] = old["added_tokens_decoder"]  # only if complete: readers that know it ignore added_tokens.json
 
     if new.get("tokenizer_class") != "LlamaTokenizer":
         changes.append(f"class {_described(old.get('tokenizer_class'))} -> `LlamaTokenizer`")
@@ -239,7 +234,7 @@ def _roles(old: Mapping[str, Any], tokens: Mapping[str, str], *, typed: bool) ->
 
 
 def _well_formed(value: Any, *, typed: bool) -> bool:
-    """A plain string, or AddedToken's fields; tokenizer_config.json marks those with `__type`, special_tokens_map.json may."""
+    """Whether it is a plain string or AddedToken's fields, with `typed` marked by `__type`, as tokenizer_config.json has them."""
     if not isinstance(value, dict):
         return isinstance(value, str)
     fields = {key: flag for key, flag in value.items() if key not in ("content", "__type")}
@@ -268,7 +263,7 @@ def _decoder(settings: Mapping[str, Any]) -> dict[int, str] | None:
 
 
 def is_length(value: object) -> TypeGuard[int]:
-    """Whether a `model_max_length` is a limit: transformers writes 10^30 where it knows none."""
+    """Whether a `model_max_length` is a limit."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < NO_LIMIT
 
 
@@ -278,15 +273,15 @@ def _sentences(name: str, changes: list[str], old: Mapping[str, Any], new: Mappi
 
 
 def _some_wrong(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a token that was named, and not just left out, is another one now."""
+    """Whether a token that the file named is another one now."""
     return any(old.get(key) is not None and token_text(old[key]) != token_text(new[key]) for key in TOKENS)
 
 
 def _reason_to_drop(fast: dict[str, Any], vocabulary: Vocabulary, added: Mapping[str, int], wrong: bool) -> str | None:
-    """Why tokenizer.json can't go along, None where it says the same as the other files. LLaVA itself reads only the slow files."""
+    """Why tokenizer.json must be dropped; None where it says the same as the other files. LLaVA itself does not read it."""
     if wrong:
-        return "its tokens were repaired elsewhere"
-    model, steps, entries = fast.get("model"), fast.get("normalizer"), _list(fast, "added_tokens")
+        return "its tokens were repaired in the other files"
+    model, steps, entries = fast.get("model"), fast.get("normalizer"), list_at(fast, "added_tokens")
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("vocab") != vocabulary.ids:
         return f"its vocabulary is not that of {MODEL}"
     if not all(isinstance(entry, dict) for entry in entries):
@@ -296,21 +291,19 @@ def _reason_to_drop(fast: dict[str, Any], vocabulary: Vocabulary, added: Mapping
         return "its added tokens differ"
     if any(entry.get("normalized") is not False for entry in behind):
         return "it does not find added tokens inside a text"  # 4.28 wrote `normalized: true`, seen in tokenizers 0.23
-    kinds = [step.get("type") for step in _list(steps, "normalizers") if isinstance(step, dict)]
+    kinds = [step.get("type") for step in list_at(steps, "normalizers") if isinstance(step, dict)]
     if kinds != ["Prepend", "Replace"] or fast.get("pre_tokenizer") is not None:
         return "it puts blanks where LLaVA's own tokenizer does not"
     return None
 
 
-def _list(value: Any, key: str) -> list[Any]:
+def list_at(value: Any, key: str) -> list[Any]:
+    """The list under a key of a JSON object, empty where there is none."""
     found = value.get(key) if isinstance(value, dict) else None
     return found if isinstance(found, list) else []
 
 
-def _kept_or_new(files: Files, repair: Repair) -> Path | bytes:
-    new = _dump(repair.content)
-    return files[repair.name] if repair.name in files and _dump(small_object(files, repair.name)) == new else new
-
-
-def _dump(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+def _kept_or_new(files: SmallFiles, repair: Repair) -> Path | bytes:
+    new = json_bytes(repair.content, sort_keys=True)
+    same = repair.name in files and json_bytes(small_object(files, repair.name), sort_keys=True) == new
+    return files[repair.name] if same else new

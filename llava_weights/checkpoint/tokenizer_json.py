@@ -1,6 +1,6 @@
-"""tokenizer.json, the file of the tokenizers library: a LLaMA's made from pieces and scores, Qwen2's from vocabulary and merges.
+"""tokenizer.json, the file of the tokenizers library: LLaMA's made from pieces and scores, Qwen2's from vocabulary and merges.
 
-Written as tokenizers 0.15 to 0.23 reads it: a merge is one text, since lists are understood from 0.20 on.
+Written so that tokenizers 0.15 to 0.23 can read it: a merge is one text, since a list is understood only from 0.20 on.
 """
 
 from __future__ import annotations
@@ -10,37 +10,34 @@ from itertools import islice
 from typing import Any
 
 from ..errors import InputError
+from ..storage.strict_json import JsonObject
 from .sentencepiece import NORMAL, Vocabulary
-
-Json = dict[str, Any]
 
 PUT_MODEL = "put the `tokenizer.model` of the model's base beside it"
 BLANK = "\u2581"
-# Every way to cut a piece is looked up, and each that is found is kept: characters of a piece (SentencePiece's default is 16), squares of
-# them in all, and merges (two for each piece of LLaMA's).
+# Limits, since every way to cut each piece in two is tried: characters of a piece (SentencePiece's default is 16), the sum of their
+# squares, and merges (LLaMA has two for each piece).
 LONGEST_PIECE, MAX_CUTTING, MAX_MERGES = 1024, 1 << 26, 1_000_000
 # transformers' Qwen2Tokenizer, the same in 4.37 and 5.23
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def added_token(name: str, flags: Json | None = None) -> Json:
-    """AddedToken's fields for a token that is found inside a text, with the `flags` that something else gives it."""
+def added_token(name: str, flags: JsonObject | None = None) -> JsonObject:
+    """AddedToken's fields for the token `name`; `flags` that are true there are true."""
     fields = ("lstrip", "normalized", "rstrip", "single_word", "special")
     return {"content": name, **{field: (flags or {}).get(field) is True for field in fields}}
 
 
-def added_tokens(core: Json) -> dict[int, Json]:
-    """The added tokens of a tokenizer.json by id, in the form of tokenizer_config.json; what is unreadable is left out."""
+def added_tokens(core: JsonObject) -> dict[int, JsonObject]:
+    """The added tokens of a tokenizer.json by id, in the form of tokenizer_config.json, without those that can't be read."""
     entries = core.get("added_tokens")
     named = [e for e in entries if isinstance(e, dict) and isinstance(e.get("content"), str)] if isinstance(entries, list) else []
     return {entry["id"]: added_token(entry["content"], entry) for entry in named if type(entry.get("id")) is int}
 
 
 def bpe_merges(vocabulary: Vocabulary) -> list[str]:
-    """Every way to put a piece together from two others, best score first, then longest first half: transformers >= 4.45's order.
-
-    Pieces that are no ordinary text take no part, since SentencePiece never merges into or from them.
-    """
+    """Every way to join two pieces into a third, by the third's score, then by the length of the first: the order of transformers 4.45
+    and later. Control pieces and the like are left out: SentencePiece never merges them, nor into them."""
     ordinary = {name: vocabulary.scores[name] for name, kind in vocabulary.kinds.items() if kind == NORMAL}
     longest = max(map(len, ordinary), default=0)
     if longest > LONGEST_PIECE:
@@ -62,11 +59,11 @@ def bpe_merges(vocabulary: Vocabulary) -> list[str]:
 
 def llama_json(
     vocabulary: Mapping[str, int], merges: list[Any], unk: str, *, start: Mapping[str, int], end: Mapping[str, int], prefix: bool
-) -> Json:
-    """A LLaMA's tokenizer.json without added tokens. `start` and `end` are the tokens put around every text, with their ids;
+) -> JsonObject:
+    """LLaMA's tokenizer.json without added tokens. `start` and `end` are the tokens put around every text, with their ids;
     `prefix` puts a blank before every piece of text."""
     blanks = [{"type": "Prepend", "prepend": BLANK}] * prefix + [{"type": "Replace", "pattern": {"String": " "}, "content": BLANK}]
-    back: list[Json] = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    back: list[JsonObject] = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
     back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
@@ -79,8 +76,8 @@ def llama_json(
     }  # fmt: skip
 
 
-def _template(start: Mapping[str, int], end: Mapping[str, int]) -> Json:
-    def one(letter: str, number: int) -> list[Json]:
+def _template(start: Mapping[str, int], end: Mapping[str, int]) -> JsonObject:
+    def one(letter: str, number: int) -> list[JsonObject]:
         before, after = ([{"SpecialToken": {"id": name, "type_id": number}} for name in tokens] for tokens in (start, end))
         return [*before, {"Sequence": {"id": letter, "type_id": number}}, *after]
 
@@ -88,7 +85,7 @@ def _template(start: Mapping[str, int], end: Mapping[str, int]) -> Json:
     return {"type": "TemplateProcessing", "single": one("A", 0), "pair": one("A", 0) + one("B", 1), "special_tokens": special}
 
 
-def qwen2_json(vocabulary: Json, merges: str) -> Json:
+def qwen2_json(vocabulary: JsonObject, merges: str) -> JsonObject:
     """What transformers makes of Qwen2's vocab.json and merges.txt."""
     lines = merges.split("\n")
     pairs = [line.strip() for line in lines[lines[0].startswith("#version:") :] if line.strip()]
@@ -106,9 +103,9 @@ def qwen2_json(vocabulary: Json, merges: str) -> Json:
     }  # fmt: skip
 
 
-def bpe_model(core: Json) -> tuple[dict[str, int], list[Any]]:
-    """Vocabulary and merges of a tokenizer.json, a merge as text where its parts hold no blank. Raises InputError unless it holds a
-    BPE model whose ids are 0, 1, 2 and so on."""
+def bpe_model(core: JsonObject) -> tuple[dict[str, int], list[Any]]:
+    """Vocabulary and merges of a tokenizer.json, each merge as one text, or as a list where a half holds a blank. Raises InputError
+    unless it holds a BPE model whose ids are 0, 1, 2 and so on."""
     model = found if isinstance(found := core.get("model"), dict) else {}
     vocabulary, merges = model.get("vocab"), model.get("merges")
     if not isinstance(vocabulary, dict) or not isinstance(merges, list) or model.get("type", "BPE") != "BPE":
@@ -121,37 +118,35 @@ def bpe_model(core: Json) -> tuple[dict[str, int], list[Any]]:
     return vocabulary, [pair if any(" " in part for part in pair) else " ".join(pair) for pair in pairs]
 
 
-def starts_with_bos(core: Json) -> bool:
+def starts_with_bos(core: JsonObject) -> bool:
     """Whether a tokenizer.json puts a token before each text; True where it does not say."""
     processor = core.get("post_processor")
     single = processor.get("single") if isinstance(processor, dict) else None
     return not (isinstance(single, list) and single and isinstance(single[0], dict) and "Sequence" in single[0])
 
 
-def has_prefix(core: Json) -> bool:
-    """Whether a LLaMA's tokenizer.json puts a blank before a text: by a normalizer, or by a Metaspace pre-tokenizer."""
+def has_prefix(core: JsonObject) -> bool:
+    """Whether LLaMA's tokenizer.json puts a blank before a text, by a normalizer or a Metaspace pre-tokenizer."""
     steps = [step for key in ("normalizer", "pre_tokenizer") for step in _steps(core.get(key))]
     return any(s.get("type") == "Prepend" or (s.get("type") == "Metaspace" and s.get("prepend_scheme") != "never") for s in steps)
 
 
-def is_llama(core: Json) -> bool:
-    """Whether a BPE falls back on bytes, as LLaMA's, or has tokens of bytes written as letters, as GPT-2's. Others are an InputError."""
+def is_llama(core: JsonObject) -> bool:
+    """Whether a BPE falls back on bytes, as LLaMA's; False where it is byte-level, as GPT-2's. Raises InputError for any other."""
     llama = core["model"].get("byte_fallback") is True
     if not llama and not any(step.get("type") == "ByteLevel" for step in _steps(core.get("decoder"))):
         raise InputError("`tokenizer.json` holds neither a LLaMA tokenizer nor a byte-level one", hint=PUT_MODEL)
     return llama
 
 
-def splits_as_qwen2(core: Json) -> bool:
+def splits_as_qwen2(core: JsonObject) -> bool:
     """Whether a byte-level tokenizer.json cuts a text as Qwen2Tokenizer does."""
     return any(step.get("pattern") == {"Regex": QWEN2_SPLIT} for step in _steps(core.get("pre_tokenizer")))
 
 
-def _steps(value: Any) -> list[Json]:
+def _steps(value: Any) -> list[JsonObject]:
     """The steps of a normalizer, pre-tokenizer or decoder, which is one step or a sequence of them."""
-    inner = (
-        next((value[key] for key in ("normalizers", "pretokenizers", "decoders") if key in value), [value])
-        if isinstance(value, dict)
-        else []
-    )
+    if not isinstance(value, dict):
+        return []
+    inner = next((value[key] for key in ("normalizers", "pretokenizers", "decoders") if key in value), [value])
     return [step for step in inner if isinstance(step, dict)] if isinstance(inner, list) else []

@@ -1,7 +1,7 @@
-"""The vision tower of a LLaVA: its tensors by the name behind the tower, and a complete `vision_config` for llava-hf.
+"""The vision tower of a LLaVA: its tensors, by names without the tower's prefix, and a complete `vision_config` for llava-hf.
 
-A tower comes from a repository of its own, a CLIP or a SigLIP (`open_tower`), or lies inside a LLaVA (`own_tower`). Its config is checked
-against the shapes of its tensors; what no tensor tells (heads, activation) is looked up, and `notes` say where.
+A tower comes from a repository of its own, a CLIP or a SigLIP (`open_tower`), or from inside a LLaVA (`own_tower`). Its config is checked
+against the shapes of its tensors; what no shape shows (heads, activation) is looked up, and `notes` say where.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 
 from ..errors import InputError, MismatchError
 from ..families.layouts import DROPPED, canonical
-from ..families.shapes import shapes
+from ..families.shapes import MAX_LAYERS, shapes
 from ..families.targets import DEFAULT_PARTS
 from ..families.towers import (
     BESIDE_TOWER,
-    BY_REPOSITORY,
-    BY_TYPE,
     KNOWN_TOWERS,
-    MAX_LAYERS,
     MEASURES,
     PATCH,
     POSITION,
     RANKS,
+    TOWER_ACTIVATIONS,
+    TOWER_BY_REPOSITORY,
+    TOWER_BY_TYPE,
     TOWERS,
     KnownTower,
     Tower,
@@ -37,25 +37,24 @@ from ..formats.folder import member
 from ..storage.reading import present, unreadable
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import listed, shown
+from ..text import listed, shown, unquoted
 from .checkpoint import Checkpoint, Origin
+from .small_files import RIGHT_CONFIG
 
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
-RIGHT_CONFIG = "give the config.json that belongs to these tensors"
-KINDS = " or ".join(row.title for row in TOWERS)
-WHOLE = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
+TOWER_TITLES = " or ".join(row.title for row in TOWERS)
+WHOLE_TOWER = "give a checkpoint whose vision tower is whole: llava-hf needs every tensor of it"
 NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 
-# What tells one tower from another.
+# The config keys in which two different towers differ.
 COMPARED = ("model_type", "hidden_size", "intermediate_size", "patch_size", "image_size", "num_hidden_layers", "hidden_act")
 INTO_PROJECTOR = ("projector.weight", "projector.0.weight")
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A vision tower that is whole: its tensors and config agree, and a LLaVA can be made with it."""
+    """A complete vision tower, whose tensors and config agree."""
 
-    tensors: Mapping[str, LazyTensor]  # "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight", ...
+    tensors: Mapping[str, LazyTensor]  # "embeddings.class_embedding", "encoder.layers.0.self_attn.q_proj.weight"...
     config: Mapping[str, Any]  # the vision_config of llava-hf, every key explicit
     preprocessor: Mapping[str, Any] | None  # its preprocessor_config.json, where there is one
     origin: Origin | None  # None: it lies inside the LLaVA
@@ -64,7 +63,7 @@ class VisionTower:
     @property
     def row(self) -> Tower:
         """What is known of its kind."""
-        return BY_TYPE[self.config["model_type"]]
+        return TOWER_BY_TYPE[self.config["model_type"]]
 
     @property
     def kind(self) -> str:
@@ -98,8 +97,8 @@ class VisionTower:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the shapes of a tower tell: its kind, sizes by config key, and patches along each side of an image."""
+class TowerSizes:
+    """What the shapes of a tower show: its kind, sizes by config key, and patches along each side of an image."""
 
     model_type: str
     sizes: Mapping[str, int]
@@ -107,8 +106,7 @@ class Sizes:
 
 
 def open_tower(checkpoint: Checkpoint) -> VisionTower:
-    """The tower of a CLIP or SigLIP repository: CLIPModel, CLIPVisionModel, SiglipModel, SiglipVisionModel of any transformers
-    version (5.6 and later save a vision model without the prefix `vision_model.`).
+    """The tower of a CLIP or SigLIP repository, saved by any version of transformers (5.6 and later leave out the prefix `vision_model.`).
 
     Raises InputError where there is none, or where config.json and tensors disagree.
     """
@@ -117,7 +115,7 @@ def open_tower(checkpoint: Checkpoint) -> VisionTower:
     named = _unique((full.removeprefix("vision_model."), x) for full, x in checkpoint.tensors.items() if not beside.fullmatch(full))
     if PATCH not in named:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type"))), "lacks": f"`{PATCH}`"}
-        hint = f"give the repository or folder of the {KINDS} that the model was trained with"
+        hint = f"give the repository or folder of the {TOWER_TITLES} that the model was trained with"
         raise InputError(f"{shown(name)} is no vision tower", facts=facts, hint=hint)
     config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
@@ -132,12 +130,12 @@ def own_tower(
     model: Checkpoint | None,
     reference: VisionTower | None = None,
 ) -> VisionTower | None:
-    """The tower among the tensors of a LLaVA in any key style, None where there is none.
+    """The tower among the tensors of a LLaVA in any layout, None where there is none.
 
-    `vision_config` is what a llava-hf config.json says. Without one the sizes come from the shapes, and the heads from
-    `reference` (a tower whose config serves, not its tensors), from the config.json of the local folder that `model`'s config
-    names, from a published tower of the same widths, or from 64 per head, in this order. Raises InputError where the heads
-    stay unknown, a tensor is missing or unknown, or `vision_config` disagrees; MismatchError where another config does.
+    `vision_config` is that of a llava-hf config.json. Without one the sizes come from the shapes, and the heads from the config of
+    `reference` (whose tensors are not used), from the config.json of the local folder that `model`'s config names, from a published
+    tower of the same widths, or from 64 channels a head, in this order. Raises InputError where the heads stay unknown, a tensor is
+    missing or unknown, or `vision_config` disagrees; MismatchError where another config does.
     """
     name = model.origin.name if model else "the checkpoint"
     every = ((canonical(full), tensor) for full, tensor in tensors.items())
@@ -157,7 +155,7 @@ def own_tower(
 
 
 def holds_tower(checkpoint: Checkpoint) -> bool:
-    """Whether a LLaVA has a vision tower of its own, in any key style."""
+    """Whether a LLaVA, in any layout, has a vision tower of its own."""
     return any(canonical(name).startswith("tower.") for name in checkpoint.tensors)
 
 
@@ -170,12 +168,12 @@ def tower_hint(config: Mapping[str, Any]) -> str:
     """What to do where an original LLaVA holds no tower: give the one that its config names."""
     named = named_tower(config)
     if not named:
-        return f"give the {KINDS} that it was trained with as `--vision-tower`: its repository or folder"
+        return f"give the {TOWER_TITLES} that it was trained with as `--vision-tower`: its repository or folder"
     return f"give the tower that it was trained with, by its config {shown(named)}: `--vision-tower` with that repository, or its folder"
 
 
 def published(name: str) -> KnownTower | None:
-    """The published tower of this repository, None for a folder and for a repository that `families` does not list."""
+    """The published tower of this repository; None for a folder, and for a repository that families/towers.py does not list."""
     repo = name.strip().removeprefix("hf://").partition("@")[0].rstrip("/").lower()
     return next((known for known in KNOWN_TOWERS if known.repo.lower() == repo), None)
 
@@ -192,18 +190,18 @@ def _facts(known: KnownTower) -> tuple[str | int, ...]:
 
 @dataclass(frozen=True)
 class Doubts:
-    """What there is to say about a tower beside the name that a config gives: a warning is a fact, a note a mere difference of names."""
+    """How a tower differs from the one that a config names: in sizes or activation (a warning), or only by name (a note)."""
 
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    differs: bool = False  # in a fact, so that the name is not that of the tower
+    differs: bool = False  # in sizes or activation, so it can't be the tower that is named
 
 
 def check_tower(model: Checkpoint, given: VisionTower, *, name: str = "", accept: bool = False) -> Doubts:
-    """Whether `given` can be the tower that `name`, else the config of the original LLaVA `model`, names.
+    """How `given` differs from the tower `name`, else from the one that the config of the original LLaVA `model` names.
 
-    Both are known by their shapes and configs, never by a folder's name. Raises MismatchError where both are published ones and
-    differ, unless `accept`; then, and where one of them is unknown and a fact differs, it is a warning.
+    They are compared by shapes and configs, never by a folder's name. Raises MismatchError where two published towers differ, unless
+    `accept`; then, and where one of them is not a published one, a difference is a warning.
     """
     named = name or named_tower(model.config)
     label = given.origin.name if given.origin else model.origin.name
@@ -221,8 +219,8 @@ def check_tower(model: Checkpoint, given: VisionTower, *, name: str = "", accept
     facts = {f"{shown(named)}, as named": _described(wanted), f"{shown(label)}, as given": _described(given.config)}
     if known and is_known and not accept:
         what = f"{shown(label)} is not the vision tower that the model was trained with: it is {known.repo}, named is {shown(named)}"
-        told = published(named)
-        right = known.repo if given.origin is None else told.repo if told else shown(named)[1:-1]
+        wished = published(named)
+        right = known.repo if given.origin is None else wished.repo if wished else unquoted(named)
         hint = f"give `--vision-tower {right}`, its repository or folder; `--accept-tower` goes on with this one"
         raise MismatchError(what, facts=facts, hint=hint)
     text = f"the vision tower is not the one that the config names: {'; '.join(f'{label} {text}' for label, text in facts.items())}"
@@ -230,10 +228,10 @@ def check_tower(model: Checkpoint, given: VisionTower, *, name: str = "", accept
 
 
 def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bool]:
-    """The config of the tower that is named, None where nobody knows it; and whether it is a published one."""
+    """The config of the tower that is named, None where it is not known; and whether it is a published one."""
     if known := published(named):
         return dict(zip(COMPARED, _facts(known), strict=True)), True
-    with suppress(InputError):  # a folder of that name which holds no tower says nothing
+    with suppress(InputError):  # a folder of that name may be no tower
         if local := _local_config(named, near):
             config = complete_config(_vision_config(local, named), source=shown(named))
             return config, recognised(config) is not None
@@ -241,20 +239,20 @@ def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bo
 
 
 def _may_be_named(model: Checkpoint, wanted: Mapping[str, Any]) -> bool:
-    """Whether the projector takes features of the named tower's width: where not, the name is not that of the tower it was trained with."""
+    """Whether the projector fits the width of the named tower's features; if not, the model was trained with another tower."""
     widths = {tensor.shape[1] for full, tensor in model.tensors.items() if canonical(full) in INTO_PROJECTOR and len(tensor.shape) == 2}
     return not widths or wanted["hidden_size"] in widths
 
 
 def _lost_training(model: Checkpoint, given: VisionTower) -> tuple[str, ...]:
-    """A tower that was trained with its model lies inside of it, unless somebody left it out."""
+    """A warning where the tower was trained with its model, but is missing there and another one was given."""
     if given.origin is None or model.config.get("unfreeze_mm_vision_tower") is not True:
         return ()
     return ("`unfreeze_mm_vision_tower` is true in config.json, so the vision tower was trained too, and the given one was not",)
 
 
 def check_kept(own: VisionTower, given: VisionTower, holder: str) -> str:
-    """A note that the tower inside `holder` is kept, though one was given. Raises MismatchError where that is another one by its facts."""
+    """A note that the tower inside `holder` is kept, though one was given. Raises MismatchError where that one has another config."""
     label = shown(given.origin.name if given.origin else holder)
     if any(own.config[key] != given.config[key] for key in COMPARED):
         facts = {f"inside {shown(holder)}": _described(own.config), f"{label}, as given": _described(given.config)}
@@ -269,17 +267,17 @@ def _described(config: Mapping[str, Any]) -> str:
 
 
 def complete_config(config: Mapping[str, Any], *, source: str = "the vision config") -> dict[str, Any]:
-    """`model_type` and every key among the defaults of its row, from `config` or else as transformers assumes; other keys stay behind.
+    """`model_type` and every key for which its row has a default, from `config` or else the default; without all other keys.
 
     Raises InputError, naming `source`, for a kind of tower that is unknown or a value that is no size, fraction or activation.
     """
     if not isinstance(config, Mapping):
         raise InputError(f"{source} is {shown(str(config))}, not an object", hint=RIGHT_CONFIG)
     model_type = DEFAULT_PARTS["vision_config"] if config.get("model_type") is None else config["model_type"]
-    if not isinstance(model_type, str) or model_type not in BY_TYPE:
-        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(BY_TYPE)}", hint=RIGHT_CONFIG)
+    if not isinstance(model_type, str) or model_type not in TOWER_BY_TYPE:
+        raise InputError(f"`model_type` is {shown(str(model_type))} in {source}, known are {', '.join(TOWER_BY_TYPE)}", hint=RIGHT_CONFIG)
     complete: dict[str, Any] = {"model_type": model_type}
-    for key, default in BY_TYPE[model_type].defaults.items():
+    for key, default in TOWER_BY_TYPE[model_type].defaults.items():
         value: Any = default if config.get(key) is None or isinstance(default, bool) else config[key]
         if not _valid(value, default) or (key == "num_hidden_layers" and value > MAX_LAYERS):
             raise InputError(f"`{key}` is {shown(str(value))} in {source}, which can't be", hint=RIGHT_CONFIG)
@@ -293,21 +291,20 @@ def complete_config(config: Mapping[str, Any], *, source: str = "the vision conf
 
 
 def tower_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the tower that a `vision_config` describes, by the name behind the tower, without SigLIP's pooling head.
-
-    Missing keys count as transformers' defaults. Raises InputError as `complete_config` does."""
+    """The shape of every tensor of the tower that a `vision_config` describes, without SigLIP's pooling head. Missing keys have
+    transformers' defaults. Raises InputError as `complete_config`."""
     known = complete_config(config)
-    row = BY_TYPE[known["model_type"]]
+    row = TOWER_BY_TYPE[known["model_type"]]
     layers = (shapes(row.layer, known, before=f"encoder.layers.{number}.") for number in range(known["num_hidden_layers"]))
     return shapes(row.before, known) | {name: shape for layer in layers for name, shape in layer.items()} | shapes(row.after, known)
 
 
 def _unique(pairs: Iterable[tuple[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """The pairs as a mapping. Raises InputError where a name stands twice."""
+    """The pairs as a mapping. Raises InputError where two have the same name."""
     found: dict[str, LazyTensor] = {}
     for name, tensor in pairs:
         if name in found:
-            raise InputError(f"the vision tower holds {shown(name)} twice, under names of two layouts", hint=WHOLE)
+            raise InputError(f"the vision tower holds {shown(name)} twice, under names of two layouts", hint=WHOLE_TOWER)
         found[name] = tensor
     return found
 
@@ -317,36 +314,36 @@ def _is_head(name: str) -> bool:
 
 
 def row_of(names: Container[str]) -> Tower:
-    """The kind of tower that has most of these names, which stand behind the tower, and lacks the fewest."""
+    """The kind of tower that has most of these names, without the tower's prefix, and lacks the fewest."""
     return max(TOWERS, key=lambda row: sum(1 if parameter.name in names else -1 for parameter in row.before))
 
 
-def _measure(tensors: Mapping[str, LazyTensor], name: str) -> Sizes:
-    """Kind and sizes from the shapes. Raises InputError where a tensor that tells one is missing or has no such shape."""
+def _measure(tensors: Mapping[str, LazyTensor], name: str) -> TowerSizes:
+    """Kind and sizes from the shapes. Raises InputError where a tensor that shows one is missing or has no such shape."""
     for needed, rank in RANKS.items():
         if needed not in tensors:
-            raise InputError(f"the vision tower of {shown(name)} lacks `{needed}`", hint=WHOLE)
+            raise InputError(f"the vision tower of {shown(name)} lacks `{needed}`", hint=WHOLE_TOWER)
         shape = list(tensors[needed].shape)
         if len(shape) != rank or 0 in shape:
-            raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty", hint=WHOLE)
+            raise InputError(f"`{needed}` of {shown(name)} has shape {shape}, expected {rank} axes that are not empty", hint=WHOLE_TOWER)
     row = row_of(tensors)
     rows = tensors[POSITION].shape[0] - row.class_token
     if rows < 1 or math.isqrt(rows) ** 2 != rows:
-        raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square", hint=WHOLE)
+        raise InputError(f"`{POSITION}` of {shown(name)} has {rows:,} rows for patches, which make no square", hint=WHOLE_TOWER)
     numbers = (re.match(r"encoder\.layers\.(\d{1,6})\.", behind) for behind in tensors)
     layers = max(int(found[1]) for found in numbers if found) + 1
     if layers > MAX_LAYERS:
-        raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read", hint=WHOLE)
+        raise InputError(f"the vision tower of {shown(name)} has {layers:,} layers, at most {MAX_LAYERS:,} are read", hint=WHOLE_TOWER)
     sizes = {key: tensors[tensor].shape[axis] for key, (tensor, axis) in MEASURES.items()}
-    return Sizes(row.model_type, {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
+    return TowerSizes(row.model_type, {**sizes, "num_hidden_layers": layers}, math.isqrt(rows))
 
 
-def _check_sizes(config: Mapping[str, Any], found: Sizes, *, source: str, error: type[InputError] = InputError) -> None:
+def _check_sizes(config: Mapping[str, Any], found: TowerSizes, *, source: str, error: type[InputError] = InputError) -> None:
     """Raise `error`, naming key and tensor, where a complete config does not describe these tensors."""
     hint = RIGHT_CONFIG
     if config["model_type"] != found.model_type:
-        own, other = ({parameter.name for parameter in BY_TYPE[kind].before} for kind in (found.model_type, config["model_type"]))
-        what = f"`model_type` is `{config['model_type']}` in {source}, but the vision tower is a {BY_TYPE[found.model_type].title}"
+        own, other = ({parameter.name for parameter in TOWER_BY_TYPE[kind].before} for kind in (found.model_type, config["model_type"]))
+        what = f"`model_type` is `{config['model_type']}` in {source}, but the vision tower is a {TOWER_BY_TYPE[found.model_type].title}"
         facts = {"has": listed(sorted(own - other)), "lacks": listed(sorted(other - own))}
         raise error(what, facts={label: names for label, names in facts.items() if names}, hint=hint)
     for key, size in found.sizes.items():
@@ -364,25 +361,25 @@ def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: 
     expected = tower_shapes(config)
     if missing := expected.keys() - tensors.keys():
         names = listed(behind for behind in expected if behind in missing)
-        raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE)
+        raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE_TOWER)
     if unknown := [behind for behind in tensors if behind not in expected]:
-        facts = {"known kinds": ", ".join(BY_TYPE)}
+        facts = {"known kinds": ", ".join(TOWER_BY_TYPE)}
         raise InputError(
             f"the vision tower of {shown(name)} has tensors that no rule knows: {listed(unknown)}",
             facts=facts,
-            hint=f"give a {KINDS} as its authors published it",
+            hint=f"give a {TOWER_TITLES} as its authors published it",
         )
     for behind, shape in expected.items():
         tensor = tensors[behind]
         if tensor.shape != shape:
-            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}", hint=WHOLE)
+            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}", hint=WHOLE_TOWER)
         if tensor.dtype not in FLOATS:
             raise InputError(f"`{behind}` of {shown(name)} is stored as {tensor.dtype}", hint="give a tower that is not quantised")
     return {behind: tensors[behind] for behind in expected}
 
 
-def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str]:
-    """A complete config for measured sizes, and a sentence on where heads and activation are from."""
+def _look_up(found: TowerSizes, model: Checkpoint | None, reference: VisionTower | None) -> tuple[dict[str, Any], str]:
+    """A complete config for measured sizes, and a sentence on where heads and activation come from."""
     model_config = model.config if model else {}
     near = model.origin.path if model and not model.origin.remote else None
     named = named_tower(model_config)
@@ -408,7 +405,7 @@ def _look_up(found: Sizes, model: Checkpoint | None, reference: VisionTower | No
     return complete_config(measured), f"vision_config: {note}"
 
 
-def _borrowed(config: Mapping[str, Any], found: Sizes, source: str) -> tuple[dict[str, Any], str]:
+def _borrowed(config: Mapping[str, Any], found: TowerSizes, source: str) -> tuple[dict[str, Any], str]:
     """Another tower's config for these tensors, which may have fewer layers: some LLaVAs drop the last ones."""
     layers = min(config["num_hidden_layers"], found.sizes["num_hidden_layers"])
     fitting = {**config, "num_hidden_layers": layers}
@@ -417,34 +414,34 @@ def _borrowed(config: Mapping[str, Any], found: Sizes, source: str) -> tuple[dic
     return fitting, f"vision_config: from {source}" + (cut if layers < config["num_hidden_layers"] else "")
 
 
-def _known(found: Sizes, named: str) -> KnownTower | None:
-    """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
+def _known(found: TowerSizes, named: str) -> KnownTower | None:
+    """The published tower with these widths, if possible of the publisher of the tower `named`."""
     sizes = (found.model_type, found.sizes["hidden_size"], found.sizes["intermediate_size"])
     fitting = [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == sizes]
-    theirs = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
-    return next(theirs, fitting[0] if fitting else None)
+    same_publisher = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
+    return next(same_publisher, fitting[0] if fitting else None)
 
 
 def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
-    """config.json of the folder `named`, seen from the working directory or from up to three folders above the checkpoint `near`;
-    None where there is no such folder or file."""
+    """config.json of the folder `named`, relative to the working directory or to one of the three folders above the checkpoint `near`;
+    None where there is none."""
     above = list(near.parents)[:3] if near else []
     folders = (folder / named for folder in (Path(), *above)) if named else ()
     return next((load_object(member(folder, "config.json")) for folder in folders if present(folder / "config.json")), None)
 
 
 def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The vision half of a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
+    """The vision tower's config in a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in BY_REPOSITORY:
-        facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(BY_REPOSITORY)}
-        raise InputError(f"{shown(name)} has no config.json of a {KINDS}", facts=facts, hint="give the tower's whole folder")
-    if model_type in BY_TYPE:
+    if not isinstance(model_type, str) or model_type not in TOWER_BY_REPOSITORY:
+        facts = {"model_type": "missing" if model_type is None else shown(str(model_type)), "known": ", ".join(TOWER_BY_REPOSITORY)}
+        raise InputError(f"{shown(name)} has no config.json of a {TOWER_TITLES}", facts=facts, hint="give the tower's whole folder")
+    if model_type in TOWER_BY_TYPE:
         return config
     nested = config.get("vision_config") or config.get("vision_config_dict") or {}  # the second was its name in 2022
     if not isinstance(nested, Mapping):
         raise InputError(f"`vision_config` is not an object in the config.json of {shown(name)}", hint=RIGHT_CONFIG)
-    return {**nested, "model_type": nested.get("model_type") or BY_REPOSITORY[model_type].model_type}
+    return {**nested, "model_type": nested.get("model_type") or TOWER_BY_REPOSITORY[model_type].model_type}
 
 
 def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
@@ -459,10 +456,10 @@ def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 
 def _valid(value: Any, default: int | float | str) -> bool:
-    """Whether a config value is of its default's kind and within bounds."""
+    """Whether a config value has its default's type and is within bounds."""
     if isinstance(default, bool):
         return value is default
     if isinstance(default, str):
-        return value in ACTIVATIONS
+        return value in TOWER_ACTIVATIONS
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and (isinstance(value, int) and 0 < value <= 1 << 16 if isinstance(default, int) else 0 <= value <= 100)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,16 @@ from ..checkpoint.manifest import GIT, Manifest, Sum, TensorEntry, find_manifest
 from ..checkpoint.rehash import Reading, digest_file, digests, rehash, size_of
 from ..checkpoint.tower import open_tower
 from ..errors import HubError, InputError, LlavaWeightsError
-from ..events import Event
+from ..events import Listener
 from ..families.files import CONFIG_FILES, WEIGHT_SUFFIXES
-from ..families.layouts import DROPPED, TABLES, Names, canonical
-from ..families.projectors import NAMES
+from ..families.layouts import DROPPED, VOCABULARY_TABLES, BaseNames, canonical
+from ..families.projectors import PROJECTOR_NAMES
 from ..families.published import recognise
 from ..findings import Finding, Verdict
 from ..formats.folder import member
 from ..storage.http import endpoint
-from ..storage.hub import HubSource, explain, parse_source, source_text
-from ..storage.retry import ANSWER, within
+from ..storage.hub import HubSource, hub_error, parse_source, source_text
+from ..storage.retry import ANSWER_SECONDS, within
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor, cast
 from ..tensors.resize import resized
@@ -45,9 +45,9 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
     how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
     explained: LlavaWeightsError | None = None
     try:
-        info = within(ANSWER, lambda: api.model_info(source.repo_id, **how))
+        info = within(ANSWER_SECONDS, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
-        explained = explain(error, source)
+        explained = hub_error(error, source)
         if explained is None:
             raise
     if explained:  # outside of `except`: the library's own message may hold a token, so it must not be the context
@@ -154,9 +154,7 @@ def _recorded_checkpoint(manifest: Manifest) -> Checkpoint | None:
     return Checkpoint(tensors, config, Origin(folder.name, folder, "safetensors", ()), files) if config else None
 
 
-def read_reference(
-    reference: Reference, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
-) -> tuple[Reference, list[Finding]]:
+def read_reference(reference: Reference, *, jobs: int = 2, on_event: Listener = lambda event: None) -> tuple[Reference, list[Finding]]:
     """The reference with digests of its values, and what is wrong with a manifest that lies beside them: it is not asked for any.
 
     Raises InputError where the values can't be read.
@@ -194,7 +192,7 @@ def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = N
 
 
 def compare_tower(
-    checkpoint: Checkpoint, reading: Reading, given: Checkpoint, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
+    checkpoint: Checkpoint, reading: Reading, given: Checkpoint, *, jobs: int = 2, on_event: Listener = lambda event: None
 ) -> tuple[list[Finding], dict[str, str]]:
     """The tower in `checkpoint` beside the one that was given, cast to its dtype; and the tensors that it proves, with the reason."""
     tower, label = open_tower(given), shown(given.origin.name)
@@ -222,7 +220,7 @@ def compare_tower(
 def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Finding]:
     label, theirs = reference.label, reference.tensors or {}
     ours = _in_form_of(subject, theirs, jobs)
-    pairs, alone = Names(theirs).match(ours)
+    pairs, alone = BaseNames(theirs).match(ours)
     taken = set(pairs.values())
     there = [name for name in theirs if name not in taken]
     unlike = {name: other for name, other in pairs.items() if kind(ours[name]) != kind(theirs[other])}
@@ -310,13 +308,13 @@ def _is_single(parts: Mapping[str, str]) -> bool:
 
 
 def _is_pair(parts: Mapping[str, str]) -> bool:
-    return {*parts} == {*NAMES}
+    return {*parts} == {*PROJECTOR_NAMES}
 
 
 def _is_grown(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
     """Whether it is a vocabulary table to which rows were added."""
     same = (ours.dtype, ours.shape[1:]) == (theirs.dtype, theirs.shape[1:])
-    return canonical(name) in TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
+    return canonical(name) in VOCABULARY_TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
 
 
 def _heads(checkpoint: Checkpoint | None, entries: Mapping[str, TensorEntry], rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:

@@ -24,8 +24,8 @@ from ..errors import InputError, UsageError
 from ..families.decoders import DECODERS, LLAVA_DEFAULTS
 from ..families.files import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
 from ..families.layouts import canonical
-from ..families.projectors import FORMS
-from ..families.targets import DEFAULTS
+from ..families.projectors import PROJECTOR_FORMS
+from ..families.targets import TARGET_DEFAULTS
 from ..families.towers import TOWERS
 from ..findings import Finding
 from ..text import listed, shown
@@ -58,7 +58,7 @@ CODE = {"auto_map": None, "trust_remote_code": None, "_attn_implementation_inter
 WRITTEN = ("architectures", "model_type", "vocab_size", "pad_token_id")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What the classes assume (LlavaConfig and LlavaNextConfig of transformers 4.37 to 5.23; LLaVA's own code at c121f04).
-HUB = {**DEFAULTS, **CODE}
+HUB = {**TARGET_DEFAULTS, **CODE}
 FLAT = {
     **LLAVA_DEFAULTS, "mm_projector_type": "linear", "mm_use_im_start_end": False, "mm_use_im_patch_token": True,
     "mm_patch_merge_type": "flat", "mm_vision_select_layer": -2, "unfreeze_mm_vision_tower": False, "image_grid_pinpoints": None,
@@ -148,7 +148,7 @@ def _findings(found: _Compared, level: str) -> list[Finding]:
 def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None, found: _Compared) -> Checkpoint:
     """`original` as the converter would write it for llava-hf, with the options of `like`; cut to the text model's config if it can't."""
     name = shown(original.origin.name)
-    forms = {act: form for form, act in FORMS.items()}
+    forms = {act: form for form, act in PROJECTOR_FORMS.items()}
     rows = next((tensor.rows for name, tensor in like.tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
     single = any(canonical(name) == "projector.weight" for name in original.tensors)  # which alone has forms
     options: dict[str, Any] = {"vocab_size": rows}
@@ -243,7 +243,10 @@ def _config(side: Sidecars) -> dict[str, Any]:
         return _text(side) if side.checkpoint.layout != "llava" else _text(side) | _filled(config, FLAT, keys=FLAT)
     text = _text(side)
     ids = {key: text[key] for key in IDS}
-    top = {**config, "image_token_index": config.get("image_token_index", config.get("image_token_id", DEFAULTS["image_token_index"]))}
+    top = {
+        **config,
+        "image_token_index": config.get("image_token_index", config.get("image_token_id", TARGET_DEFAULTS["image_token_index"])),
+    }
     top = {key: value for key, value in top.items() if key not in ("text_config", "vision_config", "image_token_id")}
     try:
         tower: dict[str, Any] = complete_config(vision(side.objects))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -19,15 +19,15 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Source, opened
 from ..errors import MOST_JOBS, UsageError, finite, whole_number
-from ..events import Event, Progress, Started
-from ..families.layouts import TABLES, Names, canonical
+from ..events import Listener, Progress, Started, check_listener
+from ..families.layouts import VOCABULARY_TABLES, BaseNames, canonical
 from ..formats.folder import same_header
 from ..storage.reading import Workspace, check_crcs, steady
 from ..storage.threads import in_threads
 from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits, to_float32
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..tensors.windows import row_ranges
-from ..text import fold_names
+from ..text import brief, fold_names
 
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
@@ -38,13 +38,14 @@ CHUNK = 1 << 17  # values measured at once: small enough for the processor's cac
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor of A beside its partner in B; dtypes and shapes are "" and () where there is none.
+    """One tensor of A, `name`, beside its partner `other` in B; `canonical` is the name that both have in no layout. `status` is "equal",
+    "differs", "shape", "only A" or "only B"; dtypes and shapes are "" and () where there is no partner.
 
-    `elements` were compared (only the common rows of a vocabulary table). `different` of them have other bits, or other values
-    where dtypes differ; `beyond` of these are further apart than the tolerance and decide `status`. `max_abs`, `mean_abs` (over
-    `elements`), `max_ulps` and `relative` = |B - A| / |A| (Frobenius, float64, infinite where A is zero) are over finite values;
-    `non_finite_a` and `non_finite_b` count inf and NaN among the different ones. `max_ulps` counts steps between neighbouring
-    floats, -0.0 and 0.0 being one value; None for integers and where dtypes differ.
+    `elements` values were compared (of a vocabulary table the rows that both have). `different` of them have other bits, or other values
+    where dtypes differ; `beyond` of these are further apart than the tolerance and decide `status`. Over finite values: `max_abs` and
+    `mean_abs` of |B - A| (the mean over `elements`), `relative` = |B - A| / |A| (Frobenius norms in float64, infinite where A is zero),
+    `max_ulps` the most steps between neighbouring floats (-0.0 and 0.0 are one; None for integers and where dtypes differ). `non_finite_a`
+    and `non_finite_b` count inf and NaN among the different ones. `note` says what else there is to know.
     """
 
     name: str
@@ -66,10 +67,16 @@ class TensorDifference:
     non_finite_b: int = 0
     note: str = ""
 
+    def __repr__(self) -> str:
+        apart = f", {self.different} of {self.elements} values, max |d| {self.max_abs:.1e}" if self.different else ""
+        return f"TensorDifference({brief(self.name or self.other, 80)}, {self.status!r}{apart})"
+
 
 @dataclass(frozen=True)
 class Difference:
-    """All pairs in the order of A, then what only B has. `ignored_a` and `ignored_b` count buffers that no program reads."""
+    """What `diff` found: the `tensors` in the order of A, then what only B has. `name_a` and `name_b` are the names of the checkpoints.
+    `ignored_a` and `ignored_b` count buffers that no program reads and that were left out.
+    """
 
     tensors: tuple[TensorDifference, ...]
     name_a: str
@@ -77,6 +84,10 @@ class Difference:
     tolerance: float = 0.0
     ignored_a: int = 0
     ignored_b: int = 0
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
+        return f"Difference({brief(self.name_a)}, {brief(self.name_b)}, tensors: {found or 'none'})"
 
     @property
     def equal(self) -> bool:
@@ -97,16 +108,19 @@ def diff(
     tolerance: float = 0.0,
     rows: bool = True,
     jobs: int = 2,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Listener = lambda event: None,
 ) -> Difference:
-    """Compare every tensor of `a` with its partner in `b`, each open or a path.
+    """Compare every tensor of `a` with its partner in `b`, across layouts, dtypes and shards. Every byte is read, nothing is written.
 
-    `rows`: vocabulary tables of unequal length are compared on the rows that both have.
+    Of one dtype, equal means equal bits; of two, equal values or both NaN. Values with |a - b| <= `tolerance` count as equal too. With
+    `rows`, vocabulary tables of different lengths are compared on the rows that both have. `jobs` is the number of threads, from 1 to 64;
+    the figures are the same with any. `on_event` is called in this thread with each Event, such as a ProgressBar; bytes are those read of
+    both.
 
-    Same dtype: equal means equal bits. Other dtypes: equal values, or both NaN. |a - b| <= `tolerance` counts as equal too.
-    `on_event` is told in this thread, as each tensor is done; `nbytes` are those read of A and B.
-    Raises UsageError for a tolerance that is no distance, InputError where an input is damaged or changes meanwhile.
+    Raises UsageError for a value that an option can't have, InputError where an input is damaged or changes meanwhile, HubError where the
+    Hub can't serve one.
     """
+    check_listener(on_event)
     if not 0 <= finite("tolerance", tolerance) < math.inf:
         hint = "pass 0 for equal bits, or a small number such as 1e-3"
         raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on", hint=hint)
@@ -121,7 +135,7 @@ def diff(
 
 
 def _measure_all(
-    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Callable[[Event], None]
+    pairs: Sequence[tuple[TensorDifference, _Pair | None]], tolerance: float, jobs: int, on_event: Listener
 ) -> list[TensorDifference]:
     nbytes = [pair.a.nbytes + pair.b.nbytes if pair else 0 for _, pair in pairs]
     on_event(Started(shards=len(pairs), nbytes=sum(nbytes), what="Comparing"))
@@ -189,7 +203,7 @@ class _Pair(LazyTensor):
 def _pairs(ours: Mapping[str, LazyTensor], theirs: Mapping[str, LazyTensor], rows: bool) -> Iterator[tuple[TensorDifference, _Pair | None]]:
     """Every tensor of A, then what only B has, each with what there is to compare."""
     partner = {name: name for name in ours if name in theirs}
-    left, right = (Names(name for name in side if name not in partner).canonical for side in (ours, theirs))
+    left, right = (BaseNames(name for name in side if name not in partner).canonical for side in (ours, theirs))
     partner |= {name: right[key] for key, name in left.items() if key in right}
     for name, a in ours.items():
         if name in partner:
@@ -206,7 +220,7 @@ def _pairs(ours: Mapping[str, LazyTensor], theirs: Mapping[str, LazyTensor], row
 
 def _common(known: TensorDifference, a: LazyTensor, b: LazyTensor, rows: bool) -> _Pair | None:
     """What can be compared of the two: all of it, the common rows of a vocabulary table, or nothing."""
-    table = rows and known.canonical in TABLES and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]
+    table = rows and known.canonical in VOCABULARY_TABLES and len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[1]
     if a.shape != b.shape and not table:
         return None
     larger = max(a.dtype, b.dtype, key=ITEMSIZE.__getitem__)

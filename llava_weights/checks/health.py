@@ -27,13 +27,13 @@ from ..checkpoint.small_files import small_text
 from ..errors import InputError
 from ..families.decoders import ACTIVATIONS
 from ..families.files import STANDARD
-from ..families.layouts import TABLES, canonical, spelled
+from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
 from ..families.quantised import EVERY_NAME
 from ..findings import Finding
 from ..formats.folder import member
 from ..storage.reading import Workspace, present
 from ..storage.strict_json import MAX_INDEX, load_object
-from ..tensors.holes import Watch, told
+from ..tensors.holes import Watch, hole_sentences
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..tensors.sampling import LARGEST_ROW, even, read_some
 from ..text import few, fold_names, listed, size
@@ -288,7 +288,7 @@ def _holes(checkpoint: Checkpoint) -> Iterator[Finding]:
         watch.survey()
     except InputError as error:
         yield Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, DOWNLOAD)
-    for text in told(hole.text for hole in sorted(watch.found)):
+    for text in hole_sentences(hole.text for hole in sorted(watch.found)):
         yield Finding("L1", "failed", checkpoint.origin.name, text, DOWNLOAD)
 
 
@@ -342,7 +342,7 @@ def _unlike(samples: Mapping[str, Sample]) -> Iterator[Finding]:
 
 def _head(s: Sidecars) -> Iterator[Finding]:
     """A stored `lm_head` beside the flag that makes readers take the embedding in its place."""
-    config, tables = s.of(CONFIG), [s.parts.get(part) for part in TABLES]
+    config, tables = s.of(CONFIG), [s.parts.get(part) for part in VOCABULARY_TABLES]
     embed, head = tables
     if embed is None or head is None or embed.shape != head.shape:
         return
@@ -355,7 +355,7 @@ def _head(s: Sidecars) -> Iterator[Finding]:
         yield Finding("L1", "failed", CONFIG, text, "set it to false")
     elif same and not tied:
         text = "the head holds the values of the embedding, though `tie_word_embeddings` is not true"
-        yield _warning("L1", spelled(TABLES[1], _layout(s)), text, "see that the head is the one that was trained")
+        yield _warning("L1", spelled(VOCABULARY_TABLES[1], _layout(s)), text, "see that the head is the one that was trained")
 
 
 def _between(s: Sidecars) -> Iterator[Finding]:
@@ -406,7 +406,8 @@ def _state(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def _width(checkpoint: Checkpoint) -> int:
     return max(
-        (tensor.shape[-1] for name, tensor in checkpoint.tensors.items() if canonical(name) == TABLES[0] and tensor.shape), default=0
+        (tensor.shape[-1] for name, tensor in checkpoint.tensors.items() if canonical(name) == VOCABULARY_TABLES[0] and tensor.shape),
+        default=0,
     )
 
 
@@ -436,10 +437,13 @@ def _rows(sidecars: Sidecars) -> Iterator[Finding]:
         yield Finding("L1", "unchecked", "vocabulary", "there is no tokenizer that tells which rows are of tokens")
         return
     unread = {sidecars.ids.get("pad"), sidecars.ids.get("unk"), *map(added.get, (sidecars.image_token, "<im_patch>", "<pad>", "[PAD]"))}
-    unwritten = {TABLES[0]: unread, TABLES[1]: unread | {added.get("<im_start>"), added.get("<im_end>")}}  # no answer holds these
+    unwritten = {
+        VOCABULARY_TABLES[0]: unread,
+        VOCABULARY_TABLES[1]: unread | {added.get("<im_start>"), added.get("<im_end>")},
+    }  # no answer holds these
     texts = {i: name for name, i in added.items()}
     with closing(Workspace(drop_cache=False)) as work:
-        for part in TABLES:
+        for part in VOCABULARY_TABLES:
             if part in sidecars.parts:
                 table = sidecars.parts[part]
                 name = spelled(part, _layout(sidecars))

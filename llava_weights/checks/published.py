@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -28,13 +28,13 @@ from ..checkpoint.checkpoint import Checkpoint, need_files
 from ..checkpoint.rehash import rehash
 from ..checkpoint.small_files import small_object
 from ..errors import InputError, MismatchError
-from ..events import Event, Progress
+from ..events import Listener, Progress
 from ..families import published
 from ..families.deltas import known_delta
 from ..families.published import UNFIT, Role
 from ..findings import Finding
 from ..formats.torch_zip import LOCAL, Member, zip_records
-from ..storage.reading import READABLE, Record, SourceFile, Workspace, check_crcs
+from ..storage.reading import CHECK_DISK, Record, SourceFile, Workspace, check_crcs
 from ..storage.threads import Shield
 from ..tensors.lazy import FLOATS, Add, LazyTensor, Stored, cast
 from ..tensors.windows import cut, make
@@ -78,7 +78,7 @@ def predict(
     merged: Mapping[str, LazyTensor],
     base: Checkpoint | None = None,
     *,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Listener = lambda event: None,
 ) -> Iterator[Prediction]:
     """The author's merged shards, one after another, from his delta's `.bin` files and the merged tensors.
 
@@ -99,7 +99,7 @@ def check_published(
     delta: Checkpoint,
     base: Checkpoint | None = None,
     *,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Listener = lambda event: None,
 ) -> tuple[Finding, ...]:
     """Is `merged` what the author has? One finding per shard: "ok" is proof, "unproved" all else. Raises as `predict`."""
     return tuple(_finding(prediction) for prediction in predict(delta, merged.tensors, base, on_event=on_event))
@@ -170,7 +170,7 @@ def _frequencies(name: str, delta: Stored, base: Checkpoint | None) -> LazyTenso
     return Add(dtype=delta.dtype, shape=delta.shape, base=rounded[0], delta=rounded[1])
 
 
-def _predictions(shards: list[_Shard], delta: Checkpoint, on_event: Callable[[Event], None]) -> Iterator[Prediction]:
+def _predictions(shards: list[_Shard], delta: Checkpoint, on_event: Listener) -> Iterator[Prediction]:
     done = 0
     for shard in shards:
         digests = [hashlib.new(name, usedforsecurity=False) for name in ("md5", "sha256")]
@@ -308,9 +308,7 @@ class Recognised:
     md5: str
 
 
-def check_inputs(
-    files: Sequence[Path], role: Role, *, jobs: int = 2, on_event: Callable[[Event], None] = lambda event: None
-) -> list[Recognised]:
+def check_inputs(files: Sequence[Path], role: Role, *, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Recognised]:
     """Read every file once and say what is known of it, given as the "base" of a delta, as the "delta", or as a "merged" model.
 
     Raises InputError where one is missing, can't be read or changes meanwhile.
@@ -318,7 +316,7 @@ def check_inputs(
     named = {str(path): path for path in files}
     found = rehash(named, {}, algorithms=("sha256", "md5"), jobs=jobs, on_event=on_event)
     for name, what in found.damaged.items():
-        raise InputError(what, facts={"file": name}, hint=READABLE)
+        raise InputError(what, facts={"file": name}, hint=CHECK_DISK)
     return [_recognised(path, role, found.files[name]) for name, path in named.items()]
 
 

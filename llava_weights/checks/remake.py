@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,8 +11,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.manifest import TensorEntry, find_manifest
 from ..checkpoint.rehash import digests
 from ..errors import InputError, UsageError
-from ..events import Event
-from ..families.projectors import FORMS
+from ..events import Listener
+from ..families.projectors import PROJECTOR_FORMS
 from ..families.prompts import CONVERSATIONS
 from ..findings import Finding
 from ..tensors.lazy import FLOATS
@@ -20,12 +20,11 @@ from ..tensors.low_rank import Arithmetic
 from ..text import shown
 from ..transforms.convert import TARGETS, convert
 from ..transforms.delta import apply_delta
-from ..transforms.lora import merge_lora, open_weighted
+from ..transforms.lora import Adapters, merge_lora
 from .checksums import failed, folded
 
 TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
 DEFAULTS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
-Listener = Callable[[Event], None]
 OTHER = "give the sources and options that it was made with: README.md and the manifest name them"
 
 
@@ -49,7 +48,7 @@ def derive(
     base: Checkpoint,
     *,
     delta: Checkpoint | None = None,
-    lora: Sequence[str] = (),
+    lora: Adapters = (),
     tower: Checkpoint | None = None,
     accept_tower: bool = False,
 ) -> Checkpoint:
@@ -63,8 +62,7 @@ def derive(
     dtype = None if options.dtype == "F64" else options.dtype  # which no command makes
     if lora:
         merged_dtype = None if made.layout == "llava-hf" else dtype
-        adapters = [open_weighted(text) for text in lora]
-        result = merge_lora(result, adapters, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
+        result = merge_lora(result, lora, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
     if made.layout == "llava-hf":
         rows = next((made.tensors[name].rows for name in TABLES if name in made.tensors), None)
         how: Any = {"projector_form": options.projector_form, "conv_mode": options.conv_mode, "image_token": options.image_token}
@@ -126,7 +124,7 @@ def _options(made: Checkpoint) -> Options:
         "dtype": lambda value: value in FLOATS,
         "arithmetic": lambda value: value in get_args(Arithmetic),
         "scale": lambda value: type(value) in (int, float) and math.isfinite(value),
-        "projector_form": lambda value: value in FORMS,
+        "projector_form": lambda value: value in PROJECTOR_FORMS,
         "conv_mode": lambda value: value in CONVERSATIONS,
         "image_token": lambda value: 0 < len(value) < 256,
         "image_aspect": lambda value: value in ("square", "pad"),

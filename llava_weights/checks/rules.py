@@ -21,17 +21,16 @@ from ..checkpoint.tokenizer_json import added_tokens
 from ..checkpoint.tower import VisionTower, own_tower
 from ..errors import InputError
 from ..families.layouts import canonical
-from ..families.targets import BY_TYPE as TARGETS
+from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.targets import Target
 from ..findings import Finding, Verdict
+from ..storage.strict_json import JsonObject
 from ..tensors.lazy import LazyTensor
 from ..text import shown
 
 CONFIG, PROCESSOR, VOCABULARY = "config.json", "processor_config.json", "vocab.json"
 LARGEST = {FAST: FAST_LIMIT, VOCABULARY: FAST_LIMIT}  # bytes
 CORRECT = "correct it by hand, or take the file from the authors of the model"
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ class Sidecars:
     """
 
     checkpoint: Checkpoint
-    objects: Mapping[str, Json]
+    objects: Mapping[str, JsonObject]
     parts: Mapping[str, LazyTensor]
     ids: Mapping[str, int]
     base_vocabulary: int
     tower: VisionTower | None
 
-    def of(self, file: str) -> Json:
+    def of(self, file: str) -> JsonObject:
         return self.objects.get(file, {})
 
     def has(self, file: str) -> bool:
@@ -59,7 +58,7 @@ class Sidecars:
         return table.rows if (table := self.parts.get("text.embed_tokens.weight")) else 0
 
     @property
-    def text(self) -> Json:
+    def text(self) -> JsonObject:
         """The text model's part of a llava-hf config; `model_type` is always a text."""
         text = flat_config(self.of(CONFIG))
         return {**text, "model_type": str(text["model_type"])}
@@ -130,7 +129,7 @@ class Rule:
 
 def read_sidecars(checkpoint: Checkpoint) -> tuple[Sidecars, list[Finding]]:
     """The small files, and a failed finding for each that can't be read: rules on it are left out."""
-    objects: dict[str, Json] = {CONFIG: dict(checkpoint.config)} if checkpoint.config else {}
+    objects: dict[str, JsonObject] = {CONFIG: dict(checkpoint.config)} if checkpoint.config else {}
     findings = []
     for name in checkpoint.files:
         if name.endswith(".json"):
@@ -194,7 +193,7 @@ def said(value: Any) -> str:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, Json], rows: int) -> tuple[dict[str, int], int]:
+def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, JsonObject], rows: int) -> tuple[dict[str, int], int]:
     """The id of each role, and how many pieces tokenizer.model has (0 without one). Raises InputError where the files contradict."""
     if MODEL in checkpoint.files:
         ids = read_special_ids({name: x for name, x in checkpoint.files.items() if name != FAST}, rows or 1 << 31)
@@ -207,18 +206,18 @@ def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, Json], rows: int)
     return found, 0
 
 
-def _vocab(objects: Mapping[str, Json]) -> dict[str, int]:
+def _vocab(objects: Mapping[str, JsonObject]) -> dict[str, int]:
     model = objects.get(FAST, {}).get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     return {name: i for name, i in vocabulary.items() if type(i) is int} if isinstance(vocabulary, dict) else {}
 
 
-def added_ids(objects: Mapping[str, Json]) -> dict[str, int]:
+def added_ids(objects: Mapping[str, JsonObject]) -> dict[str, int]:
     """The added tokens that any of the files lists."""
     return {name: i for _, name, i in listings(objects)}
 
 
-def listings(objects: Mapping[str, Json]) -> Iterator[tuple[str, str, int]]:
+def listings(objects: Mapping[str, JsonObject]) -> Iterator[tuple[str, str, int]]:
     """(file, token, id) of every list of added tokens."""
     yield from ((FAST, entry["content"], i) for i, entry in added_tokens(objects.get(FAST, {})).items())
     decoder = objects.get(TOKENIZER_CONFIG, {}).get("added_tokens_decoder")
@@ -228,7 +227,7 @@ def listings(objects: Mapping[str, Json]) -> Iterator[tuple[str, str, int]]:
     yield from ((ADDED, name, i) for name, i in objects.get(ADDED, {}).items() if type(i) is int)
 
 
-def vision(objects: Mapping[str, Json]) -> Json:
+def vision(objects: Mapping[str, JsonObject]) -> JsonObject:
     """The `vision_config`, empty without one."""
     value = objects.get(CONFIG, {}).get("vision_config")
     return value if isinstance(value, dict) else {}

@@ -12,19 +12,19 @@ from ..checkpoint.config import check_structure
 from ..checkpoint.hf_config import pinpoints
 from ..checkpoint.processor import read_image_settings
 from ..checkpoint.small_files import small_text
-from ..checkpoint.tokenizer import FAST, TOKENIZER_CONFIG
+from ..checkpoint.tokenizer import FAST, RIGHT_TOKENIZER, TOKENIZER_CONFIG
 from ..checkpoint.tower import own_tower
 from ..families.decoders import ACTIVATIONS
-from ..families.decoders import BY_TYPE as DECODERS
-from ..families.layouts import DROPPED, PART, STYLES, canonical, spelled
-from ..families.projectors import ACTIVATION
-from ..families.targets import BY_TYPE as TARGETS
-from ..families.targets import DEFAULTS, STRATEGIES
+from ..families.decoders import DECODER_BY_TYPE as DECODERS
+from ..families.layouts import DROPPED, LLAVA_PART, STYLES, canonical, spelled
+from ..families.projectors import PROJECTOR_ACTIVATION
+from ..families.targets import STRATEGIES, TARGET_DEFAULTS
+from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..text import few, shown
 from . import rules_values
 from .rules import CONFIG, PROCESSOR, Rule, Sidecars, said, vision
 from .rules_original import GENERATION, REPAIR, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
-from .rules_tokenizer import RIGHT_TOKENIZER, odd_form
+from .rules_tokenizer import odd_form
 from .rules_values import PREPROCESSOR, image_settings
 
 TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
@@ -43,7 +43,7 @@ def _vocabulary(s: Sidecars) -> Iterator[str]:
 
 
 def _structure(s: Sidecars) -> Iterator[str]:
-    if unknown := [name for name in s.checkpoint.parameters() if not re.match(PART, canonical(name))]:
+    if unknown := [name for name in s.checkpoint.parameters() if not re.match(LLAVA_PART, canonical(name))]:
         yield f"{len(unknown):,} tensors are of no part of a LLaVA: {few(unknown)}"
     if len(s.parts) < len(s.checkpoint.parameters()):
         yield "some tensors are there twice, under names of two key styles"
@@ -60,12 +60,12 @@ def _tower(s: Sidecars) -> Iterator[str]:
 
 
 def _projector(s: Sidecars) -> Iterator[str]:
-    if (act := s.of(CONFIG).get("projector_hidden_act", ACTIVATION)) not in ACTIVATIONS:
+    if (act := s.of(CONFIG).get("projector_hidden_act", PROJECTOR_ACTIVATION)) not in ACTIVATIONS:
         yield f"`projector_hidden_act` is {said(act)}, which transformers does not know"
     if not s.tower or not s.rows:
         return
     *_, hidden = s.parts["text.embed_tokens.weight"].shape or (0,)
-    layers = s.of(CONFIG).get("vision_feature_layer", DEFAULTS["vision_feature_layer"])
+    layers = s.of(CONFIG).get("vision_feature_layer", TARGET_DEFAULTS["vision_feature_layer"])
     width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}
@@ -77,7 +77,7 @@ def _projector(s: Sidecars) -> Iterator[str]:
 
 def _image_id(s: Sidecars) -> Iterator[str]:
     config = s.of(CONFIG)
-    image = config.get("image_token_index", config.get("image_token_id", DEFAULTS["image_token_index"]))
+    image = config.get("image_token_index", config.get("image_token_id", TARGET_DEFAULTS["image_token_index"]))
     wanted = s.tokens.get(s.image_token)
     if config.get("image_token_id", image) != image:
         yield f"`image_token_index` is {said(image)}, `image_token_id` {said(config['image_token_id'])}"
@@ -96,7 +96,7 @@ def _image_length(s: Sidecars) -> Iterator[str]:
     if not s.tower:
         return
     whole = s.tower.class_token and s.of(CONFIG).get("vision_feature_select_strategy") == "full"
-    length, wanted = s.of(CONFIG).get("image_seq_length", DEFAULTS["image_seq_length"]), s.tower.patches + whole
+    length, wanted = s.of(CONFIG).get("image_seq_length", TARGET_DEFAULTS["image_seq_length"]), s.tower.patches + whole
     if length != wanted:
         yield (
             f"`image_seq_length` is {said(s.of(CONFIG).get('image_seq_length'))}, but an image of {s.tower.image_size} pixels in patches "
@@ -105,13 +105,13 @@ def _image_length(s: Sidecars) -> Iterator[str]:
 
 
 def _layer(s: Sidecars) -> Iterator[str]:
-    layer = s.of(CONFIG).get("vision_feature_layer", DEFAULTS["vision_feature_layer"])
+    layer = s.of(CONFIG).get("vision_feature_layer", TARGET_DEFAULTS["vision_feature_layer"])
     count = int(s.tower.config["num_hidden_layers"]) if s.tower else 0
     for number in layer if isinstance(layer, list) else [layer]:
         if type(number) is not int or (count and not -count - 1 <= number <= count):
             yield f"`vision_feature_layer` is {said(layer)}, the vision tower has {count} layers"
     if (
-        strategy := s.of(CONFIG).get("vision_feature_select_strategy", DEFAULTS["vision_feature_select_strategy"])
+        strategy := s.of(CONFIG).get("vision_feature_select_strategy", TARGET_DEFAULTS["vision_feature_select_strategy"])
     ) not in STRATEGIES.values():
         yield f"`vision_feature_select_strategy` is {said(strategy)}, not {' or '.join(STRATEGIES.values())}"
 
@@ -223,7 +223,9 @@ def _processor(s: Sidecars) -> Iterator[str]:
     if not s.has(PROCESSOR):
         return
     wanted = {
-        "vision_feature_select_strategy": s.of(CONFIG).get("vision_feature_select_strategy", DEFAULTS["vision_feature_select_strategy"])
+        "vision_feature_select_strategy": s.of(CONFIG).get(
+            "vision_feature_select_strategy", TARGET_DEFAULTS["vision_feature_select_strategy"]
+        )
     }
     if s.tower:
         wanted |= {"num_additional_image_tokens": int(s.tower.class_token), "patch_size": s.tower.patch_size}

@@ -8,13 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..checkpoint.tokenizer import FAST, MODEL, SPECIAL, TOKENIZER_CONFIG, token_text
+from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, SPECIAL, TOKENIZER_CONFIG, token_text
 from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
 from ..text import shown
 from . import rules_tokenizer, rules_values
 from .rules import CONFIG, Rule, Sidecars, listings, said
-from .rules_tokenizer import RIGHT_TOKENIZER
 
 GENERATION = "generation_config.json"
 REPAIR = "`llava-weights convert PATH --to llava-hf -o OUT` writes this anew"

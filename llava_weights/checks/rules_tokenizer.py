@@ -11,12 +11,12 @@ from typing import Any
 
 from ..checkpoint.sentencepiece import BPE, NORMAL, Vocabulary
 from ..checkpoint.small_files import small_text
-from ..checkpoint.tokenizer import FAST, MODEL, TOKENIZER_CONFIG, token_text
+from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, TOKENIZER_CONFIG, token_text
 from ..checkpoint.tokenizer_json import bpe_model
+from ..storage.strict_json import JsonObject
 from ..text import shown
-from .rules import Json, Rule, Sidecars, listings, said
+from .rules import Rule, Sidecars, listings, said
 
-RIGHT_TOKENIZER = "take the tokenizer files that belong to these weights"
 MAKE_FAST = f"take `{FAST}` from the authors, or remove it: `llava-weights convert PATH --to llava-hf -o OUT` makes it from `{MODEL}`"
 BYTE = 6  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
 # Characters squared over all pieces, which is what the ways to cut them cost. LLaMA's pieces have 1.6 million, Gemma's 256,000 17 million.
@@ -200,7 +200,7 @@ def _around(core: Mapping[str, Any]) -> tuple[list[str], list[str], dict[str, li
     return texts[:middle], texts[middle + 1 :], {name: ids for name, ids in special.items() if isinstance(ids, list) and ids}
 
 
-def _object(value: Any) -> Json:
+def _object(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 

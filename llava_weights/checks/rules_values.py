@@ -12,20 +12,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..checkpoint.checkpoint import main_dtype
-from ..checkpoint.config import GENERATION as SAMPLING
+from ..checkpoint.config import GENERATION_SETTINGS as SAMPLING
 from ..checkpoint.config import known_decoder, sensible
-from ..checkpoint.processor import LARGEST
+from ..checkpoint.processor import LARGEST_SETTING
 from ..checkpoint.tokenizer import TOKENIZER_CONFIG
-from ..checkpoint.tower import ACTIVATIONS as TOWER_ACTIVATIONS
 from ..checkpoint.tower import row_of
 from ..families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, ROPE_TYPES
 from ..families.layouts import QUANTIZED_NAMES, QUANTIZERS
-from ..families.towers import BY_TYPE as TOWERS_BY_TYPE
-from ..families.towers import KNOWN_TOWERS, TOWERS, KnownTower, Pixels, Tower
+from ..families.towers import KNOWN_TOWERS, TOWER_ACTIVATIONS, TOWERS, KnownTower, Pixels, Tower
+from ..families.towers import TOWER_BY_TYPE as TOWERS_BY_TYPE
+from ..storage.strict_json import JsonObject
 from ..tensors.dtypes import TORCH_DTYPE
 from ..tensors.lazy import FLOATS
 from ..text import shown
-from .rules import CONFIG, CORRECT, PROCESSOR, Json, Rule, Sidecars, said, vision
+from .rules import CONFIG, CORRECT, PROCESSOR, Rule, Sidecars, said, vision
 
 PREPROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
 STEERING = (
@@ -38,12 +38,12 @@ BY_HAND = "see that the file is the one that these weights were made with"
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 
-def _text(s: Sidecars) -> Json:
+def _text(s: Sidecars) -> JsonObject:
     """The text model's part of any config."""
     return s.text if s.checkpoint.layout == "llava-hf" else dict(s.of(CONFIG))
 
 
-def _nested(config: Mapping[str, Any]) -> Iterator[tuple[str, Json]]:
+def _nested(config: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:
     """(prefix, config) of a config and of the two inside it."""
     yield "", dict(config)
     for key in ("text_config", "vision_config"):
@@ -207,7 +207,7 @@ def _tower_values(s: Sidecars) -> Iterator[str]:
         yield f"`vision_config.hidden_act` is {said(act)}, {fitting[0].repo} of the same widths has {fitting[0].activation}"
 
 
-def image_settings(s: Sidecars) -> Json:
+def image_settings(s: Sidecars) -> JsonObject:
     """What an image processor reads: preprocessor_config.json, or what transformers 5 puts in its place."""
     nested = s.of(PROCESSOR).get("image_processor")
     return s.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else {})
@@ -219,13 +219,13 @@ def _colours(s: Sidecars) -> Iterator[tuple[bool, str]]:
     if not row or not settings:
         return
     rescale = settings.get("rescale_factor", 1 / 255)
-    scale = 255 * rescale if type(rescale) in (int, float) and 0 < rescale <= LARGEST else 1.0
+    scale = 255 * rescale if type(rescale) in (int, float) and 0 < rescale <= LARGEST_SETTING else 1.0
     usual = [_pair(pixels) for pixels in row.pixels if pixels.activation in ("", vision(s.objects).get("hidden_act", ""))]
     foreign = [(other, _pair(pixels)) for other in TOWERS if other is not row for pixels in other.pixels]
     told = 0
     for place, key in enumerate(("image_mean", "image_std")):
         given = settings.get(key)
-        if not isinstance(given, list) or len(given) != 3 or not all(type(x) in (int, float) and abs(x) <= LARGEST for x in given):
+        if not isinstance(given, list) or len(given) != 3 or not all(type(x) in (int, float) and abs(x) <= LARGEST_SETTING for x in given):
             continue  # missing, or refused by `read_image_settings`
         values = [x / scale for x in given]
         told += 1

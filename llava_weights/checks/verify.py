@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,10 +35,10 @@ from ..checkpoint.manifest import (
 )
 from ..checkpoint.rehash import Reading, rehash, size_of
 from ..errors import MOST_JOBS, InputError, OutputError, UsageError, whole_number
-from ..events import Event, Note
+from ..events import Listener, Note, check_listener
 from ..families.files import META_FILE, WEIGHT_SUFFIXES
 from ..families.layouts import VOCABULARY, canonical
-from ..findings import KIND, RULES, Finding, exit_code
+from ..findings import OTHER_RULES, STATE_RULES, Finding, exit_code
 from ..formats.folder import META_SIZE, WEIGHTS, member, optional
 from ..formats.integer_delta import is_integer_delta
 from ..storage.atomic import output_error, write_file
@@ -45,7 +46,8 @@ from ..storage.hub import HubSource, parse_source, source_text
 from ..storage.output_file import check_file
 from ..storage.reading import present
 from ..storage.strict_json import json_bytes
-from ..text import is_text, listed, shown, size
+from ..text import brief, is_text, listed, shown, size
+from ..transforms.lora import Adapters
 from . import checksums as other
 from .checksums import DAMAGED, PUBLISHED, compare, compare_tower, counted, differing, failed, find_reference, folded, kind, read_reference
 from .compare_files import compare_files
@@ -59,14 +61,13 @@ CHECKED_STRUCTURE = ("llama", "llava")  # layouts for which checkpoint/config.py
 DEEP = "pass `--deep` to read everything"
 LONGEST_WARNING = 500  # characters of a recorded warning that are shown
 WRITE_SUMS = "run `llava-weights checksum` now to find any later change"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """`findings` in the order of their levels; those about `against` have the level "against", or "published".
-
-    `facts` is plain data: counts, bytes, and the roots where the values were read (`root.tensors` names the model, whatever its files).
+    """What `verify` found. `name` is that of the checkpoint. `findings` are in the order of their levels. `facts` is plain data: counts,
+    bytes, and where values were read their roots (`root.tensors` is the SHA-256 of all tensors, however they are cut into files). `against`
+    names what was compared with, "" where nothing was.
     """
 
     name: str
@@ -74,9 +75,14 @@ class Verification:
     facts: Mapping[str, Any]
     against: str = ""
 
+    def __repr__(self) -> str:
+        counts = Counter(finding.verdict for finding in self.findings)
+        found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        return f"Verification({brief(self.name)}, exit code {self.exit_code}, findings: {found or 'none'})"
+
     @property
     def exit_code(self) -> int:
-        """4 where something failed, 3 where what was asked for could not be told or there is nothing to verify against, else 0."""
+        """4 where something failed, 3 where what was asked for could not be told or nothing proves the values, else 0."""
         return exit_code(self.findings)
 
 
@@ -123,7 +129,7 @@ def verify(
     deep: bool = False,
     base: Source | None = None,
     delta: Source | None = None,
-    lora: Sequence[str] = (),
+    lora: Adapters = (),
     vision_tower: Source | None = None,
     strict: bool = False,
     allow: Sequence[str] = (),
@@ -131,18 +137,24 @@ def verify(
     jobs: int = 2,
     on_event: Listener = lambda event: None,
 ) -> Verification:
-    """Check a folder, a weight file or a repository of the Hub, reading headers, small files and samples only unless more is asked for.
+    """Check a checkpoint: is it whole, do its files agree, is it what was recorded? Nothing is written.
 
-    `deep` reads every byte. `against` is a checkpoint or a manifest (compared by tensors), a list as `sha256sum` or `md5sum` write it,
-    `owner/name[@revision]` (the Hub's digests, nothing is downloaded) or "published" (the table in families/published.py; with `delta` the
-    authors' merged files, predicted); `base`, with `delta` and `lora`, makes every tensor again. In these modes every value of `path` is
-    read, and so are those of a checkpoint that it is compared with: no manifest beside them is believed. `vision_tower` serves `base`, or
-    proves the tower that `against` lacks; `accept_tower` takes one that the config does not name. `strict` makes warnings failures, but
-    those of the rules in `allow`.
+    `path` is a folder, a weight file, a repository of the Hub, or a checkpoint that was opened. Headers, small files and samples of the
+    values are read, unless more is asked for. `deep` reads every byte.
 
-    Raises UsageError for options that mean nothing together or have no such value, InputError where there is nothing that could be
-    verified, HubError where the Hub can't be asked.
+    `against` is what it should be: a checkpoint or a manifest (compared by tensors), a list as `sha256sum` or `md5sum` write it,
+    `owner/name[@revision]` (by the Hub's digests, nothing is downloaded), or "published" (the authors' own checksums; with `delta`, of
+    their merged files). `base`, with `delta` and `lora` (adapters as `merge_lora` takes them), makes every tensor again and compares. In
+    these modes every value is read, of both sides: no manifest beside them is believed. `vision_tower` is the tower that goes with `base`,
+    or that proves the one that `against` lacks; with `accept_tower` it may be another one than the config names.
+
+    `strict` makes warnings failures, but those of the rules in `allow`, which are named as `rule` of a Finding is. `jobs` is the number of
+    threads, from 1 to 64. `on_event` is called with each Event, such as a ProgressBar.
+
+    What is wrong with the checkpoint is a finding, and raises nothing. Raises UsageError for options that mean nothing together or have no
+    such value, InputError where there is nothing that could be verified, HubError where the Hub can't be asked.
     """
+    check_listener(on_event)
     path, against = place_of(path, "checkpoint"), place_of(against, "reference") if against is not None else None
     whole_number("jobs", jobs, most=MOST_JOBS)
     _check_options(against, base, delta, lora, vision_tower, accept_tower, strict, allow)
@@ -173,14 +185,14 @@ def verify(
 
 def rules() -> list[str]:
     """The names of all rules, which `allow` takes."""
-    return sorted({*RULES, *(rule.name for table in TABLES.values() for rule in table)})
+    return sorted({*OTHER_RULES, *(rule.name for table in TABLES.values() for rule in table)})
 
 
 def _check_options(
     against: str | Path | None,
     base: Source | None,
     delta: Source | None,
-    lora: Sequence[str],
+    lora: Adapters,
     tower: Source | None,
     accept_tower: bool,
     strict: bool,
@@ -268,7 +280,7 @@ def _settled(findings: list[Finding], asked: list[Finding], more: bool) -> list[
     def settled(each: Finding) -> Finding:
         if each.verdict == "unproved" and each.level in ("L2", "L3"):
             return replace(each, verdict="unchecked", part="")
-        if proved and each.rule in KIND and each.verdict in ("failed", "warning"):
+        if proved and each.rule in STATE_RULES and each.verdict in ("failed", "warning"):
             return replace(each, verdict="note", text=f"{each.text}; so is what it was compared with")
         return each
 
@@ -287,11 +299,17 @@ def _judged(findings: Iterable[Finding], strict: bool, allow: Sequence[str]) -> 
 
 
 def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Path]:
-    """Write `SHA256SUMS` and the manifest into a checkpoint's folder, or `FILE.sha256` and `FILE.manifest.json` beside a file.
+    """Write checksums beside a checkpoint: `SHA256SUMS` and the manifest in its folder, or `FILE.sha256` and `FILE.manifest.json` beside a
+    file. Every byte is read.
 
-    Returns what was written; what is there and says the same is left as it is. Raises OutputError where it says something else,
-    unless `force`, and InputError where the checkpoint is damaged or is on the Hub.
+    `path` is a folder or a file of this machine, or a checkpoint that was opened there. Returns the files that were written: one that is
+    there and says the same is left as it is. `force` replaces one that says something else. `jobs` is the number of threads, from 1 to 64.
+    `on_event` is called with each Event, such as a ProgressBar.
+
+    Raises UsageError for a value that an option can't have, OutputError where a file says something else or can't be written, InputError
+    where the checkpoint is damaged or is not on this machine.
     """
+    check_listener(on_event)
     path = place_of(path, "checkpoint")
     whole_number("jobs", jobs, most=MOST_JOBS)
     if isinstance(parse_source(source_text(path)), HubSource):

@@ -28,8 +28,8 @@ def inspect(
         from ..checkpoint.checkpoint import open_checkpoint
         from ..checkpoint.inspect import inspect as look
 
-        rows, document = look(open_checkpoint(source, revision=revision, progress=show.bars), given=source, tensors=tensors)
-        console.document([str(document["name"]), *two_columns(rows)], document)
+        found = look(open_checkpoint(source, revision=revision, progress=show.bars), given=source)
+        console.document(found.lines(tensors=tensors), found.document(tensors=tensors))
 
 
 def demo(

@@ -1,12 +1,18 @@
-"""How far a run is: the rate of the last seconds, the time that is left, and the bar as text."""
+"""How far a run is: the rate of the last seconds, the time that is left, the bar as text, and the bar for notebooks and scripts."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
+from types import TracebackType
+from typing import Any
 
-from ..events import Progress, ShardDone, Started
-from ..text import _number, _unit, clock_face, shards, size, visible
+from ..errors import UsageError
+from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
+from ..text import _number, _unit, clock_face, redact, shards, size, visible
 
 WINDOW_SECONDS = 30.0  # seconds that the rate looks back: an average since the start would hide a slow disk until too late
 
@@ -94,3 +100,89 @@ class Meter:
             report=f"{self.amount}{speed}{left}  {visible(self.shard)}",
         )
         return line
+
+
+class ProgressBar:
+    """A bar for scripts and notebooks: `with lw.ProgressBar() as bar: lw.execute(plan, out, on_event=bar)`.
+
+    Give it as `on_event` to any function that takes one. It shows the bytes done of all (a widget in a notebook that has `ipywidgets`, else
+    a line on standard error), one bar for each stage, and the notes and warnings above it as lines. Outside a `with` the bar of the last
+    stage is closed once it is full; inside, also where an error ends the run. `close` may be called at any time; the next stage opens
+    a new bar. May be told from several threads.
+
+    `disable` is tqdm's: True shows no bars, None shows them only where standard error is a terminal. Notes are shown all the same.
+    Raises UsageError for another value.
+    """
+
+    def __init__(self, *, disable: bool | None = False) -> None:
+        if disable is not None and not isinstance(disable, bool):
+            raise UsageError(f"`disable` is {disable!r}, it must be True, False or None", hint="leave it out to see the bar")
+        self._disable = disable
+        self._bar: Any = None  # tqdm's classes are not typed
+        self._seen = 0  # bytes of the stage that are done, by the largest report
+        self._finished = 0  # bytes of its finished shards
+        self._turn = threading.RLock()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __call__(self, event: Event) -> None:
+        """Show what `event` tells."""
+        with self._turn:
+            match event:
+                case Started():
+                    self._open(event)
+                case Progress():
+                    self._reach(event.nbytes)
+                case ShardDone():  # all that a pool reports
+                    self._finished += event.nbytes
+                    self._reach(self._finished)
+                case ReadingBack():
+                    self.close()
+                    self._write(f"Reading back {size(event.nbytes)}")
+                case Note():
+                    self._write(f"warning: {event.text}" if event.warning else event.text)
+
+    def close(self) -> None:
+        """Take the bar as it is for finished: a full one stays, one that was cut short shows how far it came."""
+        with self._turn:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+
+    def _open(self, event: Started) -> None:
+        self.close()
+        self._seen = self._finished = event.done_nbytes
+        self._bar = _bar_class()(
+            desc=event.what,
+            total=event.nbytes,
+            initial=event.done_nbytes,
+            unit="B",
+            unit_scale=True,
+            disable=self._disable,
+        )
+        self._reach(self._seen)
+
+    def _reach(self, nbytes: int) -> None:
+        if self._bar is None:
+            return
+        new = min(nbytes, self._bar.total) - self._seen  # workers may report out of order
+        if new > 0:
+            self._seen += new
+            self._bar.update(new)
+        if self._seen >= self._bar.total:
+            self.close()
+
+    def _write(self, line: str) -> None:
+        _bar_class().write(visible(redact(line)), file=sys.stderr)
+
+
+@cache
+def _bar_class() -> Any:
+    """tqdm's bar for wherever this runs, without the thread that watches over slow bars: it would stay when the work is done."""
+    from tqdm.auto import tqdm
+
+    return type("Bar", (tqdm,), {"monitor_interval": 0})

@@ -65,7 +65,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     from time import monotonic
 
     from ..write.destinations import is_address
-    from ..write.execute import execute, preflight
+    from ..write.execute import preflight, run_plan
     from ..write.executors import open_executor
     from ..write.plan import make_plan
     from ..write.portions import execute_portion, to_portion
@@ -94,7 +94,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     if not made:
         how |= {"restart": run.restart, "reread": run.reread, "complete": run.finish, "make_job": make_job}
         with open_executor(run.executor, run.ray_address, cpus=run.jobs) as pool:
-            report = execute(plan, target, pool=pool, **how)
+            report = run_plan(plan, target, pool=pool, **how)
         lines, ended = outcome(report, output, monotonic() - begun)
     if run.push is not None:
         _push(run.push, target, lines, ended, force=run.force)

@@ -16,12 +16,12 @@ from zipfile import ZipFile, ZipInfo
 import numpy as np
 
 from ..checkpoint.tower import tower_shapes
-from ..families.decoders import BY_TYPE as DECODERS
+from ..families.decoders import DECODER_BY_TYPE as DECODERS
 from ..families.layouts import meta_names, spelled
 from ..families.originals import Original
-from ..families.projectors import LINEAR, NAMES
-from ..families.targets import BY_TYPE as TARGETS
-from ..families.towers import BY_KIND as TOWERS
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_NAMES
+from ..families.targets import TARGET_BY_TYPE as TARGETS
+from ..families.towers import TOWER_BY_KIND as TOWERS
 from ..storage.strict_json import json_bytes
 
 SIZE, PIECES = "13B", 2  # Meta's name and number of model-parallel files; only the layout is that of 13B
@@ -189,7 +189,7 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
 def _projector_shapes(kind: str) -> dict[str, tuple[int, ...]]:
     wide, narrow = SMALL["hidden_size"], EYE["hidden_size"]
     found = [(wide, narrow), (wide,)] if kind == "linear" else [(wide, narrow), (wide,), (wide, wide), (wide,)]
-    names = LINEAR if kind == "linear" else NAMES
+    names = LINEAR_NAMES if kind == "linear" else PROJECTOR_NAMES
     return {spelled(name, "llava"): shape for name, shape in zip(names, found, strict=True)}
 
 

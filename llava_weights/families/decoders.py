@@ -19,9 +19,10 @@ TokenizerKind = Literal["sentencepiece", "byte-level"]
 
 @dataclass(frozen=True)
 class Decoder:
-    """A text model. `defaults` are what its config class assumes for a key that is left out, None where it works the value out
-    (`derived`). The first of `original_types` and of `original_architectures` are what LLaVA's own code writes; plain `llava` stands on
-    every decoder in somebody's training, so the class tells, and without one it is a LLaMA.
+    """A text model. `defaults` are what its config class assumes for a key that is left out; None where it computes the value (`computed`).
+
+    LLaVA's own code writes the first of `original_types` and of `original_architectures`. The type `llava` has been used with every
+    decoder, so the architecture decides there; without one it is a LLaMA.
 
     `layer` are the tensors of each layer, by the name behind `model.layers.N.`, in storage order.
     """
@@ -35,9 +36,12 @@ class Decoder:
     defaults: Mapping[str, Any]
     tokenizer: TokenizerKind
     runs: bool = True  # whether `smoke` can compute with it
-    derived: Mapping[str, str] = field(
+    computed: Mapping[str, str] = field(
         default_factory=lambda: {"num_key_value_heads": "num_attention_heads", "head_dim": "hidden_size // num_attention_heads"}
     )
+
+    def __repr__(self) -> str:
+        return f"Decoder({self.model_type!r})"
 
     @property
     def types(self) -> frozenset[str]:
@@ -50,16 +54,16 @@ class Decoder:
         return frozenset((self.architecture, *self.original_architectures))
 
     def shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the decoder that a whole config describes, in elements and in storage order; no head where it is tied."""
-        found = shapes(BEFORE, config)
+        """The shape of every tensor of the decoder by name, in storage order; no head where it is tied. `config` has every size."""
+        found = shapes(BEFORE_LAYERS, config)
         for number in range(config["num_hidden_layers"]):
             found |= shapes(self.layer, config, before=f"model.layers.{number}.")
-        found |= shapes(AFTER, config)
+        found |= shapes(AFTER_LAYERS, config)
         return found if config.get("tie_word_embeddings") is True else found | shapes(HEAD, config)
 
 
-BEFORE = (Parameter("model.embed_tokens.weight", ("vocab_size", "hidden_size")),)
-AFTER = (Parameter("model.norm.weight", ("hidden_size",)),)
+BEFORE_LAYERS = (Parameter("model.embed_tokens.weight", ("vocab_size", "hidden_size")),)
+AFTER_LAYERS = (Parameter("model.norm.weight", ("hidden_size",)),)
 HEAD = (Parameter("lm_head.weight", ("vocab_size", "hidden_size")),)  # not stored where it is tied to the embedding table
 LLAMA_LAYER = (
     Parameter("self_attn.q_proj.weight", ("num_attention_heads * head_dim", "hidden_size")),
@@ -81,11 +85,11 @@ def _biases(*projections: str, when: str = "") -> tuple[Parameter, ...]:
 
 
 # The keys that any reader of a text config asks for; readers differ in what they take where one is left out.
-SIZES = (
+SIZE_KEYS = (
     "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
     "rms_norm_eps",
 )  # fmt: skip
-COMMON = {
+DECODER_DEFAULTS = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "rope_scaling": None, "rope_theta": 10000.0,
     "use_cache": True, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
@@ -107,7 +111,7 @@ DECODERS = (
             Parameter("mlp.up_proj.bias", ("intermediate_size",), "mlp_bias"),
             Parameter("mlp.down_proj.bias", ("hidden_size",), "mlp_bias"),
         ),
-        defaults={**COMMON, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+        defaults={**DECODER_DEFAULTS, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
         tokenizer="sentencepiece",
     ),
     # A missing window means 4096 to transformers; Mistral 0.2 says null.
@@ -119,7 +123,8 @@ DECODERS = (
         original_architectures=("LlavaMistralForCausalLM",),
         layer=LLAMA_LAYER,
         defaults={
-            **COMMON, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+            **DECODER_DEFAULTS, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+            "sliding_window": 4096,
         },
         tokenizer="sentencepiece",
     ),
@@ -131,14 +136,13 @@ DECODERS = (
         original_architectures=("LlavaQwenForCausalLM", "LlavaQwen2ForCausalLM", "BunnyQwenForCausalLM", "BunnyQwen2ForCausalLM"),
         layer=(*LLAMA_LAYER, *_biases("q_proj", "k_proj", "v_proj")),
         defaults={
-            **COMMON, "vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "max_window_layers": 28,
+            **DECODER_DEFAULTS, "vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768, "max_window_layers": 28,
             "sliding_window": 4096, "use_sliding_window": False, "bos_token_id": None, "eos_token_id": None,
         },
         tokenizer="byte-level",
     ),
 )  # fmt: skip
-BY_TYPE = {row.model_type: row for row in DECODERS}
-MAX_LAYERS = 1024  # more are refused as absurd; the deepest published one has 126
+DECODER_BY_TYPE = {row.model_type: row for row in DECODERS}
 
 # transformers.activations.ACT2FN of 4.37 and 4.57. `identity` is not among them.
 ACTIVATIONS = (
@@ -178,12 +182,13 @@ def size_name(hidden: int, layers: int) -> str:
 # What LLaVA's code of 2023 did before these keys existed: CLS dropped, images resized and cropped to a square.
 LLAVA_DEFAULTS = {"image_aspect_ratio": "square", "mm_vision_select_feature": "patch", "use_mm_proj": True}
 
-# model_type -> configuration and model class of transformers. Built explicitly: no Auto class looks at an input's config.
+# model_type -> configuration and model class of transformers. An Auto class would let an input's config choose the class.
 CLASSES = {
     **{row.model_type: (row.config_class, row.architecture) for row in DECODERS if row.runs},
     **{row.model_type: (row.config_class, row.architecture) for row in TARGETS if row.runs},
     **{row.model_type: (row.config_class, row.model_class) for row in TOWERS if row.runs},
 }
-# Layout, and part of a nested config -> what its `model_type` may say.
-KINDS = {"llama": tuple(row.model_type for row in DECODERS if row.runs), "llava-hf": tuple(row.model_type for row in TARGETS if row.runs)}
-PARTS = {"text_config": KINDS["llama"], "vision_config": tuple(row.model_type for row in TOWERS if row.runs)}
+# What `model_type` may say for `smoke` to run the model: by layout, and by the part of a nested config.
+_RUNNABLE = {part: tuple(row.model_type for row in rows if row.runs) for part, rows in (("text", DECODERS), ("vision", TOWERS))}
+RUNNABLE_TYPES = {"llama": _RUNNABLE["text"], "llava-hf": tuple(row.model_type for row in TARGETS if row.runs)}
+RUNNABLE_PART_TYPES = {"text_config": _RUNNABLE["text"], "vision_config": _RUNNABLE["vision"]}

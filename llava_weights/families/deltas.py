@@ -1,4 +1,4 @@
-"""The published deltas: what each looks like, what it goes on, how the merged model is prompted."""
+"""The published deltas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KnownDelta:
-    """A published delta: what its shapes and token ids look like, what it goes on, how the merged model is prompted."""
+    """A published delta: its shapes and token ids, the base that it is added to, the prompt of the merged model."""
 
     repo: str
     base: str

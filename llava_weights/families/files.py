@@ -16,14 +16,14 @@ SMALL_FILES = (*CONFIG_FILES, ADAPTER_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES
 LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")  # what a place without a listing is asked for
 
-# Weights: the name of one file, and of the shards' index, by container; what training leaves beside or instead of a model.
+# Weight files by container, and what training leaves beside or instead of a model.
 Container = Literal["safetensors", "torch", "meta"]
-STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}
+STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}  # stem, suffix
 SINGLE_FILES = tuple(stem + suffix for stem, suffix in STANDARD.values())
 INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 WEIGHT_SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA keeps beside an adapter
+TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter
 TRAINED_FILES = (TRAINED_BESIDE, "non_lora_state_dict.bin")  # the second is what trainers of other models took over from LLaVA's
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 # Rows of added tokens, which vLLM and mergekit keep beside an adapter, to be put behind the base's.
@@ -35,7 +35,7 @@ TRAINER_STATE = r"(optimizer|scheduler|scaler|sampler|rng_state.*|random_states.
 META_PARAMS, META_FILE, META_MOST = "params.json", r"consolidated\.\d+\.pth", 8  # Meta's own layout: files of one model at most
 META_FILES = tuple(f"consolidated.{number:02}.pth" for number in range(META_MOST))
 
-# The first line whose first pattern a repository has is downloaded, so nothing comes twice and a projector only where it is all.
+# Of a repository, the first line whose first pattern matches a file is downloaded: no weights in two formats, no projector beside a model.
 DOWNLOADS = (
     *((name, *BESIDE_ADAPTER) for name in ADAPTER_FILES),
     ("model.safetensors",),

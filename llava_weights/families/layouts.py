@@ -1,6 +1,6 @@
-"""How the layouts name their tensors: which layout a checkpoint has, and one name for the same tensor in every layout.
+"""How the layouts name their tensors: which layout a checkpoint has, and one canonical name for the same tensor in every layout.
 
-An adapter that was trained under the names of one layout finds its base in another by the second.
+By its canonical names, an adapter that was trained on one layout finds its base in another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\
 PROJECTOR = r"model\.mm_projector\..*"
 # The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-# Tables by any layout's name of which rows may be zero, since no training touched them: tokens and positions that were never seen.
+# Tables, in any layout, that may have rows of zeros: tokens and positions that no training has seen.
 TABLE_ROWS = (
     r"output\.weight|(?:.*\.)?(?:embed_tokens|tok_embeddings|word_embeddings|token_embedding|wte|wpe|lm_head|embed_out"
     r"|position_embeddings?|pos_embed)(?:\.weight)?"
@@ -48,8 +48,8 @@ LAYOUTS = (
     Layout("clip", "vision tower (a CLIP or a SigLIP)", (r"(vision_model\.|vision_tower\.).*",)),
 )
 
-# quant_method of transformers whose weights are stored packed, with scales: a `quantization_config` that names one and plain
-# weights do not belong together. Others (torchao, quanto, bitnet, compressed-tensors, mxfp4) may quantise while loading.
+# Each `quant_method` of transformers that stores weights packed, with scales: plain weights do not belong to a `quantization_config` of
+# one of these. Others (torchao, quanto, bitnet, compressed-tensors, mxfp4) may quantise while loading.
 QUANTIZERS = ("aqlm", "auto-round", "awq", "bitsandbytes", "eetq", "fbgemm_fp8", "fp8", "gptq", "higgs", "hqq", "spqr", "vptq")
 # What they store beside or in place of a weight.
 QUANTIZED_NAMES = (
@@ -61,9 +61,9 @@ WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped
 PEFT_PREFIX = "base_model.model."
 BASE_LAYER = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")
 
-# Where each layout keeps the parts of a LLaVA. First match wins; the canonical name is the part and what follows in it.
-# Original (haotian-liu), Hub style, the in-memory names of transformers 4.52 and 5.6, and what 5.4/5.5 saved by mistake
-# (facts: llava-hf 2.1, styles S0 to S5).
+# Where each layout keeps the parts of a LLaVA. First match wins; the canonical name is the part and what follows in it. Covers the
+# original (haotian-liu), the Hub's style, the in-memory names of transformers 4.52 and 5.6 (PR #44431), and what 5.4 and 5.5 saved by
+# mistake (#45357, mended by #45358).
 CANONICAL = (
     (r"(?:model\.)?language_model\.lm_head\.(.+)", r"head.\1"),
     (r"lm_head\.(.+)", r"head.\1"),
@@ -76,11 +76,9 @@ CANONICAL = (
     (r"model\.language_model\.(.+)", r"text.\1"),
     (r"model\.(.+)", r"text.\1"),
 )
-
-
-# The same tables read the other way: how the two layouts that are written spell a canonical name. llava-hf has no name for the
-# single Linear of v0 and v1 (`projector.weight`), which convert.py makes a pair.
-HUB = (
+# The other way: how the two layouts that are written spell a canonical name. llava-hf has no name for the single Linear of v0 and v1
+# (`projector.weight`), which convert.py makes a pair.
+HF_NAMES = (
     (r"head\.(.+)", r"language_model.lm_head.\1"),
     (r"text\.(.+)", r"language_model.model.\1"),
     (r"tower\.(.+)", r"vision_tower.vision_model.\1"),
@@ -88,22 +86,22 @@ HUB = (
     (r"projector\.2\.(.+)", r"multi_modal_projector.linear_2.\1"),
     (r"newline()", r"image_newline\1"),
 )
-ORIGINAL = (
+ORIGINAL_NAMES = (
     (r"head\.(.+)", r"lm_head.\1"),
     (r"text\.(.+)", r"model.\1"),
     (r"tower\.(.+)", r"model.vision_tower.vision_tower.vision_model.\1"),
     (r"projector\.(.+)", r"model.mm_projector.\1"),
     (r"newline()", r"model.image_newline\1"),
 )
-SPELLINGS = {"llava-hf": HUB, "llava": ORIGINAL}
+SPELLINGS = {"llava-hf": HF_NAMES, "llava": ORIGINAL_NAMES}
 
 
 @dataclass(frozen=True)
 class MetaName:
     """How one tensor of Meta's own layout becomes one of transformers'.
 
-    `cut` is the axis along which the files hold pieces, None where each holds the same; `heads` is the config key of the number of heads
-    where rows are reordered: Meta's are pairs of a rotation, transformers' are its halves.
+    The files hold pieces of it along the axis `cut`; None where each holds all of it. `heads` is the config key of the number of heads
+    where rows are reordered: Meta keeps the two rows of a rotation side by side, transformers half a head apart.
     """
 
     meta: str
@@ -138,7 +136,7 @@ def meta_names(layers: int) -> tuple[MetaName, ...]:
     return (*META_BEFORE, *within, *META_AFTER)
 
 
-# Names that are not those of the Hub, and who can't read them (load matrix of transformers 4.36 to 5.23). The first that matches counts.
+# Names that are not those of the Hub, and who can't read them, tried with transformers 4.36 to 5.23. The first that matches counts.
 STYLES = (
     (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),
     (
@@ -148,7 +146,7 @@ STYLES = (
     (r"model\.language_model\..*", "transformers 4.52 and later: earlier ones miss the whole text model"),
     (r"vision_tower\.(?!vision_model\.).*", "a save by transformers 5.23: 4.57 and earlier, and vLLM, miss the vision tower"),
 )
-PART = r"(text|head|tower|projector)\.|newline$"  # what the canonical name of every tensor of a LLaVA begins with
+LLAVA_PART = r"(text|head|tower|projector)\.|newline$"  # what the canonical name of every tensor of a LLaVA begins with
 
 
 @lru_cache(maxsize=1 << 16)
@@ -161,7 +159,7 @@ def canonical(name: str) -> str:
 
 
 def spelled(name: str, layout: str) -> str:
-    """The canonical `name` as `layout` ("llava-hf" or "llava") spells it. Raises KeyError for a name that it has no word for."""
+    """The canonical `name` as `layout` ("llava-hf" or "llava") spells it. Raises KeyError where it has no such tensor."""
     for pattern, target in SPELLINGS[layout]:
         if found := re.fullmatch(pattern, name):
             return found.expand(target)
@@ -169,12 +167,12 @@ def spelled(name: str, layout: str) -> str:
 
 
 # The vocabulary's tables by canonical name, embedding first.
-TABLES = tuple(map(canonical, VOCABULARY))
+VOCABULARY_TABLES = tuple(map(canonical, VOCABULARY))
 
 
-class Names:
-    """Finds the names of a base. A name is looked for as it stands, then by its canonical form, then with or without the
-    model class's prefix (`transformer.h.0` and `h.0`), whichever finds all of them."""
+class BaseNames:
+    """The names of a base, to be found by an adapter's: by the same name, by its canonical form, or with or without the prefix of
+    the model class (`transformer.h.0` and `h.0`)."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.exact = {name: name for name in names}
@@ -182,7 +180,7 @@ class Names:
         self.without_prefix = _unique((name.partition(".")[2], name) for name in self.exact)
 
     def match(self, wanted: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-        """(wanted name -> base name, names without a place), by the one rule that places the most."""
+        """(wanted name -> base name, names that are not found), by the one rule that finds the most."""
         every = list(wanted)
         rules = (
             {name: self.exact.get(name) for name in every},

@@ -25,7 +25,7 @@ class Conversation:
     system_turn: Turn
     user_turn: Turn
     assistant_turn: Turn
-    generation: str  # what an answer follows
+    generation: str  # what a prompt ends with, for the model to go on
     stop: str
     inside: str = ""
 

@@ -1,6 +1,6 @@
 """Checksums that others published, and what a file is when its digest is one of them.
 
-The only published proof of an applied LLaVA delta is here: the md5 of the author's merged LLaVA-13B-v0 shards.
+Among them are the only published checksums of an applied LLaVA delta: the md5 of the author's merged LLaVA-13B-v0 shards.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["base", "llama2", "delta", "merged", "projector", "tokenizer", "sidecar"]
+PublishedKind = Literal["base", "llama2", "delta", "merged", "projector", "tokenizer", "sidecar"]
 Role = Literal["base", "delta", "merged"]
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file whose digest was published: `what` it is, its kind, hex digests ("": none was published), bytes if known, and where."""
+    """A file whose digest was published: what it is, its kind and source, hex digests ("": none was published), bytes if known."""
 
     what: str
-    kind: Kind
+    kind: PublishedKind
     source: str
     sha256: str = ""
     md5: str = ""
     size: int | None = None
 
 
-def _rows(prefix: str, kind: Kind, source: str, rows: str) -> tuple[Published, ...]:
+def _rows(prefix: str, kind: PublishedKind, source: str, rows: str) -> tuple[Published, ...]:
     """One record a line: name, md5, sha256, and bytes where they are known; a dash where a digest is not."""
     records = []
     for row in rows.strip().splitlines():
@@ -128,8 +128,8 @@ llava-v1.5-7b/mm_projector.bin - be33a3b477e091832a3c8a9fabf5769c43b4cb2c161fc8c
 """),
 )  # fmt: skip
 
-# What must not be given in a role, and why. A tokenizer or a small JSON file is the same in several of them and proves nothing.
-UNFIT: dict[Role, dict[Kind, str]] = {
+# What must not be given in a role, and why. Tokenizers and small JSON files are left out: several roles share the same ones.
+UNFIT: dict[Role, dict[PublishedKind, str]] = {
     "base": {
         "llama2": "the shapes are those of LLaMA 1, so the result would load and talk nonsense",
         "merged": "this is a complete model, to which nothing is to be added",
@@ -150,10 +150,10 @@ UNFIT: dict[Role, dict[Kind, str]] = {
 
 
 def recognise(*, sha256: str | None = None, md5: str | None = None) -> Published | None:
-    """The published file with these digests. Where both sides know a digest it must agree: an md5 alone can be forged."""
+    """The published file with these digests. Where both digests are known on both sides, both must agree: an md5 alone can be forged."""
     for published in PUBLISHED:
         pairs = ((published.sha256, sha256), (published.md5, md5))
-        compared = [ours == theirs.lower() for ours, theirs in pairs if ours and theirs]
+        compared = [known == given.lower() for known, given in pairs if known and given]
         if compared and all(compared):
             return published
     return None

@@ -11,12 +11,13 @@ from typing import Any
 
 Axis = int | str  # a length, or what gives it: "num_attention_heads * head_dim", "image_size // patch_size"
 
+MAX_LAYERS = 1024  # more are refused as absurd; the deepest published decoder has 126, the deepest tower 48
 OPERATORS = {ast.Add: operator.add, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of every model of a kind, or only of those whose config says true for the key `when`; `shape` in elements."""
+    """A tensor of every model of a kind, or, with `when`, of those whose config says true for that key."""
 
     name: str
     shape: tuple[Axis, ...]
@@ -24,7 +25,7 @@ class Parameter:
 
 
 def length(axis: Axis, config: Mapping[str, Any]) -> int:
-    """The length in elements that `axis` gives for the sizes of `config`. Raises KeyError for a size that is not there."""
+    """The length of `axis` for the sizes in `config`. Raises KeyError where one is missing."""
     return axis if isinstance(axis, int) else _value(_parsed(axis), config)
 
 

@@ -16,8 +16,7 @@ FEED_FORWARD = "mlp.fc1.weight"
 
 @dataclass(frozen=True)
 class Pixels:
-    """Mean and standard deviation of the pixels, from 0 to 1, that towers were trained with; `activation` where only those with that one
-    were."""
+    """Mean and standard deviation of the pixels, from 0 to 1, that towers were trained with: all of a kind, or those with `activation`."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -28,8 +27,8 @@ class Pixels:
 class Tower:
     """A kind of vision tower. `repository_types` are what `model_type` says in a repository that holds one.
 
-    `layer` are the tensors of each layer, by the name behind `encoder.layers.N.`. `select` is which hidden state a llava-hf config names
-    and the strategy that goes with it, where LLaVA's code leaves no choice; else the original's config says both.
+    `layer` are the tensors of each layer, by the name behind `encoder.layers.N.`. `select` is the hidden state and the strategy that a
+    llava-hf config names where LLaVA's code leaves no choice; None where the original's config says both.
     """
 
     kind: str
@@ -45,16 +44,19 @@ class Tower:
     class_token: bool
     pixels: tuple[Pixels, ...]  # the usual one first
     image_processor: str
-    resample: int | None  # the filter of every published one, as PIL numbers them
-    crops: bool  # whether that one resizes the shorter side and crops to a square, else an image is squeezed into one
+    resample: int | None  # PIL's number of the filter that every published one uses, None: any filter
+    crops: bool  # whether an image is resized by its shorter side and cropped to a square; else it is squeezed into one
     select: tuple[int, str] | None = None
-    original_layer: int | None = None  # what `mm_vision_select_layer` says of a way back, None: what llava-hf said
+    original_layer: int | None = None  # `mm_vision_select_layer` in the original layout, None: as the llava-hf config says
     runs: bool = True  # whether `smoke` can compute with it
+
+    def __repr__(self) -> str:
+        return f"Tower({self.kind!r})"
 
 
 HIDDEN = "hidden_size"
 PROJECTIONS = ("k_proj", "v_proj", "q_proj", "out_proj")
-LAYER = (
+TOWER_LAYER = (
     *(Parameter(f"self_attn.{name}.weight", (HIDDEN, HIDDEN)) for name in PROJECTIONS),
     *(Parameter(f"self_attn.{name}.bias", (HIDDEN,)) for name in PROJECTIONS),
     *(Parameter(f"layer_norm{number}.{part}", (HIDDEN,)) for number in (1, 2) for part in ("weight", "bias")),
@@ -64,7 +66,7 @@ LAYER = (
     Parameter("mlp.fc2.bias", (HIDDEN,)),
 )
 PATCHES = Parameter(PATCH, (HIDDEN, "num_channels", "patch_size", "patch_size"))
-AFTER = tuple(Parameter(f"post_layernorm.{part}", (HIDDEN,)) for part in ("weight", "bias"))
+TOWER_AFTER = tuple(Parameter(f"post_layernorm.{part}", (HIDDEN,)) for part in ("weight", "bias"))
 HALF = (0.5, 0.5, 0.5)
 
 # The defaults are those of CLIPVisionConfig of 4.28 and SiglipVisionConfig of 4.37 (its first), unchanged up to 5.23.
@@ -82,8 +84,8 @@ TOWERS = (
             Parameter(POSITION, ("(image_size // patch_size) * (image_size // patch_size) + 1", HIDDEN)),
             *(Parameter(f"pre_layrnorm.{part}", (HIDDEN,)) for part in ("weight", "bias")),  # spelled so in transformers
         ),
-        layer=LAYER,
-        after=AFTER,
+        layer=TOWER_LAYER,
+        after=TOWER_AFTER,
         defaults={
             "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 512, "num_hidden_layers": 12, "num_attention_heads": 12,
             "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
@@ -100,8 +102,8 @@ TOWERS = (
         resample=3,
         crops=True,
     ),
-    # `vision_use_head` is our own False: a LLaVA never uses SigLIP's pooling head, and its tensors are left out. LLaVA's encoder
-    # deletes the last layer and takes the last state, which is all patches, since SigLIP has no class token.
+    # `vision_use_head` is False, not the class's default: a LLaVA never uses SigLIP's pooling head, and its tensors are left out. LLaVA's
+    # encoder deletes the last layer and takes the last state, which is all patches, since SigLIP has no class token.
     Tower(
         kind="siglip",
         title="SigLIP",
@@ -114,8 +116,8 @@ TOWERS = (
             Parameter("embeddings.patch_embedding.bias", (HIDDEN,)),
             Parameter(POSITION, ("(image_size // patch_size) * (image_size // patch_size)", HIDDEN)),
         ),
-        layer=LAYER,
-        after=AFTER,
+        layer=TOWER_LAYER,
+        after=TOWER_AFTER,
         defaults={
             "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "num_channels": 3, "image_size": 224, "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
@@ -130,13 +132,13 @@ TOWERS = (
         original_layer=-2,
     ),
 )  # fmt: skip
-BY_TYPE = {row.model_type: row for row in TOWERS}
-BY_KIND = {row.kind: row for row in TOWERS}
-BY_REPOSITORY = {name: row for row in TOWERS for name in row.repository_types}
+TOWER_BY_TYPE = {row.model_type: row for row in TOWERS}
+TOWER_BY_KIND = {row.kind: row for row in TOWERS}
+TOWER_BY_REPOSITORY = {name: row for row in TOWERS for name in row.repository_types}
 # What else lies in such a repository: the text half, the way into the shared space, and SigLIP's pooling head.
 BESIDE_TOWER = r"text_model\..*|(visual|text)_projection\..*|logit_(scale|bias)|(vision_model\.)?head\..*"
-MAX_LAYERS = 1024  # more are refused as absurd; the deepest published one has 48
-# Where each size can be read: tensor and axis.
+TOWER_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")  # of ACT2FN
+# Where each size is read: tensor and axis.
 MEASURES = {
     "hidden_size": (PATCH, 0), "num_channels": (PATCH, 1), "patch_size": (PATCH, 2),
     "intermediate_size": (f"encoder.layers.0.{FEED_FORWARD}", 0),
@@ -152,7 +154,7 @@ HUB_TOWERS = {
 
 @dataclass(frozen=True)
 class KnownTower:
-    """A published vision tower: what its shapes tell, and what no tensor tells. `image` and `patch` are sides in pixels."""
+    """A published vision tower: the sizes that its tensors show, and those that only its config has. `image`, `patch`: sides in pixels."""
 
     repo: str
     model_type: str

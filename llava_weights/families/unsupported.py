@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .targets import BY_TYPE as TARGETS
+from .targets import TARGET_BY_TYPE as TARGETS
 
 OWN_CODE = "run it with the program of its authors"
 

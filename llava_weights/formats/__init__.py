@@ -1,2 +1,2 @@
-"""Weight files, bytes to names and back: headers in, tensors out. No pickle is ever executed.
-Every reader here takes its input for hostile."""
+"""Weight files: their headers read as lazy tensors, and written. No pickle is ever executed.
+Every reader here treats its input as hostile."""

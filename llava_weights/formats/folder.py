@@ -1,4 +1,4 @@
-"""Which files of a folder hold its weights, and their tensors under one roof.
+"""Which files of a folder hold its weights, and all their tensors.
 
 An index file and file names come from strangers: a shard is a bare name in the same folder, never a path, and a link may
 lead nowhere but into the same repository of the Hub cache. What the index says and what the shards hold must agree, tensor
@@ -32,7 +32,7 @@ META_SIZE = r"\d+[Bb]"
 WEIGHTS = rf".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|{META_FILE}|{'|'.join(map(re.escape, SIDE_FILES))}"
 QUANTISED = r".*\.(gguf|ggml)|ggml.*\.bin|.*\.ggmlv\d.*"
 SAMPLED_ROWS = 8  # of each tensor, where two files must be told apart
-DOWNLOAD = "download what is missing: `hf download` continues where it stopped"
+DOWNLOAD_MISSING = "download what is missing: `hf download` continues where it stopped"
 DISAGREE = "index and shards are not of one download; download them again together"
 UNQUANTISED = "quantised weights can't be added to or converted; give the float16 checkpoint that they were made from"
 ACCEPTED = "*.safetensors, pytorch_model*.bin, consolidated.*.pth, adapter_model.*, mm_projector.bin, non_lora_trainables.bin"
@@ -51,11 +51,11 @@ class WeightFiles:
 
 
 def index_folder(folder: Path) -> WeightFiles:
-    """Find the weights of a folder and index them, headers only; the first of these that is there:
+    """The weights of a folder, from headers only; the first of these that it has:
 
     safetensors (index, `model.safetensors`, numbered shards, any single file), the same as `pytorch_model*.bin`, Meta's
     `consolidated.*.pth` (or one subfolder such as `13B` with them), an adapter, a projector, `non_lora_trainables.bin`.
-    Raises InputError where there is nothing, something is missing or damaged, or index and shards disagree.
+    Raises InputError where there are none, a file is missing or damaged, or index and shards disagree.
     """
     names = _names(folder)
     searches: tuple[Callable[[Path, list[str]], WeightFiles | None], ...] = (_safetensors, _torch, _meta, _side)
@@ -77,7 +77,7 @@ def index_shards(folder: Path, index: str) -> WeightFiles:
 
 
 def index_file(path: Path) -> WeightFiles:
-    """Index one weight file by its suffix. A piece of a Meta checkpoint brings the pieces beside it. Raises InputError."""
+    """The weights of one file, by its suffix; of one of Meta's, with the files beside it. Raises InputError as `index_folder`."""
     if not present(path):
         raise _missing(path)
     if re.fullmatch(META_FILE, path.name) and (whole := _meta(path.parent, _names(path.parent))):
@@ -100,10 +100,10 @@ def shard_count(name: str) -> int:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of `name`, which lies in an input folder or somewhere below it; `folder` itself may be a link of the user's.
+    """The path of `name` in or below an input folder; `folder` itself may be a link of the user's.
 
-    Raises InputError where any part of it leads out of the folder, or is a link to nothing. Inside the Hub cache, files of
-    `models--.../snapshots/REVISION` are links to `blobs` of the same repository.
+    Raises InputError where any part of it leads out of the folder, or is a link to nothing. Allowed are the links of the Hub cache,
+    from `models--.../snapshots/REVISION` to `blobs` of the same repository.
     """
     path = folder / name
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
@@ -116,7 +116,9 @@ def inside(folder: Path, name: str) -> Path:
         facts = {"link": folder / link, "leads to": target}
         raise InputError(f"{shown(link)} {what} out of its folder", facts=facts, hint="put the file itself there, or give its folder")
     if path.is_symlink() and not target.exists():
-        raise InputError(f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD)
+        raise InputError(
+            f"{shown(name)} is a link to a file that is missing", facts={"link": path, "leads to": target}, hint=DOWNLOAD_MISSING
+        )
     return path
 
 
@@ -130,7 +132,7 @@ def same_header(file: SourceFile) -> bool:
 
 
 def member(folder: Path, name: str) -> Path:
-    """The path of a file in an input folder, by `inside`. Raises InputError too where the name is that of a folder, pipe or device."""
+    """The path of a file in an input folder. Raises InputError as `inside`, and for a folder, pipe or device of this name."""
     path = inside(folder, name)
     if (status := _status(path)) and not stat.S_ISREG(status.st_mode):
         raise irregular(path, status)
@@ -138,13 +140,13 @@ def member(folder: Path, name: str) -> Path:
 
 
 def optional(folder: Path, name: str) -> Path | None:
-    """As `member`, for a file that need not be there: None where there is none, or something else has its name."""
+    """As `member`, but None where there is no file of this name."""
     path = inside(folder, name)
     return path if (status := _status(path)) and stat.S_ISREG(status.st_mode) else None
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """What lies there, None for nothing. Raises InputError where the system does not say."""
+    """The status of a path, None where there is nothing. Raises InputError where it can't be read."""
     try:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -270,10 +272,10 @@ def _weight_map(folder: Path, index: str, container: Container) -> dict[str, str
 
 
 def _all_there(folder: Path, names: list[str], expected: list[str], authority: str) -> None:
-    """Raise InputError naming the shards that are expected and missing."""
+    """Raise InputError naming the expected shards that are missing."""
     if missing := sorted(set(expected).difference(names)):
         what = f"{len(missing):,} of {len(expected):,} shards are missing: {listed(missing)}"
-        raise InputError(what, facts={"folder": folder, "expected by": authority}, hint=DOWNLOAD)
+        raise InputError(what, facts={"folder": folder, "expected by": authority}, hint=DOWNLOAD_MISSING)
 
 
 def _read(
@@ -285,8 +287,8 @@ def _read(
     weight_map: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> WeightFiles:
-    """Index the shards in this order; `path` is the one that the user named, who may give a link. Raises InputError where one is no
-    safe file, lacks a tensor of the map or repeats one."""
+    """Index the shards in this order; `path` is a single one that the user gave, which may be a link. Raises InputError for one that is
+    no safe file, lacks a tensor of the map or repeats one."""
     tensors: dict[str, LazyTensor] = {}
     files, metadata = [], {}
     listed_in: dict[str, list[str]] = {}
@@ -324,7 +326,7 @@ def _read_one(path: Path, container: Container) -> tuple[Mapping[str, LazyTensor
 
 
 def _meta(folder: Path, names: list[str]) -> WeightFiles | None:
-    """Meta's own layout, in this folder or in the only one of its size folders that has it."""
+    """Meta's own layout, in this folder or in the one subfolder named after a size that has it."""
     pieces = [name for name in names if re.fullmatch(META_FILE, name)]
     if pieces:
         for name in (*pieces, *({"params.json"} & set(names))):
@@ -368,7 +370,7 @@ def _holds(folder: Path, pattern: str) -> bool:
 
 
 def _nothing_in(folder: Path, names: list[str]) -> InputError:
-    """The error for a folder without weights: what is there, what would do, and where weights are nearby."""
+    """The error for a folder without weights: what it holds, what is accepted, and where weights are nearby."""
     facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": ACCEPTED}
     if several := [name for name in names if name.endswith(".safetensors")]:
         return InputError(

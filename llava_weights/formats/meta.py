@@ -1,7 +1,7 @@
-"""Meta's own release of LLaMA (`consolidated.NN.pth` and `params.json`) seen as a Hugging Face checkpoint, lazily.
+"""Meta's own release of LLaMA (`consolidated.NN.pth` and `params.json`) as the tensors of a Hugging Face checkpoint, lazily.
 
 Each tensor was cut into as many pieces as there are files (1, 2, 4 or 8: model parallelism). Names, the axis of each cut and
-the reordering of q and k are those of transformers 4.31's convert_llama_weights_to_hf.py; no weight is read here.
+the reordering of q and k are those of transformers 4.31's convert_llama_weights_to_hf.py.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import BY_TYPE
+from ..families.decoders import DECODER_BY_TYPE
 from ..families.layouts import MetaName, meta_names
+from ..families.shapes import MAX_LAYERS
 from ..storage.strict_json import load_object
+from ..tensors.dtypes import TORCH_DTYPE
 from ..tensors.lazy import LazyTensor, PermuteRope, Stored, concat
 from ..text import listed, shown
 from .torch_zip import index_torch_zip
 
-LLAMA = BY_TYPE["llama"]
 PIECES = (1, 2, 4, 8)
 LENGTHS = ("dim", "n_layers", "n_heads", "n_kv_heads")
-MAX_LENGTH, MAX_LAYERS = 1 << 20, 1000
-DROPPED = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # transformers computes them itself
-TORCH_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+MAX_LENGTH = 1 << 20
+ROTARY_FREQUENCIES = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # transformers computes them itself
+META_DTYPES = ("F16", "BF16", "F32")
 GIVE_ALL = "give the folder of one model size with params.json and every consolidated.NN.pth of the same download"
 
 
 @dataclass(frozen=True)
 class Params:
-    """params.json, and the two lengths that only the tensors tell."""
+    """params.json, and the two sizes that only the tensors have."""
 
     dim: int
     layers: int
@@ -44,7 +45,7 @@ class Params:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The same by the keys of a config.json."""
+        """The sizes by the keys of a config.json."""
         return {
             "hidden_size": self.dim, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.dim // self.heads, "vocab_size": self.vocabulary,
@@ -55,18 +56,17 @@ class Params:
 def index_meta(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """The model of a folder in transformers' names and order, and the config.json that transformers 4.31 would write for it.
 
-    Left out are the rotary frequencies (DROPPED). Raises InputError unless params.json, the number of files, every name,
-    dtype and shape fit together.
+    The rotary frequencies are left out. Raises InputError unless params.json, number of files, names, dtypes and shapes fit together.
     """
     paths = _paths(folder)
     pieces = [index_torch_zip(path) for path in paths]
     params = _params(folder / "params.json", pieces[0], len(pieces))
-    rules, shapes = meta_names(params.layers), LLAMA.shapes(params.sizes)
+    rules, shapes = meta_names(params.layers), DECODER_BY_TYPE["llama"].shapes(params.sizes)
     for path, piece in zip(paths, pieces, strict=True):
         _check_names(path, piece, {rule.meta for rule in rules})
         _check_shapes(path, piece, rules, shapes, len(pieces))
     dtypes = {piece[rule.meta].dtype for piece in pieces for rule in rules}
-    if len(dtypes) > 1 or not dtypes <= TORCH_DTYPES.keys():
+    if len(dtypes) > 1 or not dtypes <= {*META_DTYPES}:
         raise InputError(
             f"the weights have the dtypes {listed(sorted(dtypes))}, not one float dtype", facts={"folder": folder}, hint=GIVE_ALL
         )
@@ -138,7 +138,7 @@ def _check_names(path: Path, piece: Mapping[str, Stored], expected: set[str]) ->
     if missing := [name for name in sorted(expected) if name not in piece]:
         what = f"{shown(path.name)} lacks {len(missing):,} tensors that params.json asks for: {listed(missing)}"
         raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
-    if unknown := [name for name in piece if name not in expected and not DROPPED.fullmatch(name)]:
+    if unknown := [name for name in piece if name not in expected and not ROTARY_FREQUENCIES.fullmatch(name)]:
         what = f"{shown(path.name)} holds {len(unknown):,} tensors that LLaMA does not have: {listed(unknown)}"
         raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
 
@@ -180,7 +180,7 @@ def _config(params: Params, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": params.norm_eps,
         "rope_theta": params.rope_theta,
         "tie_word_embeddings": False,
-        "torch_dtype": TORCH_DTYPES[dtype],
+        "torch_dtype": TORCH_DTYPE[dtype],
         "use_cache": True,
         "vocab_size": params.vocabulary,
     }

@@ -1,8 +1,8 @@
-"""The pickle inside a `torch.save` file, read as data: an interpreter that can build tensors' descriptions and nothing else.
+"""The pickle inside a `torch.save` file, read as data: an interpreter that can build descriptions of tensors and nothing else.
 
-A real unpickler imports what the file names and calls it. This one knows 35 opcodes and a handful of names, compares those
-names as text and never looks one up, so the worst that a hostile file can do is to be refused. Opcodes: Python's
-Lib/pickletools.py; what `torch.save` writes with them: torch/serialization.py and torch/_utils.py, protocol 2.
+A real unpickler imports what the file names and calls it. This one knows 35 opcodes and a handful of names, which it compares as
+text and never looks up, so the worst that a hostile file can do is to be refused. Opcodes: Python's Lib/pickletools.py; what
+`torch.save` writes with them: torch/serialization.py and torch/_utils.py, protocol 2.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..tensors.dtypes import MAX_AXES
 from ..text import shown
 
 MAX_OPCODES = 250_000  # more than 5,000 tensors; a 13B model has 405
 MAX_TEXT = 4096
 MAX_INTEGER_BYTES = 16
 MAX_KEY = 1 << 31  # larger ints can be made to collide in a dict, which takes quadratic time
-MAX_AXES = 8
 MAX_ELEMENTS = 1 << 48
 
 PROTO, STOP = 0x80, ord(".")
@@ -36,7 +36,7 @@ ALLOWED = {ORDERED_DICT, REBUILD_TENSOR, REBUILD_TENSOR_V2, REBUILD_PARAMETER, *
 
 
 class Refused(ValueError):
-    """Why a file is not read, as the end of a sentence that begins with the file's name, and what to do about it."""
+    """Why a file is not read: the end of a sentence that begins with its name; and what to do about it."""
 
     hint = "ask its author for a .safetensors version, or for a file that maps names to tensors and holds nothing else"
 
@@ -76,7 +76,7 @@ class View:
     strides: tuple[int, ...]
 
     def problem(self) -> str:
-        """Why this is not a row-major range of its storage, or nothing."""
+        """Why this is not a row-major range of its storage, else empty."""
         if len(self.shape) != len(self.strides):
             return "has a stride too many or too few"
         if math.prod(max(length, 1) for length in self.shape) >= MAX_ELEMENTS:
@@ -127,7 +127,7 @@ class _Machine:
             action(self)
         else:
             raise Refused(f"holds a pickle of more than {MAX_OPCODES:,} opcodes")
-        if protocol != 2:  # only now, so that a hostile file of another protocol is told by what it asks for
+        if protocol != 2:  # checked last, so that the error for a hostile file of another protocol says what it asks to run
             raise Refused(f"holds a pickle of protocol {protocol}, `torch.save` writes 2")
         if self.position != len(self.data) or len(self.stack) != 1 or self.below:
             raise Refused("holds a pickle with something left over")
@@ -205,7 +205,7 @@ class _Machine:
         self.push(Name(path))
 
     def build(self) -> None:
-        """`OrderedDict.__dict__`: `Module.state_dict()` keeps its modules' version numbers there. Nothing in it is weights."""
+        """`OrderedDict.__dict__`, where `Module.state_dict()` keeps its modules' version numbers: ignored."""
         target, state = self.last(2)
         if type(target) is not OrderedDict or type(state) is not dict or list(state) != ["_metadata"]:
             raise Refused("holds a pickle that sets the state of an object")
@@ -220,7 +220,7 @@ class _Machine:
                 raise Refused("holds a storage that `torch.save` would not write")
 
     def reduce(self) -> None:
-        """What a call of the three functions and of `OrderedDict` would make; the arguments are those of torch/_utils.py."""
+        """The result of a call to `OrderedDict` or one of the three functions, whose arguments are those of torch/_utils.py."""
         match self.last(2):
             case (Name(path), ()) if path == ORDERED_DICT:
                 self.push(OrderedDict())

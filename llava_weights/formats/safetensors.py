@@ -1,10 +1,10 @@
-"""The safetensors container: its header read with suspicion, and written as the library writes it.
+"""The safetensors container: its header read strictly, and written as the library writes it.
 
     8 bytes: length n, little-endian | n bytes: JSON, padded with spaces | the tensors' bytes
 
 The JSON maps each name to `{"dtype", "shape", "data_offsets": [begin, end]}`, counted from the end of the header, and
-`__metadata__` to texts. The format's own rules are those of safetensors 0.8; those marked "ours" are narrower, since that
-library accepts names with NUL, repeated keys, unknown fields and 99 MB of metadata.
+`__metadata__` to texts. The rules are those of safetensors 0.8, and stricter: that library accepts names with NUL, repeated keys,
+unknown fields and 99 MB of metadata.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from typing import Any
 from ..errors import InputError
 from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, open_regular, refuse_disguise
 from ..storage.strict_json import parse_json, read_exactly
-from ..tensors.dtypes import ITEMSIZE
+from ..tensors.dtypes import ITEMSIZE, MAX_AXES
 from ..tensors.lazy import LazyTensor, Stored
 from ..text import shown
 
-MAX_HEADER = 16 << 20  # ours; the library's is 100 MB, and the header of a 13B model has less than 100 kB
-MAX_TENSORS = 20_000  # ours; LLaMA 65B has 723, and the library takes seconds and 800 MB for 700,000 empty ones
-MAX_NAME = 4096  # ours, bytes of UTF-8
-MAX_AXES = 8
+MAX_HEADER = 16 << 20  # bytes; the library's limit is 100 MB, and the header of a 13B model has less than 100 kB
+MAX_TENSORS = 20_000  # LLaMA 65B has 723, and the library takes seconds and 800 MB for 700,000 empty ones
+MAX_NAME = 4096  # bytes of UTF-8
 MAX_AXIS = 1 << 48
 
-# The library sorts by this order, last first, and then by name, so that wide values are aligned. Equal in 0.4, 0.5 and 0.8.
+# The library sorts by dtype, the last of these first, and then by name, so that wide values are aligned. The same in 0.4, 0.5 and 0.8.
 SORT_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
 
 
@@ -41,7 +40,7 @@ def index_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     with open_regular(path) as (fd, status):
         head = read_exactly(path, fd, min(status.st_size, 64))
         size = int.from_bytes(head[:8], "little")
-        if len(head) < 8 or not 2 <= size <= MAX_HEADER:  # no honest length looks like the start of another format
+        if len(head) < 8 or not 2 <= size <= MAX_HEADER:  # the first bytes of other formats would be longer headers than any
             refuse_disguise(path, head)
             raise _refusal(path, f"its header would have {size:,} bytes" if len(head) >= 8 else f"it has only {len(head)} bytes")
         header = read_exactly(path, fd, 8 + size)[8:]
@@ -55,8 +54,8 @@ def make_header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str
     """The first bytes of a file with these tensors, length and padding included, and where each tensor's bytes then go:
     (name, tensor, offset from the end of these bytes), in the order of the file.
 
-    Together they are byte for byte what `safetensors.torch.save_file` writes. Several metadata keys are sorted, where the
-    library writes them in random order. Raises ValueError for names that are repeated or that our own reader refuses.
+    Together they are byte for byte what `safetensors.torch.save_file` writes, but with the metadata sorted by key, which the library
+    writes in random order. Raises ValueError for names that are repeated or that `index_safetensors` refuses.
     """
     ordered = sorted(tensors, key=lambda item: (-SORT_ORDER.index(item[1].dtype), item[0]))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -80,7 +79,7 @@ def _refusal(path: Path, reason: str) -> InputError:
 def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     if not header.startswith(b"{") or not header.rstrip(b" ").endswith(b"}"):
         raise _refusal(path, "its header is not a JSON object followed by blanks")
-    if header.count(b"{") + header.count(b"[") > 3 * MAX_TENSORS:  # three a tensor; before parsing, which is what costs
+    if header.count(b"{") + header.count(b"[") > 3 * MAX_TENSORS:  # three for each tensor; before the parsing, which is expensive
         raise _refusal(path, f"it lists more than {MAX_TENSORS:,} tensors")
     entries = parse_json(header, name=path.name, path=path)
     metadata = entries.pop("__metadata__", {})
@@ -90,7 +89,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, 
 
 
 def _lay_out(path: Path, entries: dict[str, Any], file: SourceFile, start: int) -> dict[str, Stored]:
-    """The tensors in file order, once they are known to fill the bytes from `start` on without a hole or an overlap."""
+    """The tensors in file order. Raises InputError unless they fill the bytes from `start` on without a hole or an overlap."""
     places = sorted((*_offsets(path, name, entry), name) for name, entry in entries.items())
     end = 0
     tensors = {}
@@ -109,7 +108,7 @@ def _lay_out(path: Path, entries: dict[str, Any], file: SourceFile, start: int) 
 
 
 def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
-    """Where the bytes of a tensor begin and end, once its entry is known to be sound."""
+    """Where the bytes of a tensor begin and end. Raises InputError unless its name and entry are sound."""
     problem = _name_problem(name) or _entry_problem(entry)
     if problem:
         raise _refusal(path, f"tensor {shown(name)}: {problem}")
@@ -126,7 +125,7 @@ def _name_problem(name: str) -> str:
 
 
 def _entry_problem(entry: Any) -> str:
-    """Why this is not `{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}`, or nothing."""
+    """Why this is not `{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}`, else empty."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "it needs exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

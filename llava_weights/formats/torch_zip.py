@@ -3,10 +3,10 @@
     member | member | ... | central directory | end records        a zip of stored (never compressed) members,
     NAME/data.pkl  NAME/data/0  NAME/data/1 ...  NAME/version      all under one folder, which is the file's own stem
 
-Only the directory, each member's own header and `data.pkl` are read. Zip readers differ in what they make of a file that
-contradicts itself, so such a file is refused: torch takes the last of two equal names and checks no CRC. Layout: PKWARE
-APPNOTE 6.3.10; what torch makes of it: caffe2/serialize/inline_container.cc and torch's miniz, which leaves CRC and sizes to
-a descriptor behind the data (flag bit 3), pads headers so that data is aligned, and always writes zip64 end records.
+Only the directory, each member's own header and `data.pkl` are read. Zip readers differ in how they read a file that contradicts
+itself, so such a file is refused: torch takes the last of two equal names and checks no CRC. Layout: PKWARE APPNOTE 6.3.10; what
+torch writes: caffe2/serialize/inline_container.cc and torch's miniz, which leaves CRC and sizes to a descriptor behind the data
+(flag bit 3), pads headers so that data is aligned, and always writes zip64 end records.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,11 +28,11 @@ from ..tensors.lazy import Stored
 from ..text import listed, shown
 from .pickle_opcodes import Refused, View, interpret
 
-MAX_PICKLE = 16 << 20  # that of a 13B model has 40 kB
+MAX_PICKLE = 16 << 20  # bytes; that of a 13B model has 40 kB
 MAX_DIRECTORY = 16 << 20
 MAX_MEMBERS = 100_000
-MAX_SHARE = 4  # how often the tensors may stand for the file's bytes; a tied head and embedding do so twice
-MAX_NAME = 512  # bytes of UTF-8, for members and tensors
+MAX_SHARE = 4  # bytes of tensors for each byte of values in the file, at most; a tied head and embedding share theirs
+MAX_MEMBER_NAME = 512  # bytes of UTF-8, for members and tensors
 
 LOCAL = struct.Struct("<4s5H3I2H")
 CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -44,18 +44,18 @@ FLAGS = 1 << 3 | 1 << 11  # descriptor behind the data, name in UTF-8; all other
 
 # The members that torch.save writes; those with a dot are the extras of torch 2.1 and later.
 MEMBER = re.compile(r"data\.pkl|data/[0-9]+|version|byteorder|\.[a-z][a-z_]*(/[a-z_]+)?")
-DAMAGED = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError, struct.error)
+PARSE_ERRORS = (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError, struct.error)
 
 
 class Damaged(Refused):
-    """The zip is not whole, or says two things about one."""
+    """The zip is not whole, or contradicts itself."""
 
     hint = DOWNLOAD_AGAIN
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file in the zip. Offsets count from the start of the zip: of the member's header, its data, its directory entry."""
+    """One file in the zip, with the offsets of its header, its data and its directory entry from the start of the zip."""
 
     name: str
     header_offset: int
@@ -89,19 +89,19 @@ def index_torch_zip(path: Path) -> dict[str, Stored]:
     """The tensors of a `torch.save` file in the order of its dict. Reads no weights, needs no torch, runs nothing.
 
     Several may share one storage. Raises InputError unless the file is a sound zip, as torch.save writes it, of one dict from
-    `str` to contiguous tensors and nothing else, and where it is another kind of file, names that kind.
+    `str` to contiguous tensors and nothing else; where it is another kind of file, the error names that kind.
     """
     with _opened(path) as (file, status):
         members, directory = _members(file)
-        parts = _parts(file, members)
-        pickle = _checked(file, parts["data.pkl"], MAX_PICKLE)
+        inside = _inside_root(file, members)
+        pickle = _checked(file, inside["data.pkl"], MAX_PICKLE)
         views = _views(interpret(pickle))
-        digest = sha256(pickle + directory).hexdigest()
-        source = SourceFile.of(path, status, digest)
-        tensors = {name: _stored(name, view, parts, source) for name, view in views.items()}
+        source = SourceFile.of(path, status, sha256(pickle + directory).hexdigest())
+        tensors = {name: _stored(name, view, inside, source) for name, view in views.items()}
         used = {tensor.record for tensor in tensors.values()}
-        _check_share(tensors, sum(member.size for name, member in parts.items() if name.startswith("data/")))
-        if unused := [name for name, member in parts.items() if name.startswith("data/") and member.record not in used]:
+        data = {name: member for name, member in inside.items() if name.startswith("data/")}
+        _check_share(tensors, sum(member.size for member in data.values()))
+        if unused := [name for name, member in data.items() if member.record not in used]:
             raise Refused(f"holds data of no tensor: {listed(unused)}")
         return tensors
 
@@ -110,13 +110,13 @@ def zip_records(path: Path) -> list[Member]:
     """The members of a `torch.save` file in the order of their bytes, after the same checks of the zip."""
     with _opened(path) as (file, _):
         members, _ = _members(file)
-        _parts(file, members)
+        _inside_root(file, members)
         return members
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[_File, os.stat_result]]:
-    """The open file. Whatever goes wrong inside becomes an InputError that names it."""
+    """The open file. Errors of reading it become an InputError that names it."""
     with open_regular(path) as (fd, status):
         file = _File(fd, status.st_size)
         try:
@@ -125,7 +125,7 @@ def _opened(path: Path) -> Iterator[tuple[_File, os.stat_result]]:
         except Refused as error:
             facts = {"path": path, "size": f"{file.size:,} bytes"}
             raise InputError(f"{shown(path.name)} {error}", facts=facts, hint=error.hint) from error
-        except DAMAGED as error:
+        except PARSE_ERRORS as error:
             what = f"{shown(path.name)} is damaged: its directory or pickle makes no sense"
             raise InputError(what, facts={"path": path, "found by": type(error).__name__}, hint=DOWNLOAD_AGAIN) from error
 
@@ -189,7 +189,7 @@ def _directory_range(file: _File) -> tuple[int, int, int]:
 
 
 def _why_no_end(file: _File) -> str:
-    """What is wrong with a zip that does not end as one, with the size that it should have where that can be told."""
+    """What is wrong with a zip that does not end as one, with the size that it should have where that is known."""
     tail = file.read(max(0, file.size - (1 << 16)), min(file.size, 1 << 16))
     extra = len(tail) - tail.rfind(b"PK\x05\x06") - END.size
     if 0 < extra < len(tail) - END.size:
@@ -198,7 +198,7 @@ def _why_no_end(file: _File) -> str:
         start = file.read(0, min(file.size, MAX_PICKLE))
         begin = LOCAL.size + sum(LOCAL.unpack_from(start)[-2:])
         views = _views(interpret(start[begin : start.index(b"PK\x07\x08", begin)]))
-    except DAMAGED:
+    except PARSE_ERRORS:
         views = {}
     needed = sum(storage.numel * ITEMSIZE[storage.dtype] for storage in {view.storage for view in views.values()})
     expected = f"expected more than {needed:,} bytes" if needed >= file.size else "its directory is missing"
@@ -214,7 +214,7 @@ def _member(file: _File, directory: bytes, position: int, directory_start: int) 
     if signature != b"PK\x01\x02" or end > len(directory) or comment or disk:
         raise Damaged("has a damaged directory")
     text = name.decode()
-    if not text.isprintable() or not 0 < len(name) <= MAX_NAME:
+    if not text.isprintable() or not 0 < len(name) <= MAX_MEMBER_NAME:
         raise Damaged(f"lists a member with the impossible name {shown(text)}")
     if flags & ~FLAGS or method:
         raise Refused(f"holds {shown(text)} compressed or encrypted; torch.save only stores")
@@ -229,7 +229,8 @@ def _member(file: _File, directory: bytes, position: int, directory_start: int) 
 
 
 def _data_offset(file: _File, header: int, name: bytes, flags: int, size: int, crc32: int) -> int:
-    """Where a member's data begins, once its own header says the same as the directory, or leaves it to the descriptor as 0."""
+    """Where a member's data begins. Raises Damaged unless its own header says the same as the directory, or 0 where the descriptor
+    behind the data says it."""
     fields = LOCAL.unpack(file.read(header, LOCAL.size))
     signature, _, local_flags, method, _, _, local_crc32, packed, unpacked, name_length, extra_length = fields
     rest = file.read(header + LOCAL.size, name_length + extra_length)
@@ -258,22 +259,22 @@ def _zip64(extra: bytes) -> tuple[int, ...]:
     return fields[0] if fields else ()
 
 
-def _parts(file: _File, members: list[Member]) -> dict[str, Member]:
-    """The members by their names inside the one root folder, once they are those of a `torch.save` file."""
+def _inside_root(file: _File, members: list[Member]) -> dict[str, Member]:
+    """The members by their names inside the one root folder. Raises Refused unless they are those of a `torch.save` file."""
     roots = {member.name.partition("/")[0] for member in members}
-    parts = {member.name.partition("/")[2]: member for member in members}
-    if "constants.pkl" in parts or any(name.startswith("code/") for name in parts):
+    inside = {member.name.partition("/")[2]: member for member in members}
+    if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
         raise Refused("is a TorchScript archive: a program, not a plain tensor file")
-    unknown = [member.name for name, member in parts.items() if not MEMBER.fullmatch(name)]
-    if len(roots) != 1 or roots & {"", ".", ".."} or unknown or "data.pkl" not in parts:
+    unknown = [member.name for name, member in inside.items() if not MEMBER.fullmatch(name)]
+    if len(roots) != 1 or roots & {"", ".", ".."} or unknown or "data.pkl" not in inside:
         raise Refused(f"is a zip, but not one that torch.save writes (it holds {listed(unknown or sorted(roots))})")
-    if "byteorder" in parts and _checked(file, parts["byteorder"], 16) != b"little":
+    if "byteorder" in inside and _checked(file, inside["byteorder"], 16) != b"little":
         raise Refused("was written on a big-endian machine")
-    return parts
+    return inside
 
 
 def _checked(file: _File, member: Member, limit: int) -> bytes:
-    """All of a small member, once its CRC-32 is right."""
+    """The bytes of a small member. Raises Damaged where its CRC-32 is wrong."""
     if member.size > limit:
         raise Refused(f"has {member.size:,} bytes in {shown(member.name)}, at most {limit:,} are read")
     data = file.read(member.offset, member.size)
@@ -283,7 +284,7 @@ def _checked(file: _File, member: Member, limit: int) -> bytes:
 
 
 def _views(content: object) -> dict[str, View]:
-    """The dict that the file holds, if it maps names to tensors and nothing else."""
+    """The dict that the file holds. Raises Refused unless it maps names to tensors and nothing else."""
     if not isinstance(content, dict):
         raise Refused(f"holds a value of type {shown(_kind(content))}, not a dict of tensors")
     views = {name: view for name, view in content.items() if isinstance(name, str) and isinstance(view, View)}
@@ -294,7 +295,7 @@ def _views(content: object) -> dict[str, View]:
 
 
 def _check_share(tensors: dict[str, Stored], stored: int) -> None:
-    """Raise Refused where many tensors share the same bytes, so that reading or writing them all would cost far more than the file."""
+    """Raise Refused where so many tensors share bytes that reading or writing all would cost far more than the file."""
     if (total := sum(tensor.nbytes for tensor in tensors.values())) > MAX_SHARE * stored:
         raise Refused(f"holds {stored:,} bytes of values, of which its tensors make {total:,} by sharing them")
 
@@ -303,11 +304,11 @@ def _kind(value: object) -> str:
     return "tensor" if isinstance(value, View) else type(value).__name__
 
 
-def _stored(name: str, view: View, parts: dict[str, Member], source: SourceFile) -> Stored:
-    """The tensor's place in the file, once it is known to lie within its member."""
-    if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME:
+def _stored(name: str, view: View, inside: Mapping[str, Member], source: SourceFile) -> Stored:
+    """The tensor's place in the file. Raises Refused unless it lies within its member."""
+    if not name.isprintable() or not 0 < len(name.encode()) <= MAX_MEMBER_NAME:
         raise Refused(f"holds a tensor with the impossible name {shown(name)}")
-    member, itemsize = parts.get(f"data/{view.storage.key}"), ITEMSIZE[view.storage.dtype]
+    member, itemsize = inside.get(f"data/{view.storage.key}"), ITEMSIZE[view.storage.dtype]
     if member is None:
         raise Refused(f"does not hold the values of {shown(name)}")
     if member.size != view.storage.numel * itemsize:

@@ -18,14 +18,15 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import known_decoder
 from ..checkpoint.hf_config import select_layer
+from ..checkpoint.small_files import RIGHT_CONFIG
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
 from ..errors import InputError
-from ..families.decoders import CLASSES, KINDS, PARTS
+from ..families.decoders import CLASSES, RUNNABLE_PART_TYPES, RUNNABLE_TYPES
 from ..families.layouts import canonical
 from ..families.targets import DEFAULT_PARTS, TARGETS
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import shown
+from ..text import brief, shown
 from .image_features import IMAGE, Splice
 from .streaming import Streamed
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 
-RIGHT = "give the config.json that belongs to these weights"
 # Keys of a config that change no product, only what code runs, how it is stored or what comes back.
 IGNORED = re.compile(
     r"_.*|mm_.*|auto_map|architectures|model_type|transformers_version|quantization_config|(torch_)?dtype|attn_implementation"
@@ -43,12 +43,19 @@ IGNORED = re.compile(
 
 @dataclass(frozen=True)
 class Probe:
-    """An input that is stored, never made again from a seed or a tokenizer (facts: verify 2.3)."""
+    """What a model is run on. `ids` are int64 [T]; in the form of an original LLaVA -200 stands for an image. `pixel_values` are float32
+    [images, 3, S, S], or with tiles [images, tiles, 3, S, S] padded with zeros; `image_sizes`, with tiles, int64 [images, 2] of height and
+    width in pixels. They are stored as they are, never made again from a seed or a tokenizer.
+    """
 
     name: str
     ids: np.ndarray  # int64 [T]; for an original LLaVA -200 stands for an image, or a run of <im_patch>
     pixel_values: np.ndarray | None = None  # float32 [images, 3, S, S], for anyres [images, tiles, 3, S, S] padded with zeros
     image_sizes: np.ndarray | None = None  # int64 [images, 2], height and width, for anyres
+
+    def __repr__(self) -> str:
+        pixels = "" if self.pixel_values is None else f", pixels {list(self.pixel_values.shape)}"
+        return f"Probe({brief(self.name)}, {len(self.ids)} ids{pixels})"
 
 
 @dataclass(frozen=True)
@@ -128,8 +135,8 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     import torch
 
     kind = checkpoint.config.get("model_type")
-    if kind not in KINDS.get(checkpoint.layout, ()):
-        facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(KINDS.values(), ()))}
+    if kind not in RUNNABLE_TYPES.get(checkpoint.layout, ()):
+        facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(RUNNABLE_TYPES.values(), ()))}
         raise InputError(
             f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint="`verify` and `diff` check what can't be run"
         )
@@ -225,10 +232,11 @@ def _projector(tensors: Mapping[str, LazyTensor]) -> Any:
     def linear(weight: LazyTensor) -> nn.Module:
         return nn.Linear(weight.shape[-1], weight.shape[0], device="meta", dtype=torch.float32)
 
-    if whole := tensors.get("projector.weight"):
-        return linear(whole)
     matrices = [tensors[name] for number in range(0, 16, 2) if (name := f"projector.{number}.weight") in tensors]
-    return nn.Sequential(*[module for matrix in matrices for module in (nn.GELU(), linear(matrix))][1:])
+    with torch.random.fork_rng(devices=[]):
+        if whole := tensors.get("projector.weight"):
+            return linear(whole)
+        return nn.Sequential(*[module for matrix in matrices for module in (nn.GELU(), linear(matrix))][1:])
 
 
 def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
@@ -237,27 +245,27 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
 
     transformers = _transformers()
     settings = _plain(config)
-    for part, kinds in PARTS.items():
+    for part, kinds in RUNNABLE_PART_TYPES.items():
         inner = settings.get(part, {})
         if not isinstance(inner, dict) or inner.setdefault("model_type", DEFAULT_PARTS[part]) not in kinds:
-            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT)
-    layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in PARTS))]
+            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT_CONFIG)
+    layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in RUNNABLE_PART_TYPES))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):
-        raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT)
+        raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT_CONFIG)
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[kind])
     try:
         built = config_class(**settings)
         built._attn_implementation = "eager"
-        with torch.device("meta"):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # which is drawn from although nothing is filled
             return model_class(built).eval()
     except Exception as error:  # transformers and its validators raise a dozen kinds
-        raise InputError(f"transformers can't build a `{kind}` from this config: {error}", hint=RIGHT) from error
+        raise InputError(f"transformers can't build a `{kind}` from this config: {error}", hint=RIGHT_CONFIG) from error
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the keys of `IGNORED`, so that none names code to run; its parts keep their `model_type`."""
     kept = {key: value for key, value in config.items() if not IGNORED.fullmatch(key)}
-    for part in PARTS:
+    for part in RUNNABLE_PART_TYPES:
         if isinstance(inner := kept.get(part), dict):
             kept[part] = _plain(inner) | {"model_type": inner["model_type"]} if "model_type" in inner else _plain(inner)
     return kept

@@ -17,12 +17,12 @@ from .. import findings
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from ..checkpoint.tower import Doubts, tower_hint
 from ..errors import InputError, UsageError, VerificationError, finite
-from ..events import Note
+from ..events import Listener, Note, check_listener
 from ..findings import Finding
-from ..text import shown
+from ..text import brief, shown
 from .forward import Outcome, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
-from .recording import Listener, Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
+from .recording import Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
 
 Where = Literal["text", "image"]
 Verdict = Literal["same", "plausible", "suspicious", "different"]
@@ -32,8 +32,11 @@ PRECISION = ("F32", "F16", "BF16")  # from fine to coarse
 
 @dataclass(frozen=True)
 class Limits:
-    """What may differ: normalised mean square error, max |d| in standard deviations of the reference's logits, share of places with
-    the same first choice, mean KL in nats; and the error of a hidden state at one place, from which a layer is called wrong."""
+    """How much may differ before a checkpoint is judged wrong: `nmse` the mean square error of the logits over the mean square of the
+    reference's, `largest` the greatest |d| in standard deviations of the reference's logits, `top1` the least share of places with the same
+    first choice, `kl` the mean Kullback-Leibler divergence in nats; `hidden` the normalised mean square error of a hidden state at one
+    place, from which on a layer is called wrong. Taken from measurements: ten times the noise of a small trained model.
+    """
 
     nmse: float
     largest: float
@@ -65,7 +68,12 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Row:
-    """Differences of one probe, at places of text or of images. `flips` are the other first choices that count (`MARGIN`)."""
+    """How the logits of one `probe` differ, at its places of text or of images (`where`); `places` counts them.
+
+    `nmse` is normalised mean square error, `max_abs` and `mean_abs` are of |d|, `max_std` is max_abs in standard deviations of the
+    reference's logits, `mean_kl` and `max_kl` are in nats, `min_cosine` is over the places, `top1` and `top5` are shares of equal choices.
+    `flips` counts other first choices where the reference preferred its own clearly, `non_finite` logits that are inf or NaN.
+    """
 
     probe: str
     where: Where
@@ -82,8 +90,11 @@ class Row:
     flips: int
     non_finite: int
 
+    def __repr__(self) -> str:
+        return f"Row({brief(self.probe)}, {self.where!r}, {self.places} places, NMSE {self.nmse:.1e}, top-1 {self.top1:.3f})"
+
     def beyond(self, limits: Limits) -> list[str]:
-        """Each limit that is passed, in words."""
+        """Each of `limits` that is passed, in words."""
         flipped = 1 - self.flips / self.places
         checks = (
             ("NMSE", self.nmse, limits.nmse),
@@ -97,8 +108,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Smoke:
-    """`verdict` is the worst of all probes, None where nothing could be compared. `first_wrong`: "vision", "embeddings", "layer.N",
-    "head", or nothing where all is well or the reference has no hidden states."""
+    """What a smoke test found. `name` is the checkpoint's, `against` the reference's. `verdict` is the worst of all probes: "same",
+    "plausible" (half precision, which hides small faults), "suspicious" or "different"; None where nothing could be compared. `rows` are
+    the measurements, held against `limits`. `first_wrong` is the first place in the model that differs: "vision", "embeddings", "layer.N"
+    or "head", "" where all is well or the reference has no hidden states.
+    """
 
     name: str
     against: str
@@ -108,9 +122,13 @@ class Smoke:
     verdict: Verdict | None
     first_wrong: str = ""
 
+    def __repr__(self) -> str:
+        wrong = f", first wrong: {self.first_wrong}" if self.first_wrong else ""
+        return f"Smoke({brief(self.name)}, against {brief(self.against)}, {self.verdict!r}, {len(self.rows)} rows{wrong})"
+
     @property
     def exit_code(self) -> int:
-        """0 same or plausible, 4 suspicious or different, 3 where nothing could be compared."""
+        """0 where the verdict is same or plausible, 4 where it is suspicious or different, 3 where nothing could be compared."""
         return findings.exit_code(self.findings)
 
 
@@ -332,12 +350,22 @@ def smoke_test(
     accept_tower: bool = False,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
-    """The checkpoint at `path` against a recorded `reference` or an unconverted `original`: one line in a user's own tests.
+    """Does the checkpoint compute what it should? One line in a user's own tests: returns what was measured, and raises where it is not as
+    it should be.
 
-    Raises UsageError for a value that an option can't have, and for a `tower` that neither of the two has a use for, VerificationError
-    where they differ, MismatchError where `tower` is not the one that the original's config names, unless `accept_tower`, InputError
-    where nothing could be compared.
+    `path` is the checkpoint, open or a path. Give one of two: `reference`, a recording or the path of one, or `original`, the checkpoint in
+    the original layout that it was converted from. `tower` is the vision tower of an original LLaVA that holds none; without it only text
+    is compared; with `accept_tower` it may be another published one than the config names.
+
+    `device` is "cpu", "cuda" or "cuda:N"; `dtype` is that of the computation, "F32", "BF16" or "F16", whatever the weights are stored in.
+    Layers are read one by one; `resident` keeps them on the device. `atol` is the greatest difference of a logit: it then decides alone.
+    `on_event` is called with each Event, such as a ProgressBar.
+
+    Raises UsageError for a value that an option can't have and for a `tower` that nothing has a use for, VerificationError where the logits
+    differ, MismatchError where `tower` is not the one that the config names, InputError where an input is damaged or nothing could be
+    compared, HubError where the Hub can't serve one.
     """
+    check_listener(on_event)
     if (reference is None) == (original is None):
         raise UsageError("a smoke test compares with either a reference or an original", hint="pass one of `--reference` and `--original`")
     how: Any = {**check_numbers(device, dtype, atol), "resident": resident, "accept_tower": accept_tower, "on_event": on_event}

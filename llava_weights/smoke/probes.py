@@ -21,7 +21,7 @@ from ..checkpoint.tower import Doubts, VisionTower, check_tower, holds_tower, op
 from ..errors import UsageError
 from ..families.layouts import canonical
 from ..families.originals import fitting
-from ..families.targets import DEFAULTS, TARGETS
+from ..families.targets import TARGET_DEFAULTS, TARGETS
 from ..families.towers import TOWERS
 from ..text import shown
 from .forward import Probe
@@ -31,7 +31,7 @@ TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
 LAST_ROWS, MOST_ADDED = 8, 64
 TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
 TILED = tuple(row.model_type for row in TARGETS if row.tiles)
-HUB_IMAGE = DEFAULTS["image_token_index"]
+HUB_IMAGE = TARGET_DEFAULTS["image_token_index"]
 USUAL = TOWERS[0].pixels[0]  # the range of pixels of the images that are made
 
 

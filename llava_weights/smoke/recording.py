@@ -24,7 +24,7 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,18 +36,16 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
 from ..checkpoint.manifest import environment, find_manifest, root_of_tensors
-from ..errors import InputError, UsageError
-from ..events import Event, Note
+from ..errors import InputError, UsageError, whole_number
+from ..events import Listener, Note, check_listener
 from ..formats.safetensors import index_safetensors, make_header
 from ..storage.output_file import check_file, write_report
 from ..storage.reading import Workspace
 from ..tensors.dtypes import to_dtype
 from ..tensors.lazy import LazyTensor, Stored
-from ..text import shown
+from ..text import brief, shown
 from .forward import Outcome, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
-
-Listener = Callable[[Event], None]
 
 SCHEMA = "llava-weights smoke 1"
 KEYS = r"vision|embeddings|layer\.\d{1,4}"
@@ -62,7 +60,10 @@ PROJECTIONS, PLACES = 64, 4
 
 @dataclass(frozen=True)
 class Recorded:
-    """One probe and what came of it. `hidden`: "vision", "embeddings", "layer.0", ..., each as `sketch` makes it."""
+    """One probe and what came of it. `image` is bool [T'], true where a place of the sequence that was computed is a feature of an image.
+    `positions` are int64 [P], the places that `logits`, float32 [P, V], are of: those at p predict what follows position p. `hidden` holds
+    float32 [n, 66] for "vision", "embeddings", "layer.0" and so on: place, root mean square and 64 projections of the hidden state there.
+    """
 
     probe: Probe
     image: np.ndarray  # bool [T']
@@ -70,20 +71,32 @@ class Recorded:
     logits: np.ndarray  # float32 [P, V]
     hidden: Mapping[str, np.ndarray] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Recorded({brief(self.probe.name)}, logits {list(self.logits.shape)}, {len(self.hidden)} hidden states)"
+
 
 @dataclass(frozen=True)
 class Recording:
-    """What is compared with. `metadata` as described above."""
+    """What a model gave for a few probes, to compare others with. `metadata` holds texts: `schema`, `layout` (whose form the ids are in),
+    `dtype` of the computation, and for people `model`, `root.tensors`, `producer`, `device`, `date`, versions and the `seed` of the
+    built-in probes.
+    """
 
     probes: tuple[Recorded, ...]
     metadata: Mapping[str, str]
 
+    def __repr__(self) -> str:
+        about = ", ".join(brief(self.metadata[key], 30) for key in ("layout", "dtype") if key in self.metadata)
+        return f"Recording({len(self.probes)} probes, {about})"
+
     @property
     def dtype(self) -> str:
+        """The dtype of the computation: "F32", "BF16" or "F16"."""
         return self.metadata["dtype"]
 
     @property
     def layout(self) -> str:
+        """Whose form the ids are in: "llava", "llava-hf" or "llama"."""
         return self.metadata["layout"]
 
 
@@ -101,14 +114,25 @@ def record(
     seed: int | None = None,
     on_event: Listener = lambda event: None,
 ) -> Recording:
-    """Run `probes` (else the built-in ones) and keep what comes of them in `path`, in the form that recording.py describes.
+    """Run `checkpoint` on a few probes, and keep what comes of them in the safetensors file `path`, for `smoke_test(reference=...)`.
 
-    The built-in ones read a row of each part of the vocabulary table, by `seed`: another one each time where none is given, so that
-    several recordings read more than one. Raises UsageError for a value that an option can't have, and as `load_forward`, `check_given`
-    and `write_recording`.
+    `probes` are what it is run on, by default built-in ones: text and, where there is a vision tower, images. `seed` draws the ids of the
+    built-in ones, a whole number; by default another one each time, so that several recordings read more rows of the vocabulary table.
+    `tower` is the vision tower of an original LLaVA that holds none; with `accept_tower` it may be another published one than the config
+    names. `device` is "cpu", "cuda" or "cuda:N"; `dtype` is that of the computation, "F32", "BF16" or "F16". Layers are read one by one;
+    `resident` keeps them on the device. `force` replaces a file that is there. `on_event` is called with each Event, such as a ProgressBar.
+
+    Raises UsageError for a value that an option can't have and for a `tower` that nothing has a use for, OutputError where the file exists
+    or can't be written, InputError where the checkpoint is damaged, is of no kind that can be run, or gives logits that are not finite,
+    MismatchError where `tower` is not the one that the config names, HubError where the Hub can't serve one.
     """
+    check_listener(on_event)
     place = check_file(path, force=force)
     device, dtype = check_forward(device, dtype)
+    if seed is not None:
+        whole_number("seed", seed, least=0)
+    if probes is not None and not (isinstance(probes, Sequence) and probes and all(isinstance(probe, Probe) for probe in probes)):
+        raise UsageError("`probes` is no list of probes", hint="give one or more of the type Probe, or leave it out")
     model, clip = opened(checkpoint, "checkpoint", whole=True), opened(tower, "tower") if tower is not None else None
     check_file(place, force=force, inputs=[model.origin.path])
     for text in check_given(model, clip, accept=accept_tower).warnings:
@@ -244,8 +268,9 @@ def _arrays(one: Recorded) -> dict[str, np.ndarray]:
 
 
 def read_recording(path: str | os.PathLike[str]) -> Recording:
-    """The recording in a file. Raises UsageError for what is no path, InputError unless it is one, whole, and every part of it fits the
-    others."""
+    """The recording in the file `path`. Raises UsageError for what is no path, InputError unless it is a recording, whole, whose parts fit
+    each other.
+    """
     path = Path(to_place(path, "recording"))
     tensors, metadata = index_safetensors(path)
     if metadata.get("schema") != SCHEMA:

@@ -80,10 +80,13 @@ class Streamed:
 
         Raises InputError listing names without a partner, MismatchError for another shape.
         """
+        import torch
+
         bound = _bind(model, tensors, place)
         for path, module in list(model.named_modules()):  # buffers are never stored: their module makes them anew
             if any(True for _ in module.buffers(recurse=False)):
-                model.set_submodule(path, type(module)(module.config).to(self.device))
+                with torch.random.fork_rng(devices=[]):  # its weights are drawn, and replaced below
+                    model.set_submodule(path, type(module)(module.config).to(self.device))
         for path, module in model.named_modules():
             own = {name: bound[f"{path}.{name}" if path else name] for name, value in module.named_parameters(recurse=False)}
             if own and any(True for _ in module.children()):  # CLIP's class_embedding, image_newline: small, and read from outside

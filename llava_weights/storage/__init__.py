@@ -1,2 +1,2 @@
-"""Bytes from somewhere and to somewhere: local files, the Hub, object stores, HTTP; written at once or not at all, tried again.
+"""Bytes read from local files, the Hub, object stores and HTTP, with retries; files written at once or not at all.
 Knows no tensor and no model."""

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from ..errors import LlavaWeightsError, OutputError, shortage
 
-# What file systems answer to a call that they do not have: some network ones know no locks, and no fsync of a folder.
+# What file systems answer to a call that they do not support: on some network ones, locks and the fsync of a folder.
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: temporary file, fsync, rename, fsync of the folder."""
+    """Replace the content of `path` by `data`."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         put_file(temporary, data)
@@ -30,8 +30,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def put_file(path: Path, data: bytes) -> None:
-    """Write `data` to a new file where nobody looks yet, and fsync it; its name is durable when the folder is."""
-    path.unlink(missing_ok=True)  # what a run left that was killed, or a link to elsewhere
+    """Write `data` to a new file that nobody reads yet, and fsync it; its name is durable only after `sync_folder`."""
+    path.unlink(missing_ok=True)  # left by a run that was killed, or a link to some other file
     with naming(path), open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable: a rename is not, before this. Where the file system has no such call, it can't be done."""
+    """Make the names in `folder` durable: until then, a crash may undo a rename. Does nothing where the file system can't."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with naming(folder):
@@ -61,7 +61,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an OSError of a call that only knows a descriptor."""
+    """Put the path into an OSError of a call that has only a descriptor."""
     try:
         yield
     except OSError as error:
@@ -71,7 +71,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a tree of ours; nothing happens where there is none."""
+    """Delete a file or a folder with all in it; nothing happens where there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -79,7 +79,7 @@ def remove(path: Path) -> None:
 
 
 def output_error(error: OSError, path: Path) -> LlavaWeightsError:
-    """The OutputError for what the system refused, with its reason and the file: the one that `error` names, else `path`."""
+    """The OutputError for what the system refused, with the reason and the file that `error` names, else `path`."""
     if known := shortage(error):
         return known
     named = error.filename2 or error.filename

@@ -1,4 +1,4 @@
-"""Ranges over HTTP: plain GETs whose answers are checked, redirects that are followed with care, signed addresses that are renewed.
+"""Ranges over HTTP: every answer is checked, redirects are followed only to safe places, signed addresses are renewed.
 
 They go through huggingface_hub's own session, so its proxies and certificates hold; its token goes to the Hub and nowhere else.
 """
@@ -17,20 +17,20 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from ..errors import HubError
 from . import retry
-from .retry import Absent, Passing, Pinned, changed, name_of, within
+from .retry import Absent, Passing, Pinned, name_of, remote_changed, within
 
 TIMEOUT = 30.0  # seconds without a byte
 HOPS = 5
 MAX_SIZE = 1 << 42
-WINDOW_SECONDS, SLOWEST_BYTES = 30.0, 64 << 10  # seconds, and bytes that come in them at least: 2 kB/s, or a shard of 5 GB takes a month
-NO_ADDRESS = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")  # httpx's errors for what no address or header can be
+WINDOW_SECONDS, SLOWEST_BYTES = 30.0, 64 << 10  # at least so many bytes in so many seconds: 2 kB/s, or a shard of 5 GB takes a month
+NO_ADDRESS = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")  # httpx's errors for an address or a header that can't be sent
 PASSING = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
 LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file of the Hub, or one behind a redirect, is served for a while: a signed address, and its ETag there."""
+    """Where a file of the Hub, or one behind a redirect, is served for a while: a signed address, and the file's ETag there."""
 
     address: str
     etag: str
@@ -41,7 +41,7 @@ _places: dict[str, Place] = {}
 
 def chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
     """Bytes [start, stop) of `file` as they come. Raises InputError where it changed, Passing where another try may help: also where
-    less than SLOWEST bytes come in WINDOW seconds of `clock`."""
+    fewer than SLOWEST_BYTES come in WINDOW_SECONDS of `clock`."""
     with _answer(file.path, start, stop) as (answer, place):
         _check_range(file, answer, place, start, stop)
         begun, came = clock(), 0
@@ -56,7 +56,7 @@ def chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float] = tim
 
 @contextmanager
 def _answer(address: str, start: int, stop: int) -> Iterator[tuple[Any, str]]:
-    """An answer of success to a request for a range, its body unread, and the address that gave it. Redirects are followed here."""
+    """The answer to a request for a range, its body unread, and the address that gave it after all redirects."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
 
@@ -68,7 +68,7 @@ def _answer(address: str, start: int, stop: int) -> Iterator[tuple[Any, str]]:
         with ExitStack() as stack:
             try:
                 request = get_session().stream("GET", place, headers=headers, follow_redirects=False, timeout=TIMEOUT)
-                answer = within(retry.ANSWER, request.__enter__, lambda answer: answer.close())
+                answer = within(retry.ANSWER_SECONDS, request.__enter__, lambda answer: answer.close())
                 stack.push(request)
             except OfflineModeIsEnabled:
                 raise HubError(f"`{name_of(address)}` can't be read: `HF_HUB_OFFLINE` is set", hint="unset it") from None
@@ -120,7 +120,7 @@ def _check_status(address: str, answer: Any, signed: bool) -> None:
     status = answer.status_code
     if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
         return
-    if signed and 400 <= status < 500 and status not in PASSING:  # the signature is too old: ask for another
+    if signed and 400 <= status < 500 and status not in PASSING:  # the signature has expired: ask for another
         _places.pop(address, None)
         raise Passing(f"status {status} from a signed address")
     if status in PASSING or status >= 500:
@@ -144,13 +144,13 @@ def _check_pin(address: str, answer: Any) -> None:
 
 
 def _check_range(file: Pinned, answer: Any, place: str, start: int, stop: int) -> None:
-    """Raise unless the body is the bytes [start, stop) of the file that was indexed: InputError if it changed, else Passing."""
+    """Raise unless the body is bytes [start, stop) of the file that was indexed: InputError where it changed, else Passing."""
     size = _size(answer)
     whole = answer.status_code == HTTPStatus.OK
     if whole and (start, stop) != (0, file.size):
         raise Passing("the server sends the whole file in place of a range")
     if size not in (None, file.size):
-        raise changed(file)
+        raise remote_changed(file)
     wanted, etag = f"bytes {start}-{stop - 1}/{file.size}", _etag(answer)
     if not whole and answer.headers.get("content-range") != wanted:
         raise Passing("the server sends another range than was asked for")
@@ -162,7 +162,7 @@ def _check_range(file: Pinned, answer: Any, place: str, start: int, stop: int) -
         known = _places.get(file.path)
         pinned = known.etag if known and known.address == place else etag
     if etag != pinned:
-        raise changed(file)
+        raise remote_changed(file)
     if _origin(place) != _origin(_first(file.path)[0]):
         _places[file.path] = Place(place, etag)
 
@@ -179,7 +179,7 @@ def head(address: str) -> tuple[int, str]:
 
 
 def _size(answer: Any) -> int | None:
-    """The size of the whole file as an answer says it."""
+    """The size of the whole file by the headers of an answer, None where they do not say."""
     if answer.status_code == HTTPStatus.OK:
         text = answer.headers.get("content-length", "")
     else:
@@ -211,8 +211,7 @@ def _bare(address: str) -> str:
 
 
 def endpoint() -> str:
-    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co. Raises HubError where that is no address, which huggingface_hub's own import
-    does not survive."""
+    """Where the Hub is: `HF_ENDPOINT`, or huggingface.co. Raises HubError for no address: importing huggingface_hub would fail."""
     given = os.environ.get("HF_ENDPOINT") or ""
     try:
         parts = urlsplit(given)

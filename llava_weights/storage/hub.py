@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SIDECARS = (*SMALL_FILES, *(f"{prefix}*" for prefix in LICENSE_PREFIXES))
 
-# What the Hub answers, by the class of huggingface_hub.errors or by the HTTP status: what to say, what to do, which facts help.
+# What the Hub answers, by the class in huggingface_hub.errors or the HTTP status: the message, the hint, and the facts to show with it.
 ANSWERS: tuple[tuple[str | int, str, str, tuple[str, ...]], ...] = (
     ("GatedRepoError", "access to `{repo}` is gated", "accept the licence on {page}, then `hf auth login`", ("logged in as",)),
     ("RevisionNotFoundError", "`{repo}` has no revision `{revision}`", "see its branches and commits on {page}/commits/main", ()),
@@ -58,7 +58,7 @@ HF_URI = re.compile(
     rf"hf://(?:models/)?(?!datasets/|spaces/|kernels/|buckets/)(?P<repo>{NAME}/{NAME})"
     r"(?:@(?P<revision>refs/\w+/[^/\s]+|[^/\s@]+))?(?:/(?P<folder>.*))?"
 )
-READABLE = "write a path, `owner/name`, or an address that begins with `hf://`, `https://`, `s3://` or `gs://`"
+ACCEPTED_SOURCES = "write a path, `owner/name`, or an address that begins with `hf://`, `https://`, `s3://` or `gs://`"
 FILE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".model", ".zip")
 
 
@@ -77,10 +77,17 @@ class HubSource:
     revision: str | None = None
     folder: str = ""
 
+    def at(self, revision: str | None) -> HubSource:
+        """The same at the revision that was asked for beside it. Raises UsageError where it has another one."""
+        if revision and self.revision and revision != self.revision:
+            what = f"`{self.repo_id}@{self.revision}` and `--revision {revision}` ask for different revisions"
+            raise UsageError(what, hint="give the revision once")
+        return replace(self, revision=self.revision or revision)
+
 
 @dataclass(frozen=True)
 class FetchedRepo:
-    """A repository on disk. `revision` is the full commit sha; `from_cache` means that the Hub was not asked whether it moved on."""
+    """A repository on disk. `revision` is the full commit sha; `from_cache`: the Hub was not asked whether there is a newer one."""
 
     folder: Path
     repo_id: str
@@ -94,8 +101,8 @@ def source_text(source: str | Path) -> str:
 
 
 def parse_source(text: str) -> LocalSource | HubSource:
-    """Read a local path, `owner/name[@revision]` or `hf://owner/name[@revision][/folder]`. What exists locally always wins; where nothing
-    does, whoever listens is told that the Hub is meant.
+    """Read a local path, `owner/name[@revision]` or `hf://owner/name[@revision][/folder]`. A local path that exists always wins; where
+    none does, a note says that the Hub is asked.
 
     Raises InputError where it is none of them, with the nearest name that does exist; UsageError for an address of another kind.
     """
@@ -116,7 +123,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
     if scheme in ("s3", "gs"):
         raise InputError(f"`{text}` is neither a local path nor a repository of the Hub", hint="download it first")
     if scheme not in ("", "http", "https"):
-        raise UsageError(f"nothing is read from `{scheme}://`", facts={"given": text}, hint=READABLE)
+        raise UsageError(f"nothing is read from `{scheme}://`", facts={"given": text}, hint=ACCEPTED_SOURCES)
     page = re.fullmatch(rf"(?i:https?)://(?:[^/@]*@)?[^/]+/({NAME}/{NAME})(?:/.*)?", text)
     hint = _did_you_mean(path, "check the path; a repository on the Hub is written `owner/name`")
     hint = f"write `{page[1]}` for this repository of the Hub" if page else hint
@@ -124,7 +131,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
 
 
 def may_be_revised(text: str) -> bool:
-    """Whether `text` is the name or the `hf://` address of a repository without a revision, so that an `@` behind it would begin one."""
+    """Whether `text` is a repository, by name or `hf://` address, without a revision: an `@` behind it would begin one."""
     found = HF_URI.fullmatch(text) if text.startswith("hf://") else REPO.fullmatch(text)
     return bool(found and not found["revision"] and not found.groupdict().get("folder"))
 
@@ -161,11 +168,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
     if it is a terminal). Without a network the cached copy serves if it is complete. Raises HubError, OutputError where the cache has no
     space, InputError where the repository has no weights, UsageError where the revisions differ.
     """
-    if revision and source.revision and revision != source.revision:
-        raise UsageError(
-            f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions", hint="give the revision once"
-        )
-    source = HubSource(source.repo_id, source.revision or revision, source.folder)
+    source = source.at(revision)
     endpoint()
     with narration(sys.stderr.isatty() if progress is None else progress):
         try:
@@ -173,7 +176,7 @@ def fetch(source: HubSource, *, revision: str | None = None, progress: bool | No
         except LlavaWeightsError:
             raise
         except Exception as error:
-            explained = explain(error, source)
+            explained = hub_error(error, source)
             if explained is None:
                 raise
         raise explained  # outside of `except`: the library's own message may hold a token, so it must not be the context
@@ -187,7 +190,7 @@ def _fetch(source: HubSource) -> FetchedRepo:
         return _from_cache(api, source)
     try:
         how: Any = {"revision": source.revision, "files_metadata": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
-        info = within(retry.ANSWER, lambda: api.model_info(source.repo_id, **how))
+        info = within(retry.ANSWER_SECONDS, lambda: api.model_info(source.repo_id, **how))
     except Exception as error:
         if not _unreachable(error):
             raise
@@ -206,7 +209,7 @@ def _fetch(source: HubSource) -> FetchedRepo:
 
 def _from_cache(api: HfApi, source: HubSource) -> FetchedRepo:
     """The cached copy. Raises LocalEntryNotFoundError where there is none, HubError where a download of it was not finished."""
-    # A newer library checks that the files of these patterns are there; which else belong to it is told by the weights' own index.
+    # Newer versions of the library check that the files of these patterns are there; what else belongs to it, the weights' index says.
     snapshot = Path(api.snapshot_download(source.repo_id, revision=source.revision, local_files_only=True, allow_patterns="config.json"))
     folder = snapshot / source.folder
     chosen = choose_files(path.name for path in folder.iterdir()) if folder.is_dir() else ()
@@ -219,7 +222,7 @@ def _from_cache(api: HfApi, source: HubSource) -> FetchedRepo:
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that an index names; what is wrong with the index itself is for its reader to say."""
+    """The files that an index names; none where it is damaged, which its reader reports."""
     try:
         named = load_object(index, limit=MAX_INDEX).get("weight_map")
     except InputError:
@@ -243,7 +246,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_space(source: HubSource, info: ModelInfo, chosen: tuple[str, ...]) -> None:
-    """Raise OutputError if the cache's file system has less room than what is still to come."""
+    """Raise OutputError if the cache's file system has less room than the download needs."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -260,8 +263,8 @@ def _check_space(source: HubSource, info: ModelInfo, chosen: tuple[str, ...]) ->
         raise _error(OutputError, NO_SPACE, facts, NO_SPACE_HINT)
 
 
-def explain(error: Exception, source: HubSource) -> LlavaWeightsError | None:
-    """What went wrong in the user's words; None where it is not the Hub's or the disk's doing."""
+def hub_error(error: Exception, source: HubSource) -> LlavaWeightsError | None:
+    """The error to show for one of huggingface_hub's; None where neither the Hub nor the disk is the cause."""
     from huggingface_hub import constants, errors
 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
@@ -304,13 +307,13 @@ def _refusal(source: HubSource, what: str, hint: str, keys: tuple[str, ...]) -> 
 
 
 def _did_you_mean(path: Path | str, otherwise: str) -> str:
-    """A mistyped path looks like a repository's name, so both kinds of source ask here."""
+    """A hint at the most similar local path, else `otherwise`: a mistyped path looks like a repository's name."""
     near = nearest_path(Path(path))
     return f"did you mean the local path `{near}`?" if near else otherwise
 
 
 def _unreachable(error: BaseException) -> bool:
-    """No answer, or only that the server is broken: a cached copy will do."""
+    """Whether the Hub gave no answer, or one that says that it is broken: then a cached copy will do."""
     status = _status(error)
     if status is not None:
         return status >= 500
@@ -323,7 +326,7 @@ def _status(error: BaseException) -> int | None:
 
 @contextmanager
 def narration(progress: bool) -> Iterator[None]:
-    """Bars only where they are wanted, and no log lines: what matters is raised. `HF_HUB_DISABLE_PROGRESS_BARS` keeps the last word."""
+    """Inside, huggingface_hub shows bars only with `progress`, and no log lines. `HF_HUB_DISABLE_PROGRESS_BARS` overrides both."""
     from huggingface_hub import constants
     from huggingface_hub.utils.logging import get_verbosity, set_verbosity
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -341,11 +344,11 @@ def narration(progress: bool) -> Iterator[None]:
             enable_progress_bars()
 
 
-class Retries(logging.Handler):
-    """Listens to huggingface_hub's own loop, which tries most requests again for half a minute and says so only in its log. Inside,
-    `patience` tells that it goes on, and `spent` says whether the loop has given up, so that no second one is put around it."""
+class LibraryRetries(logging.Handler):
+    """Reads the log of huggingface_hub's own loop, which tries most requests again for half a minute, and sends a note of each retry.
+    `spent` says whether that loop has given up, so that no second one is put around it."""
 
-    _turn, _active, _before = threading.Lock(), list["Retries"](), (0, True)
+    _turn, _active, _before = threading.Lock(), list["LibraryRetries"](), (0, True)
 
     def __init__(self, address: str) -> None:
         super().__init__(logging.WARNING)
@@ -359,11 +362,11 @@ class Retries(logging.Handler):
         else:
             self.reason, self.spent = text.partition(" thrown while")[0].strip("'"), self.last
 
-    def __enter__(self) -> Retries:
+    def __enter__(self) -> LibraryRetries:
         log = logging.getLogger("huggingface_hub.utils._http")
         with self._turn:
             if not self._active:
-                Retries._before = log.level, log.propagate
+                LibraryRetries._before = log.level, log.propagate
                 log.setLevel(logging.WARNING)
                 log.propagate = False
             self._active.append(self)

@@ -1,4 +1,4 @@
-"""A single file that a command writes beside its output: a report, a picture, a recording. Checked before the work, written at once."""
+"""One file that a command writes beside its output: a report, a picture, a recording. Checked before the work, written at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .atomic import naming, output_error, write_file
 def check_file(
     path: str | os.PathLike[str], *, force: bool = False, append: bool = False, inputs: Iterable[str | os.PathLike[str]] = ()
 ) -> Path:
-    """Whether a file can be written at `path`: to be asked before hours of work. A file that is there is kept unless `force` or `append`,
+    """The path of a file that is to be written, checked before hours of work. An existing file is refused unless `force` or `append`,
     and always where it is one of `inputs` or lies inside one.
 
     Raises UsageError for what is no path, OutputError for a folder that is missing or can't be written, for a file that exists, and
@@ -48,8 +48,8 @@ def check_file(
 
 
 def write_report(path: str | os.PathLike[str], data: bytes, *, force: bool = False, append: bool = False) -> None:
-    """Write a file at once or not at all; with `append`, at the end of what is there. Raises as `check_file`, and OutputError where the
-    disk refuses."""
+    """Write a file at once or not at all; with `append`, behind what is there. Raises as `check_file`, and OutputError where the system
+    refuses."""
     place = check_file(path, force=force, append=append)
     try:
         if not append:

@@ -1,4 +1,4 @@
-"""Bytes of files elsewhere, by range: `hf://`, `https://`, `s3://`, `gs://`. Every answer is checked, and what may pass is tried again.
+"""Ranges of bytes of remote files: `hf://`, `https://`, `s3://`, `gs://`. Every answer is checked; failures that may pass are retried.
 
 A file is pinned by its address (on the Hub with the full commit), size and ETag; one that is no longer that file is an InputError.
 Ranges are plain requests: the block caches of fsspec's file objects read megabytes that nobody asked for.
@@ -15,11 +15,11 @@ from typing import Any
 
 from ..errors import HubError, UsageError
 from . import http
-from .retry import Absent, Passing, Patience, Pinned, changed, name_of, patiently
+from .retry import Absent, Attempts, Passing, Pinned, name_of, remote_changed, with_retries
 
-PROGRESS = 64 << 10  # bytes after which the tries are counted anew
-PIECE = 4 << 20  # what fsspec is asked for at once: it keeps an answer whole in memory
-EXTRA = "run `pip install 'llava-weights[remote]'`"
+PROGRESS_BYTES = 64 << 10  # after so many, the attempts are counted anew
+PIECE_BYTES = 4 << 20  # what fsspec is asked for at once: it keeps an answer whole in memory
+INSTALL_REMOTE = "run `pip install 'llava-weights[remote]'`"
 
 _filesystems: dict[tuple[str, int], Any] = {}
 _turn = threading.Lock()
@@ -32,11 +32,11 @@ def read(
     stopping: threading.Event | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Fill `out` with the bytes of `file` from `offset`; after a failure, from where it stopped. `clock` measures how fast they come.
+    """Fill `out` with the bytes of `file` from `offset`; after a failure, go on from where it stopped. `clock` measures the speed.
 
-    Raises InputError where the file is no longer what it was, HubError where it can't be had, or `stopping` was set.
+    Raises InputError where the file changed, HubError where it can't be read or `stopping` was set.
     """
-    patience, done = Patience(file.path, stopping), 0
+    attempts, done = Attempts(file.path, stopping), 0
     while done < len(out):
         begun = done
         try:
@@ -46,29 +46,29 @@ def read(
                         raise Passing("more bytes came than were asked for")
                     out[done : done + len(chunk)] = chunk
                     done += len(chunk)
-                    if patience.stopping.is_set():
+                    if attempts.stopping.is_set():
                         raise HubError(
                             f"`{name_of(file.path)}` was not read to its end", hint="run the same command again, or download it first"
                         )
             if done < len(out):
                 raise Passing("the answer ended early")
         except Absent:
-            raise changed(file) from None
+            raise remote_changed(file) from None
         except Exception as error:
-            patience.failures = 0 if done - begun >= PROGRESS else patience.failures
-            patience.after(error)
+            attempts.failures = 0 if done - begun >= PROGRESS_BYTES else attempts.failures
+            attempts.after(error)
 
 
-def check(file: Pinned) -> None:
-    """Raise InputError if `file` changed. HTTP says so with every answer; other stores are asked."""
+def check_unchanged(file: Pinned) -> None:
+    """Raise InputError if `file` changed. Every answer of HTTP says so by itself; other stores are asked."""
     if not _is_http(file.path) and stat(file.path) != (file.size, file.etag):
-        raise changed(file)
+        raise remote_changed(file)
 
 
 def stat(address: str) -> tuple[int, str] | None:
     """Size and ETag of a file, None where there is none."""
     try:
-        return patiently(address, lambda: http.head(address) if _is_http(address) else _stat(address))
+        return with_retries(address, lambda: http.head(address) if _is_http(address) else _stat(address))
     except Absent:
         return None
 
@@ -84,7 +84,9 @@ def filesystem(address: str, tries: int = 1) -> Any:
 
                 made = fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **once)
             except ImportError as error:
-                raise UsageError(f"`{scheme}://` needs a package that is not installed", facts={"reason": error}, hint=EXTRA) from None
+                raise UsageError(
+                    f"`{scheme}://` needs a package that is not installed", facts={"reason": error}, hint=INSTALL_REMOTE
+                ) from None
             made.retries = tries
             _filesystems[scheme, tries] = made
         return _filesystems[scheme, tries]
@@ -97,8 +99,8 @@ def _is_http(address: str) -> bool:
 def _chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float]) -> Generator[bytes]:
     """Bytes [start, stop) as they come."""
     if not _is_http(file.path):
-        for first in range(start, stop, PIECE):
-            yield stored(file.path, partial(_cat, start=first, stop=min(first + PIECE, stop)))
+        for first in range(start, stop, PIECE_BYTES):
+            yield stored(file.path, partial(_cat, start=first, stop=min(first + PIECE_BYTES, stop)))
     else:
         yield from http.chunks(file, start, stop, clock)
 
@@ -118,7 +120,7 @@ def etag_of(found: Any) -> str:
 
 
 def stored(address: str, action: Callable[[Any, str], Any], tries: int = 1) -> Any:
-    """What `action` returns for fsspec's file system and the path in it, its errors translated."""
+    """What `action` returns for fsspec's file system and the path in it. Raises Absent, or HubError where access is refused."""
     store = filesystem(address, tries)
     try:
         return action(store, address.partition("://")[2])

@@ -1,12 +1,7 @@
-"""What one worker holds while it makes rows: open files, reused buffers, running checks and counts.
+"""Reading local files: what a worker holds while it makes rows, and how any reader opens a file.
 
 Reads are `pread` into private memory, never a memory map: a mapped file that is truncated kills the process with SIGBUS.
 Behind each large read the page cache is dropped, since keeping three times the model there is what makes `cp` slow.
-
-Readers of weight files: a path in, an ordered `dict` of tensors out, from headers only.
-
-This file holds what every reader does first: open a regular file without being trapped by a pipe, and name what a file
-is when it is not what its name says.
 """
 
 from __future__ import annotations
@@ -28,62 +23,66 @@ from ..errors import InputError, LlavaWeightsError, shortage
 from ..text import shown
 
 T = TypeVar("T")
-DROP_BEHIND = 64 << 10  # reads below this stay in the page cache, where read-ahead serves the neighbours (facts: perf 6)
-READABLE = "check its permissions and the disk, then run the same command again"
-# The page cache is given back in stretches: each call drains lists of every processor, and one for each 8 MiB read doubled the
-# kernel's share of a run (6 GB: 3.0 s, with stretches 1.8 s; without dropping, 13 s).
+DROP_BEHIND = 64 << 10  # bytes; smaller reads stay in the page cache, where read-ahead serves their neighbours
+CHECK_DISK = "check its permissions and the disk, then run the same command again"
+# Bytes of page cache that are dropped at once. Each call drains lists of every processor, and one for each 8 MiB read doubled the
+# kernel's share of a run (6 GB: 3.0 s, with 32 MiB 1.8 s; without dropping, 13 s).
 STRETCH = 32 << 20
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file as it was when it was indexed; every later read checks that it is still the same file.
+    """An input file as it was when its header was read; every later read checks that it is still the same.
 
-    `path` is a path of this machine, or the address of a file that is read over the network, whose `etag` stands for its time.
+    `path` is a path of this machine or the address of a file that is read over the network, `size` its bytes, `mtime_ns`, `inode` and
+    `ctime_ns` what the system says of it, `etag` what a server says in their place. `header_sha256` is that of the bytes that name the
+    tensors, in hexadecimal.
     """
 
     path: str
     size: int
     mtime_ns: int
-    inode: int = field(repr=False)  # tells two files apart, but is no part of a plan's identity: network file systems renumber
+    inode: int = field(repr=False)  # no part of a plan's identity: network file systems renumber
     header_sha256: str = ""  # of the bytes that name the tensors: safetensors header, zip directory and data.pkl
     etag: str = ""
     ctime_ns: int = field(default=0, repr=False, compare=False)  # no program can set it back, as it can the mtime
 
     @classmethod
     def at(cls, path: Path, header_sha256: str = "") -> SourceFile:
-        """The file at `path` now. Raises InputError where the system does not say."""
+        """The file at `path` now. Raises InputError where it can't be read."""
         try:
             return cls.of(path, os.stat(path), header_sha256)
         except OSError as error:
             raise shortage(error) or InputError(
-                f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}, hint=READABLE
+                f"`{path.name}` can't be read: {error.strerror}", facts={"file": path}, hint=CHECK_DISK
             ) from error
 
     @classmethod
     def of(cls, path: Path, status: os.stat_result, header_sha256: str = "") -> SourceFile:
-        """The file at `path`, which was open when it had this `status`; or the one elsewhere whose headers it holds."""
+        """The file at `path`, which had this `status` when it was open; of a shadow, the remote file that it stands for."""
         place = os.path.abspath(path)
-        if elsewhere := SHADOWS.get(place):
-            return replace(elsewhere, header_sha256=header_sha256)
+        if remote := SHADOWS.get(place):
+            return replace(remote, header_sha256=header_sha256)
         return cls(place, status.st_size, status.st_mtime_ns, status.st_ino, header_sha256, ctime_ns=status.st_ctime_ns)
 
     @property
     def remote(self) -> bool:
+        """Whether it is read over the network."""
         return "://" in self.path
 
     @property
     def name(self) -> str:
+        """The last part of its path."""
         return os.path.basename(self.path)
 
     @property
     def state(self) -> list[int]:
-        """What no change of the file leaves as it was. Much else changes it too: chmod, a hard link, another mount of the same disk."""
+        """Differs after every change of the file, and after much else: chmod, a hard link, another mount of the same disk."""
         return [self.inode, self.ctime_ns]
 
 
-SHADOWS: dict[str, SourceFile] = {}  # files of this machine that hold the headers of one elsewhere; remote.py makes them
-NO_DESCRIPTOR = -1  # of a file that is read over the network
+SHADOWS: dict[str, SourceFile] = {}  # path of a local file that holds only headers (remote.py) -> the remote file that it stands for
+NO_DESCRIPTOR = -1  # of a remote file
 
 
 @dataclass(frozen=True)
@@ -96,25 +95,31 @@ class Record:
 
 
 class DropBehind:
-    """Gives back the page cache behind the reads of several threads, once a stretch of a file has been read by any of them."""
+    """Drops the page cache behind the reads of several threads, once they have read a stretch of a file together."""
 
     def __init__(self) -> None:
         self.turn = threading.Lock()
         self.behind: dict[SourceFile, list[tuple[int, int]]] = defaultdict(list)
 
     def passed(self, file: SourceFile, fd: int, start: int, stop: int, least: int = STRETCH) -> None:
-        """Bytes [start, stop) were read. Drops every joined range of at least `least` bytes."""
+        """Note that bytes [start, stop) were read, and drop every range of at least `least` bytes that reads have joined."""
         with self.turn:
-            joined: list[tuple[int, int]] = []
-            for first, last in sorted((*self.behind[file], (start, stop))):
-                if joined and first <= joined[-1][1]:
-                    joined[-1] = joined[-1][0], max(last, joined[-1][1])
-                else:
-                    joined.append((first, last))
+            joined = join_ranges((*self.behind[file], (start, stop)))
             self.behind[file] = [(first, last) for first, last in joined if last - first < least]
         for first, last in joined:
             if last - first >= least:
                 drop_cache(fd, first, last - first)
+
+
+def join_ranges(ranges: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
+    """Ranges in order, joined where no more than `gap` bytes lie between two."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if joined and start - joined[-1][1] <= gap:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 class Watcher(Protocol):
@@ -126,11 +131,11 @@ class Watcher(Protocol):
 
 @dataclass
 class Workspace:
-    """Open files, scratch buffers, CRC pieces and tallies of one worker. Not shared between threads."""
+    """Open files, scratch buffers, CRC pieces, tallies and one cached value of a worker. Not shared between threads."""
 
     drop_cache: bool = True
     behind: DropBehind = field(default_factory=DropBehind)  # shared by the workers of a file
-    stopping: threading.Event = field(default_factory=threading.Event)  # set where waiting for a network has lost its purpose
+    stopping: threading.Event = field(default_factory=threading.Event)  # set to end waits for the network
     watch: Watcher | None = None
     tallies: Counter[str] = field(default_factory=Counter)
     crc_pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -154,9 +159,9 @@ class Workspace:
             self._depth -= 1
 
     def latest(self, owner: object, make: Callable[[], T]) -> T:
-        """What `make` returns, kept until another owner asks: for what every window of one tensor needs."""
+        """Cache one value, such as the factors that every window of a tensor needs; a new owner evicts it."""
         if self._latest is None or self._latest[0] is not owner:
-            self._latest = None  # gone before the next one is made
+            self._latest = None  # freed before the next one is made
             self._latest = owner, make()
         made: T = self._latest[1]
         return made
@@ -181,17 +186,17 @@ class Workspace:
         if self.drop_cache and done >= DROP_BEHIND:
             self.behind.passed(file, fd, offset, offset + done)
 
-    def check(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
-        """Take the CRC-32 of a piece of `record` while it is in cache; `crc_errors` joins the pieces."""
+    def take_crc(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
+        """Take the CRC-32 of a piece of `record`; `crc_errors` joins the pieces."""
         self.crc_pieces[file, record].append((offset - record.offset, len(data), zlib.crc32(data)))
 
     def recheck_sources(self) -> None:
-        """Raise InputError if a file that was read is no longer what was indexed."""
+        """Raise InputError if a file that was read has changed since it was indexed."""
         for file, fd in self._fds.items():
             if fd == NO_DESCRIPTOR:
-                from .ranges import check
+                from .ranges import check_unchanged
 
-                check(file)
+                check_unchanged(file)
                 continue
             with reading(file):
                 status = os.fstat(fd)
@@ -218,7 +223,7 @@ def private_buffer(nbytes: int) -> memoryview:
 
 
 def drop_cache(fd: int, start: int = 0, size: int = 0) -> None:
-    """Give back the page cache of a range, or from `start` to the end. An advice: where a file system can't take it, nothing is lost."""
+    """Drop the page cache of a range, `size` 0: up to the end. Only an advice, which a file system may ignore."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(fd, start, size, os.POSIX_FADV_DONTNEED)
@@ -226,21 +231,21 @@ def drop_cache(fd: int, start: int = 0, size: int = 0) -> None:
 
 @contextmanager
 def reading(file: SourceFile) -> Iterator[None]:
-    """What the system refuses inside becomes an InputError that names `file`."""
+    """Make an InputError that names `file` of an OSError inside."""
     try:
         yield
     except OSError as error:
         raise shortage(error) or InputError(
-            f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}, hint=READABLE
+            f"`{file.name}` can't be read: {error.strerror}", facts={"file": file.path}, hint=CHECK_DISK
         ) from error
 
 
 def open_source(file: SourceFile) -> int:
     """A descriptor of `file`, or InputError where it is gone or no longer the file that was indexed."""
     if file.remote:
-        from .ranges import check
+        from .ranges import check_unchanged
 
-        check(file)
+        check_unchanged(file)
         return NO_DESCRIPTOR
     with reading(file):
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -264,13 +269,13 @@ def changed(file: SourceFile, status: os.stat_result) -> InputError:
 
 
 def touched(files: Iterable[SourceFile]) -> set[SourceFile]:
-    """Those of the files on this machine that have another inode or change time than when they were indexed."""
+    """The local files whose inode or change time is no longer the one at indexing."""
     return {file for file in files if not file.remote and SourceFile.at(Path(file.path)).state != file.state}
 
 
 def steady(read: Callable[[], T], files: Collection[SourceFile], same_header: Callable[[SourceFile], bool]) -> T:
-    """What `read` returns of `files`. Where one was touched since it was indexed, it has to return the same once more, since what a file
-    holds can change while its size and time stay. Raises InputError where it does not."""
+    """What `read` returns of `files`. Where one of them was touched, it is called again and must return the same: the content of a file
+    can change while its size and time stay. Raises InputError where it does not."""
     found = read()
     moved = touched(files)
     if moved:
@@ -282,7 +287,7 @@ def steady(read: Callable[[], T], files: Collection[SourceFile], same_header: Ca
 
 
 def crc_errors(workspaces: list[Workspace]) -> Iterator[tuple[SourceFile, Record]]:
-    """The records whose bytes are not those that the zip's writer wrote. Records read only in part are not judged."""
+    """The records whose bytes do not have the CRC-32 that the zip's writer took. Records read only in part are not judged."""
     pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = defaultdict(list)
     for workspace in workspaces:
         for key, found in workspace.crc_pieces.items():
@@ -308,7 +313,7 @@ def check_crcs(workspaces: list[Workspace]) -> None:
 
 
 def crc32_combine(first: int, second: int, second_size: int) -> int:
-    """CRC-32 of two concatenated byte strings from theirs, as zlib's C function of this name (Python's zlib lacks it)."""
+    """CRC-32 of two byte strings joined, from the CRC-32 of each: zlib's C function of this name, which Python's zlib lacks."""
     # Appending n zero bytes multiplies by x^(8n) modulo the CRC polynomial, in reflected bit order; bit 31 is x^0.
     power, square, exponent = 0x80000000, 0x00800000, second_size  # x^0, x^8
     while exponent:
@@ -329,7 +334,7 @@ def _multiply(a: int, b: int) -> int:
 
 DOWNLOAD_AGAIN = "download the file again, for example with `hf download`"
 
-# What the first bytes of a file say it is, and what to do about it.
+# The first bytes of files of other kinds, what they are, and what to do.
 DISGUISES = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not downloaded", "run `git lfs pull` in its repository"),
     (b"<", "an HTML or XML page, not the file that its name promises", DOWNLOAD_AGAIN),
@@ -341,8 +346,8 @@ DISGUISES = (
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
-    """A read-only descriptor of a regular file and its status. A pipe, folder or device is an InputError, and so is any
-    OSError on the way: opening a pipe does not wait for its writer."""
+    """A read-only descriptor of a regular file and its status. A pipe, folder or device is an InputError, and so is any OSError
+    inside. Opening a pipe does not wait for its writer."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -359,7 +364,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
 
 
 def unreadable(path: Path, error: OSError) -> LlavaWeightsError:
-    """The refusal for a file that the operating system does not let us read."""
+    """The error for a file that the operating system does not let us read."""
     if known := shortage(error):
         return known
     if error.errno == errno.ENOENT:
@@ -369,13 +374,13 @@ def unreadable(path: Path, error: OSError) -> LlavaWeightsError:
 
 
 def irregular(path: Path, status: os.stat_result) -> InputError:
-    """The refusal for what is there under the name of a file, and is none."""
+    """The error for a folder, pipe, socket or device in the place of a file."""
     kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
     return InputError(f"{shown(path.name)} is {kind}, not a file", facts={"path": path}, hint=DOWNLOAD_AGAIN)
 
 
 def present(path: Path) -> bool:
-    """Whether something has this name, if only a link. A disk that fails is an InputError: `os.path.lexists` would call it absence."""
+    """Whether something has this name, a link too. A disk that fails is an InputError, where `os.path.lexists` would return False."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have such a name
@@ -388,7 +393,7 @@ def present(path: Path) -> bool:
 
 
 def refuse_disguise(path: Path, head: bytes) -> None:
-    """Raise InputError naming what the file is, where its first bytes give it away as something else."""
+    """Raise InputError naming what the file is, where its first bytes are those of another kind of file."""
     if not head:
         raise InputError(f"{shown(path.name)} is empty", facts={"path": path}, hint=DOWNLOAD_AGAIN)
     for magic, kind, hint in DISGUISES:

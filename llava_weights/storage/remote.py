@@ -1,8 +1,8 @@
-"""Checkpoints elsewhere (`hf://`, `s3://`, `gs://`, `https://`), opened without a download.
+"""Remote checkpoints (`hf://`, `s3://`, `gs://`, `https://`), opened without a download.
 
-Each is seen through a shadow: a private folder whose small files are whole and whose weight files have their true size, but hold
-nothing except the bytes that say where the tensors are. Every reader works on it as on any folder; `reading.SHADOWS` tells which
-file elsewhere each stands for, so that tensors name that one, and their values are read from there.
+Each gets a shadow: a private folder with its small files, whole, and its weight files as sparse files of the true size that hold only
+headers. Every reader works on it as on any folder. `reading.SHADOWS` maps each file to the remote one, so that tensors name that one
+and their values are read from there.
 """
 
 from __future__ import annotations
@@ -36,33 +36,31 @@ from ..families.files import (
 )
 from ..text import scheme_of
 from . import ranges, retry
-from .http import LOOPBACK, endpoint
-from .hub import SIDECARS, HubSource, choose_files, explain, parse_source
-from .reading import SHADOWS, SourceFile
-from .retry import Absent, Patience, name_of, patiently, within
+from .http import LOOPBACK, MAX_SIZE, endpoint
+from .hub import SIDECARS, HubSource, choose_files, hub_error, parse_source
+from .reading import SHADOWS, SourceFile, join_ranges
+from .retry import Absent, Attempts, name_of, with_retries, within
 from .threads import in_threads
 
-SCHEMES = ("hf", "https", "http", "s3", "gs")
+REMOTE_SCHEMES = ("hf", "https", "http", "s3", "gs")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
-MAX_FILES, MAX_SIZE = 1000, 1 << 42
+MAX_FILES = 1000
 MAX_SMALL = 64 << 20  # the longest of the small files, a tokenizer.json, has 30 MB
 MAX_HEADERS = 64 << 20  # of one weight file; that of a 13B model has 100 kB
-MAX_DIRECTORY = 4 << 20
-HEAD, TAIL = 32 << 10, (64 << 10) + 22  # what most safetensors headers fit into; how far a zip's end may be from the end
+MAX_REMOTE_DIRECTORY = 4 << 20
+HEAD, TAIL = 32 << 10, (64 << 10) + 22  # bytes that most safetensors headers fit into; the longest end of a zip, comment included
 MEMBER_HEAD = 30 + 512  # a zip member's own header: torch pads its name with at most 64 bytes
-JOIN = 16 << 10  # a hole that costs less than another request
-AT_ONCE = 8  # requests
-# Plain HTTP has no listing: what a folder there may hold, besides what its index names.
-KNOWN = (
-    *SINGLE_FILES, *ADAPTER_FILES, *BESIDE_ADAPTER, META_PARAMS, *META_FILES,
-)  # fmt: skip
+JOIN = 16 << 10  # bytes between two ranges that cost less than another request
+REQUESTS_AT_ONCE = 8
+# Plain HTTP has no listing: the files that are asked for there, besides those that an index names.
+KNOWN_WEIGHTS = (*SINGLE_FILES, *ADAPTER_FILES, *BESIDE_ADAPTER, META_PARAMS, *META_FILES)
 KNOWN_SMALL = (*SMALL_FILES, *LICENSE_FILES)
 NOT_A_ZIP = (ArithmeticError, LookupError, NotImplementedError, OSError, ValueError, struct.error)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files that a place elsewhere has, by bare name, each with its pinned address. `only` is the one that was asked for."""
+    """The files of a remote folder by bare name, each with its pinned address. `only` is the one file that was asked for."""
 
     address: str
     name: str  # as manifests and cards show it
@@ -71,9 +69,9 @@ class Listing:
     only: str = ""
 
     def chosen(self) -> dict[str, SourceFile]:
-        """What is needed of them, as when a repository is downloaded. Raises InputError where there are no weights."""
+        """The files that are needed, as when a repository is downloaded. Raises InputError where there are no weights."""
         names: Iterable[str] = choose_files(self.files)
-        if self.only and not self.only.startswith("consolidated."):  # a piece of Meta's needs the others
+        if self.only and not self.only.startswith("consolidated."):  # one file of Meta's needs the others
             beside = (self.only, *BESIDE_ADAPTER, *SIDECARS)
             names = [name for name in self.files if any(fnmatch.fnmatchcase(name, kind) for kind in beside)]
         found = {name: self.files[name] for name in names}
@@ -93,7 +91,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Shadow:
-    """A checkpoint elsewhere as the readers see it: `path` is a folder or file of this machine and is never shown."""
+    """A remote checkpoint as the readers see it: `path` is a local folder or file and is never shown."""
 
     path: Path
     name: str
@@ -102,15 +100,15 @@ class Shadow:
 
 def is_remote(text: str) -> bool:
     """Whether `text` is an address to read from over the network; an existing local path wins."""
-    return scheme_of(text) in SCHEMES and not os.path.exists(text)
+    return scheme_of(text) in REMOTE_SCHEMES and not os.path.exists(text)
 
 
 @contextmanager
 def shadowed(text: str, revision: str | None = None) -> Iterator[Shadow]:
-    """Make the shadow of the checkpoint at an address: headers and small files are read. Errors inside name the address.
+    """Make the shadow of the checkpoint at an address, reading headers and small files. Errors inside name the address.
 
-    It stays until `forget` or the end of the process. Raises HubError where the network fails, InputError where there is no such
-    checkpoint or something that it says of itself can't be, UsageError where a package is missing or `revision` makes no sense.
+    It stays until `forget` or the end of the process. Raises HubError where the network fails, InputError where there is no sound
+    checkpoint, UsageError where a package is missing or `revision` makes no sense.
     """
     scheme = scheme_of(text)
     listing = _listing(scheme + text[len(scheme) :], revision)
@@ -118,7 +116,7 @@ def shadowed(text: str, revision: str | None = None) -> Iterator[Shadow]:
     folder = Path(tempfile.mkdtemp(prefix="llava-weights-")) / (re.sub(r"[^\w.\-]", "_", name_of(listing.address)) or "remote")
     _folders.append(folder.parent)
     folder.mkdir()
-    in_threads(lambda name: _shadow(folder / name, chosen[name]), chosen, AT_ONCE)
+    in_threads(lambda name: _shadow(folder / name, chosen[name]), chosen, REQUESTS_AT_ONCE)
     try:
         yield Shadow(folder / listing.only if listing.only else folder, listing.name, listing.revision)
     except LlavaWeightsError as error:
@@ -165,11 +163,7 @@ def _of_hub(text: str, revision: str | None) -> Listing:
     """A repository at the commit that its branch or tag has now."""
     source = parse_source(text)
     assert isinstance(source, HubSource)
-    if revision and source.revision and revision != source.revision:
-        raise UsageError(
-            f"`{source.repo_id}@{source.revision}` and `--revision {revision}` ask for different revisions", hint="give the revision once"
-        )
-    source = HubSource(source.repo_id, source.revision or revision, source.folder)
+    source = source.at(revision)
     info = _ask_hub(source)
     sizes = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     folder, _, only = source.folder.rpartition("/") if source.folder in sizes else (source.folder, "", "")
@@ -188,11 +182,11 @@ def _ask_hub(source: HubSource) -> Any:
     address = endpoint()
     from huggingface_hub import HfApi
 
-    api, tries = HfApi(endpoint=address, library_name="llava-weights"), Patience(f"hf://{source.repo_id}")
+    api, tries = HfApi(endpoint=address, library_name="llava-weights"), Attempts(f"hf://{source.repo_id}")
     how: Any = {"revision": source.revision, "files_metadata": True, "timeout": 30}
     while True:
         try:
-            info = within(retry.ANSWER, lambda: api.model_info(source.repo_id, **how))
+            info = within(retry.ANSWER_SECONDS, lambda: api.model_info(source.repo_id, **how))
             if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
                 raise HubError(f"the Hub names no commit of `{source.repo_id}`", hint="run the same command again, or give the revision")
             return info
@@ -200,7 +194,7 @@ def _ask_hub(source: HubSource) -> Any:
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if type(error).__name__ == "OfflineModeIsEnabled":
                 raise HubError(f"`{source.repo_id}` can't be read: `HF_HUB_OFFLINE` is set", hint="unset it") from None
-            explained = explain(error, source)
+            explained = hub_error(error, source)
             try:
                 tries.after(error if explained is None or status == 429 or status >= 500 else explained)
                 continue
@@ -210,10 +204,10 @@ def _ask_hub(source: HubSource) -> Any:
 
 
 def _of_store(text: str) -> Listing:
-    """What lies directly under a key of `s3://` or `gs://`, or the one object that has it."""
+    """The objects directly under a key of `s3://` or `gs://`, or the one that has this key."""
     address, store = text.rstrip("/"), ranges.filesystem(text)
     try:
-        found = patiently(address, lambda: ranges.stored(address, lambda _, path: store.ls(path, detail=True)))
+        found = with_retries(address, lambda: ranges.stored(address, lambda _, path: store.ls(path, detail=True)))
     except Absent:
         raise _missing(text) from None
     scheme, files = text.partition("://")[0], {}
@@ -227,11 +221,11 @@ def _of_store(text: str) -> Listing:
 
 
 def _of_web(text: str) -> Listing:
-    """The well-known names that exist under an address, and what an index among them names; or one file, and what is beside it."""
+    """The usual files that exist under an address, with the shards that an index names; or one file, and the small ones beside it."""
     address = text.rstrip("/")
     single = address.endswith(tuple(WEIGHT_SUFFIXES)) and not text.endswith("/")
     home, _, only = address.rpartition("/") if single else (address, "", "")
-    files = _existing(home, (only, *BESIDE_ADAPTER, *KNOWN_SMALL) if only else (*INDEXES, *KNOWN_SMALL, *KNOWN))
+    files = _existing(home, (only, *BESIDE_ADAPTER, *KNOWN_SMALL) if only else (*INDEXES, *KNOWN_SMALL, *KNOWN_WEIGHTS))
     for index in () if only else INDEXES:
         if index in files and files[index].size <= MAX_SMALL:
             named = set(re.findall(rb'"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.(?:safetensors|bin))"', _whole(files[index])))
@@ -247,7 +241,7 @@ def _existing(home: str, names: Iterable[str]) -> dict[str, SourceFile]:
         found = ranges.stat(f"{home}/{name}")
         return SourceFile(f"{home}/{name}", found[0], 0, 0, etag=found[1]) if found else None
 
-    return {file.name: file for file in in_threads(ask, names, AT_ONCE) if file}
+    return {file.name: file for file in in_threads(ask, names, REQUESTS_AT_ONCE) if file}
 
 
 def _missing(text: str) -> InputError:
@@ -278,7 +272,7 @@ def _shadow(path: Path, file: SourceFile) -> None:
 
 @dataclass
 class _Holes(io.RawIOBase):
-    """A sparse file that fills itself where it is read. Raises InputError where a stranger's file makes that too much."""
+    """A sparse file that fills itself where it is read. Raises InputError where a hostile file asks for too much of it."""
 
     file: SourceFile
     sparse: IO[bytes]
@@ -311,8 +305,8 @@ class _Holes(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         stop = self.file.size if size < 0 else min(self.file.size, self.position + size)
-        if stop - self.position > MAX_DIRECTORY:
-            what = f"the directory of `{self.file.name}` has more than {MAX_DIRECTORY:,} bytes"
+        if stop - self.position > MAX_REMOTE_DIRECTORY:
+            what = f"the directory of `{self.file.name}` has more than {MAX_REMOTE_DIRECTORY:,} bytes"
             raise InputError(what, facts={"address": self.file.path}, hint="download it first")
         self.fill(self.position, stop)
         data = os.pread(self.sparse.fileno(), max(0, stop - self.position), self.position)
@@ -321,7 +315,7 @@ class _Holes(io.RawIOBase):
 
 
 def _fill_safetensors(holes: _Holes) -> None:
-    """The length and the header. What makes no sense is left to the reader to say."""
+    """The length and the header. Errors in them are left to the reader of the shadow."""
     holes.fill(0, HEAD)
     size = int.from_bytes(os.pread(holes.sparse.fileno(), 8, 0), "little")
     if HEAD < 8 + size <= MAX_HEADERS:
@@ -329,7 +323,7 @@ def _fill_safetensors(holes: _Holes) -> None:
 
 
 def _fill_zip(holes: _Holes) -> None:
-    """The end, the directory, each member's own header, and the small members. What makes no sense is left to the reader to say."""
+    """The end, the directory, each member's own header, and the small members. Errors in them are left to the reader of the shadow."""
     from zipfile import BadZipFile, ZipFile
 
     holes.fill(holes.file.size - TAIL, holes.file.size)
@@ -343,15 +337,4 @@ def _fill_zip(holes: _Holes) -> None:
     for member in members:
         small = 0 if re.search(r"/data/\d+$", member.filename) else member.file_size
         wanted.append((member.header_offset, member.header_offset + MEMBER_HEAD + len(member.filename.encode()) + small))
-    in_threads(lambda place: holes.fill(*place), list(_joined(wanted)), AT_ONCE)
-
-
-def _joined(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges in order, those joined between which lies less than JOIN."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in sorted(places):
-        if joined and start - joined[-1][1] < JOIN:
-            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
-        else:
-            joined.append((start, stop))
-    return joined
+    in_threads(lambda place: holes.fill(*place), join_ranges(wanted, gap=JOIN), REQUESTS_AT_ONCE)

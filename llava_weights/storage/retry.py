@@ -1,4 +1,4 @@
-"""Trying again: what of a network's failures may pass, how long to wait, when to give up, and who is told that it goes on."""
+"""Retries: which failures of a network may pass, how long to wait, when to give up, and the notes on it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..errors import HubError, InputError
 from ..events import Note, tell
 
 T = TypeVar("T")
-TRIES = 6  # without progress; with these pauses some 20 seconds, and minutes where a server asks for them
-PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; each pause is twice the one before; the Hub counts requests in windows of 5 minutes
+TRIES = 6  # without progress: with these pauses some 20 seconds, or minutes where a server asks for them
+PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; each is twice the one before. The Hub counts requests in windows of 5 minutes
 NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3", "aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
-ANSWER = 90.0  # seconds that a server has for an answer's headers, or for an answer of some kB
-TOLD_AGAIN = 30.0  # seconds between two notes about one server
-CHECK = "check the connection, then run the same command again"
+ANSWER_SECONDS = 90.0  # that a server has for an answer's headers, or for an answer of some kB
+NOTE_SECONDS = 30.0  # between two notes about one server
+CHECK_CONNECTION = "check the connection, then run the same command again"
 
 
 class Pinned(Protocol):
-    """A file elsewhere as it was when it was indexed: `reading.SourceFile` is one."""
+    """A remote file as it was when it was indexed: `reading.SourceFile` is one."""
 
     @property
     def path(self) -> str: ...
@@ -32,7 +32,7 @@ class Pinned(Protocol):
 
 
 class Passing(Exception):
-    """A failure that may pass; `wait` is how many seconds the server asked for, `tries` how many there were already."""
+    """A failure that may pass; `wait` is how many seconds the server asks for, `tries` how many attempts it counts for."""
 
     def __init__(self, reason: str, wait: float = 0.0, tries: int = 1) -> None:
         super().__init__(reason)
@@ -43,8 +43,8 @@ class Absent(Exception):
     """There is no such file."""
 
 
-class Patience:
-    """Waits between tries of one thing, and ends them: HubError after TRIES without progress, or once `stopping` is set."""
+class Attempts:
+    """Counts the failures of one request and waits after each: HubError after TRIES without progress, or once `stopping` is set."""
 
     def __init__(self, address: str, stopping: threading.Event | None = None) -> None:
         self.address, self.stopping, self.failures = address, stopping or threading.Event(), 0
@@ -60,24 +60,22 @@ class Patience:
             tell_retry(self.address, str(passing))
         if self.failures >= TRIES or self.stopping.wait(pause):
             facts = {"address": self.address, "tries": self.failures, "reason": passing}
-            raise HubError(f"`{name_of(self.address)}` can't be read over the network", facts=facts, hint=CHECK) from None
+            raise HubError(f"`{name_of(self.address)}` can't be read over the network", facts=facts, hint=CHECK_CONNECTION) from None
 
 
-def patiently(address: str, action: Callable[[], T]) -> T:
+def with_retries(address: str, action: Callable[[], T]) -> T:
     """What `action` returns, tried again after failures that may pass. Raises HubError where they do not."""
-    patience = Patience(address)
+    attempts = Attempts(address)
     while True:
         try:
             return action()
         except Exception as error:
-            patience.after(error)
+            attempts.after(error)
 
 
 def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] = lambda result: None) -> T:
-    """What `action` returns, if it does so in time, else Passing: a server that sends a byte now and then can hold a request for ever.
-
-    The request is then left to a thread of its own; should it end after all, `late` gets what it returns.
-    """
+    """What `action` returns. Raises Passing where that takes more than `seconds`: a server that sends a byte now and then could hold a
+    request for ever. The request then goes on in a thread of its own; should it end, `late` gets what it returns."""
     result: Future[T] = Future()
 
     def run() -> None:
@@ -97,16 +95,16 @@ def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] 
 
 
 def tell_retry(address: str, reason: str) -> None:
-    """Let the listeners know that `address` is tried again because of `reason`; not at once again for the same server."""
+    """Send a note that `address` is tried again because of `reason`; for one server, not more than one in NOTE_SECONDS."""
     note = Note(f"no good answer for `{address}` yet ({reason}): trying again, at most {TRIES - 1} times")
-    tell(note, key="/".join(address.split("/")[:3]), seconds=TOLD_AGAIN)
+    tell(note, key="/".join(address.split("/")[:3]), seconds=NOTE_SECONDS)
 
 
 def name_of(address: str) -> str:
     return address.rstrip("/").rpartition("/")[2]
 
 
-def changed(file: Pinned) -> InputError:
+def remote_changed(file: Pinned) -> InputError:
     return InputError(
         f"`{name_of(file.path)}` changed while it was being read",
         facts={"address": file.path, "size": f"{file.size:,} bytes when indexed", "etag": file.etag or "none"},
@@ -115,7 +113,7 @@ def changed(file: Pinned) -> InputError:
 
 
 def _passing(error: Exception) -> Passing | None:
-    """`error` as one that may pass, None where it will not."""
+    """`error` as one that may pass, None where another attempt would fail too."""
     if isinstance(error, Passing) or type(error).__name__ == "OfflineModeIsEnabled":
         return error if isinstance(error, Passing) else None
     cause: BaseException = error

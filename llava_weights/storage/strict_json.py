@@ -1,4 +1,4 @@
-"""JSON from strangers: one way to read it, no doubt about what it says, and a limit to every cost.
+"""JSON from strangers, read strictly and with a limit to every cost.
 
 Python's `json` takes the last of two equal keys, `NaN`, and 1e400 as infinity; another program may read the same file
 differently. All of that is refused here.
@@ -17,8 +17,9 @@ from ..errors import InputError
 from ..text import shown
 from .reading import DOWNLOAD_AGAIN, open_regular, refuse_disguise
 
-MAX_INDEX = 10 << 20  # huggingface_hub's limit too
+JsonObject = dict[str, Any]
 
+MAX_INDEX = 10 << 20  # bytes; huggingface_hub's limit too
 MAX_DEPTH = 64  # the deepest honest file, a tokenizer.json, has about 8
 # Bytes of memory that parsed JSON may take, as estimated before parsing: each item of a list about 64, each object with an entry 320.
 # The tokenizer.json of Llama 3, the largest of these families, comes to 65 MB; 10 MiB of `[],` would take 220.
@@ -65,7 +66,7 @@ def parse_json(data: bytes, *, name: str, path: Path | None = None) -> Any:
         raise _refusal(name, f"{error.msg} at line {error.lineno}, column {error.colno}", path) from error
     except RecursionError as error:
         raise _refusal(name, f"it is nested more than {MAX_DEPTH} levels deep", path) from error
-    except ValueError as error:  # ours, and Python's own for integers of more than 4,300 digits
+    except ValueError as error:  # raised by the hooks, or by Python for integers of more than 4,300 digits
         raise _refusal(name, str(error).partition("; use sys.")[0], path) from error
     return value
 
@@ -107,7 +108,7 @@ def _finite(text: str) -> float:
 
 
 def _check_depth_and_text(value: Any) -> None:
-    """Walk level by level. Raises RecursionError below MAX_DEPTH, UnicodeEncodeError for text that no UTF-8 file can hold."""
+    """Raises RecursionError for more than MAX_DEPTH levels, UnicodeEncodeError for text that no UTF-8 file can hold."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
         for node in level:
@@ -120,6 +121,6 @@ def _check_depth_and_text(value: Any) -> None:
     raise RecursionError
 
 
-def json_bytes(value: Any) -> bytes:
-    """JSON as the ecosystem writes it: two spaces, keys in the order given, one newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+def json_bytes(value: Any, *, sort_keys: bool = False) -> bytes:
+    """JSON as transformers writes it: indented by two spaces, with a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode()

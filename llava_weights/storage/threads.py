@@ -1,7 +1,7 @@
-"""Threads that nobody leaves alone: whoever starts some returns, or raises, when none of them is at work any more.
+"""Threads that never outlive their caller: it returns, or raises, when none of them is at work any more.
 
-A thread that is left behind goes on to use descriptors and buffers that its caller has closed, and that by then may be a stranger's.
-One Ctrl-C breaks off any wait, and a second one the wait for the end, so inside a `Shield` no signal does.
+A thread that is left behind would use descriptors and buffers that its caller has closed, and that somebody else may have by then.
+One Ctrl-C breaks off any wait, and a second one the wait for the threads' end, so inside a `Shield` no signal does.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, ClassVar, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
-GLANCE = 0.1  # seconds between two looks for an interruption, where what is waited for can't be woken
+GLANCE = 0.1  # seconds between two looks for an interruption while a future is waited for
 
 
 class Shield:
-    """While one is open, what the handler of a signal raises (KeyboardInterrupt) breaks nothing off: it is kept in `caught`, `stop` is
-    called with it, and it is raised when the shield is closed. Outside of the main thread, where no handler runs, it does nothing.
+    """Inside, what the handler of a signal raises (KeyboardInterrupt) interrupts nothing: it is kept in `caught`, `stop` is called with
+    it, and it is raised when the shield is closed. Outside of the main thread, where no handler runs, it does nothing.
 
     `stop` runs in the main thread at any moment, so it must take no lock that this thread may hold.
     """
@@ -65,7 +65,7 @@ class Shield:
 
 
 def interruption() -> BaseException | None:
-    """What the open shields caught in this thread, for a loop that would otherwise go on."""
+    """What the open shields caught, in the main thread: for a loop that would otherwise go on."""
     main = threading.current_thread() is threading.main_thread()
     return next((shield.caught for shield in Shield._open if shield.caught), None) if main else None
 
@@ -80,7 +80,7 @@ def _take_over(handlers: dict[int, Any]) -> None:
 def _give_back(handlers: dict[int, Any]) -> None:
     try:
         for number, handler in list(handlers.items()):
-            if signal.getsignal(number) is _handle:  # else somebody set another one meanwhile
+            if signal.getsignal(number) is _handle:  # else another one was set meanwhile
                 signal.signal(number, handler)
     except BaseException:  # a signal whose handler is its own again
         _give_back(handlers)
@@ -117,8 +117,8 @@ def in_threads(
 ) -> list[B]:
     """What `function` returns for each of `items`, `jobs` at a time, in their order; `then` gets each in this thread, in order too.
 
-    After a failure or an interruption nothing new begins, and `stop` is called, for what is at work to end soon. Raises the first
-    failure in the order of `items`, or the interruption.
+    After a failure or an interruption nothing new begins, and `stop` is called so that running work ends soon. Raises the first failure
+    in the order of `items`, or the interruption.
     """
     results: list[B] = []
     with Shield() as shield, ThreadPoolExecutor(jobs) as pool:

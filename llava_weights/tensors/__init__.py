@@ -1,2 +1,2 @@
-"""A tensor that makes any range of its rows when it is asked, the operations on such tensors, and samples of their values.
+"""Lazy tensors, which make any range of their rows on demand, the operations on them, and samples of their values.
 Knows no file format."""

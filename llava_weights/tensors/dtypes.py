@@ -25,6 +25,7 @@ ITEMSIZE = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+MAX_AXES = 8  # of a tensor in any file that is read
 TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 
 
@@ -55,13 +56,13 @@ def raw_bits(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:
 
 
 class _Threads:
-    """How many threads torch had when the outermost `one_thread` found it, and how many of these are open."""
+    """How many `one_thread` are open, and how many threads torch had before the first of them, 0 while it is not imported."""
 
     turn, users, before = threading.Lock(), 0, 0
 
 
 def load_torch() -> ModuleType:
-    """torch, with one thread of its own inside `one_thread`."""
+    """torch, which has one thread of its own inside `one_thread`."""
     import torch
 
     if _Threads.users and not _Threads.before:
@@ -74,8 +75,8 @@ def load_torch() -> ModuleType:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, torch has one thread of its own: the workers are the parallelism, and its barriers between threads made blocks
-    3 to 20 times slower on a busy machine (facts: perf 2). Afterwards it has as many as before. Does not import it."""
+    """Inside, torch has one thread of its own, since the workers are the parallelism: the barriers between its threads made blocks
+    3 to 20 times slower on a busy machine with 2 cores. Afterwards it has as many as before. Does not import torch."""
     with _Threads.turn:
         _Threads.users += 1
     try:
@@ -93,7 +94,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def all_threads() -> Iterator[None]:
-    """Inside, torch has as many threads as outside of `one_thread`: for whole matrices, which no worker shares."""
+    """Inside, torch has as many threads as outside of `one_thread`: for whole matrices, on which no other worker computes."""
     torch = load_torch()
     threads = torch.get_num_threads()
     torch.set_num_threads(_Threads.before or threads)
@@ -112,12 +113,12 @@ def as_torch(raw: memoryview, dtype: str) -> torch.Tensor:
 
 
 def as_rows(raw: memoryview, rows: int) -> np.ndarray:
-    """A (rows, bytes per row) view of a buffer: moving rows and columns needs no dtype."""
+    """A (rows, bytes per row) view of a buffer, for moving rows and columns whatever their dtype."""
     return np.frombuffer(raw, np.uint8).reshape(rows, -1)
 
 
 def count_non_finite(raw: memoryview, dtype: str, work: Workspace) -> int:
-    """1 if a value is inf or NaN, else 0: exponent bits all ones, looked for on integers since `isfinite` is 20 times slower."""
+    """1 if a value is inf or NaN, else 0. Looks for exponent bits that are all ones, on integers: `isfinite` is 20 times slower."""
     torch = load_torch()
     if dtype not in ("F16", "BF16") or not len(raw):
         return int(bool(len(raw)) and not bool(torch.isfinite(as_torch(raw, dtype)).all()))

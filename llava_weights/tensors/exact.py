@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def exact_slices(values: torch.Tensor, axis: int) -> list[torch.Tensor]:
-    """Slices of float64 `values`, the largest first, that sum to them and whose products along `axis` are exact. Uses `values` up.
+    """Slices of float64 `values`, the largest first, that sum to them and whose products along `axis` are exact. Overwrites `values`.
 
-    Along it, a slice holds integers of 22 bits or so times one power of two, so that a product summed over r of them needs 53
-    bits at most, in any order, fused or not: every BLAS on every machine has to give the same (Ozaki et al., Numerical
-    Algorithms 59, 2012). The rounding to such integers is done by adding and subtracting a large number.
+    Along `axis`, a slice holds integers of some 22 bits times one power of two, so that a product summed over all of them needs 53
+    bits at most, in any order, fused or not: every BLAS on every machine gives the same (Ozaki et al., Numerical Algorithms 59,
+    2012). Adding and subtracting a large number rounds to such integers.
     """
     import torch
 
@@ -42,8 +42,8 @@ def row_sums(values: torch.Tensor) -> torch.Tensor:
 def round_once(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`values` in `dtype`, rounded to nearest even once. torch narrows float64 by way of float32, which rounds twice.
 
-    So the float32 between is rounded to odd: cut off, and its last bit set where something was cut off, which the second
-    rounding then takes into account (Boldo and Melquiond, IEEE Transactions on Computers 57, 2008).
+    So the float32 in between is rounded to odd: truncated, and its last bit set where that lost something, which the second rounding
+    then takes into account (Boldo and Melquiond, IEEE Transactions on Computers 57, 2008).
     """
     import torch
 

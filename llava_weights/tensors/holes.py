@@ -1,10 +1,11 @@
 """Zeros where values should be: what a preallocated, half-downloaded file or a lost block of a disk leaves.
 
-A hole is a run of zero bytes that covers whole rows of matrices and ends where no writer of rows would end it: inside a row, or, if
-they are several, on a 4 KiB border of the file. Or one that covers a matrix and goes on in another. Or a matrix that is zero as a
-whole while its siblings in other layers are not. Other zero rows that end on row borders are none: padding and never-seen tokens of a
-vocabulary, frozen modules in a delta. Neither is chance: the zeros in the broken row must be too many for their number elsewhere in
-the tensor.
+A hole is a run of zero bytes over whole rows of matrices that is one of these:
+- it ends inside a row, and the zeros in that row are more than chance allows, by the zeros in the rest of the tensor;
+- it has several rows and ends on a 4 KiB border of the file;
+- it covers a matrix and goes on in another;
+- it is a whole matrix, and the matrices of the same name in other layers are not zero.
+Zero rows that end on row borders are else no hole: padding and never-seen tokens of a vocabulary, frozen modules in a delta.
 
 `Watch.survey` looks at local files before anything is written: holes of the file system, 256 samples a file, one row of each matrix;
 files up to 16 MiB whole. `Watch.look` sees every byte while it streams, and costs one comparison a row.
@@ -33,18 +34,18 @@ from .dtypes import ITEMSIZE, raw_bits
 from .lazy import FLOATS, Stored
 
 PAGE = 4096  # bytes: what file systems, block devices and downloaders write at once
-# log10 of the chance that the ends of a run are those of values: a delta of a 13B may have 1e6 runs of zero rows, a model a thousand.
+# log10 of the chance below which the ends of a run are not those of values: a delta of a 13B may have 1e6 runs of zero rows, a model 1000.
 TELLING_DELTA, TELLING = -9.0, -6.0
 NEAR = 16 << 10  # bytes, or three rows if they are more, that are read around a run to find its ends
-WHOLE = 16 << 20  # bytes of a file that are all read beforehand, where no more of it are used
+WHOLE_FILE_BYTES = 16 << 20  # a file with no more bytes of tensors than this is read whole beforehand
 SAMPLES = 256  # of a larger file: a contiguous hole of 1 % is hit at least twice
 SEGMENTS = 1000  # holes of the file system that are looked at, in one file
-WINDOW_BYTES = 1 << 20
-NARROW = 16  # bytes of a row, below which zero rows say nothing
+LOOK_BYTES = 1 << 20
+NARROW = 16  # bytes: zero rows shorter than this say nothing
 TEXTURE_ROWS, TEXTURE_BYTES = 256, 1 << 20
 MORE_ROWS, BEGINNING = 16, 512  # rows, and bytes of each, that are looked at before a matrix is read whole
 LISTED, MORE = 8, "more ranges of zeros where values should be"
-DOWNLOAD = "download or copy the file again; if the zeros are meant, pass `--accept-values`"
+DOWNLOAD_OR_ACCEPT = "download or copy the file again; if the zeros are meant, pass `--accept-values`"
 
 
 @dataclass(frozen=True, order=True)
@@ -63,12 +64,14 @@ class Hole:
 
     def error(self) -> InputError:
         facts = {"file": self.path, "bytes": f"{self.start:,} to {self.stop:,}", "evidence": self.why}
-        return InputError(f"`{os.path.basename(self.path)}` holds zeros where values should be, {self.where}", facts=facts, hint=DOWNLOAD)
+        return InputError(
+            f"`{os.path.basename(self.path)}` holds zeros where values should be, {self.where}", facts=facts, hint=DOWNLOAD_OR_ACCEPT
+        )
 
 
 @dataclass(frozen=True)
 class _Texture:
-    """Rows of a tensor that are not zero: how many of their elements are, and how many zeros stand at the two ends of each."""
+    """Sampled rows of a tensor that are not zero as a whole: how many of their elements are zero, and how many zeros at each end."""
 
     zeros: int
     elements: int
@@ -78,10 +81,10 @@ class _Texture:
 
 
 class Watch:
-    """What is known of the inputs of a piece of work: which tensors lie where, and in which role. Picklable, used by many threads.
+    """Looks for holes in the inputs of a piece of work, knowing which tensors lie where. Picklable, used by many threads.
 
-    `roles` gives "delta" or "lora" for the files that hold differences, by path; others hold values. A hole raises InputError where
-    `look` or `survey` comes upon it; with `accept` it is entered into `found`.
+    `roles` gives "delta" or "lora" for the files that hold differences, by path; others hold values. `look` and `survey` raise
+    InputError for a hole; with `accept` they add it to `found`.
     """
 
     def __init__(self, leaves: Iterable[tuple[str, Stored]], roles: Mapping[str, str] | None = None, *, accept: bool = False) -> None:
@@ -97,7 +100,7 @@ class Watch:
         for file, leaves in self.places.items():
             for name, leaf in leaves:
                 if is_matrix(leaf):
-                    self.siblings[self.roles.get(file.path, ""), folded(name)].append(leaf)
+                    self.siblings[self.roles.get(file.path, ""), numberless(name)].append(leaf)
         self._textures: dict[tuple[SourceFile, int], _Texture] = {}
         self._wholes: dict[tuple[SourceFile, int], Hole | None] = {}
         self._seeming: dict[tuple[SourceFile, int], bool] = {}
@@ -117,7 +120,7 @@ class Watch:
         return role != "delta" and not role.startswith("lora")
 
     def _least(self, file: SourceFile) -> int:
-        """Whole rows in a run that is judged: among differences single ones are too many."""
+        """Whole rows in a run that is judged: of differences, single rows are zero too often."""
         return 1 if self.holds_values(file) else 2
 
     def fresh(self) -> Watch:
@@ -157,7 +160,7 @@ class Watch:
                         self._weigh(name, leaf, first + low, first + high, offset, data, work)
 
     def _weigh(self, name: str, leaf: Stored, low: int, high: int, offset: int, data: memoryview, work: Workspace) -> None:
-        """Rows [low, high) are zero. Judge them, unless one sees here that both ends are those of rows."""
+        """Rows [low, high) are zero. Judge them, unless `data` shows that both ends are row borders."""
         start, stop = (leaf.offset + row * row_width(leaf) for row in (low, high))
         if low == 0 and self.holds_values(leaf.file):
             self._judge_whole(name, leaf, work)
@@ -171,32 +174,32 @@ class Watch:
     # --- before the first byte ----------------------------------------------------------------------------------------
 
     def survey(self) -> None:
-        """Look at the local files as far as that is cheap. Raises InputError for a hole, or a damaged zip record."""
+        """Look for holes in the local files, as far as that is cheap. Raises InputError for one, or a damaged zip record."""
         with closing(Workspace(drop_cache=False)) as work:
             for file, leaves in self.places.items():
                 if file.remote:
                     continue
                 low, high = leaves[0][1].offset, max(leaf.offset + leaf.nbytes for _, leaf in leaves)
-                if high - low <= WHOLE:
+                if high - low <= WHOLE_FILE_BYTES:
                     self._read_whole(file, low, high, work)
                 else:
                     self._seek(file, low, high, work)
                     self._sample(file, low, high, work)
                 for name, leaf in leaves:
-                    if is_matrix(leaf) and self.holds_values(file) and (self.accept or high - low > WHOLE):
+                    if is_matrix(leaf) and self.holds_values(file) and (self.accept or high - low > WHOLE_FILE_BYTES):
                         self._judge_whole(name, leaf, work)
 
     def _read_whole(self, file: SourceFile, low: int, high: int, work: Workspace) -> None:
-        buffer = memoryview(bytearray(min(WINDOW_BYTES, high - low)))
-        for at in range(low, high, WINDOW_BYTES):
-            data = buffer[: min(WINDOW_BYTES, high - at)]
+        buffer = memoryview(bytearray(min(LOOK_BYTES, high - low)))
+        for at in range(low, high, LOOK_BYTES):
+            data = buffer[: min(LOOK_BYTES, high - at)]
             work.read(file, at, data)
             self.look(file, at, data, work)
-        records: set[Record] = {leaf.record for _, leaf in self.places[file] if leaf.record and leaf.record.size <= WHOLE}
+        records: set[Record] = {leaf.record for _, leaf in self.places[file] if leaf.record and leaf.record.size <= WHOLE_FILE_BYTES}
         for record in records:
             with work.scratch(record.size) as data:
                 work.read(file, record.offset, data)
-                work.check(file, record, record.offset, data)
+                work.take_crc(file, record, record.offset, data)
         check_crcs([work])
         work.crc_pieces.clear()
 
@@ -209,7 +212,7 @@ class Watch:
                 self._judge(file, at, min(at + PAGE, stop), work)
 
     def _sample(self, file: SourceFile, low: int, high: int, work: Workspace) -> None:
-        """Read 4 KiB at even distances. Where zeros begin and end between two samples, halve the distance until one sees it."""
+        """Read 4 KiB at even distances. Where one of two neighbours is zero, find the border between them by halving the distance."""
         places = [low + (high - low - PAGE) * number // (SAMPLES - 1) for number in range(SAMPLES)]
         zero = [_is_zero(file, place, place + PAGE, work) for place in places]
         for one, other in zip(range(SAMPLES - 1), range(1, SAMPLES), strict=True):
@@ -223,9 +226,9 @@ class Watch:
     # --- judgement ----------------------------------------------------------------------------------------------------
 
     def _judge(self, file: SourceFile, start: int, stop: int, work: Workspace) -> None:
-        """Bytes [start, stop) are zero: find the ends of their run, where they are near, and see whether they are those of a hole.
+        """Bytes [start, stop) are zero: find the ends of their run, if they are near, and see whether it is a hole.
 
-        An end further off is near for who comes upon the rows there.
+        An end that is far from here is judged by whoever looks at the rows there.
         """
         if self._known(file, start, stop):
             return
@@ -251,7 +254,7 @@ class Watch:
         self._report(self._hole(file, start, stop, why, work))
 
     def _runs_over(self, file: SourceFile, start: int, stop: int) -> bool:
-        """Whether they cover a matrix from its first row to its last, and a part of another one that is no vocabulary table."""
+        """Whether the zeros cover a matrix from its first row to its last, and a part of another one that is no vocabulary table."""
         covered = [
             (name, leaf, (low, high) == (0, leaf.nbytes // row_width(leaf))) for name, leaf, low, high in self._rows_in(file, start, stop)
         ]
@@ -261,7 +264,7 @@ class Watch:
         return any(hole.path == file.path and hole.start <= start and stop <= hole.stop for hole in self.found)
 
     def _hole(self, file: SourceFile, start: int, stop: int, why: str, work: Workspace) -> Hole:
-        """The hole that zero bytes [start, stop) are part of, from its first byte to its last; over a network as far as it was seen."""
+        """The hole that zero bytes [start, stop) are part of, from its first byte to its last; of a remote file, as far as it was read."""
         for low, high in _never_written(file, 0, file.size):
             if low < stop and start < high:
                 start, stop = min(start, low), max(stop, high)
@@ -272,8 +275,8 @@ class Watch:
         return Hole(file.path, start, stop, "in " + ", ".join(rows[:3]) + more, why)
 
     def _end(self, file: SourceFile, at: int, right: bool, work: Workspace) -> tuple[float, bool]:
-        """The end of a run at byte `at`, its right one or its left one: log10 of the chance that it is one of values, and whether it
-        lies on a 4 KiB border where none is expected."""
+        """The right or left end of a run, at byte `at`: log10 of the chance that values end there, and whether it lies on a 4 KiB border
+        where none is expected."""
         inside = self._at(file, at if right else at - 1)
         if inside is None:
             return 0.0, False
@@ -289,8 +292,8 @@ class Watch:
         return (self._chance(name, leaf, row, count, right, work) if count else 0.0), page
 
     def _chance(self, name: str, leaf: Stored, row: int, count: int, leading: bool, work: Workspace) -> float:
-        """log10 of the chance that the row at byte `row` of a tensor has `count` zeros at this end, by its own other elements and by
-        other rows. 0 where another row has them in the same place: padded columns, blocks of zeros."""
+        """log10 of the chance that the row at byte `row` of a tensor has `count` zeros at this end, by the zeros among its other elements
+        and in other rows. 0 where another row has them in the same place: padded columns, blocks of zeros."""
         raw = bytearray(row_width(leaf))
         work.read(leaf.file, leaf.offset + row, memoryview(raw))
         values = raw_bits(raw, leaf.dtype)
@@ -306,13 +309,13 @@ class Watch:
             shares.append((zeros + 1) / (seen + 1))
         chance = count * math.log10(max(shares))
         if filled * 2 < len(values) and (is_table(name) or not self.holds_values(leaf.file)):
-            # Or it is a row of few values among dense ones, of a token that was seldom seen, and they all stand at its other end.
+            # Or it is the row of a token that was seldom seen, with few values, and all of them happen to stand at its other end.
             chance = max(chance, math.log10(texture.sparse) + _log_choices(rest, filled) - _log_choices(len(values), filled))
         return chance
 
     def _texture(self, leaf: Stored, work: Workspace) -> _Texture:
-        """Evenly spaced rows of a tensor, those that are zero left out. The two with the most zeros, which a run may have cut, do not
-        count among the elements."""
+        """The texture of evenly spaced rows, without zero ones. The two with the most zeros, which a hole may have cut, do not count
+        among the elements."""
         key = leaf.file, leaf.offset
         if key not in self._textures:
             width = row_width(leaf)
@@ -321,7 +324,7 @@ class Watch:
             raw, zeros, leading, trailing, elements = bytearray(width), [], [], [], width // ITEMSIZE[leaf.dtype]
             for row in sorted({number * (rows - 1) // max(wanted - 1, 1) for number in range(wanted)}):
                 work.read(leaf.file, leaf.offset + row * width, memoryview(raw))
-                filled = np.flatnonzero(raw_bits(raw, leaf.dtype))  # -0.0 has a bit, and no writer of nothing makes one
+                filled = np.flatnonzero(raw_bits(raw, leaf.dtype))  # -0.0 counts as a value: it has a bit set, which a hole has not
                 if len(filled):
                     zeros.append(elements - len(filled))
                     leading.append(int(filled[0]))
@@ -333,7 +336,7 @@ class Watch:
         return self._textures[key]
 
     def _judge_whole(self, name: str, leaf: Stored, work: Workspace) -> None:
-        """See whether a matrix is zero as a whole where others of its name, or all vocabulary tables, are not."""
+        """Report a matrix that is zero as a whole and should not be."""
         key, stop = (leaf.file, leaf.offset), leaf.offset + leaf.nbytes
         if self._known(leaf.file, leaf.offset, stop):
             return
@@ -344,11 +347,11 @@ class Watch:
             self._report(hole)
 
     def _whole(self, name: str, leaf: Stored, work: Workspace) -> str:
-        """Why a matrix that is zero as a whole is a hole; nothing where it is none."""
+        """Why a matrix is a hole as a whole; empty where it is not zero, or may be."""
         if not self._is_zero(leaf, work):
             return ""
         role = self.roles.get(leaf.file.path, "")
-        others = [other for other in self.siblings[role, folded(name)] if other is not leaf]
+        others = [other for other in self.siblings[role, numberless(name)] if other is not leaf]
         filled = [other for other in others if not self._seems_zero(other, work)]
         if filled:
             return f"`{name}` is zero as a whole, and {len(filled):,} of the same name in other layers or files are not"
@@ -358,7 +361,7 @@ class Watch:
         return "every matrix is zero" if all(self._seems_zero(other, work) for other in every) else ""
 
     def _is_zero(self, leaf: Stored, work: Workspace) -> bool:
-        """Remote ones by samples, not to read them twice."""
+        """Whether a tensor is zero; of a remote one by samples, not to read it twice."""
         start, stop = leaf.offset, leaf.offset + leaf.nbytes
         if not self._seems_zero(leaf, work) or leaf.file.remote:
             return self._seems_zero(leaf, work)
@@ -366,7 +369,7 @@ class Watch:
         return [(start, stop)] == unwritten or _is_zero(leaf.file, start, stop, work)
 
     def _seems_zero(self, leaf: Stored, work: Workspace) -> bool:
-        """By the beginnings of its first, middle and last row, and if they are zero, of some more."""
+        """Whether the beginnings of its middle, first and last row are zero, and of some more."""
         key = leaf.file, leaf.offset
         if key not in self._seeming:
             width = row_width(leaf)
@@ -407,30 +410,30 @@ class Watch:
                 yield name, leaf, low, high
 
 
-def told(texts: Iterable[str]) -> tuple[str, ...]:
-    """The first of these sentences on holes, and one for the others."""
+def hole_sentences(texts: Iterable[str]) -> tuple[str, ...]:
+    """The first LISTED of these sentences on holes, and one that counts the others."""
     every = tuple(texts)
     return (*every[:LISTED], f"{len(every) - LISTED:,} {MORE}") if len(every) > LISTED else every
 
 
 def is_matrix(leaf: Stored) -> bool:
-    """Whether it has rows of floats that are wide enough to tell."""
+    """Whether a tensor has rows of floats that are wide enough to be judged."""
     return leaf.dtype in FLOATS and len(leaf.shape) > 1 and NARROW <= row_width(leaf) < leaf.nbytes
 
 
 def is_table(name: str) -> bool:
-    """Whether rows of it may be zero since nothing ever read them: padding, tokens and positions that were never seen."""
+    """Whether a tensor is a table that may have rows of zeros."""
     return bool(re.fullmatch(TABLE_ROWS, name))
 
 
 def row_width(leaf: Stored) -> int:
-    """Bytes of a row: of a vector all, of experts that lie in one tensor a row of one of them."""
+    """Bytes of a row: of a vector, all of it; of experts in one tensor, a row of one of them."""
     if len(leaf.shape) == 3:
         return leaf.shape[-1] * ITEMSIZE[leaf.dtype]
     return leaf.row_nbytes if len(leaf.shape) > 1 else leaf.nbytes
 
 
-def folded(name: str) -> str:
+def numberless(name: str) -> str:
     """The name without the numbers of layers and experts."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
 
@@ -453,8 +456,8 @@ def _read(file: SourceFile, start: int, stop: int, work: Workspace) -> np.ndarra
 
 
 def _first_piece(file: SourceFile, reach: int) -> int:
-    """Bytes of the first look beyond a run: most ends are near, but over a network each look is a request."""
-    return min(reach, WINDOW_BYTES) if file.remote else PAGE
+    """Bytes that are first read beyond a run: most ends are near, but of a remote file each read is a request."""
+    return min(reach, LOOK_BYTES) if file.remote else PAGE
 
 
 def _forward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[int, bool]:
@@ -464,7 +467,7 @@ def _forward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[in
         filled = _read(file, at, min(at + piece, limit), work) != 0
         if filled.any():
             return at + int(filled.argmax()), True
-        at, piece = min(at + piece, limit), min(piece * 4, WINDOW_BYTES)
+        at, piece = min(at + piece, limit), min(piece * 4, LOOK_BYTES)
     return at, at == file.size
 
 
@@ -475,21 +478,21 @@ def _backward(file: SourceFile, at: int, reach: int, work: Workspace) -> tuple[i
         filled = _read(file, low, at, work)[::-1] != 0
         if filled.any():
             return at - int(filled.argmax()), True
-        at, piece = low, min(piece * 4, WINDOW_BYTES)
+        at, piece = low, min(piece * 4, LOOK_BYTES)
     return at, at == 0
 
 
 def _is_zero(file: SourceFile, start: int, stop: int, work: Workspace) -> bool:
-    return all(not _read(file, at, min(at + WINDOW_BYTES, stop), work).any() for at in range(start, stop, WINDOW_BYTES))
+    return all(not _read(file, at, min(at + LOOK_BYTES, stop), work).any() for at in range(start, stop, LOOK_BYTES))
 
 
 def _never_written(file: SourceFile, low: int, high: int) -> Iterator[tuple[int, int]]:
-    """Ranges within [low, high) for which the file system keeps no data; none where it does not tell."""
+    """Ranges within [low, high) for which the file system keeps no data; none where it can't say."""
     if file.remote or not hasattr(os, "SEEK_HOLE"):
         return
     try:
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # which reading will tell
+    except OSError:  # reading will raise it
         return
     try:
         while low < high and (start := os.lseek(fd, low, os.SEEK_HOLE)) < high:

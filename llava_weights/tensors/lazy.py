@@ -1,7 +1,7 @@
-"""The values: one leaf that names a byte range of a file, and the operations on it, all lazy and all plain data.
+"""Lazy tensors: a leaf that names a byte range of a file, and operations on it.
 
-A lazy tensor knows its dtype and shape and can make any range of its rows into a buffer that the caller owns. Nothing is
-read until then. Because the classes are frozen dataclasses they print in a dry run, hash for resume and pickle to a worker.
+A lazy tensor knows its dtype and shape and writes any range of its rows into a buffer of the caller. Nothing is read until then.
+As frozen dataclasses they can be printed in a dry run, compared when a run resumes, and pickled to a worker.
 """
 
 from __future__ import annotations
@@ -10,26 +10,47 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..errors import MismatchError
 from ..storage.reading import Record, SourceFile, Workspace
 from ..storage.threads import in_threads
+from ..text import brief
 from .dtypes import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, to_float32
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-AT_ONCE = 16  # samples over a network
+SAMPLES_AT_ONCE = 16  # of remote tensors
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A tensor that is described but not in memory. `dtype` is spelled as safetensors does: "F16", "BF16", "F32", ..."""
+    """A tensor that is described and not in memory. It knows what values it is made of and can make any range of its rows; until then
+    nothing is read. `dtype` is spelled as safetensors does ("F16", "BF16", "F32"), `shape` is in elements.
+
+    `str` of it is short. `repr` shows everything that it is made of, since that is how a run that continues knows that the work is the
+    same.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+
+    def __init_subclass__(cls) -> None:
+        cls._repr_pretty_ = LazyTensor._repr_pretty_  # type: ignore[method-assign]  # IPython would take the `__repr__` of the subclass
+
+    def __str__(self) -> str:
+        """Short, beside the whole `repr`, which is part of a plan's identity."""
+        leaves = self.leaves()
+        names = [brief(leaf.name or leaf.file.name, 80) for leaf in leaves[:1]]
+        more = [f"{len(leaves) - 1} more"] if len(leaves) > 1 else []
+        made = f" of {' and '.join([*names, *more])}" if leaves else ""
+        return f"{type(self).__name__}({self.dtype} {list(self.shape)}{made})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython and notebooks show."""
+        printer.text(str(self))
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         """Write rows [start, stop) into `out`, `(stop - start) * row_nbytes` bytes, row-major and little-endian."""
@@ -37,6 +58,7 @@ class LazyTensor:
 
     @property
     def inputs(self) -> tuple[LazyTensor, ...]:
+        """The tensors that it is made of, one step back; empty where it is stored in a file."""
         return ()
 
     def scratch(self, rows: int) -> int:
@@ -55,7 +77,7 @@ class LazyTensor:
 
     @property
     def expected_sha256(self) -> str | None:
-        """Digest that the finished values must have, where an input records it."""
+        """SHA-256 that its finished values must have, in hexadecimal, where an input records it."""
         return None
 
     @property
@@ -65,14 +87,17 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
+        """The number of its values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its values."""
         return self.numel * ITEMSIZE[self.dtype]
 
     @property
     def row_nbytes(self) -> int:
+        """Bytes of one row."""
         return math.prod(self.shape[1:]) * ITEMSIZE[self.dtype]
 
     def leaves(self) -> tuple[Stored, ...]:
@@ -98,7 +123,7 @@ class Stored(LazyTensor):
         if work.watch is not None:
             work.watch.look(self.file, at, out, work)
         if self.record is not None:
-            work.check(self.file, self.record, at, out)
+            work.take_crc(self.file, self.record, at, out)
 
     def leaves(self) -> tuple[Stored, ...]:
         return (self,)
@@ -263,7 +288,7 @@ class PermuteRope(FromRows):
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         head = self.row_unit
-        if start % head or stop % head:  # only samples ask for parts of a head: one read a row
+        if start % head or stop % head:  # only samples ask for a part of a head: read row by row
             for i in range(start, stop):
                 here = out[(i - start) * self.row_nbytes : (i - start + 1) * self.row_nbytes]
                 half, pair = divmod(i % head, head // 2)
@@ -315,14 +340,14 @@ def concat(parts: tuple[LazyTensor, ...], axis: int) -> LazyTensor:
 
 
 def read_rows(tensor: LazyTensor, start: int, stop: int, work: Workspace) -> np.ndarray:
-    """Rows [start, stop) as float32 (integers as they are), one row per axis-0 entry: for samples, not for the stream."""
+    """Rows [start, stop) as float32 (integers as they are), each flat: for samples, not for the stream."""
     raw = bytearray((stop - start) * tensor.row_nbytes)
     tensor.rows_into(memoryview(raw), start, stop, work)
     return to_float32(raw, tensor.dtype).reshape(stop - start, -1)
 
 
 def wrong_digest(name: str) -> MismatchError:
-    """The refusal where a tensor does not become what its `expected_sha256` promises."""
+    """The error for a tensor whose values do not have its `expected_sha256`."""
     return MismatchError(
         f"`{name}` does not come out as the delta's maker recorded: the base is not the one that the delta was made against",
         hint="give exactly the base that the maker used, in the same dtype",
@@ -330,7 +355,7 @@ def wrong_digest(name: str) -> MismatchError:
 
 
 def each(function: Callable[[str, Workspace], T], names: Iterable[str], *sources: Mapping[str, LazyTensor]) -> dict[str, T]:
-    """What `function` makes of each name, in order; many at once where its tensors come over a network, since that is mostly waiting."""
+    """What `function` returns for each name, in order; many at once where tensors are remote, since that is mostly waiting."""
     wanted = list(names)
     if not any(leaf.file.remote for source in sources for name in wanted for leaf in source[name].leaves()):
         with one_thread(), closing(Workspace(drop_cache=False)) as work:
@@ -341,4 +366,4 @@ def each(function: Callable[[str, Workspace], T], names: Iterable[str], *sources
             return function(name, work)
 
     with one_thread():
-        return dict(zip(wanted, in_threads(one, wanted, AT_ONCE), strict=True))
+        return dict(zip(wanted, in_threads(one, wanted, SAMPLES_AT_ONCE), strict=True))

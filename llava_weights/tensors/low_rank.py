@@ -5,10 +5,9 @@ The last bits of a matrix product depend on the kernel that a BLAS picks, and fo
 for, and the bits depend neither on windows nor on workers. Several adapters are summed first and rounded once: W + the sum of
 w_i s_i B_i A_i. (PEFT merges them one after another, with a rounding each; its `add_weighted_adapter("linear")` mixes factors.)
 
-How much of an update arrives: counted while rows are merged, on a fixed sample of the rows of large matrices.
-
-Tallies, each also as `<label>.<name>`: elements that an update was to change (`updated`: D != 0) and that it did change (`moved`),
-and the sums of squares `update_sq` of D and `lost_sq` of W' - W - D in units of `SQUARE`.
+How much of an update D survives in the rounded result W' is tallied while rows are merged, on a fixed sample of the rows of large
+matrices. Tallies, each also as `<label>.<name>`: elements that an update was to change (`updated`: D != 0) and that it did change
+(`moved`), and the sums of squares `update_sq` of D and `lost_sq` of W' - W - D in units of `SQUARE`.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ if TYPE_CHECKING:
     import torch
 
 
-SQUARE = 2.0**-100  # whole numbers of it are summed, so that the order of the rows does not matter
+SQUARE = 2.0**-100  # squares are summed as whole numbers of this, so that the order of the rows does not matter
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What became of the updates: `updated` elements were to change, `moved` ones did, and of the updates as a whole the share
-    `kept` survived the rounding: 1 less the norm of what is missing over the norm of the updates."""
+    """How much of the updates survived the rounding: `updated` elements were to change, `moved` ones did; `kept` is 1 minus the norm
+    of what is missing, divided by the norm of the updates."""
 
     updated: int
     moved: int
@@ -45,14 +44,14 @@ class Retention:
 
 
 def retention(tallies: Mapping[str, int], label: str = "") -> Retention | None:
-    """Of all updates, or of those of one kind of module such as "q_proj"; None where there were none."""
+    """The retention of all updates, or of those of one kind of module such as "q_proj"; None where there were none."""
     start = f"{label}." if label else ""
     updated, moved, lost, update = (tallies.get(start + name, 0) for name in ("updated", "moved", "lost_sq", "update_sq"))
     return Retention(updated, moved, max(0.0, 1 - math.sqrt(lost / update))) if update else None
 
 
 def tally(tallies: Counter[str], label: str, before: torch.Tensor, after: torch.Tensor, update: torch.Tensor, wanted: slice) -> None:
-    """Count the `wanted` rows of W, W' and D, which are float32 or float64, D before any rounding."""
+    """Add to the tallies the `wanted` rows of W, W' and D (before any rounding), which are float32 or float64."""
     change = after - before
     moved, updated = _non_zero(change[wanted]), _non_zero(update[wanted])
     counts = {"moved": moved, "updated": updated, "update_sq": _squares(update, wanted), "lost_sq": _squares(change - update, wanted)}
@@ -67,14 +66,14 @@ def _non_zero(values: torch.Tensor) -> int:
 
 
 def _squares(values: torch.Tensor, wanted: slice) -> int:
-    """The squares of these rows; a row that overflows counts nothing, since a result that is not finite ends the run."""
+    """The sum of squares of these rows. A row that overflows is left out: its result is not finite, which ends the run."""
     import torch
 
     norms: list[float] = torch.linalg.vector_norm(values, dim=1)[wanted].tolist()
     return sum(int(norm * norm / SQUARE) for norm in norms if math.isfinite(norm))
 
 
-Kind = Literal["linear", "embedding", "conv", "parameter", "bias"]
+UpdateKind = Literal["linear", "embedding", "conv", "parameter", "bias"]
 Arithmetic = Literal["peft", "peft-safe", "peft-half", "exact"]
 """How W, of dtype d, and an update D are rounded. The rules of PEFT 0.21.2, `tuners/lora/layer.py` and `variants.py`:
 
@@ -85,9 +84,9 @@ Arithmetic = Literal["peft", "peft-safe", "peft-half", "exact"]
 - `exact`: all in float64 and rounded once; the same bits on every machine.
 """
 
-BLOCK = 128  # rows of a product, the last block up to 255: far from where kernels change, and 7 MB of float32 for 13824 columns
-COUNTED = 8  # blocks of each matrix, evenly spread, tell how much of an update arrives: counting all cost half as much as the products
-PART = 1 << 17  # elements that are rounded and counted at a time, so that they stay in cache
+BLOCK_ROWS = 128  # rows of a product, the last block up to 255: far from where kernels change, and 7 MB of float32 for 13824 columns
+COUNTED = 8  # blocks of each matrix, evenly spread, that are tallied: tallying all took half as long as the products
+PART_VALUES = 1 << 17  # elements that are rounded and tallied at a time, so that they stay in cache
 SLICES = 3  # of a factor in `exact`, unless its values differ by more than 2**60 along r
 
 
@@ -102,12 +101,12 @@ class LowRank:
     parameter    (out, in), (experts, out, in)   (experts * r, in)    (out, r * experts)
     bias         (out,)                          none                 (out,)
 
-    `fan_in_fan_out` says that a linear tensor is stored (in, out), or the matrices of a stack of experts, for which PEFT reads
-    it from the module's `is_transposed`. `parameter` is PEFT's `target_parameters`. A `magnitude`, `out` values, makes a DoRA;
-    then `weight` scales the change of the tensor as a whole.
+    `fan_in_fan_out` says that a linear tensor, or each matrix of a stack of experts, is stored (in, out); for experts, PEFT reads this
+    from the module's `is_transposed`. `parameter` is PEFT's `target_parameters`. A `magnitude`, of `out` values, makes it a DoRA; then
+    `weight` scales the whole change of the tensor.
     """
 
-    kind: Kind
+    kind: UpdateKind
     b: LazyTensor
     a: LazyTensor | None = None
     scale: float  # alpha / r, or alpha / sqrt(r) with rsLoRA
@@ -131,9 +130,9 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a worker holds of an update: pairs of A (experts, r, in) and B (experts, out, r), whose products are to be summed
-    in this order; or `whole`, unscaled, where PEFT does not multiply matrices. Of a DoRA also the magnitude of each row, or the
-    factor of each column where the tensor is stored (in, out)."""
+    """An update in memory: pairs of A (experts, r, in) and B (experts, out, r), whose products are summed in this order; or the
+    `whole` unscaled update, where PEFT does not multiply matrices. For a DoRA also the magnitude of each row, or the factor of each
+    column where the tensor is stored (in, out)."""
 
     update: LowRank
     pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
@@ -141,7 +140,7 @@ class Factors:
     magnitude: torch.Tensor | None = None
 
     def product(self, matrix: int, rows: slice, columns: slice = slice(None)) -> torch.Tensor:
-        """A part of `scale * B @ A`, laid out as the tensor is; of a DoRA without its weight. PEFT's calls, for PEFT's bits."""
+        """A part of `scale * B @ A`, laid out as the tensor is; of a DoRA without its weight. Made with PEFT's own calls, for its bits."""
         import torch
 
         update = self.update
@@ -164,7 +163,7 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class AddLowRank(LazyTensor):
-    """`base` plus all `updates`, in the base's dtype; made and checked by `add_low_rank`. Tallies, of some blocks: see `low_rank.py`."""
+    """`base` plus all `updates`, in the base's dtype; made and checked by `add_low_rank`. Its tallies are those of the module's top."""
 
     base: LazyTensor
     updates: tuple[LowRank, ...]
@@ -188,12 +187,12 @@ class AddLowRank(LazyTensor):
 
     @property
     def lines(self) -> int:
-        """Rows of matrices in one row of the tensor."""
+        """How many rows of matrices one row of the tensor holds."""
         return self.matrices[0] * self.matrices[1] // max(self.rows, 1)
 
     @property
     def row_unit(self) -> int:
-        return math.lcm(self.base.row_unit, max(min(BLOCK, self.rows), 1) if self.lines == 1 else 1)
+        return math.lcm(self.base.row_unit, max(min(BLOCK_ROWS, self.rows), 1) if self.lines == 1 else 1)
 
     def scratch(self, rows: int) -> int:
         _, size, columns = self.matrices
@@ -201,13 +200,13 @@ class AddLowRank(LazyTensor):
         wide = 8 if exact or self.dtype == "F64" else 4
         held = wide * (SLICES if exact else 1) * sum(tensor.numel for tensor in factors)
         held += wide * sum(self.numel for update in self.updates if not update.is_product)
-        merging = wide * columns * min(2 * BLOCK, size) * (len(self.updates) + 1)
-        merging += wide * columns * (PART // max(columns, 1) + 2) * 8  # W, W + D, what was rounded, what was lost, squares...
+        merging = wide * columns * min(2 * BLOCK_ROWS, size) * (len(self.updates) + 1)
+        merging += wide * columns * (PART_VALUES // max(columns, 1) + 2) * 8  # W, W + D, what was rounded, what was lost, squares...
         if rows != self.rows and rows % self.row_unit:
             merging += (rows + 2 * self.row_unit) * self.row_nbytes
         loading = max(tensor.nbytes + tensor.scratch(tensor.rows) + 3 * wide * tensor.numel for tensor in factors)
         if any(update.magnitude and update.transposed for update in self.updates):
-            loading = max(loading, self.nbytes + wide * size * min(2 * BLOCK, columns) * 6)
+            loading = max(loading, self.nbytes + wide * size * min(2 * BLOCK_ROWS, columns) * 6)
         return held + max(loading, merging) + self.base.scratch(rows)
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
@@ -215,7 +214,7 @@ class AddLowRank(LazyTensor):
             return
         lines, nbytes = self.lines, self.row_nbytes
         factors = work.latest(self, lambda: [load(update, self, work) for update in self.updates])
-        blocks = touched(start * lines, stop * lines, self.matrices[1], BLOCK)
+        blocks = blocks_touched(start * lines, stop * lines, self.matrices[1], BLOCK_ROWS)
         first, last = blocks[0].start // lines, blocks[-1].stop // lines
         with work.scratch((last - first) * nbytes if (first, last) != (start, stop) else 0) as around:
             target = around or out
@@ -230,11 +229,11 @@ class AddLowRank(LazyTensor):
         work.tallies["non_finite"] += count_non_finite(out, self.dtype, work)
 
     def _merge(self, weight: torch.Tensor, factors: Sequence[Factors], at: int, wanted: slice, work: Workspace) -> None:
-        """Merge a block in place, its first line being line `at` of the tensor; lines that are not `wanted` may stay as they are."""
+        """Merge a block in place; its first line is line `at` of the tensor. Lines that are not `wanted` may stay as they are."""
         matrix, begin = divmod(at, self.matrices[1])
-        counts = begin // BLOCK % max(self.matrices[1] // BLOCK // COUNTED, 1) == 0
+        counts = begin // BLOCK_ROWS % max(self.matrices[1] // BLOCK_ROWS // COUNTED, 1) == 0
         changes = [factor.product(matrix, slice(begin, begin + len(weight))) for factor in factors]
-        for part in touched(wanted.start, wanted.stop, len(weight), max(PART // weight.shape[1], 2)):
+        for part in blocks_touched(wanted.start, wanted.stop, len(weight), max(PART_VALUES // weight.shape[1], 2)):
             before = weight[part].to(changes[0].dtype, copy=True)
             rows = slice(begin + part.start, begin + part.stop)
             update, result = self._result(before, factors, [change[part] for change in changes], rows)
@@ -281,9 +280,9 @@ class AddLowRank(LazyTensor):
         return row_sums(rows * rows).sqrt() if self.arithmetic == "exact" else torch.linalg.vector_norm(rows, dim=1)
 
 
-def touched(start: int, stop: int, size: int, unit: int) -> list[slice]:
-    """The blocks of `unit` lines that lines [start, stop) touch. Each matrix, of `size` lines, begins with a new block, and what
-    remains at its end belongs to its last one."""
+def blocks_touched(start: int, stop: int, size: int, unit: int) -> list[slice]:
+    """The blocks of `unit` lines that lines [start, stop) touch. Each matrix, of `size` lines, begins with a new block; lines that are
+    left over at its end belong to its last block."""
     found, last = [], max(size // unit, 1) - 1
     for first in range(start // size * size, stop, size):
         for number in range(min(max(start - first, 0) // unit, last), min((min(stop - first, size) - 1) // unit, last) + 1):
@@ -292,7 +291,7 @@ def touched(start: int, stop: int, size: int, unit: int) -> list[slice]:
 
 
 def load(update: LowRank, target: AddLowRank, work: Workspace) -> Factors:
-    """Read an update's factors and round, widen or split them as the arithmetic says."""
+    """Read an update's factors and round, widen or slice them as the arithmetic says."""
     import torch
 
     exact, half = target.arithmetic == "exact", target.arithmetic == "peft-half"
@@ -329,7 +328,7 @@ def load(update: LowRank, target: AddLowRank, work: Workspace) -> Factors:
 
 
 def column_norms(factors: Factors, target: AddLowRank, work: Workspace) -> torch.Tensor:
-    """Norms of the columns of W + D, for which all of W is read. A transposed view, no copy, keeps PEFT's order of summing."""
+    """Norms of the columns of W + D, for which all of W is read. A transposed view, not a copy, keeps PEFT's order of summing."""
     import torch
 
     assert factors.magnitude is not None
@@ -337,7 +336,7 @@ def column_norms(factors: Factors, target: AddLowRank, work: Workspace) -> torch
     with work.scratch(target.nbytes) as raw:
         target.base.rows_into(raw, 0, target.rows, work)
         weight = as_torch(raw, target.dtype).view(target.shape)
-        for columns in touched(0, len(norms), len(norms), BLOCK):
+        for columns in blocks_touched(0, len(norms), len(norms), BLOCK_ROWS):
             change = factors.product(0, slice(None), columns)
             norms[columns] = target.norms(target.moved(weight[:, columns].to(change.dtype), change).T)
     return norms

@@ -11,15 +11,15 @@ from ..storage.reading import Workspace
 from .dtypes import ITEMSIZE
 from .lazy import LazyTensor, read_rows
 
-BLOCK = 1 << 20  # bytes of the source that are summed at once; part of the rule, since sums of BF16 depend on the order
+SUM_BLOCK_BYTES = 1 << 20  # of the source, summed at once; a part of the rule, since the last bits of a sum depend on the order
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grown(LazyTensor):
     """`source` with new rows behind it: each is the mean of the source's rows, taken in float64.
 
-    Deterministic where transformers' converters draw them at random, unseeded. Not zeros: transformers 4.36-4.40 takes an
-    all-zero embedding for a place of an image (facts: llava-hf 1.3).
+    Transformers' converters draw them at random, unseeded; this is deterministic. Not zeros: transformers 4.36-4.40 takes an all-zero
+    embedding for a place of an image.
     """
 
     source: LazyTensor
@@ -31,7 +31,7 @@ class Grown(LazyTensor):
     @property
     def _block(self) -> int:
         unit = self.source.row_unit
-        return max(BLOCK // (self.row_nbytes * unit), 1) * unit
+        return max(SUM_BLOCK_BYTES // (self.row_nbytes * unit), 1) * unit
 
     def scratch(self, rows: int) -> int:
         values = self._block * self.numel // max(self.rows, 1)
@@ -45,7 +45,7 @@ class Grown(LazyTensor):
             out[common * self.row_nbytes :] = work.latest(self, self._mean) * new
 
     def _mean(self) -> bytes:
-        """One row, as bytes. Its own workspace: what the source counts and checks belongs to the pass that writes it."""
+        """The mean row as bytes. In a workspace of its own: the source's tallies and checks belong to the pass that writes it."""
         total = np.zeros(self.numel // self.rows, np.float64)
         with closing(Workspace()) as work:
             for start in range(0, self.source.rows, self._block):
@@ -81,4 +81,4 @@ def encoded(values: np.ndarray, dtype: str) -> bytes:
         return bytes(values.astype(f"<f{ITEMSIZE[dtype]}").tobytes())
     bits = values.astype("<f4").view("<u4")
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return bytes(np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes())  # rounding carries out of a full NaN
+    return bytes(np.where(np.isnan(values), 0x7FC0, rounded).astype("<u2").tobytes())  # the sum above overflows for some NaNs

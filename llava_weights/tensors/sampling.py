@@ -1,4 +1,4 @@
-"""Samples of a tensor's values: evenly spread rows, so that no random number and no order of a container has a part in them."""
+"""Samples of a tensor's values: evenly spread rows, the same in every run and for every container."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from ..storage.reading import Workspace
 from .lazy import LazyTensor, read_rows
 
-ROWS, ELEMENTS = 4, 4096  # of a matrix: as many rows as hold this many elements, but not fewer than this
-WHOLE = 1 << 15  # elements; a matrix up to this size is read whole, in one go
-LARGEST_ROW = 4 << 20  # bytes; no model has longer rows (65B: 44 KB), and rows are the least that can be read
+ROWS, ELEMENTS = 4, 4096  # of a matrix, so many rows at least, and as many as hold so many elements
+WHOLE_ELEMENTS = 1 << 15  # a matrix with no more elements is read whole
+LARGEST_ROW = 4 << 20  # bytes; no model has longer rows (65B: 44 KB), and a row is the least that can be read
 
 
 def even(length: int, count: int) -> list[int]:
-    """`count` indices spread evenly over `length`, the first and the last among them; all of them where there are no more."""
+    """`count` indices spread evenly over `length`, the first and the last among them; every index where there are no more."""
     if count >= length:
         return list(range(length))
     return [int(i) for i in np.unique(np.linspace(0, length - 1, count).round())]
@@ -25,11 +25,11 @@ def even(length: int, count: int) -> list[int]:
 def chosen_rows(length: int, tensor: LazyTensor, least: int = ROWS, times: int = 1) -> list[int]:
     """Which of the first `length` rows of `tensor` to sample."""
     row = math.prod(tensor.shape[1:])
-    return even(length, length if length * row <= WHOLE else times * max(least, math.ceil(ELEMENTS / row)))
+    return even(length, length if length * row <= WHOLE_ELEMENTS else times * max(least, math.ceil(ELEMENTS / row)))
 
 
 def read_some(tensor: LazyTensor, rows: Iterable[int], work: Workspace) -> np.ndarray:
-    """These rows, at least one, in float32, [rows, elements of a row]; in one read where they follow each other."""
+    """These rows, at least one, in float32 [rows, elements of a row]; in one read where they follow each other."""
     every = list(rows)
     if every[-1] - every[0] + 1 == len(every):
         return read_rows(tensor, every[0], every[-1] + 1, work)

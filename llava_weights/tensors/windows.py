@@ -1,4 +1,4 @@
-"""How the data of a shard is cut into pieces of work: windows of a few MiB on row borders."""
+"""The data of a shard cut into windows, the pieces of work: a few MiB each, on row borders."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..storage.reading import Workspace
 from .lazy import LazyTensor
+
+MiB = 1 << 20
+WINDOW_BYTES = 8 * MiB  # measured: 4 to 8 MiB are the fastest, 16 and more leave the processor's cache
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,8 @@ def cut(tensors: Iterable[tuple[str, LazyTensor]], start: int, size: int) -> Ite
 def row_ranges(tensor: LazyTensor, size: int) -> Iterator[tuple[int, int]]:
     """Row ranges of about `size` bytes, in multiples of the tensor's row unit; (0, 0) for a tensor without rows.
 
-    Never less than a unit, or one row alone, at the end: it goes to the range before it, since operations with a unit make
-    what remains together with their last whole unit (low_rank.py: few rows go to another kernel and get other bits).
+    The last range is never less than a unit, nor a single row: such a rest belongs to the range before it, since low_rank.py makes it
+    together with the last whole unit (a product of few rows uses another kernel and gets other bits).
     """
     unit = tensor.row_unit
     step = max(size // max(tensor.row_nbytes * unit, 1) * unit, unit, 2)
@@ -70,10 +73,6 @@ def row_ranges(tensor: LazyTensor, size: int) -> Iterator[tuple[int, int]]:
         if stop == tensor.rows:
             return
         start = stop
-
-
-MiB = 1 << 20
-WINDOW_BYTES = 8 * MiB  # 4-8 MiB is the fastest; 16 and more leave the processor's cache (facts: perf 1)
 
 
 def make(window: Window, out: memoryview, workspace: Workspace) -> None:

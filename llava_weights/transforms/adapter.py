@@ -37,7 +37,7 @@ from ..storage.reading import SourceFile, present, unreadable
 from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..text import few, legible, listed, shown
+from ..text import brief, few, legible, listed, shown
 from .adapter_config import DAMAGED, LoraRules, quantised_base, read_rules, short_base
 from .adapter_names import Contents, bare, parameter_names, sort_names
 
@@ -54,10 +54,12 @@ UNPLACED = "an adapter with such a tensor can't be merged as a whole; check that
 
 @dataclass(frozen=True)
 class Module:
-    """One adapted module, by its name without PEFT's prefix, such as `model.layers.0.self_attn.q_proj`.
+    """One adapted module, by its name without PEFT's prefix, such as `model.layers.0.self_attn.q_proj`. `kind` is "linear", "embedding",
+    "conv" or "parameter". The update is `scale` * b @ a; `rank` is its rank.
 
-    `a` is [rank, in] and `b` [out, rank]; of an embedding [rank, vocabulary] and [width, rank]; of a convolution with the
-    kernel's axes behind; of a stack of experts [rank * experts, in] and [out, rank * experts], for the `parameter` so called.
+    Shapes of a linear module: `a` [rank, in], `b` [out, rank]. Of an embedding: [rank, vocabulary] and [width, rank]. Of a convolution: the
+    same with the kernel's axes behind. Of the experts in one `parameter`: [rank * experts, in] and [out, rank * experts]. `magnitude` [out]
+    is that of a DoRA, `bias` [out] that of a module with `lora_bias`. With `fan_in_fan_out` the weight is stored as [in, out].
     """
 
     name: str
@@ -71,13 +73,18 @@ class Module:
     fan_in_fan_out: bool = False
     parameter: str = ""
 
+    def __repr__(self) -> str:
+        return f"Module({brief(self.name, 80)}, {self.kind!r}, rank {self.rank}, scale {self.scale:g})"
+
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does to a base, under the names that its training used. `replacements` replace, they never add.
+    """What an adapter does to a base, under the names that its training used. Nothing is merged yet.
 
-    `rows` replace single rows: indices and the tensor that holds them in that order; negative ones count from the end of the
-    extended table. `config` is LLaVA's config.json where there is one; `peft` are facts of adapter_config.json.
+    `modules` are the low-rank updates. `replacements` are whole tensors, such as a tuned projector. `rows` replace single rows of a table:
+    their indices and the tensor that holds them in that order; negative indices count from the end of the grown table. `config` is LLaVA's
+    config.json, empty where there is none, `peft` are the settings of adapter_config.json that a merge needs, `files` are the tokenizer's
+    files, `notes` are sentences on what was found when it was opened.
     """
 
     origin: Origin
@@ -89,16 +96,23 @@ class Adapter:
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        rows = f", rows of {len(self.rows)} tensors" if self.rows else ""
+        return f"Adapter({brief(self.origin.name)}, {len(self.modules)} modules, {len(self.replacements)} replaced tensors{rows})"
+
 
 def open_adapter(
     source: str | Path, *, revision: str | None = None, non_lora: str | Path | None = None, progress: bool | None = None
 ) -> Adapter:
-    """Open an adapter: a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address
-    as `open_checkpoint` takes it.
+    """Open an adapter, PEFT's or LLaVA's. Reads headers and small JSON files only.
 
-    `non_lora` stands in for the `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. Reads headers and small JSON
-    files only. Raises UsageError for what is no path, InputError for anything missing, damaged, not LoRA, or without a place; HubError
-    where the Hub can't serve it.
+    `source` is a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address as
+    `open_checkpoint` takes it. `revision` is a branch, tag or commit of a repository. `non_lora` is the path of the
+    `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. `progress` shows the bars of a download: None only on a terminal, False
+    never.
+
+    Raises UsageError for what is no path, InputError for what is missing, damaged, hostile, no LoRA or without a place, HubError where the
+    Hub can't serve it.
     """
     source, non_lora = to_place(source, "adapter"), Path(to_place(non_lora, "file of `non_lora`")) if non_lora is not None else None
     text = source_text(source)

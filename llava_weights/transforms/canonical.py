@@ -25,10 +25,10 @@ from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
 from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
-from ..families.layouts import LAYOUTS, PART, TABLES, canonical, spelled
+from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
 from ..families.originals import Original, fitting
-from ..families.projectors import ACTIVATION, LINEAR, NAMES, projector_type
-from ..families.targets import BY_TYPE as TARGETS
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
+from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.targets import Target
 from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, cast
@@ -56,7 +56,7 @@ class Model:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding table, and is not stored."""
-        return TABLES[1] not in self.parts
+        return VOCABULARY_TABLES[1] not in self.parts
 
     @property
     def target(self) -> Target:
@@ -92,7 +92,7 @@ def take_apart(
     main = dtype or main_dtype(checkpoint.parameters())
     parts = {name: tensor for name, tensor in parts.items() if not name.startswith("tower.")}
     parts |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
-    rows = parts[TABLES[0]].rows if TABLES[0] in parts else 0
+    rows = parts[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in parts else 0
     if hub:
         image_token = image_token or _image_token(checkpoint, rows)
     _check_image_ids(checkpoint, rows)
@@ -106,7 +106,7 @@ def take_apart(
     config, repairs, before = *_repaired(config, parts, tokenizer, main), config
     families = _families({**before, **config}, chosen, parts)
     _check_parts(config, parts, chosen)
-    activation = str(checkpoint.config.get("projector_hidden_act", ACTIVATION)) if hub else ACTIVATION
+    activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
     doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, parts)))
     return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
 
@@ -156,7 +156,7 @@ def _own_head(config: Mapping[str, Any], parts: Parts) -> Iterator[str]:
     """A warning where the config ties the head to the embedding, and the head that is stored has other values."""
     text = config.get("text_config")
     tied = True in (config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
-    embed, head = (parts.get(name) for name in TABLES)
+    embed, head = (parts.get(name) for name in VOCABULARY_TABLES)
     if tied and embed and head and embed.shape == head.shape:
         with closing(Workspace(drop_cache=False)) as work:
             one, other = sample_both(embed, head, work)
@@ -171,7 +171,7 @@ def _parts(checkpoint: Checkpoint, dtype: str | None) -> Parts:
     """Every parameter by its canonical name. Raises InputError for names of no known part and for two of the same."""
     parts: Parts = {}
     tensors = checkpoint.parameters()
-    unknown = [name for name in tensors if not re.match(PART, canonical(name))]
+    unknown = [name for name in tensors if not re.match(LLAVA_PART, canonical(name))]
     if unknown:
         raise InputError(
             f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}",
@@ -221,7 +221,9 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
         raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     named = tower_name(config, tower) or ""
-    made = original_config(config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(NAMES), name=named, dtype="F32")
+    made = original_config(
+        config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(PROJECTOR_NAMES), name=named, dtype="F32"
+    )
     preprocessor, processor = (small_object(checkpoint.files, name) for name in ("preprocessor_config.json", "processor_config.json"))
     made |= {
         key: value
@@ -247,11 +249,16 @@ def _repaired(config: Mapping[str, Any], parts: Parts, tokenizer: HfTokenizer, d
 def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) -> None:
     """Raise InputError unless the parts are exactly those of a LLaVA of this config."""
     text = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith(("tower.", "projector."))}
-    check_structure(config, text, vocabulary_rows=parts[TABLES[0]].rows)
-    hidden = parts[TABLES[0]].shape[1]
+    check_structure(config, text, vocabulary_rows=parts[VOCABULARY_TABLES[0]].rows)
+    hidden = parts[VOCABULARY_TABLES[0]].shape[1]
     projector = {name: tensor.shape for name, tensor in parts.items() if name.startswith("projector.")}
-    one = {LINEAR[0]: (hidden, tower.hidden), LINEAR[1]: (hidden,)}
-    two = {NAMES[0]: (hidden, tower.hidden), NAMES[1]: (hidden,), NAMES[2]: (hidden, hidden), NAMES[3]: (hidden,)}
+    one = {LINEAR_NAMES[0]: (hidden, tower.hidden), LINEAR_NAMES[1]: (hidden,)}
+    two = {
+        PROJECTOR_NAMES[0]: (hidden, tower.hidden),
+        PROJECTOR_NAMES[1]: (hidden,),
+        PROJECTOR_NAMES[2]: (hidden, hidden),
+        PROJECTOR_NAMES[3]: (hidden,),
+    }
     if projector not in (one, two):
         facts = {spelled(name, "llava"): str(list(shape)) for name, shape in projector.items()}
         hint = (

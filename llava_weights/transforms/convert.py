@@ -21,10 +21,10 @@ from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import check_tower, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
-from ..families.layouts import TABLES, canonical, spelled
-from ..families.projectors import FORMS, LINEAR, NAMES, projector_type
+from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_FORMS, PROJECTOR_NAMES, projector_type
 from ..families.prompts import CONVERSATIONS
-from ..families.targets import MULTIPLE
+from ..families.targets import VOCABULARY_MULTIPLE
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
@@ -35,7 +35,7 @@ from .projector import paired, single
 TARGETS = ("llava-hf", "llava")
 # The options of llava-hf, with the values of those that have a few.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "projector_form": tuple(FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
+    "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
@@ -55,10 +55,19 @@ def convert(
     tower_name: str | None = None,
     accept_tower: bool = False,
 ) -> Checkpoint:
-    """`checkpoint` in the layout `to`: "llava-hf" or "llava". Options are those of `to_llava_hf` and `to_llava`; checkpoints may be paths.
+    """`checkpoint` in the layout `to`: "llava-hf", as transformers reads it, or "llava", as haotian-liu's code and SGLang do. Nothing is
+    written.
 
-    Raises UsageError for another layout, a value that an option can't have and an option that the layout does not take, and as
-    `to_llava_hf` and `to_llava` do.
+    `tower` is the vision tower of a checkpoint that holds none; with `accept_tower` it may be another published one than the config names.
+    `dtype` is that of the output ("F16", "BF16", "F32"), by default that of each tensor. Only with "llava-hf": `projector_form` is how a
+    projector of one layer becomes one of two, "identity" (exact in transformers, the default), "relu" (for vLLM) or "gelu" (for llama.cpp
+    and MLX); `image_token` is the text of the image token; `vocab_size` is the number of rows of the vocabulary tables, the new ones being
+    the mean of the old; `conv_mode` is LLaVA's name of the prompt that the chat template writes, such as "llava_v1"; `image_aspect` is
+    "square" or "pad", how an image becomes a square. Only with "llava": `tower_name` is the tower that the config names then.
+
+    Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
+    tensors that are unknown or missing, for shapes that contradict the config and for an image token without a row, MismatchError where
+    `tower` is another published one than the config names, HubError where the Hub can't serve an input.
     """
     hub = {
         "projector_form": projector_form,
@@ -122,7 +131,7 @@ def to_llava_hf(
     elif parts.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
     rows = _rows(model, vocab_size, bool(tiles))
-    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
+    parts |= {name: resized(parts[name], rows) for name in VOCABULARY_TABLES if name in parts}
     tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
     config = llava_hf_config(
         model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
@@ -162,12 +171,12 @@ def to_llava(
     model = take_apart(checkpoint, tower, None, dtype, accept_tower=accept_tower)
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
     parts = dict(model.parts)
-    if NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
-        parts = {name: tensor for name, tensor in parts.items() if name not in NAMES} | dict(zip(LINEAR, one, strict=True))
+    if PROJECTOR_NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
+        parts = {name: tensor for name, tensor in parts.items() if name not in PROJECTOR_NAMES} | dict(zip(LINEAR_NAMES, one, strict=True))
     projector = projector_type(parts)
     files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
     rows = _unpadded(checkpoint, model, model.rows) or rows
-    parts |= {name: resized(parts[name], rows) for name in TABLES if name in parts}
+    parts |= {name: resized(parts[name], rows) for name in VOCABULARY_TABLES if name in parts}
     config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
     pad = config["pad_token_id"]
@@ -190,16 +199,16 @@ def _two_layers(model: Model, form: str | None) -> tuple[Parts, str, str]:
 
     Raises UsageError for a form where the projector has two layers of its own."""
     parts = dict(model.parts)
-    if LINEAR[0] not in parts and form is None:
+    if LINEAR_NAMES[0] not in parts and form is None:
         return parts, model.activation, ""
-    if LINEAR[0] in parts:
-        weight, bias = (parts.pop(name) for name in LINEAR)
+    if LINEAR_NAMES[0] in parts:
+        weight, bias = (parts.pop(name) for name in LINEAR_NAMES)
     elif (one := single(parts, model.activation)) is not None:
         weight, bias = one
     else:
         raise UsageError("the projector has two layers of its own, so `--projector-form` can change nothing", hint="leave it out")
     form = form or "identity"
-    return {**parts, **paired(weight, bias, form)}, FORMS[form], form
+    return {**parts, **paired(weight, bias, form)}, PROJECTOR_FORMS[form], form
 
 
 def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
@@ -213,7 +222,7 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
         return wanted
     if not model.tokenizer.grew or (tiles and used <= rows):
         return max(rows, used)
-    return -(-max(rows + 2, used) // MULTIPLE) * MULTIPLE
+    return -(-max(rows + 2, used) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
@@ -281,7 +290,13 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
 def _ordered(parts: Parts, model: Model) -> Iterator[str]:
     """One order, whatever the input's: decoder, head, tower, projector."""
     text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
-    order = [*map(canonical, text), *(f"tower.{name}" for name in tower_shapes(model.tower.config)), *LINEAR, *NAMES, "newline"]
+    order = [
+        *map(canonical, text),
+        *(f"tower.{name}" for name in tower_shapes(model.tower.config)),
+        *LINEAR_NAMES,
+        *PROJECTOR_NAMES,
+        "newline",
+    ]
     return (name for name in order if name in parts)
 
 

@@ -26,11 +26,16 @@ CODECS = ("arithmetic", "integer")
 
 
 def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Checkpoint:
-    """`base` + `delta` as a checkpoint in the original layout, F16, with repaired config and tokenizer. Both may be paths.
+    """`base` + `delta`: a checkpoint in the layout of the delta, in F16 (of a lossless delta: in the dtypes of the tuned model), with
+    repaired config and tokenizer. Nothing is written.
 
-    Names and shapes are settled here, and a few MB of both inputs are read to see that they belong together. Raises
-    InputError where one is not what its role needs, MismatchError where they do not fit; `accept_base` turns doubts about the
-    base's values (not its shapes) into warnings.
+    `base` is an original LLaMA (in the Hub's layout or Meta's), `delta` what LLaVA's or Vicuna's authors published, or what `make_delta`
+    made. The sum has the bits of LLaVA's own `apply_delta.py`: float16 of each value, added and rounded once; rows and tensors that the
+    base lacks are the delta's. A few MB of both are read to see that they belong together. With `accept_base`, doubts about the values of
+    the base (not about its shapes) become warnings of the last step.
+
+    Raises UsageError for what is no path or name, InputError where an input is damaged or is not what its role needs, MismatchError where
+    the two do not fit, HubError where the Hub can't serve one.
     """
     base, delta = opened(base, "base"), opened(delta, "delta")
     for role, checkpoint in (("base", base), ("delta", delta)):
@@ -75,11 +80,13 @@ def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyT
 
 
 def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Checkpoint:
-    """`tuned` - `base`, the inverse for publishers, with `tuned`'s config and tokenizer as they are. Both may be paths.
+    """`tuned` - `base`: the delta to publish, with config and tokenizer of `tuned` as they are. Nothing is written.
 
-    `codec="arithmetic"` is the published fp16 form (the way back may be one ulp off; the loss is counted while writing),
-    `codec="integer"` the lossless one of `integer_delta`. Raises UsageError for another codec, MismatchError where names or shapes
-    do not fit.
+    `codec` is "arithmetic", the published form: float16 differences, from which a value may come back off by one unit in the last place
+    (how many do is counted while writing); or "integer", which gives every bit back and is smaller where little changed.
+
+    Raises UsageError for another codec and for what is no path or name, InputError where an input is damaged, MismatchError where names or
+    shapes do not fit, HubError where the Hub can't serve one.
     """
     one_of("codec", codec, CODECS)
     base, tuned = opened(base, "base"), opened(tuned, "tuned model")

@@ -24,7 +24,7 @@ from ..checkpoint.kinds import quantised_kind, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
-from ..families.layouts import MULTIMODAL, TABLES, VOCABULARY, Names, canonical
+from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical
 from ..storage.hub import may_be_revised
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
@@ -38,8 +38,8 @@ from .adapter_config import short_base
 IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
 NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
 
-
-AdapterSource = Adapter | str | Path
+AdapterSource = Adapter | str | Path  # what a public function takes as an adapter: one that is open, or where it is
+Adapters = AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]  # one or several, each with its weight or without
 
 
 @dataclass
@@ -53,17 +53,22 @@ class Placed:
 
 def merge_lora(
     base: Source,
-    adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]],
+    adapters: Adapters,
     *,
     arithmetic: Arithmetic = "peft",
     scale: float = 1.0,
     dtype: str | None = None,
 ) -> Checkpoint:
-    """`base` with the adapters merged in, in its own layout and dtype (or in `dtype`).
+    """`base` with `adapters` merged in: a checkpoint in the layout of the base, in its own dtype or in `dtype` ("F16", "BF16", "F32").
+    Nothing is written.
 
-    Base and adapters may be paths, and "PATH@0.5" weighs an adapter as (adapter, 0.5) does; `scale` multiplies all of them. Names are
-    matched across layouts. Raises UsageError for a value that an option can't have, InputError or MismatchError, naming the tensors,
-    where an adapter tensor has no place in the base or does not fit it.
+    `adapters` is one adapter or a list: each open, or a path, a name on the Hub or an address; (adapter, 0.5) weighs one, and so does
+    "PATH@0.5". `scale` multiplies all of them. Names are matched across layouts. `arithmetic` says how the sum of a weight and its update
+    is rounded: "peft" as PEFT's `merge_and_unload()` (0.21.2), "peft-safe" as with `safe_merge=True`, "peft-half" as PEFT 0.7 to 0.11 and
+    so LLaVA's own merges of 2024, "exact" computes in float64 and rounds once, with the same bits on every machine.
+
+    Raises UsageError for a value that an option can't have, InputError where an input is damaged, InputError or MismatchError, naming the
+    tensors, where an adapter's tensor has no place in the base or does not fit it, HubError where the Hub can't serve one.
     """
     dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
     base, weighted = opened(base, "base"), _weighted(adapters)
@@ -89,7 +94,7 @@ def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | No
     return to_dtype(dtype)
 
 
-def _weighted(adapters: AdapterSource | Sequence[AdapterSource | tuple[AdapterSource, float]]) -> list[tuple[Adapter, float]]:
+def _weighted(adapters: Adapters) -> list[tuple[Adapter, float]]:
     """Each adapter, opened, with its weight. Raises UsageError for what is none."""
     given = adapters if isinstance(adapters, Iterable) and not isinstance(adapters, str | bytes | os.PathLike) else [adapters]
     given = list(given)
@@ -147,7 +152,7 @@ def _place(
     """Enter everything that `adapter` holds into `places`. Raises InputError naming what has no place in the base."""
     wanted = {_target(module): module for module in adapter.modules}
     biases = {f"{module.name}.bias": module for module in adapter.modules if module.bias is not None}
-    found, lost = Names(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
+    found, lost = BaseNames(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
     new = [name for name in lost if name in adapter.replacements and _may_be_new(name, tensors)]
     if lost := [name for name in lost if name not in new]:
         raise InputError(
@@ -208,7 +213,7 @@ def _update(module: Module, weight: float) -> LowRank:
 def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic) -> LazyTensor:
     if place.replacement is not None:
         replaced = cast(place.replacement, tensor.dtype)
-        grows = canonical(name) in TABLES and replaced.shape[1:] == tensor.shape[1:]
+        grows = canonical(name) in VOCABULARY_TABLES and replaced.shape[1:] == tensor.shape[1:]
         if replaced.shape != tensor.shape and not grows:
             raise MismatchError(
                 f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter",

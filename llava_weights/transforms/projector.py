@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError, UsageError
-from ..families.projectors import ACTIVATION, FORMS, NAMES
+from ..families.projectors import PROJECTOR_ACTIVATION, PROJECTOR_FORMS, PROJECTOR_NAMES
 from ..storage.reading import Workspace
 from ..tensors.dtypes import ITEMSIZE, as_rows, to_float32
 from ..tensors.lazy import FromRows, LazyTensor
@@ -70,17 +70,17 @@ def paired(weight: LazyTensor, bias: LazyTensor, form: str) -> dict[str, LazyTen
 
     Raises UsageError for an unknown form, InputError where a form with pairs has no room (2 d > D).
     """
-    if form not in FORMS:
-        raise UsageError(f"there is no projector form `{form}`", hint=f"choose one of {', '.join(FORMS)}")
+    if form not in PROJECTOR_FORMS:
+        raise UsageError(f"there is no projector form `{form}`", hint=f"choose one of {', '.join(PROJECTOR_FORMS)}")
     (wide, narrow), dtype = weight.shape, weight.dtype
     square, zeros = (wide, wide), Diagonals(dtype=dtype, shape=(wide,), width=1, signs=())
     if form == "identity":
-        return dict(zip(NAMES, (weight, bias, Diagonals(dtype=dtype, shape=square, width=wide, signs=(1,)), zeros), strict=True))
+        return dict(zip(PROJECTOR_NAMES, (weight, bias, Diagonals(dtype=dtype, shape=square, width=wide, signs=(1,)), zeros), strict=True))
     if 2 * narrow > wide:
         what = f"the projector form `{form}` needs a decoder at least twice as wide as the tower"
         raise InputError(what, facts={"projector": list(weight.shape)}, hint="use `--projector-form identity`")
     inner = Diagonals(dtype=dtype, shape=weight.shape, width=narrow, signs=(1, -1))
-    return dict(zip(NAMES, (inner, zeros, SignedPair(dtype=dtype, shape=square, source=weight), bias), strict=True))
+    return dict(zip(PROJECTOR_NAMES, (inner, zeros, SignedPair(dtype=dtype, shape=square, source=weight), bias), strict=True))
 
 
 def single(parts: Mapping[str, LazyTensor], activation: str) -> tuple[LazyTensor, LazyTensor] | None:
@@ -88,18 +88,18 @@ def single(parts: Mapping[str, LazyTensor], activation: str) -> tuple[LazyTensor
 
     Reads their values. Raises InputError for two without anything between them, or with an activation that LLaVA lacks.
     """
-    first, inner, second, outer = (parts[name] for name in NAMES)
+    first, inner, second, outer = (parts[name] for name in PROJECTOR_NAMES)
     (wide, narrow), dtype = first.shape, first.dtype
     if activation == "linear":
         form = paired(first, inner, "identity")
-        if _equal(second, form[NAMES[2]]) and _equal(outer, form[NAMES[3]]):
+        if _equal(second, form[PROJECTOR_NAMES[2]]) and _equal(outer, form[PROJECTOR_NAMES[3]]):
             return first, inner
     elif 2 * narrow <= wide:
         weight = Columns(dtype=dtype, shape=first.shape, source=second)
         form = paired(weight, outer, "relu")
-        if all(_equal(parts[name], form[name]) for name in NAMES[:3]):
+        if all(_equal(parts[name], form[name]) for name in PROJECTOR_NAMES[:3]):
             return weight, outer
-    if activation != ACTIVATION:
+    if activation != PROJECTOR_ACTIVATION:
         what = f"the original layout has no projector of two layers with `{activation}` between them"
         raise InputError(what, hint="only gelu, or one of the forms that `--projector-form` writes, has a counterpart there")
     return None

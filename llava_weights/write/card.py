@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import __version__
-from ..checkpoint.chat_template import bare
+from ..checkpoint.chat_template import bare_prompt
 from ..checkpoint.checkpoint import Origin, Step
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
-from ..families.projectors import CONSUMERS
+from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
 from ..storage.hub import REPO
 from ..text import markdown_text, redact, visible
@@ -56,7 +56,7 @@ def _files(origin: Origin) -> str:
 def _prompt(plan: Plan) -> str:
     prompt = next((str(step.checks["prompt"]) for step in plan.history if "prompt" in step.checks), "")
     found = CONVERSATIONS.get(f"llava_{prompt}")
-    return f"## Prompt\n\n`{bare(found)}`, stop at `{found.stop}`\n" if found else ""
+    return f"## Prompt\n\n`{bare_prompt(found)}`, stop at `{found.stop}`\n" if found else ""
 
 
 USE = """## Use it
@@ -98,7 +98,7 @@ def _projector(plan: Plan) -> str:
     form = _last(plan, "projector_form").get("projector_form")
     if not form:
         return ""
-    rows = [f"| {name}{' (this one)' if name == form else ''} | {text} |" for name, text in CONSUMERS.items()]
+    rows = [f"| {name}{' (this one)' if name == form else ''} | {text} |" for name, text in FORM_READERS.items()]
     told = "This model has one Linear between tower and decoder, where llava-hf has two. They can be the same map in three forms:"
     return "\n".join(["## Projector\n", f"{told}\n", "| `--projector-form` | consumers |", "|---|---|", *rows, ""])
 

@@ -16,8 +16,8 @@ from ..checkpoint.manifest import MANIFEST
 from ..errors import HubError, LlavaWeightsError, OutputError, UsageError
 from ..storage import ranges
 from ..storage.http import endpoint
-from ..storage.hub import HubSource, Retries, explain, narration, parse_source
-from ..storage.retry import CHECK, TRIES, Absent, Passing, Patience
+from ..storage.hub import HubSource, LibraryRetries, hub_error, narration, parse_source
+from ..storage.retry import CHECK_CONNECTION, TRIES, Absent, Attempts, Passing
 from ..text import scheme_of
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class Bucket:
             done: T = ranges.stored(self.address, action, PART_TRIES)
             return done
 
-        return _patiently(self.address, once, lambda error: error)
+        return _with_retries(self.address, once, lambda error: error)
 
 
 class Repository:
@@ -262,7 +262,7 @@ class Repository:
         api = HfApi(endpoint=address, library_name="llava-weights")
 
         def quietly() -> T:
-            with narration(progress=False), Retries(self.address) as retries:
+            with narration(progress=False), LibraryRetries(self.address) as retries:
                 try:
                     return action(api)
                 except Exception:
@@ -270,7 +270,7 @@ class Repository:
                         raise
             raise Passing(retries.reason, tries=TRIES)
 
-        return _patiently(self.address, quietly, self._explained)
+        return _with_retries(self.address, quietly, self._explained)
 
     def _explained(self, error: Exception) -> Exception:
         """`error` as it is where another try may help, else in the user's words."""
@@ -280,16 +280,16 @@ class Repository:
         if status in CONFLICTS or (status or 0) >= 500:
             return Passing(f"status {status}")
         if isinstance(error, ValueError | RuntimeError) and status is None:
-            return HubError(f"`{self.repo}` can't be written", facts={"reason": str(error).partition("\n")[0]}, hint=CHECK)
-        explained = explain(error, self.source) if status is not None else None
+            return HubError(f"`{self.repo}` can't be written", facts={"reason": str(error).partition("\n")[0]}, hint=CHECK_CONNECTION)
+        explained = hub_error(error, self.source) if status is not None else None
         if explained is not None and status in (401, 403, 404):
             explained.hint = self._login
         return explained or error
 
 
-def _patiently(address: str, action: Callable[[], T], explained: Callable[[Exception], Exception]) -> T:
+def _with_retries(address: str, action: Callable[[], T], explained: Callable[[Exception], Exception]) -> T:
     """What `action` returns, tried again after failures that may pass. Raises HubError where they do not."""
-    patience = Patience(address)
+    attempts = Attempts(address)
     while True:
         try:
             return action()
@@ -297,10 +297,10 @@ def _patiently(address: str, action: Callable[[], T], explained: Callable[[Excep
             raise
         except Exception as error:
             try:
-                patience.after(explained(error))
+                attempts.after(explained(error))
                 continue
             except LlavaWeightsError as known:
                 given_up = known
         if "tries" in given_up.facts:
-            given_up = HubError(f"`{address}` can't be written over the network", facts=given_up.facts, hint=CHECK)
+            given_up = HubError(f"`{address}` can't be written over the network", facts=given_up.facts, hint=CHECK_CONNECTION)
         raise given_up  # outside of `except`: the library's own message may hold a token, so it must not be the context

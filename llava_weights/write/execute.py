@@ -20,7 +20,7 @@ from ..checkpoint.manifest import MANIFEST, SUMS, FileEntry, TensorEntry, make_m
 from ..checkpoint.rehash import digest_file
 from ..checkpoint.small_files import small_bytes
 from ..errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
-from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
+from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started, check_listener
 from ..formats.folder import same_header
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
@@ -37,12 +37,14 @@ from .shard import ShardResult, write_shard
 from .work_folder import Job, check_ours, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
-Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished run did. `root` is the digest of all tensors, whatever their shards (facts: verify 1.3)."""
+    """What a finished run did. `out` is the folder that was made, of `shards` weight files with `nbytes` bytes of values; `resumed` of the
+    shards were finished by an earlier run. `root` is the SHA-256 of all tensors (their names, dtypes, shapes and values), the same however
+    they are cut into files. `tallies` counts what was measured on the way, such as values that a delta does not give back.
+    """
 
     out: Path
     shards: int
@@ -61,17 +63,37 @@ def execute(
     restart: bool = False,
     reread: bool = True,
     complete: bool = False,
+    on_event: Listener = lambda event: None,
+) -> Report:
+    """Carry out `plan`: write the folder `out`, which appears whole or not at all. A run that was interrupted continues.
+
+    `pool` is any `concurrent.futures.Executor` whose workers see the same file system; by default threads of this process write. `force`
+    replaces a folder that is there, once the new one is whole. `restart` begins again in place of continuing. `reread` reads every shard
+    back from the disk before `out` gets its name. `complete` ends a job that `execute_portion` did: it writes no shard. `on_event` is
+    called with each Event, such as a ProgressBar.
+
+    Raises UsageError for an argument of another kind, OutputError where `out` can't be written, is in use, is another run's work, or does
+    not come back as it was written, and with `complete` where shards are missing (it names the portions); InputError where an input turns
+    out damaged or changes meanwhile; HubError where one can't be read over the network; Interrupted on Ctrl-C. Finished shards are kept,
+    and `kept` of the error says what lies on the disk.
+    """
+    return run_plan(plan, out, pool=pool, force=force, restart=restart, reread=reread, complete=complete, on_event=on_event)
+
+
+def run_plan(
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    pool: Executor | None = None,
+    force: bool = False,
+    restart: bool = False,
+    reread: bool = True,
+    complete: bool = False,
     make_job: Callable[[Path], Job] = Job,
     on_event: Listener = lambda event: None,
 ) -> Report:
-    """Write `plan` to the folder `out`, which appears complete or not at all. Interrupted work is taken up again.
-
-    `pool` is any `concurrent.futures.Executor` that sees the same file system; shards go to it as they are. `reread` reads every
-    shard back from the disk before `out` gets its name. `complete` is the end of a job in portions: it writes no shard, and raises
-    OutputError, naming the portions to run again, where one is missing. `make_job` may send them elsewhere (`upload.job_at`). Raises
-    OutputError where `out` can't be written, is in use or does not come back as it was written, InputError where an input turns out
-    damaged; finished shards are kept.
-    """
+    """As `execute`. `make_job` says where the shards go, such as to an address (`upload.job_at`)."""
+    check_listener(on_event)
     if not isinstance(plan, Plan):
         raise UsageError(f"the plan is of the type `{type(plan).__name__}`", hint="give what `make_plan` returns")
     if pool is not None and not isinstance(pool, Executor):

@@ -19,10 +19,10 @@ from ..checkpoint.diagnose import role_of
 from ..checkpoint.small_files import small_bytes
 from ..errors import MOST_JOBS, UsageError, whole_number
 from ..storage.strict_json import json_bytes
-from ..tensors.holes import MORE, Watch, told
+from ..tensors.holes import MORE, Watch, hole_sentences
 from ..tensors.lazy import LazyTensor
 from ..tensors.windows import WINDOW_BYTES, MiB, cut
-from ..text import redact
+from ..text import brief, redact, shards, size
 
 FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an AttributeError (facts: llava-hf 2.4)
 
@@ -39,26 +39,38 @@ REMOTE_JOBS = 4  # workers in place of one, where inputs come over the network: 
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: the unit of work, of resume and of digests."""
+    """One output file, `name`, with the `tensors` that go into it, in order: the unit of work, of an interrupted run that continues, and of
+    checksums.
+    """
 
     name: str
     tensors: tuple[tuple[str, LazyTensor], ...]
-    watch: Watch | None = field(default=None, repr=False, compare=False)
+    _watch: Watch | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         """To a worker goes what is known of the files that it reads, a few kB, not of all inputs."""
         files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
-        return Shard, (self.name, self.tensors, self.watch and self.watch.within(files))
+        return Shard, (self.name, self.tensors, self._watch and self._watch.within(files))
+
+    def __str__(self) -> str:
+        """Short, beside the whole `repr`, which is part of a plan's identity."""
+        return f"Shard({brief(self.name)}, {len(self.tensors)} tensors, {size(self.nbytes)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython and notebooks show."""
+        printer.text(str(self))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data, the header not counted."""
+        """Bytes of all values, without the header."""
         return sum(tensor.nbytes for _, tensor in self.tensors)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run, without effect on the bytes written."""
+    """How a plan is carried out, without effect on what is written. `jobs` threads make `window` bytes each at a time; `drop_cache` drops
+    what was read from the system's page cache; `upload` says that the output goes over a network.
+    """
 
     jobs: int = 2
     window: int = WINDOW_BYTES
@@ -68,7 +80,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run needs. `files` are the small files of the output, each as bytes or as a path to copy."""
+    """What `execute` does, settled before the first byte is written; a plan is plain data and can be pickled.
+
+    `shards` are the weight files, `config` is config.json, `files` are the other small files, each as its bytes or as a path to copy.
+    `history` is what was done to make the tensors, as manifest and card record it, `options` what was chosen of how they are cut.
+    """
 
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
@@ -77,18 +93,24 @@ class Plan:
     settings: Settings = field(default_factory=Settings)
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        count = sum(len(shard.tensors) for shard in self.shards)
+        done = f", by {brief(', '.join(step.operation for step in self.history))}" if self.history else ""
+        return f"Plan({shards(len(self.shards))}, {count} tensors, {size(self.nbytes)}, {self.settings.jobs} jobs{done})"
+
     @property
     def nbytes(self) -> int:
+        """Bytes of all values, without headers."""
         return sum(shard.nbytes for shard in self.shards)
 
     @property
     def memory(self) -> int:
-        """Peak resident bytes promised for the whole process with these settings."""
+        """Most resident bytes of the whole process while the plan is carried out."""
         return _memory(self.shards, self.settings)
 
     @property
     def identity(self) -> dict[str, str]:
-        """What makes two runs the same work, by part; resume compares it and names what differs."""
+        """What makes two runs the same work, by part. A run that continues compares it, and names the part that differs."""
         sources = {leaf.file for shard in self.shards for _, tensor in shard.tensors for leaf in tensor.leaves()}
         small = {name: _digest(small_bytes(name, data, LARGEST_SMALL_FILE)) for name, data in self.files.items()}
         return {
@@ -104,6 +126,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
+        """SHA-256 of `identity`, in hexadecimal."""
         return _digest(json.dumps(self.identity, sort_keys=True).encode())
 
 
@@ -117,17 +140,22 @@ def make_plan(
     upload: bool = False,
     accept_values: bool = False,
 ) -> Plan:
-    """Cut `checkpoint` into shards at the boundaries, and with the names, that the Hub's libraries use.
+    """Cut `checkpoint` into shards, at the boundaries and with the names that the Hub's libraries use. Nothing is written.
 
-    `checkpoint` may be a path. `max_shard_size` and `max_memory` are bytes or texts such as "5GB", "512MiB"; `upload` says that the
-    output goes elsewhere. Raises UsageError where they can't be read or where the work does not fit into `max_memory`.
+    `max_shard_size` is the most bytes of a shard, `max_memory` the most resident bytes of the whole process: whole numbers, or texts such
+    as "5GB" (10**9 bytes each) and "512MiB" (2**20). `jobs` is the number of threads, from 1 to 64. `upload` says that the output goes over
+    a network, which takes memory. `options` is recorded as part of what was asked for: a run with others does not continue this one's work.
 
-    Samples of the local inputs are read: InputError where zeros stand in place of values (tensors/holes.py), which `accept_values` turns
-    into
-    warnings of the last step. It holds for the whole work, as every byte is seen again while it is written.
+    Samples of the local inputs are read, and zeros that stand in place of values, as in half a download, raise InputError; with
+    `accept_values` they become warnings of the last step. The same holds for what is found while the plan is carried out.
+
+    Raises UsageError for a value that an option can't have and where the work does not fit into `max_memory`, InputError where an input is
+    damaged, HubError where the Hub can't serve it.
     """
     limit, memory = parse_size(max_shard_size, "max-shard-size"), None if max_memory is None else parse_size(max_memory, "max-memory")
     whole_number("jobs", jobs, most=MOST_JOBS)
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f"`options` is of the type `{type(options).__name__}`, no mapping", hint="give a dict, or leave it out")
     checkpoint = opened(checkpoint, "checkpoint")
     watch = _watch(checkpoint, accept_values)
     watch.survey()
@@ -154,7 +182,7 @@ def _watch(checkpoint: Checkpoint, accept: bool) -> Watch:
 def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...]:
     """`history` with a warning in its last step for each of these holes, by their texts, that it does not tell of yet."""
     known = {warning.rpartition(": ")[0] for step in history for warning in step.warnings}  # one range may have two reasons
-    new = told(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
+    new = hole_sentences(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
     if not history or not new or any(warning.endswith(MORE) for step in history for warning in step.warnings):
         return history
     return (*history[:-1], replace(history[-1], warnings=(*history[-1].warnings, *new)))

@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import OutputError, UsageError
-from ..events import Note
+from ..events import Listener, Note, check_listener
 from ..storage.atomic import output_error, remove
-from .execute import Listener, keeping, note_sources, preflight, to_folder, trusted, write_shards
+from .execute import keeping, note_sources, preflight, to_folder, trusted, write_shards
 from .plan import Plan
 from .work_folder import Job, lock, open_job
 
 
 @dataclass(frozen=True)
 class Portion:
-    """Number `number`, from 1, of `count`: the shards `number`, `number + count`, ..."""
+    """One of several processes that share a job: `number`, from 1, of `count`. It writes the shards `number`, `number + count`, ..."""
 
     number: int
     count: int
@@ -34,12 +34,15 @@ class Portion:
         return f"{self.number}/{self.count}"
 
     def of(self, plan: Plan) -> Plan:
+        """`plan` with the shards of this portion only."""
         return replace(plan, shards=plan.shards[self.number - 1 :: self.count])
 
 
 @dataclass(frozen=True)
 class PortionReport:
-    """What a portion did: `shards` of it are finished, `resumed` of them were so before."""
+    """What a portion did for the folder `out`, which is not there yet. `shards` of the portion's shards are finished, with `nbytes` bytes
+    of values; `resumed` of them were finished before.
+    """
 
     out: Path
     portion: Portion
@@ -49,7 +52,7 @@ class PortionReport:
 
 
 def to_portion(text: str) -> Portion:
-    """`3/16`. Raises UsageError for anything else."""
+    """The portion that `text` names: "3/16" is the third of sixteen, counted from 1. Raises UsageError for anything else."""
     found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text) if isinstance(text, str) else None
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise UsageError(f"`--shards {text}` is not a portion", hint="write it as 3/16: the third of sixteen, counted from 1")
@@ -59,12 +62,17 @@ def to_portion(text: str) -> Portion:
 def execute_portion(
     plan: Plan, out: str | os.PathLike[str], portion: Portion, *, force: bool = False, on_event: Listener = lambda event: None
 ) -> PortionReport:
-    """Write the shards of one portion into `OUT.partial`; what an earlier run finished of them is taken up. `out` is not made.
+    """Write the shards of one `portion` of `plan` into the work folder beside `out`, which is not made: `execute(plan, out, complete=True)`
+    does that, once every portion is written. A portion that was interrupted continues.
 
-    Any number of portions may run at once, on any machines that share the file system, in any order. Raises OutputError where a
-    whole run, or another process with the same portion, is at work, where the earlier work is another's, or where nothing can be
-    written; InputError where an input turns out damaged.
+    Any number of portions may run at once, on any machines that share the file system, in any order. `force` says that `out` may exist: the
+    end of the job replaces it. `on_event` is called with each Event, such as a ProgressBar.
+
+    Raises UsageError for an argument of another kind, OutputError where a whole run or another process with the same portion is at work,
+    where the earlier work is another plan's, or where nothing can be written; InputError where an input turns out damaged; HubError where
+    one can't be read over the network; Interrupted on Ctrl-C.
     """
+    check_listener(on_event)
     if not isinstance(plan, Plan) or not isinstance(portion, Portion):
         raise UsageError("a portion is made of a plan", hint="give what `make_plan` and `to_portion` return")
     target, own = to_folder(out), portion.of(plan)

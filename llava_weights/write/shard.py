@@ -63,7 +63,7 @@ def write_shard(
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
     result says what the inputs hold now.
     """
-    watch = shard.watch.fresh() if shard.watch else None
+    watch = shard._watch.fresh() if shard._watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
         return _write_integer(shard, folder, settings, on_bytes, keep, watch)
     header, laid_out = make_header(shard.tensors, FORMAT)

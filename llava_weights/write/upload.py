@@ -18,7 +18,7 @@ from typing import Any
 from ..checkpoint.manifest import MANIFEST, MAX_MANIFEST, SUMS, read_manifest, read_sums
 from ..checkpoint.rehash import digest_file
 from ..errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
-from ..events import Event, Note
+from ..events import Listener, Note
 from ..formats.folder import member
 from ..storage.atomic import remove, write_file
 from ..storage.hub import REPO, HubSource
@@ -31,9 +31,7 @@ from .work_folder import Job
 AT_ONCE = 2  # shards on this machine: one goes up while the next is made
 
 
-def job_at(
-    output: str, *, reread: bool = True, on_event: Callable[[Event], None] = lambda event: None
-) -> tuple[Path, Callable[[Path], Job]]:
+def job_at(output: str, *, reread: bool = True, on_event: Listener = lambda event: None) -> tuple[Path, Callable[[Path], Job]]:
     """The folder and the kind of job that `execute` needs for `output`, a path or an address. For an address, the work folder
     is made in the current folder. Raises UsageError where nothing can be written to such an address."""
     if not is_address(output):
@@ -49,7 +47,7 @@ class UploadJob(Job):
     of its own, and writes nothing here any more.
     """
 
-    def __init__(self, out: Path, destination: Destination, reread: bool, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, out: Path, destination: Destination, reread: bool, on_event: Listener) -> None:
         super().__init__(out)
         self.elsewhere = True
         self.destination, self.reread, self.on_event = destination, reread, on_event

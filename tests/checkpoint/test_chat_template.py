@@ -1,4 +1,4 @@
-"""Prompts: each family's template gives LLaVA's own prompt, letter by letter; the family is told by config and tokens."""
+"""Prompts: each family's template gives LLaVA's own prompt, letter by letter; config and tokens decide the family."""
 
 from __future__ import annotations
 

@@ -93,23 +93,23 @@ def test_13b_delta_v0_is_repaired_with_one_sentence_each() -> None:
 def test_reference_config_agrees_with_what_the_original_program_wrote(folder: str) -> None:
     shapes = stored_shapes(DATA / "expected-307-by-main/model.safetensors")
     ids = SpecialIds(bos=1, eos=2, pad=0, unk=0, added={"<im_patch>": 304}, base_vocabulary=304)
-    ours, _ = repaired(json.loads((DATA / folder / "config.json").read_bytes()), shapes, ids)
-    theirs = json.loads((DATA / "expected-307-by-main/config.json").read_bytes())
-    differ = {key for key in theirs.keys() & ours.keys() if theirs[key] != ours[key]}
+    new, _ = repaired(json.loads((DATA / folder / "config.json").read_bytes()), shapes, ids)
+    expected = json.loads((DATA / "expected-307-by-main/config.json").read_bytes())
+    differ = {key for key in expected.keys() & new.keys() if expected[key] != new[key]}
     assert differ <= {"model_type", "transformers_version"}
-    assert theirs["model_type"] == "llava_llama"  # as this program calls it since 2024; it stays where it was written
-    assert ours["model_type"] == {"expected-307-by-main": "llava_llama", "delta-307-apr17": "llava"}[folder]
-    check_structure(ours, shapes)
-    check_structure({**ours, "vocab_size": 5}, shapes, vocabulary_rows=307)
+    assert expected["model_type"] == "llava_llama"  # as this program calls it since 2024; it stays where it was written
+    assert new["model_type"] == {"expected-307-by-main": "llava_llama", "delta-307-apr17": "llava"}[folder]
+    check_structure(new, shapes)
+    check_structure({**new, "vocab_size": 5}, shapes, vocabulary_rows=307)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("folder", ["A-delta-v0/expected-307-by-main", "F-peft/base-fp32"])  # the latter has 2 key heads for 4
 def test_expected_shapes_are_those_that_transformers_wrote(folder: str, tied: bool) -> None:
     config = json.loads((FIXTURES / folder / "config.json").read_bytes())
-    theirs = stored_shapes(FIXTURES / folder / "model.safetensors")
-    ours = expected_shapes({**config, "tie_word_embeddings": tied})
-    assert ours == {name: shape for name, shape in theirs.items() if "mm_" not in name and not (tied and name == "lm_head.weight")}
+    expected = stored_shapes(FIXTURES / folder / "model.safetensors")
+    new = expected_shapes({**config, "tie_word_embeddings": tied})
+    assert new == {name: shape for name, shape in expected.items() if "mm_" not in name and not (tied and name == "lm_head.weight")}
 
 
 def test_repaired_config_loads_in_transformers() -> None:
@@ -117,25 +117,25 @@ def test_repaired_config_loads_in_transformers() -> None:
 
     config, shapes = small(max_sequence_length=512, max_position_embeddings=None, rms_norm_eps=None, num_attention_heads=4)
     config.update(bos_token_id=0, eos_token_id=1, pad_token_id=-1, torch_dtype="bfloat16", dtype="float32")
-    ours, _ = repaired(config, shapes)
-    theirs = LlamaConfig.from_dict(ours)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
-    assert (theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.num_key_value_heads) == (512, 1e-6, 4)
-    assert (ours["torch_dtype"], ours["dtype"], str(theirs.dtype)) == ("float16", "float16", "torch.float16")
+    new, _ = repaired(config, shapes)
+    expected = LlamaConfig.from_dict(new)
+    assert (expected.bos_token_id, expected.eos_token_id, expected.pad_token_id) == (1, 2, 0)
+    assert (expected.max_position_embeddings, expected.rms_norm_eps, expected.num_key_value_heads) == (512, 1e-6, 4)
+    assert (new["torch_dtype"], new["dtype"], str(expected.dtype)) == ("float16", "float16", "torch.float16")
 
 
 def test_a_vicuna_stays_a_llama() -> None:
     config, shapes = small(mm_vision_tower="openai/clip-vit-large-patch14", model_type="llava")
-    ours, notes = repaired(config, shapes)
-    assert (ours["model_type"], ours["architectures"]) == ("llama", ["LlamaForCausalLM"])
-    assert "mm_projector_type" not in ours
+    new, notes = repaired(config, shapes)
+    assert (new["model_type"], new["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert "mm_projector_type" not in new
     assert 'config: `model_type` "llava" -> "llama"' in notes
 
 
 def test_other_families_keep_their_type() -> None:
     config, shapes = small(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=4096)
-    ours, _ = repaired(config, shapes)
-    assert (ours["model_type"], ours["architectures"], ours["sliding_window"]) == ("mistral", ["MistralForCausalLM"], 4096)
+    new, _ = repaired(config, shapes)
+    assert (new["model_type"], new["architectures"], new["sliding_window"]) == ("mistral", ["MistralForCausalLM"], 4096)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ def test_other_families_keep_their_type() -> None:
 )
 def test_projector_type_and_width_come_from_its_tensors(weights: dict[str, tuple[int, int]], kind: str, width: int) -> None:
     config, shapes = small(mm_projector_type="as it was", mm_hidden_size=99)
-    ours, notes = repaired(config, with_projector(shapes, **weights))
-    assert (ours["mm_projector_type"], ours["mm_hidden_size"]) == (kind, width)
+    new, notes = repaired(config, with_projector(shapes, **weights))
+    assert (new["mm_projector_type"], new["mm_hidden_size"]) == (kind, width)
     assert any("`mm_projector_type`" in note for note in notes) == (width != 99)
 
 
@@ -180,11 +180,11 @@ def test_what_makes_a_reader_run_code_or_load_other_weights_is_dropped() -> None
     config, shapes = small(
         **evil, image_grid_pinpoints=[[336, 672], [672, 336]], rope_scaling={"type": "linear", "factor": 2.0}, mm_lr=None
     )
-    ours, notes = repaired(config, shapes)
-    assert not set(evil) & set(ours)
-    assert ours["image_grid_pinpoints"] == [[336, 672], [672, 336]]
-    assert ours["rope_scaling"] == {"type": "linear", "factor": 2.0}
-    assert "mm_lr" in ours
+    new, notes = repaired(config, shapes)
+    assert not set(evil) & set(new)
+    assert new["image_grid_pinpoints"] == [[336, 672], [672, 336]]
+    assert new["rope_scaling"] == {"type": "linear", "factor": 2.0}
+    assert "mm_lr" in new
     assert any(note.startswith("config: dropped `auto_map`") for note in notes)
 
 
@@ -193,8 +193,8 @@ def test_what_makes_a_reader_run_code_or_load_other_weights_is_dropped() -> None
 )
 def test_a_tower_on_the_authors_machine_is_kept_and_noted(tower: str, noted: bool) -> None:
     config, shapes = small(mm_vision_tower=tower)
-    ours, notes = repaired(config, shapes)
-    assert ours["mm_vision_tower"] == tower
+    new, notes = repaired(config, shapes)
+    assert new["mm_vision_tower"] == tower
     assert any("author's machine" in note for note in notes) is noted
 
 
@@ -228,8 +228,8 @@ def test_contradictions_are_refused_by_name(key: str, value: Any, tensor: str) -
 def test_missing_sizes_are_filled_from_the_tensors() -> None:
     config, shapes = small()
     kept = {"num_attention_heads": 4}
-    ours, notes = repaired(kept, shapes)
-    assert {key: ours[key] for key in config} == config
+    new, notes = repaired(kept, shapes)
+    assert {key: new[key] for key in config} == config
     assert "`hidden_size` 48" in notes[-1]
 
 
@@ -301,13 +301,13 @@ def test_a_number_without_end_is_just_a_name() -> None:
 def test_published_generation_config_is_made_anew() -> None:
     text = json.dumps(GENERATION_V0, indent=2, sort_keys=True) + "\n"
     assert hashlib.md5(text.encode()).hexdigest() == "f64a72a6ddd8f35635606b2863fd6931"  # haotian-liu/LLaVA #48
-    ours, notes = repair_generation_config(GENERATION_V0, IDS)
-    assert ours == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    new, notes = repair_generation_config(GENERATION_V0, IDS)
+    assert new == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert notes == (
         "generation_config: dropped `_from_model_config`, `transformers_version`",
         "generation_config: bos/eos/pad ids 0/1/0 -> 1/2/0",
     )
-    assert repair_generation_config(None, IDS) == (ours, ("generation_config: written with bos/eos/pad ids 1/2/0",))
+    assert repair_generation_config(None, IDS) == (new, ("generation_config: written with bos/eos/pad ids 1/2/0",))
 
 
 def test_sampling_without_do_sample_is_what_transformers_refuses() -> None:
@@ -317,9 +317,9 @@ def test_sampling_without_do_sample_is_what_transformers_refuses() -> None:
     published = {"max_length": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
     with pytest.raises(ValueError, match="do_sample"):
         GenerationConfig.from_dict(published).validate(strict=True)
-    ours, notes = repair_generation_config(published, IDS)
-    GenerationConfig.from_dict(ours).validate(strict=True)
-    assert ours == {**published, "do_sample": True}
+    new, notes = repair_generation_config(published, IDS)
+    GenerationConfig.from_dict(new).validate(strict=True)
+    assert new == {**published, "do_sample": True}
     assert notes == ("generation_config: `do_sample` -> true, `temperature`, `top_p` means nothing without it",)
 
 
@@ -332,10 +332,10 @@ FIELDS = ["bos_token_id", "eos_token_id", "do_sample", "temperature", "top_k", "
 def test_any_generation_config_becomes_a_valid_one(generation: dict[str, Any]) -> None:
     from transformers import GenerationConfig
 
-    ours, notes = repair_generation_config(generation, IDS)
-    GenerationConfig.from_dict(ours).validate(strict=True)
-    assert repair_generation_config(ours, IDS) == (ours, ())
-    assert bool(notes) == (json.dumps(ours) != json.dumps(dict(sorted(generation.items()))))
+    new, notes = repair_generation_config(generation, IDS)
+    GenerationConfig.from_dict(new).validate(strict=True)
+    assert repair_generation_config(new, IDS) == (new, ())
+    assert bool(notes) == (json.dumps(new) != json.dumps(dict(sorted(generation.items()))))
 
 
 NESTED = st.recursive(
@@ -350,12 +350,12 @@ KEYS = [*SOUND, "head_dim", "rope_scaling", "architectures", "torch_dtype", "mm_
 def test_any_config_is_repaired_once_or_refused(config: dict[str, Any], projector: bool) -> None:
     shapes = with_projector(SHAPES, _=(48, 24)) if projector else SHAPES
     try:
-        ours, notes = repaired({**SOUND, **config}, shapes)
+        new, notes = repaired({**SOUND, **config}, shapes)
     except InputError:
         return
-    json.dumps(ours, allow_nan=False)
-    check_structure(ours, shapes)
+    json.dumps(new, allow_nan=False)
+    check_structure(new, shapes)
     assert all(note.isprintable() for note in notes)
-    again, more = repaired(ours, shapes)
-    assert again == ours
+    again, more = repaired(new, shapes)
+    assert again == new
     assert all("author's machine" in note for note in more)

@@ -1,6 +1,7 @@
-"""What samples of values give away: every mistake that users made (facts `verify` 5) gets its verdict, and no right input is blamed.
+"""What samples of values show: every mistake that users made (LLaVA #51, #207; FastChat #275, #285, #890) is found, and no right input
+is blamed.
 
-Synthetic models have realistic magnitudes (weights 0.02, changes 1e-4 to 1e-3); the reference data has tiny shapes and other ones.
+Synthetic models have realistic magnitudes (weights 0.02, changes 1e-4 to 1e-3); the reference data has tiny shapes and other magnitudes.
 """
 
 from __future__ import annotations
@@ -211,8 +212,8 @@ def test_zeros_and_what_can_not_be_judged_give_no_verdict(index: Index) -> None:
     base = llama()
     zeros = {name: np.zeros_like(x) for name, x in base.items()}
     few = {"lm_head.weight": base["lm_head.weight"][:2]}
-    for ours, theirs in ((base, zeros), (zeros, zeros), ({}, {}), (base, {}), (few, few)):
-        assert round_trip(index(ours), index(theirs)).verdict == "too few"
+    for first, second in ((base, zeros), (zeros, zeros), ({}, {}), (base, {}), (few, few)):
+        assert round_trip(index(first), index(second)).verdict == "too few"
 
 
 @pytest.mark.parametrize(("failing", "verdict"), [(0, "right"), (4, "right"), (6, "unclear"), (12, "unclear"), (18, "wrong")])
@@ -226,7 +227,7 @@ def test_few_samples_decide_only_what_they_can(index: Index, failing: int, verdi
 
 
 def test_a_second_look_decides_what_the_first_could_not(index: Index) -> None:
-    """3 elements in 1,000 fail: 12 of the 4,096 looked at first could still be chance, of three times as many not."""
+    """3 elements in 1,000 fail: 12 of the first 4,096 may still be chance, 36 of three times as many can't be."""
     base = half(np.random.default_rng(3).uniform(0.02, 0.03, (512, 512)))
     delta = half(np.full_like(base, 2**-10))
     delta[:, 0] = delta[::2, 1] = 2**-24
@@ -250,11 +251,11 @@ def test_infinities_are_left_to_other_checks(index: Index) -> None:
 
 @pytest.mark.parametrize("delta", REFERENCE_DELTAS)
 def test_reference_bases(reference: Callable[[str], dict[str, LazyTensor]], delta: str) -> None:
-    theirs = {name: tensor for name, tensor in reference(delta).items() if "mm_projector" not in name}  # merged models have one too
-    right = round_trip(reference("base-hf-bin"), theirs)
+    second = {name: tensor for name, tensor in reference(delta).items() if "mm_projector" not in name}  # merged models have one too
+    right = round_trip(reference("base-hf-bin"), second)
     assert (right.verdict, right.failing, right.tensors) == ("right", 0, 16)
     for name in REFERENCE_WEIGHTS[1:]:
-        found = round_trip(reference(name), theirs)
+        found = round_trip(reference(name), second)
         assert (found.verdict, found.bad) == ("wrong", 16)
         assert 0.02 < found.share < 0.15
 
@@ -266,25 +267,25 @@ def test_size_and_direction_of_the_pair(index: Index) -> None:
     base = llama()
     whole = tuned(base, 1e-3)
     delta = minus(whole, base)
-    ours = index(base)
-    assert pair(ours, index(delta)).verdict == "plausible"
-    assert pair(ours, index(delta)).ratio == pytest.approx(1e-3 / 0.02, rel=0.05)
-    assert pair(ours, index(whole)).verdict == "full model"
-    assert pair(ours, index(minus(delta, base))).verdict == "subtracted twice"
-    assert pair(index(delta), ours).verdict == "swapped"
-    assert pair(ours, index(minus(base, base))).verdict == "identical"
-    assert pair(ours, index(llama(seed=9))).verdict == "unlike"
-    assert pair(ours, index(minus(llama(seed=9), base))).verdict == "unlike"
-    assert pair(index(minus(base, base)), ours).verdict == "too few"
+    first = index(base)
+    assert pair(first, index(delta)).verdict == "plausible"
+    assert pair(first, index(delta)).ratio == pytest.approx(1e-3 / 0.02, rel=0.05)
+    assert pair(first, index(whole)).verdict == "full model"
+    assert pair(first, index(minus(delta, base))).verdict == "subtracted twice"
+    assert pair(index(delta), first).verdict == "swapped"
+    assert pair(first, index(minus(base, base))).verdict == "identical"
+    assert pair(first, index(llama(seed=9))).verdict == "unlike"
+    assert pair(first, index(minus(llama(seed=9), base))).verdict == "unlike"
+    assert pair(index(minus(base, base)), first).verdict == "too few"
     assert pair({}, {}).verdict == "too few"
 
 
 def test_a_tuned_model_instead_of_a_difference(index: Index) -> None:
     base = llama()
-    ours = index(base)
-    assert pair(ours, index(base), difference=False).verdict == "identical"
-    assert pair(ours, index(tuned(base, 1e-3)), difference=False).verdict == "plausible"
-    assert pair(ours, index(llama(seed=9)), difference=False).verdict == "unlike"
+    first = index(base)
+    assert pair(first, index(base), difference=False).verdict == "identical"
+    assert pair(first, index(tuned(base, 1e-3)), difference=False).verdict == "plausible"
+    assert pair(first, index(llama(seed=9)), difference=False).verdict == "unlike"
 
 
 def test_one_trained_matrix_is_not_identical(index: Index) -> None:
@@ -321,7 +322,7 @@ def test_a_delta_whose_norms_never_moved(index: Index) -> None:
     delta = minus(tuned(base, 1e-4), base)
     frozen = {name: x if x.ndim == 2 else np.zeros_like(x) for name, x in delta.items()}
     found = state(index(frozen))
-    assert (found.verdict, found.median, found.positive_share) == ("delta", 0.0, 0.0)
+    assert (found.verdict, found.median) == ("delta", 0.0)
 
 
 def test_a_model_of_small_weights_is_no_delta(index: Index) -> None:
@@ -426,15 +427,14 @@ def test_extra_rows_on_zeros_are_unknown(index: Index) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("window", [1, 999, 4 << 20])
-def test_non_finite_values_are_found_anywhere(index: Index, monkeypatch: pytest.MonkeyPatch, value: float, window: int) -> None:
-    monkeypatch.setattr(diagnose, "WINDOW_BYTES", window)
+def test_non_finite_values_are_found_anywhere(index: Index, value: float, window: int) -> None:
     tensors: dict[str, np.ndarray | torch.Tensor] = {"ids": np.arange(9), "none": np.ones((0, 4), np.float16)}
     tensors |= {name: np.ones((100, 7), np.float16) for name in ("good", "0", "350", "699")}
     for place in (0, 350, 699):
         tensors[f"{place}"].reshape(-1)[place] = value
     tensors["bfloat16"] = torch.full((3,), value, dtype=torch.bfloat16)
     names = ["699", "good", "0", "ids", "none", "bfloat16", "350"]
-    assert non_finite(index(tensors), names) == ["699", "0", "bfloat16", "350"]
+    assert non_finite(index(tensors), names, window=window) == ["699", "0", "bfloat16", "350"]
 
 
 def test_llama2_hints() -> None:
@@ -471,7 +471,7 @@ def test_the_container_does_not_matter(reference: Callable[[str], dict[str, Lazy
 
 @dataclass(frozen=True, kw_only=True)
 class Tiled(LazyTensor):
-    """Rows cut out of one long block, so that a model of 26 GB needs none; counts what is asked for."""
+    """Rows cut from one long block, so that a model of 26 GB needs no memory; counts what is read."""
 
     block: np.ndarray = field(repr=False)
     asked: list[int] = field(repr=False)
@@ -504,12 +504,12 @@ def test_a_13b_pair_costs_little() -> None:
     def model(block: np.ndarray) -> dict[str, LazyTensor]:
         return {name: Tiled(dtype="F16", shape=shape, block=block, asked=asked) for name, shape in shapes_of_13b().items()}
 
-    ours, theirs = model(sibling), model(delta)
-    found = round_trip(ours, theirs)
+    first, second = model(sibling), model(delta)
+    found = round_trip(first, second)
     assert (found.verdict, found.tensors, found.bad) == ("wrong", 282, 0)
     assert diagnose.PASS < found.share < diagnose.FAIL
-    assert pair(ours, theirs).verdict == "plausible"
-    state(ours), state(theirs), bf16_damaged(ours), extra_rows(theirs, ours)
+    assert pair(first, second).verdict == "plausible"
+    state(first), state(second), bf16_damaged(first), extra_rows(second, first)
     assert sum(asked) < 64 << 20
 
 

@@ -74,7 +74,7 @@ def fast(files: Mapping[str, Path | bytes]) -> Tokenizer:
 
 
 def cases(recorded: str, hf: HfTokenizer) -> Iterator[tuple[str, list[int]]]:
-    """Prompts with the image token of `hf`, and the ids that the original program recorded for them. B: see the test of its residue."""
+    """Prompts with the image token of `hf`, and the ids that the original program recorded for them."""
     folder, start = recorded.split("/")
     listing = json.loads((FIXTURES / "E-logits" / folder / "cases.json").read_text())
     if start:
@@ -117,14 +117,14 @@ def test_ids_are_those_that_the_original_program_recorded(folder: str, rows: int
 
 
 def test_no_blank_after_a_special_token_is_the_known_difference() -> None:
-    """What `with_blanks` hides is there: the recorded ids of a v1 prompt with `<im_end>` differ in this one blank, in nothing else."""
+    """The recorded ids of a v1 prompt with `<im_end>` differ in the one blank that `with_blanks` adds, and in nothing else."""
     hf = converted(IMSTARTEND, 307)
     recorded = load_file(FIXTURES / "E-logits/B-lora-imstartend/inputs.safetensors")["img.input_ids"].ravel().tolist()
     prompt = next(prompt for prompt, _ in cases("B-lora-imstartend/", hf))
-    ours = fast(hf.files).encode(prompt).ids
-    place = ours.index(IM_END) + 1
-    assert ours[place] == BLANK
-    assert ours[:place] + ours[place + 1 :] == [hf.image_id if i == -200 else i for i in recorded]
+    found = fast(hf.files).encode(prompt).ids
+    place = found.index(IM_END) + 1
+    assert found[place] == BLANK
+    assert found[:place] + found[place + 1 :] == [hf.image_id if i == -200 else i for i in recorded]
 
 
 def test_tokens_of_2023_take_the_blanks_around_them_along() -> None:
@@ -193,18 +193,18 @@ def test_settings_are_the_one_form_and_nothing_else_changes(tmp_path: Path) -> N
     assert (again.files, again.notes) == (hf.files, ())
 
 
-# --- tokenizer.json against the programs that made theirs ------------------------------------------------------------
+# --- tokenizer.json against what other programs wrote ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", ["A-delta-v0/expected-307-by-main", "C-v1.5/hf-by-tf4.47.1"])
 def test_the_model_is_what_transformers_made(folder: str) -> None:
     """4.37.2 wrote the first, 4.47.1 the second, with merges as lists and `ignore_merges`, which tokenizers takes as false."""
-    theirs = parsed(files_of(folder), "tokenizer.json")
-    ours = parsed(converted(folder, 320).files, "tokenizer.json")
-    model = {key: value for key, value in theirs["model"].items() if key != "ignore_merges"}
+    expected = parsed(files_of(folder), "tokenizer.json")
+    found = parsed(converted(folder, 320).files, "tokenizer.json")
+    model = {key: value for key, value in expected["model"].items() if key != "ignore_merges"}
     model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    assert ours["model"] == model
-    assert (ours["decoder"], ours["post_processor"]) == (theirs["decoder"], theirs["post_processor"])
+    assert found["model"] == model
+    assert (found["decoder"], found["post_processor"]) == (expected["decoder"], expected["post_processor"])
 
 
 def trained(size: int, **options: Any) -> bytes:
@@ -225,9 +225,9 @@ def test_merges_are_in_the_order_of_transformers() -> None:
     library = sentencepiece.SentencePieceProcessor(model_proto=trained(330))
     scores = {library.id_to_piece(i): library.get_score(i) for i in range(library.get_piece_size())}
     assert vocabulary.scores == pytest.approx(scores)
-    theirs = generate_merges({piece: i for i, piece in enumerate(scores)}, scores)
-    assert bpe_merges(vocabulary) == [f"{left} {right}" for left, right in theirs]
-    assert len(theirs) > 40
+    expected = generate_merges({piece: i for i, piece in enumerate(scores)}, scores)
+    assert bpe_merges(vocabulary) == [f"{left} {right}" for left, right in expected]
+    assert len(expected) > 40
 
 
 def test_a_model_of_50000_pieces_does_not_take_hours() -> None:
@@ -309,8 +309,8 @@ def byte_level() -> dict[str, bytes]:
 def test_a_byte_level_tokenizer_keeps_its_class_and_gets_the_image_token(tmp_path: Path) -> None:
     from transformers import AutoTokenizer, Qwen2Tokenizer
 
-    theirs = Qwen2Tokenizer.from_pretrained(saved(byte_level(), tmp_path / "in", beside=""))
-    theirs.save_pretrained(tmp_path / "theirs")
+    expected = Qwen2Tokenizer.from_pretrained(saved(byte_level(), tmp_path / "in", beside=""))
+    expected.save_pretrained(tmp_path / "theirs")
     base = len(parsed(byte_level(), "vocab.json"))
     for source in (byte_level(), {**byte_level(), "tokenizer.json": tmp_path / "theirs/tokenizer.json"}):
         hf = hf_tokenizer(source, rows=320, processor_class="LlavaProcessor")
@@ -318,15 +318,15 @@ def test_a_byte_level_tokenizer_keeps_its_class_and_gets_the_image_token(tmp_pat
         assert {name: hf.files[name] for name in ("vocab.json", "merges.txt")} == {n: source[n] for n in ("vocab.json", "merges.txt")}
         assert parsed(hf.files, "added_tokens.json")["<image>"] == base + 3
         assert parsed(hf.files, "tokenizer_config.json")["added_tokens_decoder"][str(base + 3)]["content"] == "<image>"
-        ours, made = parsed(hf.files, "tokenizer.json"), json.loads(theirs.backend_tokenizer.to_str())
-        assert {key: ours[key] for key in ("normalizer", "pre_tokenizer", "decoder")} == {
+        found, made = parsed(hf.files, "tokenizer.json"), json.loads(expected.backend_tokenizer.to_str())
+        assert {key: found[key] for key in ("normalizer", "pre_tokenizer", "decoder")} == {
             key: made[key] for key in ("normalizer", "pre_tokenizer", "decoder")
         }
         folder = saved(hf.files, tmp_path / f"out{'tokenizer.json' in source}")
         for loaded in (AutoTokenizer.from_pretrained(folder), Qwen2Tokenizer.from_pretrained(folder)):
             for text in ("<|im_start|>user\nthe  man's 1234 \u00e9\U0001f600 e\u0301<|im_end|>", "  b\n\n "):
-                assert loaded(text).input_ids == theirs(text).input_ids
-            assert loaded("the<image>\nman").input_ids == [*theirs("the").input_ids, base + 3, *theirs("\nman").input_ids]
+                assert loaded(text).input_ids == expected(text).input_ids
+            assert loaded("the<image>\nman").input_ids == [*expected("the").input_ids, base + 3, *expected("\nman").input_ids]
         back, rows, _ = original_tokenizer(hf.files, rows=320, image_id=hf.image_id)
         assert rows == 320
         assert "<image>" not in content(back, "tokenizer.json").decode() + content(back, "added_tokens.json").decode()

@@ -81,7 +81,7 @@ def test_defaults_of_siglip() -> None:
         {"rescale_factor": 0}, {"rescale_factor": "1/255"}, {"do_normalize": False}, {"do_resize": 0}, {"do_rescale": "yes"},
     ],
 )  # fmt: skip
-def test_settings_without_sense_are_refused(bad: dict[str, Any]) -> None:
+def test_absurd_settings_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(bad))):
         read_image_settings(bad, size=336, patch=14, tower=CLIP_ROW)
 
@@ -122,7 +122,7 @@ def test_clip_files_are_those_of_the_converter(fixtures: Path) -> None:
 
 
 @pytest.mark.parametrize("pinpoints", [None, [], [[336]], [[336, 0]], [[336, 672.0]], [336, 672], "ab", [[1, 1]] * 1025])
-def test_pinpoints_without_sense_are_refused(pinpoints: Any) -> None:
+def test_absurd_pinpoints_are_refused(pinpoints: Any) -> None:
     with pytest.raises(InputError, match="image_grid_pinpoints"):
         made(CLIP, target=NEXT, pinpoints=pinpoints)
     if pinpoints is not None:

@@ -55,7 +55,7 @@ def era(name: str, base: int = 304) -> dict[str, bytes]:
     return files | ({"added_tokens.json": numbered(*added, base=base)} if added else {})
 
 
-# repository, rows beyond the pieces, pad, ids of the image tokens: facts of the published deltas, relative to the pieces
+# Of the published deltas: repository, rows beyond the pieces, and, counted from the pieces on, pad and the ids of the image tokens
 ERA = [("13b-v0", 3, 0, (304, 305, 306)), ("7b-v0", 4, 304, (305, 306, 307)), ("v1-1", 3, 0, (304, 305, 306)), ("decapoda", 0, 0, ())]
 
 
@@ -77,8 +77,8 @@ def fast_model() -> dict[str, Any]:
 
 
 def loaded(files: dict[str, Any], folder: Path) -> Any:
-    """These files as transformers' LlamaTokenizer. Without protobuf it can't read tokenizer.model: then pieces and merges come
-    from a tokenizer.json that holds nothing else, beside which transformers takes add_bos_token only from its caller."""
+    """These files as transformers' LlamaTokenizer. Without protobuf it can't read tokenizer.model: then pieces and merges come from
+    a tokenizer.json with nothing else, and the caller passes add_bos_token, which transformers does not read from the files then."""
     from transformers import LlamaTokenizer
 
     folder.mkdir()
@@ -199,7 +199,7 @@ def test_fast_file_that_differs_is_dropped(changes: dict[str, Any]) -> None:
     assert notes[-1].startswith("tokenizer.json: dropped, ")
 
 
-def test_settings_that_lead_elsewhere_are_dropped_and_choices_kept() -> None:
+def test_settings_with_paths_and_code_are_dropped_and_choices_kept() -> None:
     settings = {
         "auto_map": {"AutoTokenizer": "evil.py"}, "name_or_path": "/home/x", "_private": 1, "add_prefix_space": None,
         "sp_model_kwargs": {"model_file": "/etc/passwd"}, "padding_side": "up", "truncation_side": "left",
@@ -357,10 +357,10 @@ def trained(**options: Any) -> bytes:
 def test_pieces_and_ids_are_those_of_sentencepiece(options: dict[str, Any] | None) -> None:
     data = TINY if options is None else trained(**options)
     library = sentencepiece.SentencePieceProcessor(model_proto=data)
-    ours = read_sentencepiece(data)
-    assert [*ours.ids] == [library.id_to_piece(i) for i in range(library.get_piece_size())]
-    assert (ours.ids[ours.bos], ours.ids[ours.eos], ours.ids[ours.unk]) == (library.bos_id(), library.eos_id(), library.unk_id())
-    assert (-1 if ours.pad is None else ours.ids[ours.pad]) == library.pad_id()
+    found = read_sentencepiece(data)
+    assert [*found.ids] == [library.id_to_piece(i) for i in range(library.get_piece_size())]
+    assert (found.ids[found.bos], found.ids[found.eos], found.ids[found.unk]) == (library.bos_id(), library.eos_id(), library.unk_id())
+    assert (-1 if found.pad is None else found.ids[found.pad]) == library.pad_id()
 
 
 def test_a_model_with_its_own_pad_uses_it() -> None:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from llava_weights.checkpoint.checkpoint import Checkpoint, Origin, open_checkpoint
 from llava_weights.checkpoint.tower import VisionTower, complete_config, open_tower, own_tower, tower_shapes
 from llava_weights.errors import InputError, MismatchError
-from llava_weights.families.towers import BY_TYPE
+from llava_weights.families.towers import TOWER_BY_TYPE
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor, read_rows
 from llava_weights.transforms.convert import convert
@@ -58,8 +58,8 @@ def checkpoint(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> 
     return Checkpoint(tensors=tensors, config=config, origin=Origin("tiny", Path("nowhere"), "safetensors", ()))
 
 
-def derived(config: Mapping[str, Any], *, named: str | None = None, reference: VisionTower | None = None) -> VisionTower:
-    """The tower that is found in an original LLaVA whose tower has this config, which nobody says."""
+def tower_inside(config: Mapping[str, Any], *, named: str | None = None, reference: VisionTower | None = None) -> VisionTower:
+    """The tower found inside an original LLaVA, from the shapes that a tower with this config has."""
     tensors = lazy(config, "model.vision_tower.vision_tower.vision_model.")
     tower = own_tower(tensors, vision_config=None, model=checkpoint(tensors, {"mm_vision_tower": named}), reference=reference)
     assert tower is not None
@@ -105,9 +105,9 @@ def test_large_336_has_the_published_number_of_tensors_and_parameters() -> None:
 def test_defaults_are_those_of_transformers() -> None:
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-    for theirs in (CLIPVisionConfig(), SiglipVisionConfig(vision_use_head=False)):
-        ours = BY_TYPE[theirs.model_type].defaults
-        assert ours == {key: theirs.to_dict()[key] for key in ours}
+    for expected in (CLIPVisionConfig(), SiglipVisionConfig(vision_use_head=False)):
+        found = TOWER_BY_TYPE[expected.model_type].defaults
+        assert found == {key: expected.to_dict()[key] for key in found}
 
 
 @pytest.mark.parametrize(("folder", "patches"), [(CLIP_28, 4), (CLIP_42, 9)])
@@ -124,8 +124,8 @@ def test_clip_repository(folder: Path, patches: int) -> None:
     wanted.pop("embeddings.position_ids", None)
     assert same(values(tower.tensors), wanted)
     assert list(tower.tensors) == list(tower_shapes(tower.config))
-    theirs = CLIPVisionConfig.from_pretrained(folder).to_dict()
-    assert tower.config == {key: theirs[key] for key in ("model_type", *BY_TYPE[CLIP].defaults)}
+    expected = CLIPVisionConfig.from_pretrained(folder).to_dict()
+    assert tower.config == {key: expected[key] for key in ("model_type", *TOWER_BY_TYPE[CLIP].defaults)}
     assert (tower.kind, tower.class_token, tower.patches, tower.hidden, tower.patch_size) == ("clip", True, patches, 24, 14)
     assert tower.image_size == (28 if patches == 4 else 42)
     assert tower.preprocessor == json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -144,7 +144,7 @@ def test_siglip_repository_loses_its_head(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     tower = open_tower(open_checkpoint(tmp_path))
     assert (tower.kind, tower.class_token, tower.patches, tower.preprocessor) == ("siglip", False, 9, None)
-    assert tower.config == {"model_type": SIGLIP, **BY_TYPE[SIGLIP].defaults, **TINY, "vision_use_head": False}
+    assert tower.config == {"model_type": SIGLIP, **TOWER_BY_TYPE[SIGLIP].defaults, **TINY, "vision_use_head": False}
     assert len(tower.notes) == 1
     assert "head" in tower.notes[0]
     stored = {name.removeprefix("vision_model."): tensor.numpy() for name, tensor in model.vision_model.state_dict().items()}
@@ -183,9 +183,9 @@ def test_own_tower_is_the_converters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tower is not None
     assert tower.origin is None
     assert tower.preprocessor is None
-    theirs = load_file(CONVERTED / "model.safetensors")
+    expected = load_file(CONVERTED / "model.safetensors")
     prefix = "vision_tower.vision_model."
-    assert same(values(tower.tensors), {k.removeprefix(prefix): v.astype("float32") for k, v in theirs.items() if k.startswith(prefix)})
+    assert same(values(tower.tensors), {k.removeprefix(prefix): v.astype("float32") for k, v in expected.items() if k.startswith(prefix)})
     assert tower.config == open_tower(open_checkpoint(CLIP_42)).config
     assert tower.notes == ("vision tower: the checkpoint's own, 39 tensors", "vision_config: from `common/clip-tiny-42px`")
 
@@ -197,8 +197,8 @@ def test_tuned_tower_is_the_checkpoints_own() -> None:
     assert tower is not None
     assert tower.config == stock.config
     assert tower.preprocessor == stock.preprocessor
-    ours, theirs = values(tower.tensors), values(stock.tensors)
-    assert not any(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    found, expected = values(tower.tensors), values(stock.tensors)
+    assert not any(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_own_siglip_loses_its_head() -> None:
 )
 def test_config_from_shapes(config: dict[str, Any], named: str | None, note: str) -> None:
     """What no tensor tells comes from the published tower with these widths, else from 64 channels per head."""
-    tower = derived(config, named=named)
+    tower = tower_inside(config, named=named)
     assert tower.config == complete_config(config)
     assert note in tower.notes[1]
 
@@ -263,21 +263,21 @@ def test_unknown_heads_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "config.json").write_text(json.dumps(TINY_CLIP), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="how many attention heads") as caught:
-        derived(TINY_CLIP, named=named)
+        tower_inside(TINY_CLIP, named=named)
     assert "--vision-tower" in str(caught.value.hint)
 
 
 def test_small_towers_are_not_guessed() -> None:
     """A toy of 128 has any number of heads, two of 64 least of all."""
     with pytest.raises(InputError, match="how many attention heads"):
-        derived({**TINY_CLIP, "hidden_size": 128, "num_attention_heads": 4})
+        tower_inside({**TINY_CLIP, "hidden_size": 128, "num_attention_heads": 4})
 
 
 def test_heads_from_a_reference_with_more_layers() -> None:
     """lmms-lab dropped SigLIP's last layer before saving."""
     whole = complete_config({**TINY_SIGLIP, "num_hidden_layers": 3})
     reference = VisionTower(lazy(whole), whole, {"size": 42}, Origin("whole", Path("nowhere"), "safetensors", ()), ())
-    tower = derived(TINY_SIGLIP, named="no/such", reference=reference)
+    tower = tower_inside(TINY_SIGLIP, named="no/such", reference=reference)
     assert tower.config == complete_config(TINY_SIGLIP)
     assert tower.preprocessor == {"size": 42}
     assert "from `whole`, of whose 3 layers the checkpoint has the first 2" in tower.notes[1]
@@ -291,15 +291,15 @@ def test_heads_from_a_reference_with_more_layers() -> None:
 def test_reference_of_another_tower_is_refused(other: dict[str, Any]) -> None:
     config = complete_config({**TINY_CLIP, **other})
     with pytest.raises(MismatchError, match=f"(?s)`{next(iter(other))}`.*the given tower.*`(embeddings|encoder)"):
-        derived(TINY_CLIP, reference=VisionTower(lazy(config), config, None, None, ()))
+        tower_inside(TINY_CLIP, reference=VisionTower(lazy(config), config, None, None, ()))
 
 
 def test_named_folder_of_another_tower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FIXTURES)
     with pytest.raises(MismatchError, match="`image_size` is 28 in `common/clip-tiny-28px`"):
-        derived(TINY_CLIP, named="common/clip-tiny-28px")
+        tower_inside(TINY_CLIP, named="common/clip-tiny-28px")
     with pytest.raises(InputError, match=r"no config\.json of a CLIP or SigLIP"):
-        derived(TINY_CLIP, named="B-lora/base-vicuna-tiny")
+        tower_inside(TINY_CLIP, named="B-lora/base-vicuna-tiny")
 
 
 @pytest.mark.parametrize(
@@ -452,7 +452,7 @@ def converted(model: Checkpoint, tower: Checkpoint, **options: Any) -> tuple[tup
     ids=["336 for 224", "224 for 336", "spelled otherwise", "LAION's for OpenAI's", "OpenAI's for LAION's"],
 )
 def test_a_published_tower_that_is_not_the_named_one_is_refused(named: str, given: dict[str, Any], real: str) -> None:
-    """Whatever the folder is called: shapes and config tell it."""
+    """Whatever the folder is called: shapes and config decide."""
     model, tower = blind(mm_vision_tower=named), clip(given, named.rpartition("/")[2])
     with pytest.raises(MismatchError, match="is not the vision tower that the model was trained with") as caught:
         convert(model, "llava-hf", tower=tower)
@@ -502,7 +502,7 @@ def test_a_tower_inside_is_not_doubted_but_a_name_given_for_it_is() -> None:
 
 
 def test_another_tower_can_not_take_the_place_of_the_one_inside_of_a_llava_hf() -> None:
-    """One of the same facts is named as not used, another one is refused."""
+    """One with the same config gets a note that it is not used, any other is refused."""
     for to in ("llava-hf", "llava"):
         with pytest.raises(MismatchError, match="holds its own vision tower"):
             convert(CONVERTED, to, tower=CLIP_28)
@@ -546,7 +546,7 @@ def published(tmp_path: Path) -> Path:
 def test_every_command_refuses_the_wrong_tower_and_its_hint_names_the_right_one(
     cli: Callable[..., Any], published: Path, words: str
 ) -> None:
-    """Also where the model is compared with itself: the same wrong tower on both sides proves nothing."""
+    """Also where the model is compared with itself, with the same wrong tower on both sides."""
     image = next((FIXTURES / "common/images").glob("*.png"))
     code, out, err = cli(*words.format(image=image).split(), "--vision-tower", "clip", cwd=published)
     assert code == 3, out + err

@@ -23,9 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import llava_weights as lw
-from llava_weights.checkpoint import rehash as rehash_module
 from llava_weights.checkpoint.manifest import MANIFEST, SUMS
-from llava_weights.checkpoint.rehash import NOT_FINITE, inf_and_nan, rehash
+from llava_weights.checkpoint.rehash import NOT_FINITE, Rehash, inf_and_nan, rehash
 from llava_weights.checks.verify import Verification, checksum, verify
 from llava_weights.errors import HubError, InputError, OutputError
 from llava_weights.events import Progress, Started
@@ -502,11 +501,10 @@ def test_against_published(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("window", [64, 1000, 4097])
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_windows_change_no_digest(made: Path, monkeypatch: pytest.MonkeyPatch, window: int, jobs: int) -> None:
+def test_windows_change_no_digest(made: Path, window: int, jobs: int) -> None:
     shards = {path.name: path for path in sorted(made.glob("*.safetensors"))[-1:]}
     tensors = {name: t for path in shards.values() for name, t in index_safetensors(path)[0].items()}
-    monkeypatch.setattr(rehash_module, "WINDOW_BYTES", window)
-    found = rehash(shards, tensors, jobs=jobs)
+    found = Rehash(("sha256",), jobs, window=window).read(shards, tensors)
     raw = {name: value.numpy().tobytes() for path in shards.values() for name, value in load_file(path).items()}
     assert {name: entry.sha256 for name, entry in found.tensors.items()} == {name: hashlib.sha256(raw[name]).hexdigest() for name in raw}
     assert found.files == {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for name, path in shards.items()}
@@ -523,9 +521,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(model: Path) -> None:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(min_size=8, max_size=400), dtype=st.sampled_from(sorted(NUMPY)), shift=st.integers(0, 7), window=st.integers(1, 40))
-def test_inf_and_nan_are_counted_as_numpy_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, dtype: str, shift: int, window: int
-) -> None:
+def test_inf_and_nan_are_counted_as_numpy_does(tmp_path: Path, data: bytes, dtype: str, shift: int, window: int) -> None:
     """Wherever values lie in the file, and wherever a window cuts them."""
     size = np.dtype(NUMPY[dtype]).itemsize
     values = np.frombuffer(data[: len(data) // size * size], NUMPY[dtype]).copy()
@@ -536,8 +532,7 @@ def test_inf_and_nan_are_counted_as_numpy_does(
     packed = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(len(packed).to_bytes(8, "little") + packed + bytes(shift) + raw)
     tensors, _ = index_safetensors(tmp_path / "x.safetensors")
-    monkeypatch.setattr(rehash_module, "WINDOW_BYTES", window)
-    found = rehash({"x": tmp_path / "x.safetensors"}, tensors)
+    found = Rehash(("sha256",), 1, window=window).read({"x": tmp_path / "x.safetensors"}, tensors)
     assert found.non_finite == {"b": int((~np.isfinite(values)).sum())}
     assert found.tensors["b"].sha256 == hashlib.sha256(raw).hexdigest()
 

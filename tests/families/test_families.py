@@ -1,4 +1,4 @@
-"""Every row of the tables, and a made-up one: a toy of each family, made from its row alone, goes through the whole house."""
+"""Every row of the tables, and a made-up one: a toy of each family, made from its row alone, is converted, verified and run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from llava_weights.families.decoders import DECODERS
 from llava_weights.families.originals import ORIGINALS, Original, fitting, of_tokens
 from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.families.shapes import length
-from llava_weights.families.targets import BY_TYPE as TARGETS
-from llava_weights.families.targets import DEFAULTS
-from llava_weights.families.towers import BY_KIND, TOWERS
+from llava_weights.families.targets import TARGET_BY_TYPE as TARGETS
+from llava_weights.families.targets import TARGET_DEFAULTS
+from llava_weights.families.towers import TOWER_BY_KIND, TOWERS
 
 ROWS = [(row, decoder, tower) for row in ORIGINALS for decoder, tower in product(row.decoders, row.towers)]
 CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
@@ -46,7 +46,7 @@ def through_the_house(folder: Path, row: Original, decoder: str, tower: str) -> 
     there = write(lw.convert(folder / "llava", "llava-hf"), folder / "hf")
     config, target = read(there, "config.json"), TARGETS[row.target]
     assert (config["model_type"], config["architectures"]) == (target.model_type, [target.architecture])
-    assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == (decoder, BY_KIND[tower].model_type)
+    assert (config["text_config"]["model_type"], config["vision_config"]["model_type"]) == (decoder, TOWER_BY_KIND[tower].model_type)
     assert read(there, "processor_config.json")["processor_class"] == target.processor
     checked = lw.verify(there)
     assert [finding for finding in checked.findings if finding.verdict in ("failed", "warning")] == []
@@ -75,7 +75,7 @@ def test_a_toy_of_each_family_goes_there_and_back(tmp_path: Path, row: Original)
 
 @pytest.mark.parametrize(("row", "decoder", "tower"), ROWS, ids=lambda part: getattr(part, "name", part))
 def test_each_row_is_reached(tmp_path: Path, row: Original, decoder: str, tower: str) -> None:
-    """No earlier row takes what a row describes, on any of its decoders and towers."""
+    """No earlier row fits what a row describes, on any of its decoders and towers."""
     make_llava(tmp_path, row, decoder=decoder, tower=tower)
     config = read(tmp_path / "llava", "config.json")
     assert decoder_of(config).model_type == decoder
@@ -98,7 +98,7 @@ def test_names_of_the_rows_lead_to_rows() -> None:
     for row in ORIGINALS:
         assert row.target in TARGETS
         assert row.prompt in CONVERSATIONS
-        assert set(row.towers) <= BY_KIND.keys()
+        assert set(row.towers) <= TOWER_BY_KIND.keys()
         assert set(row.decoders) <= {decoder.model_type for decoder in DECODERS}
 
 
@@ -119,28 +119,30 @@ def test_what_no_row_describes_is_refused_by_its_name(config: dict[str, Any]) ->
 
 @pytest.mark.parametrize("row", DECODERS, ids=lambda row: row.model_type)
 def test_defaults_of_decoders_are_those_of_their_classes(row: Any) -> None:
-    theirs = getattr(transformers, row.config_class)()
-    assert theirs.model_type == row.model_type
+    library = getattr(transformers, row.config_class)()
+    assert library.model_type == row.model_type
     assert hasattr(transformers, row.architecture)
-    values = {**theirs.to_dict(), **(getattr(theirs, "rope_parameters", None) or {})}
-    ours = {key: value for key, value in row.defaults.items() if key in values and key not in ("use_cache", "rope_scaling")}
-    assert len(ours) > 12
-    for key, value in ours.items():
-        derived = None if key not in row.derived else length(row.derived[key], {**row.defaults, "head_dim": 1})
-        assert values[key] in (value, derived), key
+    values = {**library.to_dict(), **(getattr(library, "rope_parameters", None) or {})}
+    defaults = {key: value for key, value in row.defaults.items() if key in values and key not in ("use_cache", "rope_scaling")}
+    assert len(defaults) > 12
+    for key, value in defaults.items():
+        computed = None if key not in row.computed else length(row.computed[key], {**row.defaults, "head_dim": 1})
+        assert values[key] in (value, computed), key
 
 
 def test_defaults_of_towers_and_targets_are_those_of_their_classes() -> None:
     for tower in TOWERS:
-        theirs = getattr(transformers, tower.config_class)().to_dict()
-        assert theirs["model_type"] == tower.model_type
-        assert {key: theirs[key] for key in tower.defaults if key in theirs and key != "vision_use_head"}.items() <= tower.defaults.items()
+        library = getattr(transformers, tower.config_class)().to_dict()
+        assert library["model_type"] == tower.model_type
+        assert {
+            key: library[key] for key in tower.defaults if key in library and key != "vision_use_head"
+        }.items() <= tower.defaults.items()
         assert hasattr(transformers, tower.model_class)
     for target in TARGETS.values():
         found = getattr(transformers, target.config_class)()
         assert found.model_type == target.model_type
         same = ("projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy", "multimodal_projector_bias")
-        assert {key: getattr(found, key) for key in same} == {key: DEFAULTS[key] for key in same}
+        assert {key: getattr(found, key) for key in same} == {key: TARGET_DEFAULTS[key] for key in same}
         assert hasattr(transformers, target.architecture)
 
 

@@ -72,7 +72,7 @@ def test_the_table_is_complete() -> None:
     ],
 )
 def test_bytes_with_the_published_digests(data: bytes, what: str) -> None:
-    """These files are short enough to be written again from their known content: so the digests in the table are right."""
+    """These files are short enough to be written again from their known content, which shows that the digests in the table are right."""
     found = recognise(sha256=hashlib.sha256(data).hexdigest(), md5=hashlib.md5(data).hexdigest())
     assert found is not None
     assert found.what == what
@@ -116,7 +116,7 @@ def test_many_files_keep_their_order_and_are_read_once(jobs: int, tmp_path: Path
     assert [event.nbytes for event in events if isinstance(event, Progress)] == [5, 10, 15, 20, 25]
 
 
-def test_progress_is_told_by_one_thread_at_a_time(tmp_path: Path) -> None:
+def test_progress_is_reported_by_one_thread_at_a_time(tmp_path: Path) -> None:
     paths = [tmp_path / str(i) for i in range(40)]
     for path in paths:
         path.write_bytes(b"x")

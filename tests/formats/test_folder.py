@@ -1,4 +1,4 @@
-"""Which files of a folder are read: real layouts as their own programs read them, mistakes and traps refused with a way out."""
+"""Which files of a folder are read: real layouts as their own programs read them; mistakes and traps are refused with a hint."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def sharded(tmp_path: Path) -> Path:
     return write_index(write(tmp_path / "model", SHARDS), "model.safetensors.index.json", INDEX)
 
 
-# What is read when it lies alone, best first: each row also wins over every row below it.
+# What is read when it is alone in a folder; each row also wins over every row below it.
 LAYOUTS: dict[str, tuple[Layout, str | None]] = {
     "safetensors index": (SHARDS, "model.safetensors.index.json"),
     "safetensors": ({"model.safetensors": ["d"]}, None),
@@ -165,10 +165,10 @@ def test_order_is_shard_by_shard_then_as_in_the_file(sharded: Path) -> None:
 def test_torch_shards_keep_their_order(fixtures: Path) -> None:
     folder = fixtures / "A-delta-v0/base-hf-bin"
     found = index_folder(folder)
-    theirs: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.bin")):
-        theirs |= torch.load(file, weights_only=True)
-    assert [(name, tensor.shape) for name, tensor in found.tensors.items()] == [(n, tuple(t.shape)) for n, t in theirs.items()]
+        expected |= torch.load(file, weights_only=True)
+    assert [(name, tensor.shape) for name, tensor in found.tensors.items()] == [(n, tuple(t.shape)) for n, t in expected.items()]
     assert found.container == "torch"
     assert len(found.files) == 2
 
@@ -384,7 +384,7 @@ def test_blobs_beside_an_ordinary_folder_are_outside(tmp_path: Path) -> None:
     write(tmp_path / "stuff/blobs", {"x.safetensors": ["a"]})
     (folder / "model.safetensors").symlink_to("../../blobs/x.safetensors")
     refused(index_folder, folder, "leads out")
-    assert list(index_file(folder / "model.safetensors").tensors) == ["a"]  # a file that the user named may be a link of theirs
+    assert list(index_file(folder / "model.safetensors").tensors) == ["a"]  # a file that the user gives may be a link
     with pytest.raises(InputError):
         member(folder, "model.safetensors")
 

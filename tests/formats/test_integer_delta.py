@@ -98,8 +98,8 @@ class Made:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integer_delta, "BLOCK", 100)
-    monkeypatch.setattr(integer_delta, "CHUNK", 8)
+    monkeypatch.setattr(integer_delta, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(integer_delta, "CHUNK_VALUES", 8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -135,7 +135,7 @@ def pairs(draw: st.DrawFn) -> tuple[str, tuple[int, ...], int | None]:
 def test_any_rows_of_any_shape(
     small_blocks: None, tmp_path_factory: pytest.TempPathFactory, cases: list[tuple[str, tuple[int, ...], int | None]], jobs: int, data: Any
 ) -> None:
-    """Blocks of up to 100 bytes: added rows in the middle of one, no base, more base rows than tuned, scalars, nothing at all."""
+    """Blocks of up to 100 bytes: added rows that begin inside one, no base, more base rows than tuned, scalars, empty tensors."""
     tuned = {f"é.{i}": bits(dtype, *shape, seed=i) for i, (dtype, shape, _) in enumerate(cases)}
     known = {f"é.{i}": (dtype, shape, rows) for i, (dtype, shape, rows) in enumerate(cases) if rows is not None}
     base = {name: bits(dtype, *((rows, *shape[1:]) if shape else ()), seed=99) for name, (dtype, shape, rows) in known.items()}
@@ -162,8 +162,8 @@ def decode(blocks: bytes, entry: dict[str, Any], base: bytes) -> bytes:
         for number in range(count):
             stored = sum(planes[plane * count + number] << (8 * plane) for plane in range(width))
             if len(out) < entry["base_rows"] * row:
-                theirs = int.from_bytes(base[len(out) : len(out) + width], "little")
-                rank = theirs if theirs < top else -1 - (theirs - top)
+                known = int.from_bytes(base[len(out) : len(out) + width], "little")
+                rank = known if known < top else -1 - (known - top)
                 rank += -(stored + 1) // 2 if stored % 2 else stored // 2
                 rank = (rank + top) % modulus - top
                 stored = rank if rank >= 0 else top + (-1 - rank)
@@ -194,12 +194,12 @@ def test_a_decoder_written_from_the_definition(small_blocks: None, tmp_path: Pat
 def test_the_file_does_not_depend_on_jobs(small_blocks: None, tmp_path: Path) -> None:
     tuned = {str(i): bits("F16", 50, 8, seed=i) for i in range(6)}
     made = Made(tmp_path, tuned, {str(i): bits("F16", 45, 8) for i in range(3)}, jobs=1)
-    told: list[int] = []
-    results = [made.write(tmp_path / f"{jobs}", jobs=jobs, on_bytes=told.append) for jobs in (1, 2, 5)]
+    sizes: list[int] = []
+    results = [made.write(tmp_path / f"{jobs}", jobs=jobs, on_bytes=sizes.append) for jobs in (1, 2, 5)]
     whole = made.path.read_bytes()
     assert {(tmp_path / f"{jobs}").read_bytes() for jobs in (1, 2, 5)} == {whole}
     assert set(map(repr, results)) == {repr(made.result)}
-    assert sum(told) == 3 * made.result.raw_nbytes == 3 * 6 * 50 * 8 * 2
+    assert sum(sizes) == 3 * made.result.raw_nbytes == 3 * 6 * 50 * 8 * 2
     assert made.result.sha256 == sha256(whole).hexdigest()
     assert made.result.nbytes == len(whole)
     assert made.result.packed_nbytes == sum(difference.stored.nbytes for difference in index(made.path).values())
@@ -220,15 +220,15 @@ def test_reference_model_through_torch_files(fixtures: Path, tmp_path: Path) -> 
     assert not is_integer_delta({"model.safetensors": {"format": "pt"}})
     differences = index_integer_delta({name: t for tensors, _ in files.values() for name, t in tensors.items()}, metadata)
     assert differences.keys() == tuned.keys()
-    theirs: Tensors = {}
+    known: Tensors = {}
     for path in sorted((fixtures / "A-delta-v0/target-307/llava-tiny-v0").glob("*.bin")):
-        theirs |= torch.load(path, weights_only=True)
+        known |= torch.load(path, weights_only=True)
     for name, difference in differences.items():
-        assert read(difference.onto(base.get(name))) == raw(theirs[name])
+        assert read(difference.onto(base.get(name))) == raw(known[name])
     assert (
         differences["model.embed_tokens.weight"].base_rows
         == base["model.embed_tokens.weight"].rows
-        < theirs["model.embed_tokens.weight"].shape[0]
+        < known["model.embed_tokens.weight"].shape[0]
     )
 
 
@@ -237,7 +237,7 @@ def test_reference_model_through_torch_files(fixtures: Path, tmp_path: Path) -> 
     [("F16", 1e-5, 0.25), ("F16", 1e-4, 0.43), ("F16", 1e-3, 0.67), ("BF16", 1e-5, 0.095), ("BF16", 1e-4, 0.27), ("BF16", 1e-3, 0.46)],
 )
 def test_size(tmp_path: Path, dtype: str, change: float, share: float) -> None:
-    """The sizes measured for weights of standard deviation 0.02 with other tools."""
+    """The sizes that other tools gave for weights of standard deviation 0.02."""
     random = torch.Generator().manual_seed(7)
     base = (torch.randn(1 << 19, generator=random) * 0.02).to(FLOATS[dtype][0])
     tuned = (base.float() + torch.randn(1 << 19, generator=random) * change).to(FLOATS[dtype][0])
@@ -394,7 +394,7 @@ def test_hostile_block_is_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:
-    """A frame has a few bits that say nothing (reserved, or another spelling of the same); all others are refused."""
+    """A few bits of a frame have no meaning (reserved, or another spelling of the same); every other flipped bit is refused."""
     tuned = bits("F16", 32)
     made = Made(tmp_path, {"a": tuned}, {"a": bits("F16", 32, seed=1)})
     stored = index(made.path)["a"].stored

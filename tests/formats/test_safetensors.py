@@ -69,11 +69,11 @@ def test_header_is_the_librarys(contents: dict[str, tuple[str, tuple[int, ...]]]
     assert make_header(lazy[::-1], metadata) == (header, places)
     assert sorted(name for name, _, _ in places) == sorted(contents)
     assert all(tensor is dict(lazy)[name] for name, tensor, _ in places)
-    ours = bytearray(header)
+    written = bytearray(header)
     for name, _, offset in places:
-        assert len(ours) == len(header) + offset
-        ours += tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""
-    assert ours == saved
+        assert len(written) == len(header) + offset
+        written += tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensors[name].numel() else b""
+    assert written == saved
 
 
 def test_golden_bytes(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_golden_bytes(tmp_path: Path) -> None:
 def test_several_metadata_keys_are_sorted_and_readable() -> None:
     header, _ = make_header([], {"b": "2", "a": '"', "c": "\n"})
     assert header[8:].rstrip() == rb'{"__metadata__":{"a":"\"","b":"2","c":"\n"}}'
-    theirs = {safetensors.torch.save({}, {"c": "\n", "a": '"', "b": "2"}) for _ in range(200)}
-    assert header in theirs  # the library's order is random: one of six
+    expected = {safetensors.torch.save({}, {"c": "\n", "a": '"', "b": "2"}) for _ in range(200)}
+    assert header in expected  # the library's order is random: one of six
 
 
 @pytest.mark.parametrize("name", ["", "__metadata__", "a\tb", "a\0", "x" * 4097, "twice"])
@@ -128,9 +128,9 @@ def test_files_of_the_library_are_read(tmp_path_factory: pytest.TempPathFactory,
 def test_reference_file(fixtures: Path) -> None:
     path = fixtures / "A-delta-v0/expected-307-by-main/model.safetensors"
     tensors, metadata = index_safetensors(path)
-    theirs = safetensors.torch.load_file(path)
+    expected = safetensors.torch.load_file(path)
     assert metadata == {"format": "pt"}
-    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     assert {tensor.file for tensor in tensors.values()} == {SourceFile.at(path, sha256(whole[8 : 8 + size]).hexdigest())}
@@ -139,7 +139,7 @@ def test_reference_file(fixtures: Path) -> None:
 
 
 def test_offsets_need_no_alignment(tmp_path: Path) -> None:
-    """Other writers do not sort by width. We read into our own memory, so nothing is lost by taking their files."""
+    """Other writers do not sort by width. Values are copied when they are read, so alignment does not matter."""
     path = tmp_path / "odd.safetensors"
     path.write_bytes(build({"b": entry("F32", [1], [1, 5]), "a": entry("U8", [1], [0, 1])}, b"\7\0\0\x80?", padding=b" "))
     tensors, metadata = index_safetensors(path)
@@ -269,7 +269,7 @@ SOUND = safetensors.torch.save(
 def test_damaged_header_is_read_as_the_library_reads_it_or_refused(
     tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[int, int]]
 ) -> None:
-    """No exception but ours, and whatever we accept the library accepts too, with the same meaning."""
+    """No exception but InputError; and whatever is accepted, the library accepts too, with the same meaning."""
     damaged = bytearray(SOUND)
     for position, value in edits:
         damaged[position] = value
@@ -280,12 +280,12 @@ def test_damaged_header_is_read_as_the_library_reads_it_or_refused(
     except InputError:
         return
     try:
-        theirs = safetensors.torch.load(bytes(damaged))
+        expected = safetensors.torch.load(bytes(damaged))
     except SafetensorError as error:
         pytest.fail(f"we read what the library refuses: {error}")
     assert {name: (DTYPES[t.dtype], t.shape) for name, t in tensors.items()} == {
-        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in theirs.items()
+        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in expected.items()
     }
     for name, tensor in tensors.items():
         raw = damaged[tensor.offset : tensor.offset + tensor.nbytes]
-        assert not raw or raw == theirs[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert not raw or raw == expected[name].reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -132,11 +132,11 @@ def test_neither_torch_nor_pickle_is_imported() -> None:
     code = "import sys; from pathlib import Path; from llava_weights.formats.torch_zip import index_torch_zip as index\n"
     code += f"assert index(Path({str(REAL[0])!r})); print(sorted({{'torch', 'pickle', '_pickle', 'zipfile'}} & set(sys.modules)))"
     before = "import sys, numpy; print(sorted({'torch', 'pickle', '_pickle', 'zipfile'} & set(sys.modules)))"  # numpy has its own
-    ours, numpys = (
+    imported, by_numpy = (
         subprocess.run([sys.executable, "-c", text], cwd=FIXTURES.parent, capture_output=True, text=True, check=True).stdout
         for text in (code, before)
     )
-    assert ours == numpys
+    assert imported == by_numpy
 
 
 def test_the_header_digest_binds_names_not_values(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ SOUND = dict_of(x=tensor())
 
 
 def build(folder: Path, pickled: bytes, data: Mapping[str, bytes] = DATA, more: Mapping[str, bytes] | None = None, root: str = "x") -> Path:
-    """A zip by Python's own writer, so that a lie has to be put in on purpose."""
+    """A sound zip, by Python's own writer."""
     path = folder / "x.bin"
     numbered = {f"{root}/data/{key}": raw for key, raw in data.items()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:

@@ -23,7 +23,7 @@ from llava_weights.checkpoint.tokenizer import SpecialIds, repair_tokenizer
 from llava_weights.checkpoint.tokenizer_json import bpe_merges
 from llava_weights.cli.toy import write_torch_zip
 from llava_weights.errors import LlavaWeightsError
-from llava_weights.families.decoders import BY_TYPE
+from llava_weights.families.decoders import DECODER_BY_TYPE
 from llava_weights.families.layouts import meta_names
 from llava_weights.formats.folder import index_folder
 from llava_weights.formats.integer_delta import index_integer_delta
@@ -99,7 +99,7 @@ def meta_params(data: bytes, folder: Path) -> None:
     """The bytes are `params.json` beside a LLaMA of one layer."""
     if not (piece := folder / "consolidated.00.pth").exists():
         heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "num_hidden_layers": 1}
-        shapes = BY_TYPE["llama"].shapes({"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, **heads})
+        shapes = DECODER_BY_TYPE["llama"].shapes({"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, **heads})
         write_torch_zip(piece, {row.meta: np.zeros(shapes[row.name], np.float16) for row in meta_names(1)})
     written(folder / "params.json", data)
     tensors, config = index_meta(folder)

@@ -403,7 +403,7 @@ def test_a_damaged_record_is_noticed(fixtures: Path, tmp_path: Path) -> None:
 
 def test_grids_and_crops_are_those_of_the_original() -> None:
     pinpoints = [[84, 42], [42, 84], [84, 84], [42, 126], [126, 42]]
-    assert best_grid((22, 18), pinpoints, 42) == (1, 2)  # a tie: 84 wide comes first (reference D, fact 2)
+    assert best_grid((22, 18), pinpoints, 42) == (1, 2)  # a tie: 84 wide comes first
     assert best_grid((36, 90), pinpoints, 42) == (1, 3)
     assert best_grid((80, 33), pinpoints, 42) == (2, 1)
     picture = torch.arange(6 * 6).view(6, 6, 1)

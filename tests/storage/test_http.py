@@ -1,4 +1,4 @@
-"""Servers that answer with nonsense, drip, or do not answer: exit 3 or 6 in plain words, in bounded time, and told from the start."""
+"""Servers that answer with nonsense, byte by byte, or not at all: exit 3 or 6 in plain words, in bounded time, with notes of retries."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_an_endpoint_that_is_no_address(process: Any, endpoint: str, source: str
 
 
 class Clock:
-    """Every look at it is `step` seconds later."""
+    """A clock that moves on by `step` seconds each time it is read."""
 
     def __init__(self, step: float) -> None:
         self.step, self.now = step, 0.0
@@ -189,7 +189,7 @@ def test_a_slow_server_is_read_to_its_end(server: Server) -> None:
 
 
 class Endless(BaseHTTPRequestHandler):
-    """Headers, or an answer of the Hub's API, of which a byte comes now and then."""
+    """Sends a byte now and then, of headers or of an answer of the Hub's API."""
 
     protocol_version = "HTTP/1.1"
 
@@ -209,7 +209,7 @@ class Endless(BaseHTTPRequestHandler):
 def test_an_answer_that_never_ends(server: Server, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server.RequestHandlerClass = Endless
     server.ended = threading.Event()
-    monkeypatch.setattr(retry, "ANSWER", 0.1)
+    monkeypatch.setattr(retry, "ANSWER_SECONDS", 0.1)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     done = CliRunner().invoke(app, ["inspect", address.format(url=server.url)])
     server.ended.set()
@@ -223,7 +223,7 @@ def test_an_answer_that_never_ends(server: Server, address: str, monkeypatch: py
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses of huggingface_hub's own loop, which are not made."""
+    """The pauses of huggingface_hub's own loop, recorded instead of made."""
     made: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(**{**vars(time), "sleep": made.append}))
     monkeypatch.setattr(retry, "PAUSE", 0.001)
@@ -236,15 +236,15 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def complete(tmp_path: Path) -> Path:
-    """The least that counts as a complete output."""
+    """The smallest complete output."""
     for name, text in {"llava-weights.manifest.json": "{}", "SHA256SUMS": f"{'0' * 64}  config.json\n", "config.json": "{}"}.items():
         (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "out" / name).write_text(text)
     return tmp_path / "out"
 
 
-def test_refused_connections_are_tried_in_one_loop_and_told(complete: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """At first 36 tries in two minutes and a half without a word."""
+def test_refused_connections_are_tried_in_one_loop_with_notes(complete: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loops, one in the other, once made 36 tries in two and a half minutes, without a note."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     events: list[Event] = []
     before: list[int] = []
@@ -257,7 +257,7 @@ def test_refused_connections_are_tried_in_one_loop_and_told(complete: Path, wait
         push(complete, repository_of("owner/name"))
     assert (caught.value.exit_code, caught.value.facts["tries"]) == (6, "6")
     assert len(waits) <= retry.TRIES
-    assert before == [0], "told before the first pause"
+    assert before == [0], "a note comes before the first pause"
     assert [type(event) for event in events] == [Note]
     assert "owner/name" in events[0].text  # type: ignore[union-attr]
 
@@ -293,7 +293,7 @@ def test_the_librarys_log_is_left_as_it_was(complete: Path, waits: list[float], 
     assert (log.level, log.propagate, list(log.handlers)) == before
 
 
-def test_reading_is_told_too(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_sends_notes_too(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     done = CliRunner().invoke(app, ["inspect", "hf://owner/name"])
     assert done.exit_code == 6

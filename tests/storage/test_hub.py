@@ -332,9 +332,9 @@ def test_a_mistyped_path_that_looks_like_a_repository(hub: HubServer, tmp_path: 
 def test_the_command_line_says_first_that_there_is_no_such_path(hub: HubServer, tmp_path: Path, process: Callable[..., Finished]) -> None:
     (tmp_path / "models/llama-13b").mkdir(parents=True)
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    code, _, told = process("inspect", "models/llama-13", cwd=tmp_path, env=environment)
+    code, _, errors = process("inspect", "models/llama-13", cwd=tmp_path, env=environment)
     assert code == 6
-    first, *_, last = filter(None, told.splitlines())
+    first, *_, last = filter(None, errors.splitlines())
     assert first.endswith("there is no local path `models/llama-13`, so it is looked for on the Hub")
     assert "did you mean the local path `models/llama-13b`?" in last
 

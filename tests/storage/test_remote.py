@@ -31,7 +31,7 @@ TOKEN = "hf_" + "FaKeToKeN0123456789"
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No pauses that anybody would notice, shadows in a folder of the test, and nothing known from the test before."""
+    """Short pauses, shadows in a folder of the test, and no caches of the test before."""
     monkeypatch.setattr(retry, "PAUSE", 0.001)
     (tmp_path / "shadows").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "shadows"))
@@ -61,7 +61,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base`, `delta` and what they make, `out`, in shards of 100 kB; matrices so small that samples of them are one request each."""
+    """`base`, `delta` and their sum `out`, in shards of 100 kB; matrices so small that a sample of each is one request."""
     from llava_weights.families.decoders import Size
 
     folder = tmp_path_factory.mktemp("pair")
@@ -104,7 +104,7 @@ def values(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], byte
     return found
 
 
-def told(error: LlavaWeightsError) -> str:
+def text_of(error: LlavaWeightsError) -> str:
     return "\n".join((error.what, *(f"{label} {value}" for label, value in error.facts.items()), error.hint or "", error.kept or ""))
 
 
@@ -112,7 +112,7 @@ def told(error: LlavaWeightsError) -> str:
 
 
 def test_a_delta_without_either_side_on_disk(hub: HubServer, pair: Path, tmp_path: Path) -> None:
-    """Byte for byte the local result, each byte of the weights sent once, and no more room taken than headers need."""
+    """Byte for byte the local result; each byte of the weights is sent once, and the disk holds headers only."""
     plan = plan_of(*served(hub, pair))
     blocks = sum(path.stat().st_blocks * 512 for path in (tmp_path / "shadows").rglob("*.safetensors"))
     small = sum(path.stat().st_size for side in ("base", "delta") for path in (pair / side).iterdir() if path.suffix != ".safetensors")
@@ -149,7 +149,7 @@ def test_zeros_where_values_should_be(hub: HubServer, pair: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_all_that_is_transferred(hub: HubServer, tmp_path: Path) -> None:
-    """Headers, small files and the samples of the checks included, of 300 MB no more than 2 % come twice."""
+    """With headers, small files and samples of the checks, no more than 2 % of 300 MB are sent twice."""
     from llava_weights.families.decoders import Size
 
     write_pair(tmp_path, Size("middle", 2048, 2, 8, 5504), vocabulary=4000, seed=1, sparse=True)
@@ -176,7 +176,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, plan.memory)
 
 @pytest.mark.slow
 def test_the_memory_promise(hub: HubServer, tmp_path: Path) -> None:
-    """A process that reads 270 MB over the network, by as many workers as fit into what it may take, stays below its promise."""
+    """A process that reads 270 MB over the network, with as many workers as fit into its limit, needs no more than that."""
     from llava_weights.families.decoders import Size
 
     write_pair(tmp_path, Size("middle", 2048, 1, 8, 5504), vocabulary=4000, seed=1, sparse=True)
@@ -279,7 +279,7 @@ PASSING = ("reset", "429", "500", "503", "short", "long", "wrong range", "whole"
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_fault_that_passes(hub: HubServer, pair: Path, pinned: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """Each second answer is spoilt, or a few where that takes time: the bytes are those of the local run."""
+    """Every second answer is bad, or a few of them where that takes time; the bytes are those of the local run."""
     served(hub, pair)
     if fault == "stall":
         monkeypatch.setattr(http, "TIMEOUT", 0.3)
@@ -291,15 +291,15 @@ def test_a_fault_that_passes(hub: HubServer, pair: Path, pinned: Plan, tmp_path:
 
 @pytest.mark.parametrize("fault", ["503", "short", "wrong range", "whole"])
 def test_a_fault_that_stays(hub: HubServer, pair: Path, pinned: Plan, tmp_path: Path, fault: str) -> None:
-    """Exit 6, with what is kept; when it is over, the same plan goes on from there."""
+    """Exit 6, saying what is kept; when the fault is over, the same plan continues from there."""
     served(hub, pair)
     after = len(pinned.shards[0].tensors) * 2
     hub.faults = [""] * after + [fault] * 10_000
     with pytest.raises(HubError, match="can't be read over the network") as caught:
         execute(pinned, tmp_path / "out")
     assert caught.value.exit_code == 6
-    assert "shards are kept" in told(caught.value)
-    assert f"tries {retry.TRIES}" in told(caught.value)
+    assert "shards are kept" in text_of(caught.value)
+    assert f"tries {retry.TRIES}" in text_of(caught.value)
     hub.faults = []
     report = execute(pinned, tmp_path / "out")
     assert report.resumed >= 1
@@ -317,14 +317,14 @@ def test_a_server_that_is_gone(hub: HubServer, pinned: Plan, tmp_path: Path, mon
 
 def test_too_many_requests_while_listing(hub: HubServer, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, _ = served(hub, pair)
-    hub.refuse, waits, after = (429, {}), [], retry.Patience.after
+    hub.refuse, waits, after = (429, {}), [], retry.Attempts.after
 
-    def wait(self: retry.Patience, error: Exception) -> None:
+    def wait(self: retry.Attempts, error: Exception) -> None:
         waits.append(error)
         hub.refuse = None if len(waits) == 3 else hub.refuse
         after(self, error)
 
-    monkeypatch.setattr(retry.Patience, "after", wait)
+    monkeypatch.setattr(retry.Attempts, "after", wait)
     assert open_checkpoint(base).tensors
     assert len(waits) == 3
     hub.refuse = (429, {})
@@ -344,13 +344,13 @@ def test_waits_as_long_as_the_server_asks(header: str) -> None:
     assert caught.value.wait == (7.0 if "7" in text else 999999.0 if "9" in text else 0.0)
     waited: list[float] = []
     stopping: Any = types.SimpleNamespace(wait=lambda seconds: waited.append(seconds))
-    retry.Patience("https://host/file", stopping).after(caught.value)
+    retry.Attempts("https://host/file", stopping).after(caught.value)
     assert waited[0] <= retry.LONGEST_PAUSE
 
 
 @pytest.mark.parametrize("where", ["hub", "web"])
 def test_a_file_that_changes_during_the_run(hub: HubServer, pair: Path, tmp_path: Path, where: str) -> None:
-    """InputError, exit 3, nothing in place of the output. On the Hub, whose commits never change, it is the storage that changed."""
+    """InputError, exit 3, and no output. On the Hub, whose commits never change, the storage has changed."""
     hub.static["base"] = shutil.copytree(pair / "base", tmp_path / "base")
     served(hub, pair)
     plan = plan_of("hf://owner/base" if where == "hub" else f"{hub.url}/base", pair / "delta")
@@ -408,8 +408,8 @@ def test_redirects_that_are_not_followed(hub: HubServer, pair: Path, target: str
     hub.refuse = (302, {"Location": target})
     with pytest.raises(HubError) as caught:
         ranges.read(file, 0, memoryview(bytearray(10)))
-    assert "redirected" in told(caught.value)
-    assert "secret" not in told(caught.value)
+    assert "redirected" in text_of(caught.value)
+    assert "secret" not in text_of(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -435,11 +435,11 @@ def test_where_redirects_may_lead(source: str, target: str, followed: bool) -> N
 def test_addresses_that_are_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         open_checkpoint(text)
-    assert "secret" not in told(caught.value)
+    assert "secret" not in text_of(caught.value)
 
 
 def test_names_from_strangers(hub: HubServer, pair: Path, tmp_path: Path) -> None:
-    """An index can't name what lies elsewhere, and what it names falsely is an error that shows the address."""
+    """An index can't name files of another place, and what it names wrongly is an error that shows the address."""
     folder = shutil.copytree(pair / "base", tmp_path / "evil")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/x.safetensors", "b": "..safetensors"}}')
     hub.static["evil"] = folder
@@ -447,8 +447,8 @@ def test_names_from_strangers(hub: HubServer, pair: Path, tmp_path: Path) -> Non
     for address in (f"{hub.url}/evil", "hf://owner/evil"):
         with pytest.raises(InputError) as caught:
             open_checkpoint(address)
-        assert "evil" in told(caught.value)
-        assert "shadows" not in told(caught.value)
+        assert "evil" in text_of(caught.value)
+        assert "shadows" not in text_of(caught.value)
     assert {path.parent.parent.parent for path in (tmp_path / "shadows").rglob("*.json")} <= {tmp_path / "shadows"}
 
 
@@ -473,7 +473,7 @@ def test_a_damaged_file_is_named_by_its_address(hub: HubServer, fixtures: Path, 
     with pytest.raises(InputError) as local:
         open_checkpoint(folder)
     assert caught.value.what == local.value.what
-    assert "hf://owner/broken@" in told(caught.value)
+    assert "hf://owner/broken@" in text_of(caught.value)
 
 
 def test_what_is_not_there(hub: HubServer, pair: Path) -> None:
@@ -548,4 +548,4 @@ def test_a_store_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UsageError) as caught:
         open_checkpoint("gs://bucket/model")
     assert caught.value.exit_code == 2
-    assert "pip install 'llava-weights[remote]'" in told(caught.value)
+    assert "pip install 'llava-weights[remote]'" in text_of(caught.value)

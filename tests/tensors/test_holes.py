@@ -1,4 +1,4 @@
-"""Zeros where an input should have values: refused wherever they lie and however they came there, and zeros that are meant are not."""
+"""Zeros where an input should have values are refused, wherever they lie and however they came there; intended zeros are not."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_every_input_of_every_command(own: Path, tmp_path: Path, command: str, p
 
 
 @pytest.mark.parametrize("how", ["pool", "portion"])
-def test_workers_elsewhere_see_them_too(own: Path, tmp_path: Path, how: str) -> None:
+def test_worker_processes_see_them_too(own: Path, tmp_path: Path, how: str) -> None:
     plan = lw.make_plan(applied(own))
     zero(own / "base" / "model.safetensors", 300_001, 20_000)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -282,7 +282,7 @@ def test_a_large_file_is_sampled_before(wide_file: Path) -> None:
 
 
 def test_a_range_that_was_never_written(wide_file: Path) -> None:
-    """48 KiB between the samples: only the file system tells, or the streaming."""
+    """48 KiB between the samples: only the file system shows them, or streaming."""
     good = wide_file.read_bytes()
     start = 12_345 * 1024 // 4096 * 4096
     with open(wide_file, "wb") as file:
@@ -346,7 +346,7 @@ def rows(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def seldom(name: str, values: np.ndarray) -> np.ndarray:
-    """Between rows that are zero, some of which one value is not: tokens that were seen once."""
+    """Zero rows, and between them some with one value: tokens that were seen once."""
     if values.ndim > 1 and len(values) > 100:
         few = values.copy()
         values[20:90] = 0

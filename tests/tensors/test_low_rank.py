@@ -1,4 +1,4 @@
-"""Low-rank updates: PEFT's bits in every arithmetic, for every kind of layer and whatever rows are asked for; portable ones in `exact`."""
+"""Low-rank updates: PEFT's bits in every arithmetic, for every kind of layer and any rows; the same on every machine in `exact`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llava_weights.formats.torch_zip import index_torch_zip
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.exact import exact_slices, round_once, row_sums
 from llava_weights.tensors.lazy import LazyTensor, cast
-from llava_weights.tensors.low_rank import BLOCK, Arithmetic, Kind, LowRank, add_low_rank, retention
+from llava_weights.tensors.low_rank import BLOCK_ROWS, Arithmetic, LowRank, UpdateKind, add_low_rank, retention
 from llava_weights.tensors.windows import row_ranges
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -59,9 +59,9 @@ def made(tensor: LazyTensor, *cuts: int, work: Workspace | None = None) -> torch
     return torch.frombuffer(out, dtype=DTYPES[tensor.dtype]).view(tensor.shape)
 
 
-def differing(ours: torch.Tensor, theirs: torch.Tensor) -> int:
-    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-    return int((ours != theirs).sum())
+def differing(result: torch.Tensor, expected: torch.Tensor) -> int:
+    assert (result.dtype, result.shape) == (expected.dtype, expected.shape)
+    return int((result != expected).sum())
 
 
 class Experts(nn.Module):
@@ -143,7 +143,7 @@ def updates_of(model: nn.Module, stored: Mapping[str, LazyTensor]) -> dict[str, 
             update = LowRank(kind="parameter", a=a, b=b, scale=scale, fan_in_fan_out=stacked)
             found[f"{name}.{layer.parameter_name}"] = update
             continue
-        kind: Kind = "embedding" if f"{key}.lora_embedding_A" in stored else "conv" if len(a.shape) > 2 else "linear"
+        kind: UpdateKind = "embedding" if f"{key}.lora_embedding_A" in stored else "conv" if len(a.shape) > 2 else "linear"
         magnitude = stored.get(f"{key}.lora_magnitude_vector")
         transposed = kind == "linear" and layer.fan_in_fan_out
         found[f"{name}.weight"] = LowRank(kind=kind, a=a, b=b, scale=scale, magnitude=magnitude, fan_in_fan_out=transposed)
@@ -167,7 +167,7 @@ def threads(count: int) -> Iterator[None]:
 def test_same_bits_as_peft(case: str, bases: dict[str, dict[str, LazyTensor]], tmp_path: Path) -> None:
     """Base and adapter in three dtypes each, factors widened or not, merged safely or not: 36 merges.
 
-    Twelve of them on two threads of torch; ours takes one.
+    Twelve of them with two threads of torch in PEFT; this program uses one.
     """
     from peft import PeftModel
 
@@ -184,9 +184,9 @@ def test_same_bits_as_peft(case: str, bases: dict[str, dict[str, LazyTensor]], t
             assert {tensor for update in updates.values() for tensor in update.tensors} == set(stored.values())
             arithmetic: Arithmetic = ("peft-safe" if safe else "peft") if widen else "peft-half"
             for name, update in updates.items():
-                ours = made(add_low_rank(bases[base_dtype][name], [update], arithmetic, name=name))
-                assert differing(ours, merged[name]) == 0, (name, stored_dtype, base_dtype, arithmetic, safe)
-                assert differing(ours, net(base_dtype).state_dict()[name])
+                result = made(add_low_rank(bases[base_dtype][name], [update], arithmetic, name=name))
+                assert differing(result, merged[name]) == 0, (name, stored_dtype, base_dtype, arithmetic, safe)
+                assert differing(result, net(base_dtype).state_dict()[name])
 
 
 # --- The reference data ---
@@ -207,7 +207,7 @@ def reference_update(module: str, adapter: Mapping[str, LazyTensor], config: Map
 
 
 def check_reference(base: Path, adapter: Path, merged: Mapping[str, torch.Tensor], arithmetic: Arithmetic) -> int:
-    """How many tensors came out as the program merged them, which is all that the adapter changes."""
+    """How many tensors are as the recorded program merged them: all that the adapter changes."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     files = {".safetensors": lambda path: index_safetensors(path)[0], ".bin": index_torch_zip}
     stored = next(files[path.suffix](path) for path in adapter.glob("adapter_model.*"))
@@ -216,8 +216,8 @@ def check_reference(base: Path, adapter: Path, merged: Mapping[str, torch.Tensor
         module = name.removesuffix(".weight")
         if update := reference_update(module, stored, config):
             saved_rows = stored.get(f"base_model.model.{module}.base_layer.weight")
-            ours = made(add_low_rank(cast(saved_rows or tensor, tensor.dtype), [update], arithmetic, name=name))
-            assert differing(ours, merged[name]) == 0, name
+            result = made(add_low_rank(cast(saved_rows or tensor, tensor.dtype), [update], arithmetic, name=name))
+            assert differing(result, merged[name]) == 0, name
             count += 1
     return count
 
@@ -416,7 +416,7 @@ def test_factors_that_are_not_finite_end_somewhere() -> None:
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_rounds_once(dtype: str) -> None:
-    """All midpoints between neighbours, moved by less than a float32 can see: torch's own conversion sends them astray."""
+    """All midpoints between neighbours, moved by less than a float32 can hold: torch's own conversion rounds some of them wrongly."""
     bits = torch.arange(0, 0x7BFF if dtype == "F16" else 0x7F7F, dtype=torch.int16)
     low, high = bits.view(DTYPES[dtype]).double(), (bits + 1).view(DTYPES[dtype]).double()
     middle, even = (low + high) / 2, torch.where(bits % 2 == 0, low, high)
@@ -496,7 +496,7 @@ def test_what_arrives_is_counted(tmp_path: Path) -> None:
     ("dtype", "shares"), [("F16", (0.08, 0.61, 0.96, 1.0)), ("BF16", (0.01, 0.10, 0.68, 0.97)), ("F32", (1.0, 1.0, 1.0, 1.0))]
 )
 def test_small_updates_are_lost_as_measured(dtype: str, shares: tuple[float, ...], tmp_path: Path) -> None:
-    """What is left of updates of these sizes, on weights of std 0.02 (facts: peers 7)."""
+    """The share that is kept of updates of these sizes, on weights of standard deviation 0.02, as measured by another program."""
     generator = torch.Generator().manual_seed(0)
     w, a, b = (torch.randn(size, generator=generator) for size in ((400, 400), (64, 400), (400, 64)))
     for size, share in zip((1e-6, 1e-5, 1e-4, 1e-3), shares, strict=True):
@@ -549,10 +549,10 @@ def test_nothing_to_add_changes_nothing(tmp_path: Path) -> None:
 
 def test_of_a_large_matrix_a_fixed_sample_of_blocks_is_counted(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
-    w, a, b = (torch.randn(size, generator=generator) for size in ((BLOCK * 33, 16), (4, 16), (BLOCK * 33, 4)))
+    w, a, b = (torch.randn(size, generator=generator) for size in ((BLOCK_ROWS * 33, 16), (4, 16), (BLOCK_ROWS * 33, 4)))
     lazy = saved(tmp_path / "x.safetensors", {"w": w, "a": a, "b": b})
     merged = add_low_rank(lazy["w"], [LowRank(kind="linear", a=lazy["a"], b=lazy["b"], scale=1e-8)], name="w")
     whole, cut = Workspace(), Workspace()
-    assert differing(made(merged, work=whole), made(merged, 5, 700, BLOCK * 32 + 1, work=cut)) == 0
+    assert differing(made(merged, work=whole), made(merged, 5, 700, BLOCK_ROWS * 32 + 1, work=cut)) == 0
     assert whole.tallies == cut.tallies
-    assert whole.tallies["updated"] == 9 * BLOCK * 16  # blocks 0, 4, ... 32
+    assert whole.tallies["updated"] == 9 * BLOCK_ROWS * 16  # blocks 0, 4, ... 32

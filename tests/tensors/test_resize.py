@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from llava_weights.formats.safetensors import index_safetensors
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor
-from llava_weights.tensors.resize import BLOCK, encoded, resized
+from llava_weights.tensors.resize import SUM_BLOCK_BYTES, encoded, resized
 
 
 def stored(tensor: torch.Tensor, folder: Path) -> LazyTensor:
@@ -56,7 +56,7 @@ def test_fewer_rows_and_as_many(tmp_path: Path) -> None:
 
 def test_the_mean_is_read_in_blocks(tmp_path: Path) -> None:
     old = torch.randn(100, 25_000).half()
-    assert old.nbytes > 4 * BLOCK
+    assert old.nbytes > 4 * SUM_BLOCK_BYTES
     table = resized(stored(old, tmp_path), 101)
     assert made(table, 100, 101) == encoded(old.double().mean(0).numpy(), "F16")  # sums of F16 are exact in float64
 
@@ -71,7 +71,7 @@ def test_rounding_is_torchs(values: list[float]) -> None:
 def test_every_nan_stays_one_in_bfloat16() -> None:
     """Rounding a NaN whose bits are all ones would carry into the sign: -0."""
     bits = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8000, 0x7F800001, 0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF], "<u4")
-    ours = np.frombuffer(encoded(bits.view("<f4"), "BF16"), "<u2")
-    theirs = torch.from_numpy(bits.view("<f4").copy()).to(torch.bfloat16).view(torch.int16).numpy().view("<u2")
-    assert ours[5:].tolist() == theirs[5:].tolist()
-    assert ours[:5].tolist() == [0x7FC0] * 5  # the one NaN on every machine; which torch writes depends on the processor
+    found = np.frombuffer(encoded(bits.view("<f4"), "BF16"), "<u2")
+    expected = torch.from_numpy(bits.view("<f4").copy()).to(torch.bfloat16).view(torch.int16).numpy().view("<u2")
+    assert found[5:].tolist() == expected[5:].tolist()
+    assert found[:5].tolist() == [0x7FC0] * 5  # the one NaN on every machine; which torch writes depends on the processor

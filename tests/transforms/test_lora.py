@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.errors import InputError, LlavaWeightsError, MismatchError, UsageError
-from llava_weights.families.layouts import Names, canonical
+from llava_weights.families.layouts import BaseNames, canonical
 from llava_weights.tensors.dtypes import to_dtype
 from llava_weights.tensors.low_rank import Arithmetic
 from llava_weights.transforms.adapter import open_adapter
@@ -173,7 +173,7 @@ def test_canonical_names_are_one_to_one(fixtures: Path) -> None:
     hub = hub_style(dict.fromkeys(original, torch.zeros(1)))
     assert len({canonical(name) for name in original}) == len(original)
     assert {canonical(name) for name in original} == {canonical(name) for name in hub}
-    found, lost = Names(hub).match(original)
+    found, lost = BaseNames(hub).match(original)
     assert (len(found), lost) == (len(original), [])
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_weights.errors import InputError, UsageError
-from llava_weights.families.projectors import FORMS, NAMES
+from llava_weights.families.projectors import PROJECTOR_FORMS, PROJECTOR_NAMES
 from llava_weights.formats.safetensors import index_safetensors
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor
@@ -34,17 +34,17 @@ def linear(folder: Path, dtype: torch.dtype, wide: int = 12, narrow: int = 5) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PROJECTOR_FORMS)
 def test_the_same_map_and_back(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
     weight, bias = linear(tmp_path, dtype)
     parts = paired(weight, bias, form)
-    inner_weight, inner_bias, outer_weight, outer_bias = (values(parts[name]) for name in NAMES)
+    inner_weight, inner_bias, outer_weight, outer_bias = (values(parts[name]) for name in PROJECTOR_NAMES)
     features = torch.randn(64, 5, generator=torch.Generator().manual_seed(4)) * 3
     inner = ACTIVATIONS[form](torch.nn.functional.linear(features, inner_weight.float(), inner_bias.float()))
     result = torch.nn.functional.linear(inner, outer_weight.float(), outer_bias.float())
     expected = torch.nn.functional.linear(features, values(weight).float(), values(bias).float())
     torch.testing.assert_close(result, expected, rtol=0, atol=0 if form == "identity" else 2e-5)
-    back = single(parts, FORMS[form])
+    back = single(parts, PROJECTOR_FORMS[form])
     assert back is not None
     assert torch.equal(values(back[0]), values(weight))
     assert torch.equal(values(back[1]), values(bias))
@@ -53,7 +53,7 @@ def test_the_same_map_and_back(tmp_path: Path, form: str, dtype: torch.dtype) ->
 def test_a_real_pair_stays_a_pair(tmp_path: Path) -> None:
     weight, bias = linear(tmp_path, torch.float16)
     parts = paired(weight, bias, "gelu")
-    other = {**parts, NAMES[2]: paired(weight, bias, "identity")[NAMES[2]]}
+    other = {**parts, PROJECTOR_NAMES[2]: paired(weight, bias, "identity")[PROJECTOR_NAMES[2]]}
     assert single(other, "gelu") is None
     with pytest.raises(InputError, match="two layers with `relu`"):
         single(other, "relu")

@@ -30,7 +30,7 @@ from llava_weights.storage import http, ranges, retry
 from llava_weights.transforms.convert import convert
 from llava_weights.transforms.delta import apply_delta
 from llava_weights.write import destinations, work_folder
-from llava_weights.write.execute import Report, execute, preflight
+from llava_weights.write.execute import Report, execute, preflight, run_plan
 from llava_weights.write.plan import Plan, make_plan
 from llava_weights.write.upload import differences, job_at, push, repository_of
 
@@ -152,7 +152,7 @@ def plan_of(pair: Path) -> Plan:
 
 def upload(plan: Plan, address: str, on_event: Callable[[Event], None] = lambda event: None, **options: Any) -> Report:
     target, make_job = job_at(address, on_event=on_event)
-    return execute(plan, target, make_job=make_job, on_event=on_event, **options)
+    return run_plan(plan, target, make_job=make_job, on_event=on_event, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from llava_weights.checkpoint.checkpoint import Checkpoint, Step, open_checkpoint
 from llava_weights.errors import OutputError
 from llava_weights.events import Event, ShardDone
-from llava_weights.write.execute import execute, preflight
+from llava_weights.write.execute import execute, preflight, run_plan
 from llava_weights.write.plan import Plan, make_plan
 from llava_weights.write.portions import Portion, execute_portion
 from llava_weights.write.upload import job_at
@@ -152,7 +152,7 @@ def test_an_upload_writes_beside_nothing_of_the_user(tmp_path: Path, monkeypatch
     target, make_job = job_at("hf://owner/model", on_event=lambda event: None)
     monkeypatch.setattr("llava_weights.write.upload.UploadJob.occupied", False)
     with pytest.raises(OutputError, match=r"the work folder `model\.partial`"):
-        execute(plan_of(source), target, make_job=make_job, restart=True)
+        run_plan(plan_of(source), target, make_job=make_job, restart=True)
     assert tree(tmp_path) == before
 
 
