@@ -16,7 +16,7 @@ from .config import known_decoder
 from .hf_config import flat_config
 
 PLAIN_WEIGHTS = "quantised weights can't be added to or converted; give the float16 or bfloat16 checkpoint that they were made from"
-ADAPTERS = ("adapter", "loha", "projector")
+ADAPTERS = ("adapter", "mlx-adapter", "loha", "projector")
 
 
 @dataclass(frozen=True)
