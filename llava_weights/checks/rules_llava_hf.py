@@ -69,6 +69,8 @@ def _projector(s: Sidecars) -> Iterator[str]:
     width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
     found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}
+    if s.of(CONFIG).get("multimodal_projector_bias") is False and not any(name.endswith("bias") for name in found):
+        expected = {name: shape for name, shape in expected.items() if not name.endswith("bias")}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             full = spelled(f"projector.{name}", "llava-hf") if name in expected else f"projector.{name}"

@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..families.files import (
     ADAPTER_FILES,
     INDEXES,
+    MLX_FILES,
     NEW_ROWS,
     PROJECTOR_FILES,
     SINGLE_FILES,
@@ -28,7 +29,7 @@ from ..families.files import (
     TRAINER_STATE,
     WEIGHT_SUFFIXES,
 )
-from ..families.layouts import VOCABULARY, canonical
+from ..families.layouts import DROPPED, VOCABULARY, canonical
 from ..formats.folder import WeightFiles, first_difference, index_file, index_shards, member, optional, shard_count
 from ..formats.safetensors import index_safetensors
 from ..formats.torch_zip import index_torch_zip
@@ -49,6 +50,7 @@ PROJECTOR_NAME = r"model\.mm_projector\.(\d\.)?(weight|bias)"
 SLOTS = (({"A", "B"}, {"A", "B", "magnitude", "bias"}), ({"embedding_A", "embedding_B"}, {"embedding_A", "embedding_B", "magnitude"}))
 
 ZERO_3 = "gather the full weights with DeepSpeed's `zero_to_fp32.py` from the `global_stepN` folder, then merge those"
+FUSE = "merge it with mlx-lm or mlx-vlm, which trained it (`fuse`), and convert the result"
 UNPLACED = "an adapter with such a tensor can't be merged as a whole; check that the file is the one its training wrote"
 
 
@@ -133,12 +135,15 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
     folder = path if path.is_dir() else path.parent
     file = _weights_in(path) if path.is_dir() else path
     found = _indexed(file)
+    found = replace(found, tensors=_without_buffers(found.tensors))
     _check_sound(found.tensors, file.name)
     files = {entry: there for entry in TOKENIZER_FILES if (there := optional(folder, entry))}
     origin = Origin(legible(name), path.absolute(), found.container, found.files, revision)
     adapter = Adapter(origin, config=_config_in(folder), files=files, notes=_beside(folder, found, non_lora, chosen=not path.is_dir()))
     if any("mm_projector." in key for key in found.tensors) and not any("lora_" in key for key in found.tensors):
         return _projector(adapter, file, found.tensors, non_lora)
+    if any(re.fullmatch(r".*\.lora_[ab]", key) for key in found.tensors):
+        raise InputError(f"{shown(file.name)} is an adapter of MLX, whose factors are stored the other way round", hint=FUSE)
     if not present(folder / "adapter_config.json"):
         facts = {"folder": folder, "tensors": few(found.tensors)}
         hint = "its rank and alpha are there, without which the weights mean nothing; download the whole adapter"
@@ -167,6 +172,9 @@ def _weights_in(folder: Path) -> Path:
         raise InputError(f"{listed(found[:2])} lie in one folder, and are not the same", facts=facts, hint=hint)
     if found or (found := [name for name in states if name in names]):
         return member(folder, found[0])
+    if mlx := [name for name in names if name in MLX_FILES]:
+        facts = {"folder": folder, "found": listed(names)}
+        raise InputError(f"{shown(mlx[0])} is an adapter of MLX, whose factors are stored the other way round", facts=facts, hint=FUSE)
     near = [name for name in names if any((folder / name / file).exists() for file in ADAPTER_FILES)]
     hint = f"there is one in {listed(near)}" if near else "give the folder that its training wrote, with `adapter_config.json` in it"
     facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": listed(wanted)}
@@ -217,6 +225,11 @@ def _beside(folder: Path, read: WeightFiles, non_lora: Path | None, *, chosen: b
 
 def _config_in(folder: Path) -> Mapping[str, Any]:
     return load_object(member(folder, "config.json")) if present(folder / "config.json") else {}
+
+
+def _without_buffers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Without the buffers that a training state holds besides, which no program reads."""
+    return {name: tensor for name, tensor in tensors.items() if not re.fullmatch(DROPPED, name)}
 
 
 def _check_sound(tensors: Mapping[str, LazyTensor], file: str) -> None:
@@ -331,6 +344,7 @@ def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Pa
 def _with_file(adapter: Adapter, path: Path, contents: Contents) -> Adapter:
     """With what one file beside the adapter replaces. Raises InputError where two files hold different values for one tensor."""
     tensors, files = _index(path)
+    tensors = _without_buffers(tensors)
     _check_sound(tensors, path.name)
     rows = dict(adapter.rows)
     if path.name in PROJECTOR_FILES:

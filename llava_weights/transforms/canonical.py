@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoint.added_tokens import without_stale_list
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
 from ..checkpoint.config import check_structure, decoder_of, repair_config
 from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import Tokens, flat_config, original_config, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
+from ..checkpoint.images import reads_newline
 from ..checkpoint.kinds import ADAPTERS, kind_of, refuse_kind
 from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.small_files import small_object
@@ -34,7 +36,9 @@ from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, cast
 from ..tensors.sampling import sample_both
 from ..text import few, shown
+from .projector import zero_biases
 
+BIASES = (PROJECTOR_NAMES[1], PROJECTOR_NAMES[3])
 DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
 Parts = dict[str, LazyTensor]
 
@@ -52,6 +56,7 @@ class Model:
     rows: int
     repairs: tuple[str, ...] = ()
     doubts: Doubts = field(default_factory=Doubts)  # about the tower
+    bare: bool = False  # the projector has no biases: zeros stand in their place
 
     @property
     def tied(self) -> bool:
@@ -73,8 +78,13 @@ def take_apart(
     MismatchError where `tower` is not the one that its config names, unless `accept_tower`.
     """
     _check_kind(checkpoint)
+    small, stale = without_stale_list(checkpoint.files)
+    checkpoint = replace(checkpoint, files=small)
     parts = _parts(checkpoint, dtype)
     hub = checkpoint.layout == "llava-hf"
+    _check_newline(checkpoint, parts)
+    bare = hub and checkpoint.config.get("multimodal_projector_bias") is False and not any(name in parts for name in BIASES)
+    parts |= zero_biases(parts) if bare else {}
     given = open_tower(tower) if tower else None
     vision = checkpoint.config.get("vision_config") if hub else None
     own = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given)
@@ -93,6 +103,7 @@ def take_apart(
     parts = {name: tensor for name, tensor in parts.items() if not name.startswith("tower.")}
     parts |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
     rows = parts[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in parts else 0
+    asked = image_token
     if hub:
         image_token = image_token or _image_token(checkpoint, rows)
     _check_image_ids(checkpoint, rows)
@@ -108,7 +119,8 @@ def take_apart(
     _check_parts(config, parts, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
     doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, parts)))
-    return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts)
+    repairs = (*stale, *(_image_id(checkpoint, tokenizer) if hub and asked is None else ()), *repairs)
+    return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts, bare)
 
 
 def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts) -> tuple[Original, ...]:
@@ -200,6 +212,31 @@ def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def _image_id(checkpoint: Checkpoint, tokenizer: HfTokenizer) -> Iterator[str]:
+    """A sentence where config.json names another id than the one that the image token has."""
+    stated = checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id"))
+    if stated != tokenizer.image_id:
+        name = shown(tokenizer.image_token)
+        by_processor = "image_token" in small_object(checkpoint.files, "processor_config.json")
+        why = "which processor_config.json names" if by_processor else "which stands for an image"
+        yield f"config: `image_token_index` {stated} -> {tokenizer.image_id}, the id of {name}, {why}"
+
+
+def _check_newline(checkpoint: Checkpoint, parts: Parts) -> None:
+    """Raise InputError where the config says that tiles are joined by `image_newline`, and no file holds it."""
+    config = checkpoint.config
+    if checkpoint.layout == "llava-hf":
+        target = TARGETS.get(str(config.get("model_type")))
+        reads = target is not None and target.tiles and config.get("use_image_newline_parameter") is not False
+    else:
+        reads = reads_newline(config)
+    if reads and "newline" not in parts:
+        keys = ("model_type", "image_aspect_ratio", "mm_patch_merge_type")
+        facts = {key: shown(str(config[key]))[1:-1] for key in keys if config.get(key) is not None}
+        hint = "give a checkpoint that holds it; where a LoRA was merged, merge it onto the LLaVA that it was trained from, which has it"
+        raise InputError("`image_newline` is in no file, and config.json says that images are joined with it", facts=facts, hint=hint)
+
+
 def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
     added = small_object(checkpoint.files, "added_tokens.json")
     beyond = {
@@ -264,6 +301,8 @@ def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) ->
         hint = (
             f"llava-hf has one Linear or two with gelu between them, from the tower's width of {tower.hidden} to the decoder's of {hidden}"
         )
+        if projector == {name: shape for name, shape in two.items() if name not in BIASES}:
+            hint = "a projector without biases is one of llava-hf with `multimodal_projector_bias` false in config.json"
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
     if "newline" in parts and parts["newline"].shape != (hidden,):
         raise MismatchError(

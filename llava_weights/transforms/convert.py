@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoint.added_tokens import without_stale_list
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
 from ..checkpoint.config import expected_shapes, repair_generation_config
@@ -29,7 +30,7 @@ from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text
-from .canonical import Model, Parts, take_apart
+from .canonical import BIASES, Model, Parts, take_apart
 from .projector import paired, single
 
 TARGETS = ("llava-hf", "llava")
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
+ZERO_BIASES = "the projector has no biases, which LLaVA's code needs: zeros are written, which compute the same"
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 
 
@@ -130,12 +132,16 @@ def to_llava_hf(
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
     elif parts.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
+    bare = model.bare and not form
+    parts = {name: tensor for name, tensor in parts.items() if not (bare and name in BIASES)}
     rows = _rows(model, vocab_size, bool(tiles))
     parts |= {name: resized(parts[name], rows) for name in VOCABULARY_TABLES if name in parts}
     tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
     config = llava_hf_config(
         model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
     )
+    if bare:
+        config["multimodal_projector_bias"] = False
     if unpadded := _unpadded(checkpoint, model, rows):
         config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
     prompt = _prompt(checkpoint, model, conv_mode)
@@ -174,7 +180,9 @@ def to_llava(
     if PROJECTOR_NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
         parts = {name: tensor for name, tensor in parts.items() if name not in PROJECTOR_NAMES} | dict(zip(LINEAR_NAMES, one, strict=True))
     projector = projector_type(parts)
-    files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id)
+    small, _ = without_stale_list(checkpoint.files)
+    files, rows, notes = original_tokenizer(small, rows=model.rows, image_id=model.tokenizer.image_id)
+    notes = (*notes, *([ZERO_BIASES] if model.bare else ()))
     rows = _unpadded(checkpoint, model, model.rows) or rows
     parts |= {name: resized(parts[name], rows) for name in VOCABULARY_TABLES if name in parts}
     config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
