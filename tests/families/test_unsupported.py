@@ -14,6 +14,7 @@ import llava_weights as lw
 from llava_weights.errors import InputError
 from llava_weights.families.quantised import quantisation
 from llava_weights.families.unsupported import UNSUPPORTED, unsupported
+from llava_weights.smoke.forward import load_forward
 
 HUB = "C-v1.5/hf-by-tf4.47.1"
 
@@ -147,6 +148,8 @@ def test_quantised_weights_are_called_so_by_convert_merge_and_verify(hub: Path, 
     for act in (lambda: lw.convert(hub, "llava-hf"), lambda: lw.convert(hub, "llava"), lambda: lw.merge_lora(hub, lora)):
         with pytest.raises(InputError, match=r"is quantised \(bitsandbytes, 4 bits\)"):
             act()
+    with pytest.raises(InputError, match="bitsandbytes, 4 bits"):
+        load_forward(lw.open_checkpoint(hub))
     told = findings(hub)
     assert any("bitsandbytes, 4 bits" in each.text and each.verdict == "unchecked" for each in told)
     assert not any(each.rule in ("config/structure", "state", "constant") for each in told)
