@@ -1,4 +1,4 @@
-"""The architecture as a test: nine rooms in order, who may import whom, and who may print."""
+"""The architecture as a test: the rooms in order, who may import whom, and who may print."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
-"""Is a checkpoint right? Verified by its records, by its sources, by published checksums and by itself; two of them compared.
+"""Is a checkpoint right? By its records, its sources, published checksums and itself; and two checkpoints compared.
 Each check gives findings; none changes a file."""

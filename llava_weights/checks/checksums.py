@@ -1,4 +1,4 @@
-"""What a checkpoint is compared with, and what comes of it: tensors by name and value, files by digest, the published table."""
+"""Find what a checkpoint is to be compared with, and compare: tensors by name and value, files by digest, or the published table."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from ..tensors.lazy import LazyTensor, cast
 from ..tensors.resize import resized
 from ..text import few, listed, shown
 from ..transforms.projector import ONE, paired, single
-from .compare_files import KNOWN, compare_files
+from ..write.plan import LARGEST_SMALL_FILE
+from .compare_files import COMPARED_FILES, compare_files
 
 
 def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
@@ -64,18 +65,17 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
     return str(info.sha), tuple(sums)
 
 
-PUBLISHED = "published"  # as the name of a reference: the table in families/published.py
-SINGLE = ("projector.weight", "projector.bias")
-SHOWN = 20  # failures of one level that are listed one by one
-PROVED = "equal to"  # how the reason of an explained tensor begins that another comparison proved
-LARGEST_SMALL = 64 << 20  # bytes of a small file
-DAMAGED = "get the file again, or repeat the command that wrote it"
+PUBLISHED_TABLE = "published"  # names the table in families/published.py as a reference
+ONE_LINEAR = ("projector.weight", "projector.bias")
+MOST_FAILURES = 20  # failures of one level that are listed one by one
+EQUAL_TO = "equal to"  # how the reason of an explained tensor begins, where another comparison found it equal
+GET_AGAIN = "get the file again, or repeat the command that wrote it"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the checkpoint is compared with: the values of `checkpoint`, the digests of `tensors` and `files` that a manifest lists, the
-    digests of files in a list, or nothing of these for the published table."""
+    """What the checkpoint is compared with: the values of `checkpoint`, or digests of `tensors` and `files` in a manifest, or digests of
+    files in a list; none of these for the published table."""
 
     label: str
     tensors: Mapping[str, TensorEntry] | None = None  # of a checkpoint only once `read_reference` has read them
@@ -87,7 +87,7 @@ class Reference:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        md5 = ("md5",) if self.label == PUBLISHED else ()
+        md5 = ("md5",) if self.label == PUBLISHED_TABLE else ()
         return tuple(dict.fromkeys(("sha256", *md5, *(entry.algorithm for entry in self.sums))))
 
     @property
@@ -122,8 +122,8 @@ def find_reference(against: str | Path) -> Reference:
     Raises InputError where it is nothing to compare with (a bad reference is no failure of the checkpoint), HubError where the Hub
     can't be asked.
     """
-    if str(against) == PUBLISHED and not os.path.exists(against):
-        return Reference(PUBLISHED)
+    if str(against) == PUBLISHED_TABLE and not os.path.exists(against):
+        return Reference(PUBLISHED_TABLE)
     source = parse_source(source_text(against))
     if isinstance(source, HubSource):
         commit, sums = hub_sums(source)
@@ -144,8 +144,8 @@ def _recorded_checkpoint(manifest: Manifest) -> Checkpoint | None:
     folder, files = manifest.path.absolute().parent, {}
     try:
         for name, entry in manifest.files.items():
-            path = member(folder, name) if name in KNOWN else folder
-            if path.is_file() and size_of(path) == entry.size <= LARGEST_SMALL and digest_file(path) == entry.sha256:
+            path = member(folder, name) if name in COMPARED_FILES else folder
+            if path.is_file() and size_of(path) == entry.size <= LARGEST_SMALL_FILE and digest_file(path) == entry.sha256:
                 files[name] = path
         config = load_object(files[CONFIG_FILES[0]]) if CONFIG_FILES[0] in files else {}
     except (InputError, OSError):  # then the digests alone are compared
@@ -155,19 +155,21 @@ def _recorded_checkpoint(manifest: Manifest) -> Checkpoint | None:
 
 
 def read_reference(reference: Reference, *, jobs: int = 2, on_event: Listener = lambda event: None) -> tuple[Reference, list[Finding]]:
-    """The reference with digests of its values, and what is wrong with a manifest that lies beside them: it is not asked for any.
+    """The reference with digests of its values, which are read; and a warning where a manifest beside them says something else.
 
     Raises InputError where the values can't be read.
     """
-    other = reference.checkpoint
-    if other is None or reference.tensors is not None:
+    checkpoint = reference.checkpoint
+    if checkpoint is None or reference.tensors is not None:
         return reference, []
-    reading = rehash({Path(file.path).name: Path(file.path) for file in other.origin.files}, other.tensors, jobs=jobs, on_event=on_event)
+    reading = rehash(
+        {Path(file.path).name: Path(file.path) for file in checkpoint.origin.files}, checkpoint.tensors, jobs=jobs, on_event=on_event
+    )
     if reading.damaged:
-        raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=DAMAGED)
+        raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=GET_AGAIN)
     stale = f"the manifest beside {reference.label}"
     try:
-        manifest = find_manifest(other.origin.path)
+        manifest = find_manifest(checkpoint.origin.path)
         recorded = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
         wrong = [name for name, entry in reading.tensors.items() if manifest and recorded.get(name) != entry.sha256]
         text = f"{stale} is not of its values, which were compared: {few(wrong)}" if wrong else ""
@@ -179,13 +181,13 @@ def read_reference(reference: Reference, *, jobs: int = 2, on_event: Listener = 
 
 def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = None, jobs: int = 2) -> list[Finding]:
     """Findings of level "against" or "published" for what was read of the subject. Raises InputError where it changes meanwhile."""
-    if reference.label == PUBLISHED:
+    if reference.label == PUBLISHED_TABLE:
         return list(_published(subject))
     if reference.tensors is None:
         return list(_by_files(subject, reference))
     findings = list(_by_tensors(subject, reference, jobs))
-    if reference.files and (told := _by_recorded_files(subject, reference)):
-        return findings + told
+    if reference.files and (by_files := _by_recorded_files(subject, reference)):
+        return findings + by_files
     if reference.checkpoint and subject.checkpoint:
         findings += compare_files(subject.checkpoint, reference.checkpoint, reference.label, "against", tower=tower)
     return findings
@@ -194,7 +196,7 @@ def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = N
 def compare_tower(
     checkpoint: Checkpoint, reading: Reading, given: Checkpoint, *, jobs: int = 2, on_event: Listener = lambda event: None
 ) -> tuple[list[Finding], dict[str, str]]:
-    """The tower in `checkpoint` beside the one that was given, cast to its dtype; and the tensors that it proves, with the reason."""
+    """The tower in `checkpoint` against the one that is given, cast to its dtype; and the tensors that are equal, with the reason."""
     tower, label = open_tower(given), shown(given.origin.name)
     inside = {canonical(name): name for name in reading.tensors}
     pairs = {f"tower.{behind}": tensor for behind, tensor in tower.tensors.items() if f"tower.{behind}" in inside}
@@ -202,123 +204,128 @@ def compare_tower(
         text = f"{shown(checkpoint.origin.name)} holds no vision tower to compare with {label}"
         return [Finding("against", "unproved", label, text, rule="vision-tower", part="no vision tower to compare")], {}
     same_dtype = {inside[part]: cast(tensor, reading.tensors[inside[part]].dtype) for part, tensor in pairs.items()}
-    found = digests(same_dtype, jobs=jobs, on_event=on_event)
-    ours = {name: (reading.tensors[name].dtype, reading.tensors[name].shape, reading.tensors[name].sha256) for name in found}
-    wrong = [failed("against", name, f"{shown(name)} is not that of {label}") for name in found if found[name] != ours[name]]
-    extra = [name for part, name in inside.items() if part.startswith("tower.") and name not in found and not re.fullmatch(DROPPED, name)]
+    expected = digests(same_dtype, jobs=jobs, on_event=on_event)
+    found = {name: (reading.tensors[name].dtype, reading.tensors[name].shape, reading.tensors[name].sha256) for name in expected}
+    wrong = [failed("against", name, f"{shown(name)} is not that of {label}") for name in expected if expected[name] != found[name]]
+    extra = [
+        name for part, name in inside.items() if part.startswith("tower.") and name not in expected and not re.fullmatch(DROPPED, name)
+    ]
     lacking = [behind for behind in tower.tensors if f"tower.{behind}" not in inside]
     wrong += (
         [failed("against", extra[0], f"{counted(len(extra), 'tensor')} of the tower are not in {label}: {few(extra)}")] if extra else []
     )
     wrong += [failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} of {label} are missing: {few(lacking)}")] if lacking else []
     part = f"the vision tower (by {label})"
-    text = f"{counted(len(found), 'tensor')} of the vision tower equal to {label}"
+    text = f"{counted(len(expected), 'tensor')} of the vision tower equal to {label}"
     findings = [replace(each, rule="vision-tower") for each in folded("against", label, wrong, text, part=part)]
-    return findings, {} if wrong else dict.fromkeys(found, f"{PROVED} the vision tower {label}")
+    return findings, {} if wrong else dict.fromkeys(expected, f"{EQUAL_TO} the vision tower {label}")
 
 
 def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Finding]:
-    label, theirs = reference.label, reference.tensors or {}
-    ours = _in_form_of(subject, theirs, jobs)
-    pairs, alone = BaseNames(theirs).match(ours)
+    label, expected = reference.label, reference.tensors or {}
+    found = _in_form_of(subject, expected, jobs)
+    pairs, alone = BaseNames(expected).match(found)
     taken = set(pairs.values())
-    there = [name for name in theirs if name not in taken]
-    unlike = {name: other for name, other in pairs.items() if kind(ours[name]) != kind(theirs[other])}
+    there = [name for name in expected if name not in taken]
+    unlike = {name: other for name, other in pairs.items() if kind(found[name]) != kind(expected[other])}
     alike = {name: other for name, other in pairs.items() if name not in unlike and not re.fullmatch(DROPPED, name)}
     buffers = dict.fromkeys(name for name in (*alone, *there, *pairs) if re.fullmatch(DROPPED, name))
-    grown = {name: other for name, other in unlike.items() if _is_grown(name, ours[name], theirs[other])}
-    layouts = (subject.checkpoint.layout if subject.checkpoint else "", layout_of(theirs))
+    grown = {name: other for name, other in unlike.items() if _is_grown(name, found[name], expected[other])}
+    layouts = (subject.checkpoint.layout if subject.checkpoint else "", layout_of(expected))
     source = layouts == ("llava", "llava-hf")  # which the reference was converted from
-    shorter = {name: other for name, other in unlike.items() if source and _is_grown(name, theirs[other], ours[name])}
-    heads = _heads(subject.checkpoint, ours, {name: theirs[other].shape[0] for name, other in grown.items()}, jobs)
-    rows = {other: ours[name].shape[0] for name, other in shorter.items()} if reference.has_values else {}
-    their_heads = _heads(reference.checkpoint, theirs, rows, jobs)
-    compared = {**alike, **grown, **{name: other for name, other in shorter.items() if other in their_heads}}
-    within = source and not any(canonical(name).startswith("tower.") for name in ours)  # named there, and not held
+    shorter = {name: other for name, other in unlike.items() if source and _is_grown(name, expected[other], found[name])}
+    heads = _heads(subject.checkpoint, found, {name: expected[other].shape[0] for name, other in grown.items()}, jobs)
+    rows = {other: found[name].shape[0] for name, other in shorter.items()} if reference.has_values else {}
+    expected_heads = _heads(reference.checkpoint, expected, rows, jobs)
+    compared = {**alike, **grown, **{name: other for name, other in shorter.items() if other in expected_heads}}
+    within = source and not any(canonical(name).startswith("tower.") for name in found)  # named there, and not held
     towers = [name for name in there if within and canonical(name).startswith("tower.") and name not in buffers]
 
     def wrong() -> Iterator[Finding]:
         for name, other in unlike.items():
             if name not in (*buffers, *grown, *shorter):
-                yield failed("against", name, f"{shown(name)} is {kind(ours[name])}, in {label} it is {kind(theirs[other])}")
+                yield failed("against", name, f"{shown(name)} is {kind(found[name])}, in {label} it is {kind(expected[other])}")
         if lacking := [name for name in there if name not in buffers and name not in towers]:
             yield failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} only in {label}: {few(lacking)}")
-        yield from differing("against", {**ours, **heads}, {**theirs, **their_heads}, compared, f"{label} has")
+        yield from differing("against", {**found, **heads}, {**expected, **expected_heads}, compared, f"{label} has")
 
     if buffers:
         yield Finding("against", "unchecked", label, f"buffers that no program reads were left out: {listed(buffers)}")
-    lengths = {name: heads[name].shape[0] if name in heads else ours[name].shape[0] for name in compared if name not in alike}
-    told_rows = "".join(f", {count:,} rows of {shown(name)}" for name, count in lengths.items())
-    text = f"{counted(len(alike), 'tensor')}{told_rows} equal to {label}" if compared else ""
+    lengths = {name: heads[name].shape[0] if name in heads else found[name].shape[0] for name in compared if name not in alike}
+    compared_rows = "".join(f", {count:,} rows of {shown(name)}" for name, count in lengths.items())
+    text = f"{counted(len(alike), 'tensor')}{compared_rows} equal to {label}" if compared else ""
     yield from folded("against", label, wrong(), text, part=f"values of {counted(len(compared), 'tensor')} (by {label})")
     for name, other in grown.items():
-        count = ours[name].shape[0] - theirs[other].shape[0]
-        told = f"{shown(name)} has {counted(count, 'row')} more than in {label}, which were not compared"
-        yield Finding("against", "unchecked", name, told, part=f"unchecked: {counted(count, 'row')} of {shown(name)}")
+        count = found[name].shape[0] - expected[other].shape[0]
+        text = f"{shown(name)} has {counted(count, 'row')} more than in {label}, which were not compared"
+        yield Finding("against", "unchecked", name, text, part=f"unchecked: {counted(count, 'row')} of {shown(name)}")
     for name, other in shorter.items():
-        count = theirs[other].shape[0] - ours[name].shape[0]
+        count = expected[other].shape[0] - found[name].shape[0]
         if name in compared:
-            told = f"{shown(name)} has {counted(count, 'row')} less than in {label}, which a conversion adds"
-            yield Finding("against", "unchecked", name, told, part=f"unchecked: {counted(count, 'row')} of {label}")
+            text = f"{shown(name)} has {counted(count, 'row')} less than in {label}, which a conversion adds"
+            yield Finding("against", "unchecked", name, text, part=f"unchecked: {counted(count, 'row')} of {label}")
         else:
-            told = f"{shown(name)} has {counted(count, 'row')} less than in {label}, whose digest is of all of them"
-            yield Finding("against", "unproved", name, told, part=f"{shown(name)} not compared")
+            text = f"{shown(name)} has {counted(count, 'row')} less than in {label}, whose digest is of all of them"
+            yield Finding("against", "unproved", name, text, part=f"{shown(name)} not compared")
     if towers:
-        told = (
+        text = (
             f"the {counted(len(towers), 'tensor')} of a vision tower in {label} were not compared: the original layout only names its tower"
         )
-        yield Finding("against", "unchecked", label, told, part=f"unchecked: the vision tower of {label}")
+        yield Finding("against", "unchecked", label, text, part=f"unchecked: the vision tower of {label}")
     yield from _without_counterpart([name for name in alone if name not in buffers], subject.explained, label)
 
 
-def _in_form_of(subject: Side, theirs: Mapping[str, TensorEntry], jobs: int) -> Mapping[str, TensorEntry]:
-    """What was read of `subject`; where one side has the single Linear of a projector and the other the two layers that stand for it in
-    llava-hf, then with that Linear, or those layers, under the names of `theirs`. As it is where ours are no such layers."""
-    ours, checkpoint = subject.reading.tensors, subject.checkpoint
-    mine, other = ({canonical(name): name for name in side if canonical(name).startswith("projector.")} for side in (ours, theirs))
-    if checkpoint is None or not ((_is_single(mine) and _is_pair(other)) or (_is_pair(mine) and _is_single(other))):
-        return ours
-    parts = {part: checkpoint.tensors[name] for part, name in mine.items()}
-    if any(each.dtype not in ONE or len(each.shape) != (1 if part.endswith("bias") else 2) for part, each in parts.items()):
-        return ours
-    made: list[dict[str, LazyTensor]] = []
+def _in_form_of(subject: Side, expected: Mapping[str, TensorEntry], jobs: int) -> Mapping[str, TensorEntry]:
+    """What was read of `subject`, with its projector in the form that `expected` has: one Linear, or the two layers that stand for it in
+    llava-hf. As it was read where the forms are the same, or where its layers do not stand for one Linear."""
+    read, checkpoint = subject.reading.tensors, subject.checkpoint
+    names, expected_names = (
+        {canonical(name): name for name in side if canonical(name).startswith("projector.")} for side in (read, expected)
+    )
+    if checkpoint is None or not ((_is_single(names) and _is_pair(expected_names)) or (_is_pair(names) and _is_single(expected_names))):
+        return read
+    projector = {part: checkpoint.tensors[name] for part, name in names.items()}
+    if any(each.dtype not in ONE or len(each.shape) != (1 if name.endswith("bias") else 2) for name, each in projector.items()):
+        return read
+    forms: list[dict[str, LazyTensor]] = []
     try:
-        if _is_single(mine):
-            made += [paired(parts[SINGLE[0]], parts[SINGLE[1]], "identity")]
-            made += [paired(parts[SINGLE[0]], parts[SINGLE[1]], "relu")]
-        elif found := single(parts, str(checkpoint.config.get("projector_hidden_act", "gelu"))):
-            made.append(dict(zip(SINGLE, found, strict=True)))
+        if _is_single(names):
+            forms += [paired(projector[ONE_LINEAR[0]], projector[ONE_LINEAR[1]], form) for form in ("identity", "relu")]
+        elif linear := single(projector, str(checkpoint.config.get("projector_hidden_act", "gelu"))):
+            forms.append(dict(zip(ONE_LINEAR, linear, strict=True)))
     except InputError:  # no such form, or no room for it
         pass
-    rest = {name: entry for name, entry in ours.items() if name not in mine.values()}
-    found_forms = [
+    rest = {name: entry for name, entry in read.items() if name not in names.values()}
+    entries = [
         {
-            other[part]: TensorEntry(other[part], dtype, shape, form[part].nbytes, digest, ours[next(iter(mine.values()))].shard)
+            expected_names[part]: TensorEntry(
+                expected_names[part], dtype, shape, form[part].nbytes, digest, read[next(iter(names.values()))].shard
+            )
             for part, (dtype, shape, digest) in digests(form, jobs=jobs).items()
         }
-        for form in made
+        for form in forms
     ]
-    if not found_forms:
-        return ours
-    return rest | max(found_forms, key=lambda form: sum(entry.sha256 == theirs[name].sha256 for name, entry in form.items()))
+    if not entries:
+        return read
+    return rest | max(entries, key=lambda form: sum(entry.sha256 == expected[name].sha256 for name, entry in form.items()))
 
 
-def _is_single(parts: Mapping[str, str]) -> bool:
-    return {*parts} == {*SINGLE}
+def _is_single(names: Mapping[str, str]) -> bool:
+    return {*names} == {*ONE_LINEAR}
 
 
-def _is_pair(parts: Mapping[str, str]) -> bool:
-    return {*parts} == {*PROJECTOR_NAMES}
+def _is_pair(names: Mapping[str, str]) -> bool:
+    return {*names} == {*PROJECTOR_NAMES}
 
 
-def _is_grown(name: str, ours: TensorEntry, theirs: TensorEntry) -> bool:
+def _is_grown(name: str, longer: TensorEntry, shorter: TensorEntry) -> bool:
     """Whether it is a vocabulary table to which rows were added."""
-    same = (ours.dtype, ours.shape[1:]) == (theirs.dtype, theirs.shape[1:])
-    return canonical(name) in VOCABULARY_TABLES and same and len(ours.shape) == 2 and ours.shape[0] > theirs.shape[0] > 0
+    same = (longer.dtype, longer.shape[1:]) == (shorter.dtype, shorter.shape[1:])
+    return canonical(name) in VOCABULARY_TABLES and same and len(longer.shape) == 2 and longer.shape[0] > shorter.shape[0] > 0
 
 
 def _heads(checkpoint: Checkpoint | None, entries: Mapping[str, TensorEntry], rows: Mapping[str, int], jobs: int) -> dict[str, TensorEntry]:
-    """Digests of the first rows of these tables."""
+    """Digests of the first rows of these tables, as many as `rows` says."""
     tensors = checkpoint.tensors if checkpoint else {}
     heads = {name: resized(tensors[name], count) for name, count in rows.items()}
     return {
@@ -334,7 +341,7 @@ def _without_counterpart(alone: Sequence[str], explained: Mapping[str, str], lab
         reasons[explained.get(name, "")].append(name)
     for reason, names in reasons.items():
         count = counted(len(names), "tensor")
-        if reason.startswith(PROVED):
+        if reason.startswith(EQUAL_TO):
             yield Finding("against", "note", names[0], f"{count} not in {label}, but {reason}")
         elif reason:
             yield Finding("against", "unchecked", names[0], f"{count} not in {label}, {reason}: {few(names)}", part=f"unchecked: {count}")
@@ -344,16 +351,16 @@ def _without_counterpart(alone: Sequence[str], explained: Mapping[str, str], lab
 
 
 def _by_recorded_files(subject: Side, reference: Reference) -> list[Finding]:
-    """The small files by the digests in a manifest. Nothing where they are other files, and those it lists can be compared by meaning.
+    """The small files by the digests in a manifest. An empty list where digests differ but the files can be compared by meaning.
 
-    Where the names of the tensors are of another layout, so are the files.
+    Where the tensors have names of another layout, the small files are of that layout too.
     """
     names = {*(reference.tensors or ())}
     if (names and not names & {*subject.reading.tensors}) or not subject.place.is_dir():
         why = "this is one file of it" if not subject.place.is_dir() else "it is of another layout"
         text = f"the small files were not compared with {reference.label}: {why}"
         return [Finding("against", "unchecked", reference.label, text, rule="small-files", part="small files not compared")]
-    listed_names = [name for name in reference.files if name in KNOWN]
+    listed_names = [name for name in reference.files if name in COMPARED_FILES]
     lacking = [name for name in listed_names if name not in subject.files]
     unlike = [
         name for name in listed_names if subject.reading.files.get(name, {}).get("sha256") != reference.files[name] and name not in lacking
@@ -365,27 +372,27 @@ def _by_recorded_files(subject: Side, reference: Reference) -> list[Finding]:
     wrong += [failed("against", name, f"{shown(name)} is not the file that {reference.label} lists") for name in unlike]
     text = f"{counted(len(listed_names), 'small file')} as listed in {reference.label}" if listed_names else ""
     findings = folded("against", reference.label, wrong, text, part=f"small files (by {reference.label})")
-    if unlisted := [name for name in subject.files if name in KNOWN and name not in reference.files]:
+    if unlisted := [name for name in subject.files if name in COMPARED_FILES and name not in reference.files]:
         part = f"unchecked: {listed(unlisted)}"
         findings.append(Finding("against", "unchecked", unlisted[0], f"not listed in {reference.label}: {listed(unlisted)}", part=part))
     return [replace(each, rule="small-files") for each in findings]
 
 
 def _by_files(subject: Side, reference: Reference) -> Iterator[Finding]:
-    """File by file: a name in a list counts from this folder, from the list's own, or, with this folder's name in front, from above."""
+    """File by file. A name in a list is looked up from this folder, from the list's, or, with this folder's name first, from above."""
     place, files, reading = subject.place, subject.files, subject.reading
     folder = Path(os.path.abspath(place if place.is_dir() else place.parent))
     roots = (folder, folder.parent, *((reference.source.parent,) if reference.source else ()))
     names = {os.path.abspath(path): name for name, path in files.items()}
     wrong: list[Finding] = []
     absent: list[str] = []
-    elsewhere: list[str] = []
+    others: list[str] = []
     matched, seen = set(), set()
     for entry in reference.sums:
         name = next((names[where] for root in roots if (where := os.path.abspath(root / entry.path)) in names), None)
         if name is None:
             top, inner, _ = entry.path.partition("/")
-            (elsewhere if place.is_file() or (inner and top != roots[0].name) else absent).append(entry.path)
+            (others if place.is_file() or (inner and top != roots[0].name) else absent).append(entry.path)
             continue
         seen.add(name)
         found = reading.files.get(name, {}).get(entry.algorithm, "")
@@ -404,8 +411,8 @@ def _by_files(subject: Side, reference: Reference) -> Iterator[Finding]:
         part = f"unchecked: {listed(small)}"
         yield Finding("against", "unchecked", small[0], f"not listed in {reference.label}: {listed(small)}", part=part)
     yield from _unlisted_weights(weights, subject.explained, reference.label)
-    if elsewhere:
-        yield Finding("against", "unchecked", elsewhere[0], f"{reference.label} also lists other files: {listed(elsewhere)}")
+    if others:
+        yield Finding("against", "unchecked", others[0], f"{reference.label} also lists other files: {listed(others)}")
 
 
 def _named(files: Collection[str]) -> str:
@@ -426,22 +433,22 @@ def _unlisted_weights(weights: Mapping[str, Sequence[str]], explained: Mapping[s
 
 
 def differing(
-    level: str, ours: Mapping[str, TensorEntry], theirs: Mapping[str, TensorEntry], pairs: Mapping[str, str], whose: str
+    level: str, found: Mapping[str, TensorEntry], expected: Mapping[str, TensorEntry], pairs: Mapping[str, str], whose: str
 ) -> Iterator[Finding]:
-    """A finding for each pair (our name -> their name) of tensors whose values differ; two that changed places are one finding."""
-    wrong = {name: other for name, other in pairs.items() if ours[name].sha256 != theirs[other].sha256}
+    """A finding for each pair (name -> name in `expected`) of tensors whose values differ; two that changed places are one finding."""
+    wrong = {name: other for name, other in pairs.items() if found[name].sha256 != expected[other].sha256}
     owners: dict[str, list[str]] = defaultdict(list)
     for name, other in wrong.items():
-        owners[theirs[other].sha256].append(name)
-    told: set[str] = set()
+        owners[expected[other].sha256].append(name)
+    done: set[str] = set()
     for name, other in wrong.items():
-        if name in told:
+        if name in done:
             continue
-        entry, expected, owner = ours[name], theirs[other].sha256, owners[ours[name].sha256]
-        partner = next((each for each in owner if ours[each].sha256 == expected and each not in told), None)
+        entry, digest, owner = found[name], expected[other].sha256, owners[found[name].sha256]
+        partner = next((each for each in owner if found[each].sha256 == digest and each not in done), None)
         if partner is not None:
-            told.add(partner)
-            where = listed(dict.fromkeys((entry.shard, ours[partner].shard)))
+            done.add(partner)
+            where = listed(dict.fromkeys((entry.shard, found[partner].shard)))
             yield failed(level, name, f"{shown(name)} and {shown(partner)} in {where} are exchanged: each holds the other's values")
         else:
             holds = f"; it holds those of {shown(owner[0])}" if owner else ""
@@ -449,38 +456,41 @@ def differing(
 
 
 def _published(subject: Side) -> Iterator[Finding]:
-    """Which published file each file is. Most good files were never published, so an unknown one is no failure, but no proof either."""
+    """Which published file each file is. An unknown file is no failure, since most good files were never published, but it is unproved."""
     known = {name: recognise(sha256=digests["sha256"], md5=digests["md5"]) for name, digests in subject.reading.files.items()}
     for name, found in known.items():
         if found:
-            yield Finding(PUBLISHED, "ok", name, f"{shown(name)} is {found.what} ({found.source})", part=f"{shown(name)} (as published)")
+            yield Finding(
+                PUBLISHED_TABLE, "ok", name, f"{shown(name)} is {found.what} ({found.source})", part=f"{shown(name)} (as published)"
+            )
     unknown = [name for name, found in known.items() if not found]
     weights, others = ([name for name in unknown if (name in subject.weights) == whether] for whether in (True, False))
     if others:
         yield Finding(
-            PUBLISHED, "unchecked", others[0], f"not among the published files: {listed(others)}", part=f"unchecked: {listed(others)}"
+            PUBLISHED_TABLE, "unchecked", others[0], f"not among the published files: {listed(others)}", part=f"unchecked: {listed(others)}"
         )
     if weights:
         text = f"weight files that are not among the published ones: {listed(weights)}"
-        yield Finding(PUBLISHED, "unproved", weights[0], text, part=f"{counted(len(weights), 'weight file')} that nobody published")
+        yield Finding(PUBLISHED_TABLE, "unproved", weights[0], text, part=f"{counted(len(weights), 'weight file')} that nobody published")
 
 
-# --- findings -------------------------------------------------------------------------------------------------------
-
-
-def failed(level: str, subject: str, text: str, remedy: str = DAMAGED) -> Finding:
+def failed(level: str, subject: str, text: str, remedy: str = GET_AGAIN) -> Finding:
     return Finding(level, "failed", subject, text, "" if level == "against" else remedy)
 
 
 def folded(level: str, subject: str, findings: Iterable[Finding], ok: str, *, part: str = "") -> list[Finding]:
-    """The findings of a level, failures after the first SHOWN as one; where nothing failed, `ok` in one more, unless it is empty.
+    """The findings of a level. Failures after the first MOST_FAILURES become one. Where nothing failed, `ok` comes first, unless empty.
 
-    `part` is what the headline says is proved then.
+    `part` is what the headline then calls verified.
     """
     every = list(findings)
     failures = [found for found in every if found.verdict == "failed"]
-    more = f"and {len(failures) - SHOWN:,} more, the last of them {shown(failures[-1].subject)}" if len(failures) > SHOWN else ""
-    shortened = [found for found in every if found.verdict != "failed" or found in failures[:SHOWN]]
+    more = (
+        f"and {len(failures) - MOST_FAILURES:,} more, the last of them {shown(failures[-1].subject)}"
+        if len(failures) > MOST_FAILURES
+        else ""
+    )
+    shortened = [found for found in every if found.verdict != "failed" or found in failures[:MOST_FAILURES]]
     shortened += [failed(level, failures[-1].subject, more)] if more else []
     return shortened if failures or not ok else [Finding(level, "ok", subject, ok, part=part), *shortened]
 

@@ -26,14 +26,13 @@ from ..storage.reading import Workspace, check_crcs, steady
 from ..storage.threads import in_threads
 from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits, to_float32
 from ..tensors.lazy import FLOATS, LazyTensor
-from ..tensors.windows import row_ranges
+from ..tensors.windows import WINDOW_BYTES, row_ranges
 from ..text import brief, fold_names
 
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
 
-WINDOW_BYTES = 8 << 20  # bytes of a tensor read at once (facts: perf)
-CHUNK = 1 << 17  # values measured at once: small enough for the processor's cache, large enough for two threads
+CHUNK_VALUES = 1 << 17  # values measured at once: small enough for the processor's cache, large enough for two threads
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,7 @@ class Difference:
 
 
 def diff(
-    a: Source,
-    b: Source,
-    *,
-    tolerance: float = 0.0,
-    rows: bool = True,
-    jobs: int = 2,
-    on_event: Listener = lambda event: None,
+    a: Source, b: Source, *, tolerance: float = 0.0, rows: bool = True, jobs: int = 2, on_event: Listener = lambda event: None
 ) -> Difference:
     """Compare every tensor of `a` with its partner in `b`, across layouts, dtypes and shards. Every byte is read, nothing is written.
 
@@ -126,11 +119,11 @@ def diff(
         raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on", hint=hint)
     whole_number("jobs", jobs, most=MOST_JOBS)
     a, b = opened(a, "first checkpoint"), opened(b, "second checkpoint")
-    ours, theirs = a.parameters(), b.parameters()
-    pairs = list(_pairs(ours, theirs, rows))
-    files = {leaf.file for tensors in (ours, theirs) for tensor in tensors.values() for leaf in tensor.leaves()}
+    tensors_a, tensors_b = a.parameters(), b.parameters()
+    pairs = list(_pairs(tensors_a, tensors_b, rows))
+    files = {leaf.file for tensors in (tensors_a, tensors_b) for tensor in tensors.values() for leaf in tensor.leaves()}
     found = steady(lambda: _measure_all(pairs, tolerance, jobs, on_event), files, same_header)
-    ignored = len(a.tensors) - len(ours), len(b.tensors) - len(theirs)
+    ignored = len(a.tensors) - len(tensors_a), len(b.tensors) - len(tensors_b)
     return Difference(tuple(found), a.origin.name, b.origin.name, tolerance, *ignored)
 
 
@@ -142,12 +135,12 @@ def _measure_all(
     workspaces = [Workspace() for _ in range(jobs)]
     idle, done = list(workspaces), accumulate(nbytes)  # one workspace for each thread
 
-    def tell(tensor: TensorDifference) -> None:
+    def report(tensor: TensorDifference) -> None:
         on_event(Progress(next(done), tensor.name or tensor.other))
 
     try:
         with one_thread():
-            found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=tell)
+            found = in_threads(lambda task: _measure(task[0], task[1], tolerance, idle), pairs, jobs, then=report)
         for workspace in workspaces:
             workspace.recheck_sources()
         check_crcs(workspaces)
@@ -158,7 +151,7 @@ def _measure_all(
 
 
 def table(difference: Difference, *, limit: int = 20) -> list[str]:
-    """Lines for people: one for each pattern of names with the same fate, worst first, at most `limit`, then what is equal."""
+    """Lines for people: one for each pattern of names with the same result, worst first, at most `limit`, then what is equal."""
     groups: dict[tuple[object, ...], list[TensorDifference]] = {}
     for tensor in difference.tensors:
         if tensor.status != "equal":
@@ -166,15 +159,17 @@ def table(difference: Difference, *, limit: int = 20) -> list[str]:
             pattern = re.sub(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.|$)", "{}", name, count=1)
             groups.setdefault((tensor.status, pattern, tensor.note, _kinds(tensor)), []).append(tensor)
     worst = sorted(groups.values(), key=lambda group: (STATUSES.index(group[0].status), -max(tensor.relative for tensor in group)))
-    rows = [(group[0].status, ", ".join(fold_names(tensor.name or tensor.other for tensor in group)), _told(group)) for group in worst]
+    rows = [
+        (group[0].status, ", ".join(fold_names(tensor.name or tensor.other for tensor in group)), _description(group)) for group in worst
+    ]
     shown = rows[:limit]
     width = max((len(name) for _, name, _ in shown), default=0)
-    lines = [f"{status:<7}  {name:<{width}}  {told}" for status, name, told in shown]
+    lines = [f"{status:<7}  {name:<{width}}  {text}" for status, name, text in shown]
     if len(rows) > limit:
         lines.append(f"and {len(rows) - limit} more patterns")
     notes = Counter(tensor.note for tensor in difference.tensors if tensor.status == "equal" and tensor.note)
-    told = "".join(f"; {count} {note}" for note, count in notes.items())
-    lines.append(f"equal    {difference.counts['equal']} of {len(difference.tensors)} tensors{told}")
+    more = "".join(f"; {count} {note}" for note, count in notes.items())
+    lines.append(f"equal    {difference.counts['equal']} of {len(difference.tensors)} tensors{more}")
     if difference.ignored_a or difference.ignored_b:
         lines.append(f"ignored  {difference.ignored_a} buffers in A, {difference.ignored_b} in B: no program reads them")
     return lines
@@ -200,20 +195,22 @@ class _Pair(LazyTensor):
         return (self.a, self.b)
 
 
-def _pairs(ours: Mapping[str, LazyTensor], theirs: Mapping[str, LazyTensor], rows: bool) -> Iterator[tuple[TensorDifference, _Pair | None]]:
+def _pairs(
+    tensors_a: Mapping[str, LazyTensor], tensors_b: Mapping[str, LazyTensor], rows: bool
+) -> Iterator[tuple[TensorDifference, _Pair | None]]:
     """Every tensor of A, then what only B has, each with what there is to compare."""
-    partner = {name: name for name in ours if name in theirs}
-    left, right = (BaseNames(name for name in side if name not in partner).canonical for side in (ours, theirs))
+    partner = {name: name for name in tensors_a if name in tensors_b}
+    left, right = (BaseNames(name for name in side if name not in partner).canonical for side in (tensors_a, tensors_b))
     partner |= {name: right[key] for key, name in left.items() if key in right}
-    for name, a in ours.items():
+    for name, a in tensors_a.items():
         if name in partner:
-            b = theirs[partner[name]]
+            b = tensors_b[partner[name]]
             known = TensorDifference(name, partner[name], canonical(name), a.dtype, b.dtype, a.shape, b.shape, "shape")
             yield known, _common(known, a, b, rows)
         else:
             yield TensorDifference(name, "", canonical(name), a.dtype, "", a.shape, (), "only A"), None
     taken = set(partner.values())
-    for name, b in theirs.items():
+    for name, b in tensors_b.items():
         if name not in taken:
             yield TensorDifference("", name, canonical(name), "", b.dtype, (), b.shape, "only B"), None
 
@@ -305,22 +302,22 @@ def _notes(known: TensorDifference, pair: _Pair, tally: _Tally) -> Iterator[str]
 
 
 def _compare(pair: _Pair, tolerance: float, work: Workspace) -> _Tally:
-    tally, owed, dtypes = _Tally(), list[tuple[int, int]](), (pair.a.dtype, pair.b.dtype)
+    tally, skipped, dtypes = _Tally(), list[tuple[int, int]](), (pair.a.dtype, pair.b.dtype)
     for start, stop in row_ranges(pair, WINDOW_BYTES):
-        with work.scratch((stop - start) * pair.a.row_nbytes) as ours, work.scratch((stop - start) * pair.b.row_nbytes) as theirs:
-            pair.a.rows_into(ours, start, stop, work)
-            pair.b.rows_into(theirs, start, stop, work)
-            a, b = raw_bits(ours, dtypes[0]), raw_bits(theirs, dtypes[1])
+        with work.scratch((stop - start) * pair.a.row_nbytes) as raw_a, work.scratch((stop - start) * pair.b.row_nbytes) as raw_b:
+            pair.a.rows_into(raw_a, start, stop, work)
+            pair.b.rows_into(raw_b, start, stop, work)
+            a, b = raw_bits(raw_a, dtypes[0]), raw_bits(raw_b, dtypes[1])
             if dtypes[0] == dtypes[1] and np.array_equal(a, b):
-                owed.append((start, stop))
+                skipped.append((start, stop))
                 continue
-            for first in range(0, len(a), CHUNK):
-                tally.add((a[first : first + CHUNK], b[first : first + CHUNK]), dtypes, tolerance)
-    for start, stop in owed if tally.different else ():  # their part of A's norm, which an equal tensor does not need
-        with work.scratch((stop - start) * pair.a.row_nbytes) as ours:
-            pair.a.rows_into(ours, start, stop, work)
-            a = raw_bits(ours, dtypes[0])
-            tally.norm += sum(_squares(_values(a[first : first + CHUNK], dtypes[0])) for first in range(0, len(a), CHUNK))
+            for first in range(0, len(a), CHUNK_VALUES):
+                tally.add((a[first : first + CHUNK_VALUES], b[first : first + CHUNK_VALUES]), dtypes, tolerance)
+    for start, stop in skipped if tally.different else ():  # they count in the norm of A, which is only needed where something differs
+        with work.scratch((stop - start) * pair.a.row_nbytes) as raw_a:
+            pair.a.rows_into(raw_a, start, stop, work)
+            a = raw_bits(raw_a, dtypes[0])
+            tally.norm += sum(_squares(_values(a[first : first + CHUNK_VALUES], dtypes[0])) for first in range(0, len(a), CHUNK_VALUES))
     return tally
 
 
@@ -358,7 +355,7 @@ def _kinds(tensor: TensorDifference) -> str:
     return ", ".join(f"{dtype} {list(shape)}" for dtype, shape in sides if dtype) if tensor.status not in ("equal", "differs") else ""
 
 
-def _told(group: Sequence[TensorDifference]) -> str:
+def _description(group: Sequence[TensorDifference]) -> str:
     """What happened to these tensors, which are alike: shares over all, the worst of every measure."""
     parts = [_kinds(group[0])]
     if different := sum(tensor.different for tensor in group):

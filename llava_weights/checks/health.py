@@ -1,7 +1,7 @@
 """Is a checkpoint sound, judged by itself alone? Its files against each other (L0), and a few MB of its values (L1).
 
-No reference is needed, and nothing is executed. What a wrong base does to a sum can hardly be seen without the base, so that is
-never more than a warning (facts: verify 5).
+No reference is needed, and nothing is executed. A sum with a wrong base can hardly be recognised without the base, so that is never
+more than a warning.
 """
 
 from __future__ import annotations
@@ -38,28 +38,33 @@ from ..tensors.lazy import FLOATS, LazyTensor
 from ..tensors.sampling import LARGEST_ROW, even, read_some
 from ..text import few, fold_names, listed, size
 from . import rules_llava_hf, rules_original
-from .rules import CONFIG, Rule, Sidecars, added_ids, check, read_sidecars, refused, said
+from .rules import CONFIG, JINJA, Rule, SmallFiles, added_ids, as_json, check, read_small_files, refused
 from .template_check import asks_for
 
-RULES: Mapping[str, tuple[Rule, ...]] = {"llama": rules_original.LLAMA, "llava": rules_original.LLAVA, "llava-hf": rules_llava_hf.RULES}
+RULES_OF_LAYOUT: Mapping[str, tuple[Rule, ...]] = {
+    "llama": rules_original.LLAMA_RULES,
+    "llava": rules_original.LLAVA_RULES,
+    "llava-hf": rules_llava_hf.LLAVA_HF_RULES,
+}
 SHAPES = ("config/structure", "config/tower", "config/projector")  # which compare shapes
 MORE_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
 TEMPLATES_FROM = "take the template from the authors of the model"
-CODE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")  # the last: CVE-2026-4372 (facts: verify 3.5)
+CODE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")  # the last: CVE-2026-4372
 PICKLES, PROGRAMS = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt"), (".py", ".so", ".sh")
 SAFETENSORS = "convert it: every command that writes a model writes safetensors"
-DOWNLOAD = "make or download it again, and run `llava-weights verify --deep`"
+MAKE_AGAIN = "make or download it again, and run `llava-weights verify --deep`"
 APPLY = "`llava-weights apply-delta --base LLAMA --delta PATH -o OUT`"
+APPLY_AGAIN = "apply the delta to the original LLaMA again; the round-trip test tells the base"
 APPLIED = "see that the delta or the adapter was applied to every tensor, once"
-UNLIKE = 16  # the layers of a LLaMA differ by up to 5; a delta is 3 to 200 times smaller than its base (facts: verify 5)
+UNUSUAL = 16  # the layers of a LLaMA differ by up to 5; a delta is 3 to 200 times smaller than its base
 WIDE = 0.1  # standard deviation of matrices from 1,024 columns on: LLaMA's have 1e-2 to 3e-2
-SAMPLED_ROWS, TABLE_ROWS, LISTED_ROWS = 3, 64, 256
+SAMPLED_ROWS, SAMPLED_TABLE_ROWS, LISTED_ROWS = 3, 64, 256
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What some rows of a tensor show: all finite?, the one value that all have or None, a digest of the values, their root mean
-    square, bytes read."""
+    """What some rows of a tensor show: `constant` is the value that all have, if it is one; `digest` is of the values, `size` their root
+    mean square, `nbytes` what was read."""
 
     finite: bool
     constant: float | None
@@ -73,28 +78,24 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
 
     Reads headers, small files and samples of the values, some MB. Raises nothing for what is damaged: that is a finding.
     """
-    sidecars, findings = read_sidecars(checkpoint)
-    findings += check(_rules(checkpoint), sidecars)
-    findings += _or_ok(
-        "L0", "weight files", _ruled("weight-files", _containers(checkpoint)), "one container of safetensors, whole by its index"
-    )
-    findings += _ruled("other-weights", _elsewhere(checkpoint, folder))
-    findings += _or_ok("L0", "code", _ruled("code", _code(checkpoint, sidecars, folder)), "no file that a program would execute")
+    small_files, findings = read_small_files(checkpoint)
+    findings += check(_rules(checkpoint), small_files)
+    findings += _or_ok("L0", "weight files", "weight-files", _containers(checkpoint), "one container of safetensors, whole by its index")
+    findings += _ruled("other-weights", _other_weights(checkpoint, folder))
+    findings += _or_ok("L0", "code", "code", _code(checkpoint, small_files, folder), "no file that a program would execute")
     try:
-        findings += _values(checkpoint, sidecars)
+        findings += _values(checkpoint, small_files)
     except InputError as error:
-        findings.append(Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, DOWNLOAD))
+        findings.append(Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, MAKE_AGAIN))
     return tuple(findings)
 
 
 def _rules(checkpoint: Checkpoint) -> Iterable[Rule]:
     """The rules that fit: of a quantised checkpoint those that compare no shape, of an unsupported family those on tokens alone."""
-    rules, kind = RULES.get(checkpoint.layout, ()), kind_of(checkpoint)
+    rules, kind = RULES_OF_LAYOUT.get(checkpoint.layout, ()), kind_of(checkpoint)
     if kind is None:
         return rules
-    return (
-        [rule for rule in rules if rule.name not in SHAPES] if kind.quantised else [rule for rule in rules if rule in rules_original.SHARED]
-    )
+    return [rule for rule in rules if (rule.name not in SHAPES if kind.quantised else rule in rules_original.SHARED_RULES)]
 
 
 def _ruled(rule: str, findings: Iterable[Finding]) -> Iterator[Finding]:
@@ -102,8 +103,8 @@ def _ruled(rule: str, findings: Iterable[Finding]) -> Iterator[Finding]:
     return (replace(finding, rule=rule) for finding in findings)
 
 
-def _or_ok(level: str, subject: str, findings: Iterable[Finding], text: str) -> list[Finding]:
-    return list(findings) or [Finding(level, "ok", subject, text)]
+def _or_ok(level: str, subject: str, rule: str, findings: Iterable[Finding], text: str) -> list[Finding]:
+    return list(_ruled(rule, findings)) or [Finding(level, "ok", subject, text)]
 
 
 def _warning(level: str, subject: str, text: str, remedy: str) -> Finding:
@@ -130,7 +131,7 @@ def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield from _index(checkpoint)
 
 
-def _elsewhere(checkpoint: Checkpoint, folder: Path | None) -> Iterator[Finding]:
+def _other_weights(checkpoint: Checkpoint, folder: Path | None) -> Iterator[Finding]:
     """Files that make transformers load other weights than those that are verified."""
     names: list[str] = []
     with suppress(OSError):
@@ -156,13 +157,13 @@ def _index(checkpoint: Checkpoint) -> Iterator[Finding]:
         return
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total is not None and total != checkpoint.nbytes:
-        text = f"`total_size` is {said(total)}, but the tensors have {checkpoint.nbytes:,} bytes"
+        text = f"`total_size` is {as_json(total)}, but the tensors have {checkpoint.nbytes:,} bytes"
         yield _warning("L0", name, text, "index and shards may be of two downloads: compare with `llava-weights verify --against`")
 
 
-def _code(checkpoint: Checkpoint, sidecars: Sidecars, folder: Path | None) -> Iterator[Finding]:
+def _code(checkpoint: Checkpoint, small_files: SmallFiles, folder: Path | None) -> Iterator[Finding]:
     """Files that would execute code in other programs."""
-    objects, names = dict(sidecars.objects), list[str]()
+    objects, names = dict(small_files.objects), list[str]()
     with suppress(OSError):
         names = sorted(os.listdir(folder)) if folder and folder.is_dir() else []
     if folder and "adapter_config.json" in names:
@@ -179,7 +180,7 @@ def _code(checkpoint: Checkpoint, sidecars: Sidecars, folder: Path | None) -> It
     templates = [(name, template) for name, value in objects.items() for template in _texts(value.get("chat_template"))]
     for name, template in chain(templates, _jinja(checkpoint, folder)):
         if isinstance(template, InputError):
-            if name != rules_llava_hf.JINJA:  # whose rules say it
+            if name != JINJA:  # whose rules say it
                 yield refused(template, name)
         elif asked := asks_for(template):
             more = f" and {len(asked) - 5:,} more" if len(asked) > 5 else ""
@@ -209,7 +210,7 @@ def _jinja(checkpoint: Checkpoint, folder: Path | None) -> Iterator[tuple[str, s
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The templates in a `chat_template`; the names of named ones are none."""
+    """The templates in a `chat_template`: one, a list of them, or a dict by name."""
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
         template = each.get("template") if isinstance(each, dict) else each
         if isinstance(template, str):
@@ -229,7 +230,7 @@ def _keys(value: Any) -> Iterator[str]:
 # --- L1: values -----------------------------------------------------------------------------------------------------
 
 
-def _values(checkpoint: Checkpoint, sidecars: Sidecars) -> list[Finding]:
+def _values(checkpoint: Checkpoint, small_files: SmallFiles) -> list[Finding]:
     kind_known = kind_of(checkpoint) is None
     packed = re.compile(rf".*({EVERY_NAME})", re.DOTALL)
     samples = _samples({name: tensor for name, tensor in checkpoint.parameters().items() if not packed.fullmatch(name)})
@@ -240,21 +241,22 @@ def _values(checkpoint: Checkpoint, sidecars: Sidecars) -> list[Finding]:
     if any(finding.verdict == "failed" for finding in kind):  # in a delta zeros and equal rows are usual
         return findings + kind
     findings += chain(
-        _ruled("constant", _constant(samples)), _ruled("equal-layers", _twice(samples)), _ruled("layer-sizes", _unlike(samples))
+        _ruled("constant", _constant(samples)), _ruled("equal-layers", _equal_layers(samples)), _ruled("layer-sizes", _layer_sizes(samples))
     )
     findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal, no holes", part="samples")]
     if model:
         findings += kind
         findings += _or_ok(
-            "L1",
-            "precision",
-            _ruled("bfloat16", _bfloat16(checkpoint)),
-            "no matrix of the text model went through bfloat16 into another dtype",
+            "L1", "precision", "bfloat16", _bfloat16(checkpoint), "no matrix of the text model went through bfloat16 into another dtype"
         )
         findings += _or_ok(
-            "L1", "vocabulary", _ruled("vocabulary-rows", _rows(sidecars)), "sampled rows, and all of added tokens: none zero or equal"
+            "L1",
+            "vocabulary",
+            "vocabulary-rows",
+            _vocabulary_rows(small_files),
+            "sampled rows, and all of added tokens: none zero or equal",
         )
-        findings += chain(_ruled("tied-head", _head(sidecars)), _ruled("projector-activation", _between(sidecars)))
+        findings += chain(_ruled("tied-head", _tied_head(small_files)), _ruled("projector-activation", _projector_activation(small_files)))
     return findings
 
 
@@ -278,22 +280,22 @@ def _samples(tensors: Mapping[str, LazyTensor]) -> dict[str, Sample]:
 
 def _non_finite(samples: Mapping[str, Sample]) -> Iterator[Finding]:
     if bad := [name for name, sample in samples.items() if not sample.finite]:
-        yield Finding("L1", "failed", bad[0], f"inf or NaN in {few(bad)}", DOWNLOAD)
+        yield Finding("L1", "failed", bad[0], f"inf or NaN in {few(bad)}", MAKE_AGAIN)
 
 
 def _holes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Ranges of zeros, as far as they are seen without reading everything; and what the zip records of small files tell."""
+    """Ranges of zeros, as far as samples show them, and damaged zip records of small files."""
     watch = watch_over(checkpoint)
     try:
         watch.survey()
     except InputError as error:
-        yield Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, DOWNLOAD)
+        yield Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, MAKE_AGAIN)
     for text in hole_sentences(hole.text for hole in sorted(watch.found)):
-        yield Finding("L1", "failed", checkpoint.origin.name, text, DOWNLOAD)
+        yield Finding("L1", "failed", checkpoint.origin.name, text, MAKE_AGAIN)
 
 
 def watch_over(checkpoint: Checkpoint) -> Watch:
-    """What collects holes in a checkpoint that is looked at, in the role that its names and values tell."""
+    """The collector of holes for a checkpoint that is only read, in the role that its names and values tell."""
     leaves = ((name, leaf) for name, tensor in checkpoint.parameters().items() for leaf in tensor.leaves())
     return Watch(leaves, dict.fromkeys((file.path for file in checkpoint.origin.files), role_of(checkpoint)), accept=True)
 
@@ -306,7 +308,7 @@ def _constant(samples: Mapping[str, Sample]) -> Iterator[Finding]:
             "L1", second[0], f"every sampled value is 0 in {few(second)}: this adapter changes nothing there", "train it further"
         )
     if zero := [name for name, value in constant.items() if value == 0 and name not in second]:
-        yield Finding("L1", "failed", zero[0], f"every sampled value is 0 in {few(zero)}", DOWNLOAD)
+        yield Finding("L1", "failed", zero[0], f"every sampled value is 0 in {few(zero)}", MAKE_AGAIN)
     if same := [name for name, value in constant.items() if value != 0]:
         text = (
             f"every sampled value is {constant[same[0]]:.4g} in {few(same[:1])}, and one value only in {len(same):,} tensors: {few(same)}"
@@ -314,7 +316,7 @@ def _constant(samples: Mapping[str, Sample]) -> Iterator[Finding]:
         yield _warning("L1", same[0], text, "such tensors were never trained: see that the right files were merged")
 
 
-def _twice(samples: Mapping[str, Sample]) -> Iterator[Finding]:
+def _equal_layers(samples: Mapping[str, Sample]) -> Iterator[Finding]:
     """The same values under one name in several layers."""
     groups = defaultdict(list)
     for name, sample in samples.items():
@@ -325,7 +327,7 @@ def _twice(samples: Mapping[str, Sample]) -> Iterator[Finding]:
             yield _warning("L1", names[0], f"the same values stand in {fold_names(names)[0]}", "see that no layer was copied over another")
 
 
-def _unlike(samples: Mapping[str, Sample]) -> Iterator[Finding]:
+def _layer_sizes(samples: Mapping[str, Sample]) -> Iterator[Finding]:
     """A matrix of the text model whose values are of another order than those of the same name in the other layers."""
     groups = defaultdict(list)
     for name, sample in samples.items():
@@ -335,20 +337,20 @@ def _unlike(samples: Mapping[str, Sample]) -> Iterator[Finding]:
         usual = median(samples[name].size for name in names)
         for name in names:
             times = samples[name].size / usual
-            if len(names) > 2 and not 1 / UNLIKE < times < UNLIKE:
+            if len(names) > 2 and not 1 / UNUSUAL < times < UNUSUAL:
                 how = f"{times:.0f} times as large as" if times > 1 else f"{1 / times:.0f} times smaller than"
                 yield _warning("L1", name, f"its sampled values are {how} in the other layers, as those of a delta are", APPLIED)
 
 
-def _head(s: Sidecars) -> Iterator[Finding]:
-    """A stored `lm_head` beside the flag that makes readers take the embedding in its place."""
-    config, tables = s.of(CONFIG), [s.parts.get(part) for part in VOCABULARY_TABLES]
+def _tied_head(s: SmallFiles) -> Iterator[Finding]:
+    """A stored `lm_head` that readers replace by the embedding, because a flag says that the two are tied."""
+    config, tables = s.of(CONFIG), [s.tensors.get(part) for part in VOCABULARY_TABLES]
     embed, head = tables
     if embed is None or head is None or embed.shape != head.shape:
         return
     tied = True in (config.get("tie_word_embeddings"), s.text.get("tie_word_embeddings") if s.checkpoint.layout == "llava-hf" else None)
     with closing(Workspace(drop_cache=False)) as work:
-        one, other = (read_some(table, even(table.rows, TABLE_ROWS), work) for table in (embed, head))
+        one, other = (read_some(table, even(table.rows, SAMPLED_TABLE_ROWS), work) for table in (embed, head))
     same = np.array_equal(one, other, equal_nan=True)
     if tied and not same:
         text = "`tie_word_embeddings` is true, but the head has values of its own: transformers takes the embedding in its place"
@@ -358,20 +360,20 @@ def _head(s: Sidecars) -> Iterator[Finding]:
         yield _warning("L1", spelled(VOCABULARY_TABLES[1], _layout(s)), text, "see that the head is the one that was trained")
 
 
-def _between(s: Sidecars) -> Iterator[Finding]:
+def _projector_activation(s: SmallFiles) -> Iterator[Finding]:
     """The activation between the projector's two layers. Every LLaVA has gelu, but where one Linear is written as two
     (transforms/projector.py)."""
-    first, second = s.parts.get("projector.0.weight"), s.parts.get("projector.2.weight")
+    first, second = s.tensors.get("projector.0.weight"), s.tensors.get("projector.2.weight")
     if s.checkpoint.layout != "llava-hf" or first is None or second is None or len(first.shape) != 2 or len(second.shape) != 2:
         return
     act = s.of(CONFIG).get("projector_hidden_act", "gelu")
     with closing(Workspace(drop_cache=False)) as work:
         pairs, identity = (_is_signs(read_some(each, even(each.rows, LISTED_ROWS), work)) for each in (first, second))
     if identity and act != "linear":
-        text = f"`projector_hidden_act` is {said(act)}, but the second layer is the identity, which belongs to `linear`"
+        text = f"`projector_hidden_act` is {as_json(act)}, but the second layer is the identity, which belongs to `linear`"
         yield Finding("L1", "failed", CONFIG, text, rules_original.REPAIR)
     elif act != "gelu" and act in ACTIVATIONS and not identity and not pairs:
-        text = f"`projector_hidden_act` is {said(act)}, every published LLaVA with a projector of two layers has gelu"
+        text = f"`projector_hidden_act` is {as_json(act)}, every published LLaVA with a projector of two layers has gelu"
         yield _warning("L1", CONFIG, text, "see that the file is the one that these weights were made with")
 
 
@@ -380,7 +382,7 @@ def _is_signs(rows: np.ndarray) -> bool:
     return bool(rows.any()) and bool(np.all(np.count_nonzero(rows, axis=1) <= 1)) and set(np.unique(rows).tolist()) <= {-1.0, 0.0, 1.0}
 
 
-def _layout(s: Sidecars) -> str:
+def _layout(s: SmallFiles) -> str:
     return "llava-hf" if s.checkpoint.layout == "llava-hf" else "llava"
 
 
@@ -392,14 +394,10 @@ def _state(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield Finding("L1", "failed", checkpoint.origin.name, f"this is a delta that was never applied: {evidence}", APPLY)
     elif found.verdict == "unknown":
         text = f"neither a model nor a delta by its values, as a sum with a wrong base may look: {evidence}"
-        yield _warning(
-            "L1", checkpoint.origin.name, text, "apply the delta to the original LLaMA again; the round-trip test tells the base"
-        )
+        yield _warning("L1", checkpoint.origin.name, text, APPLY_AGAIN)
     elif found.matrix_std > WIDE and _width(checkpoint) >= 1024:
         text = f"matrices are {found.matrix_std / 0.02:.0f} times as wide as a LLaMA's, as a sum with a wrong base may be: {evidence}"
-        yield _warning(
-            "L1", checkpoint.origin.name, text, "apply the delta to the original LLaMA again; the round-trip test tells the base"
-        )
+        yield _warning("L1", checkpoint.origin.name, text, APPLY_AGAIN)
     else:
         yield Finding("L1", "ok", "state", f"whole weights, no delta: {evidence}")
 
@@ -425,18 +423,22 @@ def _bfloat16(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield Finding("L1", "failed" if damaged else "warning", found.names[0], what, remedy)
 
 
-def _rows(sidecars: Sidecars) -> Iterator[Finding]:
+def _vocabulary_rows(small_files: SmallFiles) -> Iterator[Finding]:
     """Rows of the vocabulary tables that no training has touched.
 
-    The rows behind the tokenizer's last id are padding, and those of image and pad token are never read as text: after a conversion
-    they hold the mean of the table, all the same one. transformers 4.36 to 4.40 takes an all-zero row for an image's place.
+    Rows behind the tokenizer's last id are padding, and those of image and pad token are never read as text: after a conversion all of
+    them hold the mean of the table. transformers 4.36 to 4.40 takes an all-zero row for an image's place.
     """
-    added = added_ids(sidecars.objects)
-    last = max([*sidecars.tokens.values(), sidecars.base_vocabulary - 1, -1])
+    added = added_ids(small_files.objects)
+    last = max([*small_files.tokens.values(), small_files.base_vocabulary - 1, -1])
     if last < 0:
         yield Finding("L1", "unchecked", "vocabulary", "there is no tokenizer that tells which rows are of tokens")
         return
-    unread = {sidecars.ids.get("pad"), sidecars.ids.get("unk"), *map(added.get, (sidecars.image_token, "<im_patch>", "<pad>", "[PAD]"))}
+    unread = {
+        small_files.ids.get("pad"),
+        small_files.ids.get("unk"),
+        *map(added.get, (small_files.image_token, "<im_patch>", "<pad>", "[PAD]")),
+    }
     unwritten = {
         VOCABULARY_TABLES[0]: unread,
         VOCABULARY_TABLES[1]: unread | {added.get("<im_start>"), added.get("<im_end>")},
@@ -444,18 +446,22 @@ def _rows(sidecars: Sidecars) -> Iterator[Finding]:
     texts = {i: name for name, i in added.items()}
     with closing(Workspace(drop_cache=False)) as work:
         for part in VOCABULARY_TABLES:
-            if part in sidecars.parts:
-                table = sidecars.parts[part]
-                name = spelled(part, _layout(sidecars))
+            if part in small_files.tensors:
+                table = small_files.tensors[part]
+                name = spelled(part, _layout(small_files))
                 yield from _untrained(
-                    name, *_table_rows(table, last, {*added.values(), *sidecars.ids.values()}, work), last, unwritten[part], texts
+                    name, *_table_rows(table, last, {*added.values(), *small_files.ids.values()}, work), last, unwritten[part], texts
                 )
 
 
 def _table_rows(table: LazyTensor, last: int, added: Iterable[int], work: Workspace) -> tuple[list[int], list[bytes]]:
     """Rows to look at, evenly spread, those of added tokens and of the padding; and a digest of each, b"" where it is zero."""
     behind = range(min(last + 1, table.rows), table.rows)
-    chosen = {*even(table.rows, TABLE_ROWS), *sorted(added)[:LISTED_ROWS], *(behind[i] for i in even(len(behind), LISTED_ROWS) if behind)}
+    chosen = {
+        *even(table.rows, SAMPLED_TABLE_ROWS),
+        *sorted(added)[:LISTED_ROWS],
+        *(behind[i] for i in even(len(behind), LISTED_ROWS) if behind),
+    }
     rows = sorted(row for row in chosen if 0 <= row < table.rows)
     return rows, [_digest(read_some(table, [row], work)) for row in rows]
 
@@ -467,17 +473,17 @@ def _digest(values: np.ndarray) -> bytes:
 def _untrained(
     name: str, rows: list[int], digests: list[bytes], last: int, unread: set[int | None], texts: Mapping[int, str]
 ) -> Iterator[Finding]:
-    def told(ids: Iterable[int]) -> str:
+    def named(ids: Iterable[int]) -> str:
         return listed(f"{i} {texts[i]}" if i in texts else str(i) for i in ids)
 
     zero = [row for row, digest in zip(rows, digests, strict=True) if not digest and row not in unread]
     if trained := [row for row in zero if row <= last]:
-        yield _warning("L1", name, f"the rows of tokens {told(trained)} are zero: never trained", DOWNLOAD)
+        yield _warning("L1", name, f"the rows of tokens {named(trained)} are zero: never trained", MAKE_AGAIN)
     if "embed" in name and (padding := [row for row in zero if row > last]):
         yield _warning(
             "L1",
             name,
-            f"the padding rows {told(padding)} are zero: transformers 4.36 to 4.40 takes them for an image",
+            f"the padding rows {named(padding)} are zero: transformers 4.36 to 4.40 takes them for an image",
             rules_original.REPAIR,
         )
     equal = defaultdict(list)
@@ -487,6 +493,6 @@ def _untrained(
     for same in equal.values():
         if len(same) > 1 and (known := [row for row in same if row <= last and row not in unread]):
             others = [row for row in same if row not in known]
-            text = f"the rows of tokens {told(known)} are equal" + (f", and equal to {told(others)}" if others else "")
+            text = f"the rows of tokens {named(known)} are equal" + (f", and equal to {named(others)}" if others else "")
             remedy = "see that the trained rows were merged, as from `non_lora_trainables.bin`"
             yield _warning("L1", name, f"{text}: the initial mean, never trained", remedy)

@@ -1,9 +1,9 @@
-"""Is a file one of those whose checksum was published? And the md5 that the author's own merged `.bin` files would have.
+"""Recognise published files by checksum; and predict the md5 that the author's own merged `.bin` files would have.
 
-In 2023 LLaVA's author posted the md5 of his merged shards: the only published proof of an applied delta. No later torch writes such a
-container again, so a digest of newly saved files never matches. But his merged shard and his delta's came out of the same
-`torch.save`: they differ in the payloads and in what is computed from them. So the delta's bytes are streamed, with the merged
-payload in each storage's place:
+In 2023 LLaVA's author posted the md5 of his merged shards, the only published proof of an applied delta. No later torch writes the
+same container, so files that are saved today never match. But his delta's shards came out of the same `torch.save`, and differ from the
+merged ones only in the payloads and in what is computed from them. So the delta's bytes are streamed, each payload replaced by the merged
+one:
 
     header | payload | descriptor with CRC-32 | header | payload | descriptor | ... | central directory with every CRC-32
 
@@ -37,20 +37,19 @@ from ..formats.torch_zip import LOCAL, Member, zip_records
 from ..storage.reading import CHECK_DISK, Record, SourceFile, Workspace, check_crcs
 from ..storage.threads import Shield
 from ..tensors.lazy import FLOATS, Add, LazyTensor, Stored, cast
-from ..tensors.windows import cut, make
+from ..tensors.windows import WINDOW_BYTES, cut, make
 from ..text import listed, shown
 
-WINDOW_BYTES = 8 << 20  # bytes made and hashed at a time
 HEADER_CRC, DESCRIPTOR_CRC, ENTRY_CRC = 14, 4, 16  # where the CRC-32 stands in each (PKWARE APPNOTE 4.3.7, 4.3.9, 4.3.12)
 DESCRIPTOR = b"PK\x07\x08"
 FREQUENCIES = ".rotary_emb.inv_freq"
 SERIALIZATION_ID = "/.data/serialization_id"  # torch 2.1 and later
-THEIR_FILES = "give the delta as its authors published it, in `.bin` files: the prediction follows their layout"
+PUBLISHED_FILES = "give the delta as its authors published it, in `.bin` files: the prediction follows their layout"
 
 # Deltas whose merged files someone posted digests of, and how `published.PUBLISHED` begins to name those files.
 POSTED = {"liuhaotian/LLaVA-13b-delta-v0": "the author's merged LLaVA-13B-v0, "}
 
-Verdict = Literal["confirmed", "not confirmed", "no published checksum"]
+PredictionVerdict = Literal["confirmed", "not confirmed", "no published checksum"]
 
 
 @dataclass(frozen=True)
@@ -62,25 +61,21 @@ class Prediction:
     sha256: str
     size: int
     published: str
-    verdict: Verdict
+    verdict: PredictionVerdict
 
 
 @dataclass(frozen=True, kw_only=True)
 class InverseFrequencies(LazyTensor):
-    """1 / 10000^(2i / head_dim) for i < head_dim / 2: what the rotary embedding of every LLaMA 1 begins with."""
+    """1 / 10000^(2i / head_dim) for i < head_dim / 2: the buffer of the rotary embedding in every LLaMA 1."""
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         out[:] = (1 / 10000 ** (np.arange(start, stop) / self.rows)).astype("<f4").tobytes()
 
 
 def predict(
-    delta: Checkpoint,
-    merged: Mapping[str, LazyTensor],
-    base: Checkpoint | None = None,
-    *,
-    on_event: Listener = lambda event: None,
+    delta: Checkpoint, merged: Mapping[str, LazyTensor], base: Checkpoint | None = None, *, on_event: Listener = lambda event: None
 ) -> Iterator[Prediction]:
-    """The author's merged shards, one after another, from his delta's `.bin` files and the merged tensors.
+    """Predict the author's merged shards, one after another, from his delta's `.bin` files and the merged tensors.
 
     `merged` is `apply_delta(base, delta).tensors`, or those of a folder that `apply-delta` wrote. Rotary buffers are not among
     them: the original adds the base's, rounded to fp16, in float32; without a base they are calculated. Checks everything but
@@ -88,18 +83,14 @@ def predict(
     of one tensor per storage, or an input is damaged, MismatchError where `merged` does not fit.
     """
     if delta.origin.container != "torch":
-        raise InputError(f"the delta {shown(delta.origin.name)} is not in `.bin` files", hint=THEIR_FILES)
+        raise InputError(f"the delta {shown(delta.origin.name)} is not in `.bin` files", hint=PUBLISHED_FILES)
     need_files(delta, "`--published`")
     shards = [_plan(file, delta, merged, base) for file in delta.origin.files]
     return _predictions(shards, delta, on_event)
 
 
 def check_published(
-    merged: Checkpoint,
-    delta: Checkpoint,
-    base: Checkpoint | None = None,
-    *,
-    on_event: Listener = lambda event: None,
+    merged: Checkpoint, delta: Checkpoint, base: Checkpoint | None = None, *, on_event: Listener = lambda event: None
 ) -> tuple[Finding, ...]:
     """Is `merged` what the author has? One finding per shard: "ok" is proof, "unproved" all else. Raises as `predict`."""
     return tuple(_finding(prediction) for prediction in predict(delta, merged.tensors, base, on_event=on_event))
@@ -140,8 +131,8 @@ def _plan(file: SourceFile, delta: Checkpoint, merged: Mapping[str, LazyTensor],
         found = owners.get(member.record, [])
         if len(found) != 1 or (found[0][1].offset, found[0][1].nbytes) != (member.offset, member.size):
             facts = {"file": file.path, "storage": shown(member.name), "tensors": listed(name for name, _ in found) or "none"}
-            what = f"{shown(file.name)} holds a storage that is not exactly one tensor, so what the author saved there can't be told"
-            raise InputError(what, facts=facts, hint=THEIR_FILES)
+            what = f"{shown(file.name)} holds a storage that is not exactly one tensor, so what the author saved there is unknown"
+            raise InputError(what, facts=facts, hint=PUBLISHED_FILES)
         name, tensor = found[0]
         payloads[member.name] = name, _merged(name, tensor, merged, base)
     return _Shard(file, members, payloads)
@@ -152,10 +143,10 @@ def _merged(name: str, tensor: Stored, merged: Mapping[str, LazyTensor], base: C
     rotary = name.endswith(FREQUENCIES) and tensor.dtype in FLOATS and len(tensor.shape) == 1
     found = merged.get(name) or (_frequencies(name, tensor, base) if rotary else None)
     if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-        theirs = f"{found.dtype} {list(found.shape)}" if found else "missing"
+        merged_as = f"{found.dtype} {list(found.shape)}" if found else "missing"
         raise MismatchError(
             f"{shown(name)} of the merged model does not fit the delta's files",
-            facts={"delta": f"{tensor.dtype} {list(tensor.shape)}", "merged": theirs},
+            facts={"delta": f"{tensor.dtype} {list(tensor.shape)}", "merged": merged_as},
             hint="give the delta, and the model that `llava-weights apply-delta` made with it, in the original layout and dtype",
         )
     return found
@@ -196,7 +187,7 @@ def _judged(delta: Checkpoint, file: SourceFile, md5: str, sha256: str) -> Predi
 
 
 def _posted(delta: Checkpoint, shard: str) -> str:
-    """The md5 that was posted of what this shard becomes, or "". Which delta it is, its shapes, ids and model type tell."""
+    """The md5 that was posted of the merged shard, or "". The delta is recognised by shapes, token ids and model type."""
     patch = small_object(delta.files, "added_tokens.json").get("<im_patch>", -1)
     known = known_delta(delta.size, delta.vocabulary, patch, str(delta.config.get("model_type", "")))
     wanted = f"{POSTED[known.repo]}{shard}" if known and known.repo in POSTED else ""
@@ -223,7 +214,7 @@ class _Container:
             crc = member.crc32
             if member.name in self.shard.payloads or member.name.endswith(SERIALIZATION_ID):
                 before, behind = self._crc_places(member)
-                if before:  # of a payload that comes later, so that it is made twice
+                if before:  # it comes before the payload, which therefore is made twice
                     self.near[member.header_offset + HEADER_CRC] = _crc32(self._payload(member))
                 yield from self._copy(position, member.offset, self.near)
                 crc = 0
@@ -242,7 +233,7 @@ class _Container:
         behind = bool(flags & 8)
         if behind and self._bytes(member.offset + member.size, len(DESCRIPTOR)) != DESCRIPTOR:
             what = f"{shown(self.shard.file.name)} was not written by torch.save: {shown(member.name)} has a descriptor without signature"
-            raise InputError(what, facts={"file": self.shard.file.path}, hint=THEIR_FILES)
+            raise InputError(what, facts={"file": self.shard.file.path}, hint=PUBLISHED_FILES)
         return bool(crc) or not behind, behind
 
     def _payload(self, member: Member) -> Iterator[memoryview]:
@@ -259,7 +250,7 @@ class _Container:
         own = self._bytes(member.offset, min(member.size, 41))
         if own[20:] != _combined([other.crc32 for other in self.shard.members[: len(self.crcs)]]):
             what = f"{shown(self.shard.file.name)} has a serialization id of an unknown kind, so the merged file's can't be predicted"
-            raise InputError(what, facts={"file": self.shard.file.path}, hint=THEIR_FILES)
+            raise InputError(what, facts={"file": self.shard.file.path}, hint=PUBLISHED_FILES)
         return own[:20] + _combined(self.crcs)
 
     def _copy(self, start: int, stop: int, crcs: Mapping[int, int]) -> Iterator[memoryview]:
@@ -292,9 +283,6 @@ def _combined(crcs: list[int]) -> bytes:
     for crc in crcs:
         total ^= (crc + 0x9E3779B9 + (total << 6) + (total >> 2)) & 0xFFFFFFFFFFFFFFFF
     return b"%020d" % total
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

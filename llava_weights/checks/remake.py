@@ -1,4 +1,4 @@
-"""Made again from its sources, is it the same? The strongest check (L4): every tensor is computed anew, and nothing is written."""
+"""Make a checkpoint again from its sources and compare, the strongest check (L4): every tensor is computed anew, nothing is written."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..events import Listener
 from ..families.projectors import PROJECTOR_FORMS
 from ..families.prompts import CONVERSATIONS
 from ..findings import Finding
+from ..smoke.probes import table_rows
 from ..tensors.lazy import FLOATS
 from ..tensors.low_rank import Arithmetic
 from ..text import shown
-from ..transforms.convert import TARGETS, convert
+from ..transforms.convert import TO_LAYOUTS, convert
 from ..transforms.delta import apply_delta
 from ..transforms.lora import Adapters, merge_lora
 from .checksums import failed, folded
 
-TABLES = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
-DEFAULTS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
-OTHER = "give the sources and options that it was made with: README.md and the manifest name them"
+USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
+RIGHT_SOURCES = "give the sources and options that it was made with: README.md and the manifest name them"
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a checkpoint was made, by the recipe beside it. Only values that the commands could have recorded."""
+class RecordedOptions:
+    """How a checkpoint was made, by the recipe beside it. Holds only values that a command could have recorded."""
 
     to: str = ""
     dtype: str | None = None
@@ -43,7 +43,7 @@ class Options:
     tower_name: str | None = None
 
 
-def derive(
+def remake(
     made: Checkpoint,
     base: Checkpoint,
     *,
@@ -64,10 +64,9 @@ def derive(
         merged_dtype = None if made.layout == "llava-hf" else dtype
         result = merge_lora(result, lora, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
     if made.layout == "llava-hf":
-        rows = next((made.tensors[name].rows for name in TABLES if name in made.tensors), None)
         how: Any = {"projector_form": options.projector_form, "conv_mode": options.conv_mode, "image_token": options.image_token}
         how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower}
-        result = convert(result, "llava-hf", vocab_size=rows, image_aspect=options.image_aspect, **how)
+        result = convert(result, "llava-hf", vocab_size=table_rows(made) or None, image_aspect=options.image_aspect, **how)
     elif options.to == "llava":
         result = convert(result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, accept_tower=accept_tower)
     elif tower:
@@ -75,9 +74,9 @@ def derive(
     return result
 
 
-def compare_derived(
+def compare_remade(
     made: Checkpoint,
-    derived: Checkpoint,
+    remade: Checkpoint,
     *,
     entries: Mapping[str, TensorEntry] | None = None,
     jobs: int = 2,
@@ -85,42 +84,44 @@ def compare_derived(
 ) -> list[Finding]:
     """One finding for each tensor of `made` that its sources do not give, or one `ok` for all. Reads the sources whole.
 
-    `entries` are digests that were just taken of `made`'s values; without them the values are read here. What its manifest says of
-    them is never asked.
+    `entries` are digests that were just taken of `made`'s values; without them the values are read here. Digests in its manifest are
+    not used.
     """
     parameters = made.parameters()
     if entries is None:
         wanted = digests(parameters, jobs=jobs, on_event=on_event)
     else:
         wanted = {name: (entry.dtype, entry.shape, entry.sha256) for name, entry in entries.items() if name in parameters}
-    found = digests(derived.parameters(), jobs=jobs, on_event=on_event)
-    wrong = [failed("L4", name, f"`{name}` is not what the sources give", OTHER) for name in wanted if wanted[name] != found.get(name)]
-    wrong += [failed("L4", name, f"`{name}` comes from the sources, and is missing", OTHER) for name in found if name not in wanted]
-    options = _unusual(derived)
+    found = digests(remade.parameters(), jobs=jobs, on_event=on_event)
+    wrong = [
+        failed("L4", name, f"`{name}` is not what the sources give", RIGHT_SOURCES) for name in wanted if wanted[name] != found.get(name)
+    ]
+    wrong += [failed("L4", name, f"`{name}` comes from the sources, and is missing", RIGHT_SOURCES) for name in found if name not in wanted]
+    options = _unusual(remade)
     text = f"{len(found):,} tensors made again from the sources{options}, every bit equal"
     return folded("L4", made.origin.name, wrong, text, part=f"values of {len(found):,} tensors (by the sources{options})")
 
 
-def _unusual(derived: Checkpoint) -> str:
-    """The options that change values and are not the commands' defaults, which only the manifest tells."""
-    steps = [(key, value) for step in derived.history for key, value in step.options.items()]
-    told = [f"{key} {value}" for key, value in steps if key in DEFAULTS and value != DEFAULTS[key]]
-    return f" with {', '.join(told)}, as its manifest records" if told else ""
+def _unusual(remade: Checkpoint) -> str:
+    """The options that change values and are not the defaults of the commands: only the manifest tells these."""
+    steps = [(key, value) for step in remade.history for key, value in step.options.items()]
+    unusual = [f"{key} {value}" for key, value in steps if key in USUAL_OPTIONS and value != USUAL_OPTIONS[key]]
+    return f" with {', '.join(unusual)}, as its manifest records" if unusual else ""
 
 
-def _options(made: Checkpoint) -> Options:
+def _options(made: Checkpoint) -> RecordedOptions:
     """The options of every step of the recipe, later ones over earlier ones. A manifest that can't be read at all records none."""
     try:
         manifest = find_manifest(made.origin.path)
     except InputError:  # which is a finding of its own
-        return Options()
+        return RecordedOptions()
     if manifest is None:
-        return Options()
+        return RecordedOptions()
     if manifest.doubt:
         raise InputError(manifest.doubt, hint="run `llava-weights verify` without sources")
     recorded = {key: value for step in manifest.recipe for key, value in step.get("options", {}).items() if value is not None}
     known: dict[str, Callable[[Any], bool]] = {
-        "to": lambda value: value in TARGETS,
+        "to": lambda value: value in TO_LAYOUTS,
         "dtype": lambda value: value in FLOATS,
         "arithmetic": lambda value: value in get_args(Arithmetic),
         "scale": lambda value: type(value) in (int, float) and math.isfinite(value),
@@ -137,4 +138,4 @@ def _options(made: Checkpoint) -> Options:
             raise InputError(
                 what, facts={"path": manifest.path}, hint="get the manifest again, or run `llava-weights verify` without sources"
             )
-    return Options(**options)
+    return RecordedOptions(**options)

@@ -1,7 +1,7 @@
-"""The small files of a checkpoint, read and ready for rules; and what a rule is.
+"""What a rule on small files is, what it is given, and how its sentences become findings.
 
-A rule yields one sentence for each thing that is wrong in its file; `check` makes findings of them, and says what was checked
-where nothing is wrong; a note is no fault. Nothing here raises for a damaged file: that is a finding too.
+A rule yields one sentence for each thing that is wrong in its file. `check` makes findings of them; where nothing is wrong, it says what
+was checked. Nothing here raises for a damaged file: that is a finding too.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from ..storage.strict_json import JsonObject
 from ..tensors.lazy import LazyTensor
 from ..text import shown
 
-CONFIG, PROCESSOR, VOCABULARY = "config.json", "processor_config.json", "vocab.json"
-LARGEST = {FAST: FAST_LIMIT, VOCABULARY: FAST_LIMIT}  # bytes
+CONFIG, GENERATION_CONFIG, VOCAB = "config.json", "generation_config.json", "vocab.json"
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+CHAT_TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
+FILE_LIMITS = {FAST: FAST_LIMIT, VOCAB: FAST_LIMIT}  # bytes
 CORRECT = "correct it by hand, or take the file from the authors of the model"
 
 
 @dataclass(frozen=True)
-class Sidecars:
-    """A checkpoint with its small files read: `objects` are JSON by file name, `parts` the tensors by canonical name.
+class SmallFiles:
+    """A checkpoint with its small files read: `objects` are JSON by file name, `tensors` are by canonical name.
 
     `ids` are the true special ids by role, empty where no tokenizer tells them; `tower` is None where there is none that is whole.
     """
 
     checkpoint: Checkpoint
     objects: Mapping[str, JsonObject]
-    parts: Mapping[str, LazyTensor]
+    tensors: Mapping[str, LazyTensor]
     ids: Mapping[str, int]
     base_vocabulary: int
     tower: VisionTower | None
@@ -55,7 +57,7 @@ class Sidecars:
 
     @property
     def rows(self) -> int:
-        return table.rows if (table := self.parts.get("text.embed_tokens.weight")) else 0
+        return table.rows if (table := self.tensors.get("text.embed_tokens.weight")) else 0
 
     @property
     def text(self) -> JsonObject:
@@ -94,7 +96,7 @@ class Sidecars:
 
     @cached_property
     def pieces(self) -> Vocabulary | None:
-        """What tokenizer.model holds, None where there is none or it can't be read, which is a finding of `read_sidecars`."""
+        """What tokenizer.model holds, None where there is none or it can't be read, which is a finding of `read_small_files`."""
         try:
             return read_sentencepiece(small_bytes(MODEL, self.checkpoint.files[MODEL], MODEL_LIMIT)) if self.has(MODEL) else None
         except InputError:
@@ -113,32 +115,32 @@ class Sidecars:
 
 @dataclass(frozen=True)
 class Rule:
-    """`find` yields a sentence for each thing wrong in `file`; `about` says what it looks at, for the list of what was checked."""
+    """`find` yields a sentence for each thing wrong in `file`; `about` names what it looks at, for the list of what was checked."""
 
     file: str
     about: str
-    find: Callable[[Sidecars], Iterable[str]]
+    find: Callable[[SmallFiles], Iterable[str]]
     verdict: Verdict = "failed"
     remedy: str = CORRECT
 
     @property
     def name(self) -> str:
-        """What `--allow` takes: the file's name and the function's, so neither is renamed lightly."""
+        """What `--allow` takes: the names of the file and of the function, which therefore must not change."""
         return f"{self.file.removesuffix('.json')}/{self.find.__name__.strip('_').replace('_', '-')}"
 
 
-def read_sidecars(checkpoint: Checkpoint) -> tuple[Sidecars, list[Finding]]:
+def read_small_files(checkpoint: Checkpoint) -> tuple[SmallFiles, list[Finding]]:
     """The small files, and a failed finding for each that can't be read: rules on it are left out."""
     objects: dict[str, JsonObject] = {CONFIG: dict(checkpoint.config)} if checkpoint.config else {}
     findings = []
     for name in checkpoint.files:
         if name.endswith(".json"):
             try:
-                objects[name] = small_object(checkpoint.files, name, limit=LARGEST.get(name, LARGEST_OBJECT))
+                objects[name] = small_object(checkpoint.files, name, limit=FILE_LIMITS.get(name, LARGEST_OBJECT))
             except InputError as error:
                 findings.append(refused(error, name))
-    parts = {canonical(name): tensor for name, tensor in checkpoint.parameters().items()}
-    rows = parts["text.embed_tokens.weight"].rows if "text.embed_tokens.weight" in parts else 0
+    tensors = {canonical(name): tensor for name, tensor in checkpoint.parameters().items()}
+    rows = tensors["text.embed_tokens.weight"].rows if "text.embed_tokens.weight" in tensors else 0
     ids, base = dict[str, int](), 0
     try:
         ids, base = _special_ids(checkpoint, objects, rows)
@@ -149,52 +151,49 @@ def read_sidecars(checkpoint: Checkpoint) -> tuple[Sidecars, list[Finding]]:
         tower = own_tower(checkpoint.tensors, vision_config=vision(objects), model=None) if checkpoint.layout == "llava-hf" else None
     except InputError:
         tower = None  # the rule `_tower` says why
-    return Sidecars(checkpoint, objects, parts, ids, base, tower), findings
+    return SmallFiles(checkpoint, objects, tensors, ids, base, tower), findings
 
 
-def check(rules: Iterable[Rule], sidecars: Sidecars) -> list[Finding]:
-    """What the rules find, and for each file without fault one `ok` with what was checked. Rules on unreadable files are left out."""
+def check(rules: Iterable[Rule], small_files: SmallFiles) -> list[Finding]:
+    """What the rules find, and one `ok` for each file without a fault (a note is none), with what was checked. Skips unreadable files."""
     findings: list[Finding] = []
     groups: dict[str, list[Rule]] = {}
     for rule in rules:
         groups.setdefault(rule.file, []).append(rule)
     for file, every in groups.items():
-        absent = file.endswith(".json") and file not in sidecars.objects
-        if absent and sidecars.has(file):
+        absent = file.endswith(".json") and file not in small_files.objects
+        if absent and small_files.has(file):
             continue
         if absent and file == CONFIG:
             findings.append(Finding("L0", "unchecked", CONFIG, "there is no config.json to compare with"))
             continue
-        found = [finding for rule in every for finding in _found(rule, sidecars)]
+        found = [finding for rule in every for finding in _found(rule, small_files)]
         about = ", ".join(dict.fromkeys(rule.about for rule in every))
         fine = not absent and all(finding.verdict == "note" for finding in found)
         findings += [*found, *([Finding("L0", "ok", file, f"right: {about}")] if fine else [])]
     return findings
 
 
-def _found(rule: Rule, sidecars: Sidecars) -> list[Finding]:
+def _found(rule: Rule, small_files: SmallFiles) -> list[Finding]:
     try:
-        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy, rule.name) for text in rule.find(sidecars)]
+        return [Finding("L0", rule.verdict, rule.file, text, rule.remedy, rule.name) for text in rule.find(small_files)]
     except InputError as error:
         return [refused(error, rule.file)]
 
 
-def refused(error: InputError, subject: str) -> Finding:
-    """What a reader refuses, as a failed finding, without this machine's paths."""
+def refused(error: InputError, subject: str, remedy: str = CORRECT) -> Finding:
+    """What a reader refuses, as a failed finding, without paths of this machine."""
     facts = "".join(f"; {label}: {text}" for label, text in error.facts.items() if label not in ("path", "folder", "link", "leads to"))
-    return Finding("L0", "failed", subject, error.what + facts, error.hint or CORRECT)
+    return Finding("L0", "failed", subject, error.what + facts, error.hint or remedy)
 
 
-def said(value: Any) -> str:
+def as_json(value: Any) -> str:
     """A JSON value for a message."""
     return "missing" if value is None else shown(json.dumps(value, ensure_ascii=False))[1:-1]
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, JsonObject], rows: int) -> tuple[dict[str, int], int]:
-    """The id of each role, and how many pieces tokenizer.model has (0 without one). Raises InputError where the files contradict."""
+    """The id of each role, and how many pieces tokenizer.model has (0 without one). Raises InputError for contradicting files."""
     if MODEL in checkpoint.files:
         ids = read_special_ids({name: x for name, x in checkpoint.files.items() if name != FAST}, rows or 1 << 31)
         return {"bos": ids.bos, "eos": ids.eos, "pad": ids.pad, "unk": ids.unk}, ids.base_vocabulary

@@ -1,6 +1,6 @@
-"""Do the files of a llava-hf folder agree with its tensors and with each other? A table of rules.
+"""A table of rules: do the files of a llava-hf folder agree with its tensors and with each other?
 
-What each value must be and which program stumbles otherwise: facts llava-hf 2 and 3, tested with transformers 4.36 to 5.23.
+What each value must be, and which program fails otherwise, was tested with transformers 4.36 to 5.23.
 """
 
 from __future__ import annotations
@@ -22,165 +22,162 @@ from ..families.targets import STRATEGIES, TARGET_DEFAULTS
 from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..text import few, shown
 from . import rules_values
-from .rules import CONFIG, PROCESSOR, Rule, Sidecars, said, vision
-from .rules_original import GENERATION, REPAIR, SHARED, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
+from .rules import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, JINJA, PREPROCESSOR, PROCESSOR, Rule, SmallFiles, as_json, vision
+from .rules_original import REPAIR, SHARED_RULES, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
 from .rules_tokenizer import odd_form
-from .rules_values import PREPROCESSOR, image_settings
+from .rules_values import image_settings
 
-TEMPLATE, JINJA = "chat_template.json", "chat_template.jinja"
 IMAGE_KEYS = (
     "do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb", "do_pad", "image_mean", "image_std", "rescale_factor",
     "resample", "image_grid_pinpoints",
 )  # fmt: skip
 
 
-def _vocabulary(s: Sidecars) -> Iterator[str]:
+def _vocabulary(s: SmallFiles) -> Iterator[str]:
     decoder = DECODERS.get(s.text["model_type"])
     inner = s.text.get("vocab_size", decoder.defaults["vocab_size"] if decoder else None)
     config = {"vocab_size": s.of(CONFIG).get("vocab_size", inner), "text_config.vocab_size": inner}
-    told = {key: rows for key, rows in config.items() if rows is not None}
-    yield from (f"`{key}` is {said(rows)}, but the embedding table has {s.rows:,} rows" for key, rows in told.items() if rows != s.rows)
+    given = {key: rows for key, rows in config.items() if rows is not None}
+    yield from (f"`{key}` is {as_json(rows)}, but the embedding table has {s.rows:,} rows" for key, rows in given.items() if rows != s.rows)
 
 
-def _structure(s: Sidecars) -> Iterator[str]:
+def _structure(s: SmallFiles) -> Iterator[str]:
     if unknown := [name for name in s.checkpoint.parameters() if not re.match(LLAVA_PART, canonical(name))]:
         yield f"{len(unknown):,} tensors are of no part of a LLaVA: {few(unknown)}"
-    if len(s.parts) < len(s.checkpoint.parameters()):
+    if len(s.tensors) < len(s.checkpoint.parameters()):
         yield "some tensors are there twice, under names of two key styles"
     if decoder := DECODERS.get(s.text["model_type"]):
-        tied = (s.text.get("tie_word_embeddings") or s.of(CONFIG).get("tie_word_embeddings")) and "head.weight" not in s.parts
-        told = {key: value for key, value in s.text.items() if key != "architectures"}  # which no reader of a nested config asks for
-        text = {**decoder.defaults, **told, "vocab_size": s.rows, "tie_word_embeddings": tied is True}
-        check_structure(text, {spelled(x, "llava"): t.shape for x, t in s.parts.items() if x.startswith(("text.", "head."))})
+        tied = (s.text.get("tie_word_embeddings") or s.of(CONFIG).get("tie_word_embeddings")) and "head.weight" not in s.tensors
+        given = {key: value for key, value in s.text.items() if key != "architectures"}  # which no reader of a nested config asks for
+        text = {**decoder.defaults, **given, "vocab_size": s.rows, "tie_word_embeddings": tied is True}
+        check_structure(text, {spelled(x, "llava"): t.shape for x, t in s.tensors.items() if x.startswith(("text.", "head."))})
 
 
-def _tower(s: Sidecars) -> Iterator[str]:
+def _tower(s: SmallFiles) -> Iterator[str]:
     if own_tower(s.checkpoint.tensors, vision_config=vision(s.objects), model=None) is None:
         yield "there are no tensors of a vision tower"
 
 
-def _projector(s: Sidecars) -> Iterator[str]:
+def _projector(s: SmallFiles) -> Iterator[str]:
     if (act := s.of(CONFIG).get("projector_hidden_act", PROJECTOR_ACTIVATION)) not in ACTIVATIONS:
-        yield f"`projector_hidden_act` is {said(act)}, which transformers does not know"
+        yield f"`projector_hidden_act` is {as_json(act)}, which transformers does not know"
     if not s.tower or not s.rows:
         return
-    *_, hidden = s.parts["text.embed_tokens.weight"].shape or (0,)
+    *_, hidden = s.tensors["text.embed_tokens.weight"].shape or (0,)
     layers = s.of(CONFIG).get("vision_feature_layer", TARGET_DEFAULTS["vision_feature_layer"])
     width = s.tower.hidden * (len(layers) if isinstance(layers, list) else 1)
     expected = {"0.weight": (hidden, width), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
-    found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.parts.items() if name.startswith("projector.")}
+    found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.tensors.items() if name.startswith("projector.")}
     if s.of(CONFIG).get("multimodal_projector_bias") is False and not any(name.endswith("bias") for name in found):
         expected = {name: shape for name, shape in expected.items() if not name.endswith("bias")}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             full = spelled(f"projector.{name}", "llava-hf") if name in expected else f"projector.{name}"
-            yield f"{shown(full)} has shape {said(found.get(name))}, expected {said(expected.get(name))}"
+            yield f"{shown(full)} has shape {as_json(found.get(name))}, expected {as_json(expected.get(name))}"
 
 
-def _image_id(s: Sidecars) -> Iterator[str]:
+def _image_id(s: SmallFiles) -> Iterator[str]:
     config = s.of(CONFIG)
     image = config.get("image_token_index", config.get("image_token_id", TARGET_DEFAULTS["image_token_index"]))
     wanted = s.tokens.get(s.image_token)
     if config.get("image_token_id", image) != image:
-        yield f"`image_token_index` is {said(image)}, `image_token_id` {said(config['image_token_id'])}"
+        yield f"`image_token_index` is {as_json(image)}, `image_token_id` {as_json(config['image_token_id'])}"
     if type(image) is not int or not 0 <= image < s.rows:
-        yield f"`image_token_index` is {said(image)}, the embedding table has {s.rows:,} rows"
+        yield f"`image_token_index` is {as_json(image)}, the embedding table has {s.rows:,} rows"
     elif wanted is not None and image != wanted:
         yield f"`image_token_index` is {image}, but {shown(s.image_token)} has the id {wanted} in the tokenizer"
 
 
-def _image_id_name(s: Sidecars) -> Iterator[str]:
+def _image_id_name(s: SmallFiles) -> Iterator[str]:
     if "image_token_index" not in s.of(CONFIG) and "image_token_id" in s.of(CONFIG):
         yield "there is only `image_token_id`: transformers before 4.52 read `image_token_index`, and take 32000 here"
 
 
-def _image_length(s: Sidecars) -> Iterator[str]:
+def _image_length(s: SmallFiles) -> Iterator[str]:
     if not s.tower:
         return
     whole = s.tower.class_token and s.of(CONFIG).get("vision_feature_select_strategy") == "full"
     length, wanted = s.of(CONFIG).get("image_seq_length", TARGET_DEFAULTS["image_seq_length"]), s.tower.patches + whole
     if length != wanted:
         yield (
-            f"`image_seq_length` is {said(s.of(CONFIG).get('image_seq_length'))}, but an image of {s.tower.image_size} pixels in patches "
-            f"of {s.tower.patch_size} gives {wanted} features: transformers 4.45 to 4.47 stop or merge them wrongly"
+            f"`image_seq_length` is {as_json(s.of(CONFIG).get('image_seq_length'))}, but an image of {s.tower.image_size} pixels in "
+            f"patches of {s.tower.patch_size} gives {wanted} features: transformers 4.45 to 4.47 stop or merge them wrongly"
         )
 
 
-def _layer(s: Sidecars) -> Iterator[str]:
+def _layer(s: SmallFiles) -> Iterator[str]:
     layer = s.of(CONFIG).get("vision_feature_layer", TARGET_DEFAULTS["vision_feature_layer"])
     count = int(s.tower.config["num_hidden_layers"]) if s.tower else 0
     for number in layer if isinstance(layer, list) else [layer]:
         if type(number) is not int or (count and not -count - 1 <= number <= count):
-            yield f"`vision_feature_layer` is {said(layer)}, the vision tower has {count} layers"
+            yield f"`vision_feature_layer` is {as_json(layer)}, the vision tower has {count} layers"
     if (
         strategy := s.of(CONFIG).get("vision_feature_select_strategy", TARGET_DEFAULTS["vision_feature_select_strategy"])
     ) not in STRATEGIES.values():
-        yield f"`vision_feature_select_strategy` is {said(strategy)}, not {' or '.join(STRATEGIES.values())}"
+        yield f"`vision_feature_select_strategy` is {as_json(strategy)}, not {' or '.join(STRATEGIES.values())}"
 
 
-def _kind(s: Sidecars) -> Iterator[str]:
+def _kind(s: SmallFiles) -> Iterator[str]:
     kind, named = str(s.of(CONFIG).get("model_type")), s.of(CONFIG).get("architectures")
     if kind not in TARGETS:
-        yield f"`model_type` is {said(s.of(CONFIG).get('model_type'))}, not {' or '.join(TARGETS)}"
+        yield f"`model_type` is {as_json(s.of(CONFIG).get('model_type'))}, not {' or '.join(TARGETS)}"
     elif named != [TARGETS[kind].architecture]:
-        yield f"`architectures` is {said(named)}, but `{TARGETS[kind].architecture}` belongs to `{kind}`: vLLM and llama.cpp choose by it"
+        right = TARGETS[kind].architecture
+        yield f"`architectures` is {as_json(named)}, but `{right}` belongs to `{kind}`: vLLM and llama.cpp choose by it"
 
 
-def _newline(s: Sidecars) -> Iterator[str]:
+def _newline(s: SmallFiles) -> Iterator[str]:
     if not (target := s.target):
         return
-    if target.tiles and "newline" not in s.parts and s.of(CONFIG).get("use_image_newline_parameter") is not False:
+    if target.tiles and "newline" not in s.tensors and s.of(CONFIG).get("use_image_newline_parameter") is not False:
         yield f"`model_type` is {target.model_type}, but there is no tensor `image_newline`"
-    if not target.tiles and "newline" in s.parts:
+    if not target.tiles and "newline" in s.tensors:
         tiled = " or ".join(row.model_type for row in TARGETS.values() if row.tiles)
         yield f"there is a tensor `image_newline`, which belongs to {tiled}: `model_type` is {target.model_type}"
 
 
-def _pinpoints(s: Sidecars) -> Iterator[str]:
+def _pinpoints(s: SmallFiles) -> Iterator[str]:
     if s.tiles and not s.of(CONFIG).get("image_grid_pinpoints"):
         yield "`image_grid_pinpoints` is missing: transformers then takes those for 336 pixels"
     elif s.tiles and s.tower:
         pinpoints(s.of(CONFIG), s.tower.image_size)
 
 
-def _style(s: Sidecars) -> Iterator[str]:
+def _style(s: SmallFiles) -> Iterator[str]:
     names = s.checkpoint.tensors
     if style := next((who for pattern, who in STYLES if any(re.fullmatch(pattern, name) for name in names)), None):
         yield f"the tensors, such as {shown(next(iter(names)))}, are named as by {style}"
 
 
-def _buffers(s: Sidecars) -> Iterator[str]:
+def _buffers(s: SmallFiles) -> Iterator[str]:
     if stray := [name for name in s.checkpoint.tensors if re.fullmatch(DROPPED, name)]:
         yield f"{len(stray):,} tensors are buffers that no model reads: {few(stray)}"
 
 
-# --- the other files ------------------------------------------------------------------------------------------------
-
-
-def _generation_missing(s: Sidecars) -> Iterator[str]:
-    if not s.has(GENERATION):
+def _generation_missing(s: SmallFiles) -> Iterator[str]:
+    if not s.has(GENERATION_CONFIG):
         yield "it is missing: transformers 5 then knows no end of text and never stops"
 
 
-def _legacy(s: Sidecars) -> Iterator[str]:
+def _legacy(s: SmallFiles) -> Iterator[str]:
     if not s.has(TOKENIZER_CONFIG):
         yield "it is missing: readers guess the tokenizer's class and settings"
     elif s.is_llama and s.of(TOKENIZER_CONFIG).get("legacy") is not True:
         yield (
-            f"`legacy` is {said(s.of(TOKENIZER_CONFIG).get('legacy'))}, not true: slow tokenizers, and transformers 5 without a config.json "  # noqa: E501
-            "beside it, leave out the blank behind an image that LLaVA was trained with"
+            f"`legacy` is {as_json(s.of(TOKENIZER_CONFIG).get('legacy'))}, not true: slow tokenizers, and transformers 5 without a "
+            "config.json beside it, leave out the blank behind an image that LLaVA was trained with"
         )
     if s.is_llama and s.of(TOKENIZER_CONFIG).get("add_prefix_space", True) is None:
         yield "`add_prefix_space` is null: transformers 4.45 and later then lose the blank before a text"
 
 
-def _class(s: Sidecars) -> Iterator[str]:
+def _class(s: SmallFiles) -> Iterator[str]:
     if (named := s.of(TOKENIZER_CONFIG).get("tokenizer_class")) in ("TokenizersBackend", "LLaMATokenizer"):
         yield f"`tokenizer_class` is {named}, which transformers 4 does not know"
 
 
-def _fast(s: Sidecars) -> Iterator[str]:
-    """The one form that gives LLaVA's own ids in every version (facts, llava-hf 3.6)."""
+def _fast(s: SmallFiles) -> Iterator[str]:
+    """The one form that gives LLaVA's own ids in every version."""
     if not s.is_llama:
         return
     if not s.has(FAST):
@@ -193,35 +190,35 @@ def _fast(s: Sidecars) -> Iterator[str]:
         )
 
 
-def _image_token(s: Sidecars) -> Iterator[str]:
+def _image_token(s: SmallFiles) -> Iterator[str]:
     if s.has(FAST) and s.image_token not in s.tokens:
         yield f"{shown(s.image_token)}, which stands for an image, is not one token"
 
 
-def _image_tokens(s: Sidecars) -> Iterator[str]:
-    """Two files that name it."""
+def _image_tokens(s: SmallFiles) -> Iterator[str]:
+    """Two files that name different image tokens."""
     if isinstance(named := s.of(PROCESSOR).get("image_token"), str) and named != s.image_token:
         yield f"it names {shown(s.image_token)} as the image token, processor_config.json {shown(named)}: processors take the tokenizer's"
 
 
-def _split(s: Sidecars) -> Iterator[str]:
+def _split(s: SmallFiles) -> Iterator[str]:
     if s.of(TOKENIZER_CONFIG).get("split_special_tokens") is True:
         yield "`split_special_tokens` is true: special tokens in a text, as that of an image, are cut into pieces"
 
 
-def _image_special(s: Sidecars) -> Iterator[str]:
+def _image_special(s: SmallFiles) -> Iterator[str]:
     entries = s.of(FAST).get("added_tokens")
     named = [e for e in entries if isinstance(e, dict) and e.get("content") == s.image_token] if isinstance(entries, list) else []
     if s.has(FAST) and s.image_token in s.tokens and not any(entry.get("special") is True for entry in named):
         yield f"{shown(s.image_token)}, which stands for an image, is no special token"
 
 
-def _processor_missing(s: Sidecars) -> Iterator[str]:
+def _processor_missing(s: SmallFiles) -> Iterator[str]:
     if not s.has(PROCESSOR):
         yield "it is missing: transformers 4.48 and later stop at the first prompt with an image"
 
 
-def _processor(s: Sidecars) -> Iterator[str]:
+def _processor(s: SmallFiles) -> Iterator[str]:
     if not s.has(PROCESSOR):
         return
     wanted = {
@@ -234,63 +231,71 @@ def _processor(s: Sidecars) -> Iterator[str]:
     wanted |= {"processor_class": s.target.processor} if s.target else {}
     for key, value in wanted.items():
         if (found := s.of(PROCESSOR).get(key)) != value:
-            yield f"`{key}` is {said(found)}, the model needs {said(value)}: image tokens in the prompt do not fit its features then"
+            yield f"`{key}` is {as_json(found)}, the model needs {as_json(value)}: image tokens in the prompt do not fit its features then"
 
 
-def _nested(s: Sidecars) -> Iterator[str]:
+def _nested(s: SmallFiles) -> Iterator[str]:
     if not s.has(PREPROCESSOR) and "image_processor" in s.of(PROCESSOR):
         yield "it is missing: the settings stand in processor_config.json, where transformers 4 does not look for them"
 
 
-def _two_processors(s: Sidecars) -> Iterator[str]:
+def _two_processors(s: SmallFiles) -> Iterator[str]:
     """transformers 5 reads the settings inside processor_config.json, 4 the file beside it."""
     nested, beside = s.of(PROCESSOR).get("image_processor"), s.of(PREPROCESSOR)
     if isinstance(nested, dict):
         for key in IMAGE_KEYS:
             if key in nested and key in beside and nested[key] != beside[key]:
-                where = f"in {PREPROCESSOR} it is {said(beside[key])}"
-                yield f"`image_processor.{key}` is {said(nested[key])}, {where}: transformers 5 reads one, 4 the other"
+                where = f"in {PREPROCESSOR} it is {as_json(beside[key])}"
+                yield f"`image_processor.{key}` is {as_json(nested[key])}, {where}: transformers 5 reads one, 4 the other"
 
 
-def _preprocessor(s: Sidecars) -> Iterator[str]:
+def _preprocessor(s: SmallFiles) -> Iterator[str]:
     if not (settings := image_settings(s)):
         yield "it is missing: nothing says how an image becomes pixels"
         return
     if s.tower:
         read_image_settings(settings, tower=s.tower.row, size=s.tower.image_size, patch=s.tower.patch_size)
-    ours, theirs = s.of(CONFIG).get("image_grid_pinpoints"), settings.get("image_grid_pinpoints")
-    if s.tiles and ours and ours != theirs:
-        differ = "is missing" if theirs is None else f"is {said(theirs)}, in config.json {said(ours)}"
+    model_grids, processor_grids = s.of(CONFIG).get("image_grid_pinpoints"), settings.get("image_grid_pinpoints")
+    if s.tiles and model_grids and model_grids != processor_grids:
+        differ = "is missing" if processor_grids is None else f"is {as_json(processor_grids)}, in config.json {as_json(model_grids)}"
         yield f"`image_grid_pinpoints` {differ}: the processor and the model cut images differently"
 
 
-def _template(s: Sidecars) -> Iterator[str]:
+def _template(s: SmallFiles) -> Iterator[str]:
     inside = s.of(TOKENIZER_CONFIG).get("chat_template")
-    if not s.has(TEMPLATE):
+    if not s.has(CHAT_TEMPLATE):
         other = "; 4.47 and later read chat_template.jinja" if s.has(JINJA) else "" if inside else " at all"
         yield f"it is missing: transformers 4.43 to 4.46 find no chat template{other}"
-    text = s.of(TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA)
+    text = s.of(CHAT_TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA)
     if isinstance(text, str) and s.image_token not in text:
         yield f"the chat template never writes {shown(s.image_token)}, which stands for an image"
 
 
-def _templates_differ(s: Sidecars) -> Iterator[str]:
-    jinja, text = small_text(s.checkpoint.files, JINJA), s.of(TEMPLATE).get("chat_template")
-    if s.has(TEMPLATE) and not isinstance(text, str):
+def _templates_differ(s: SmallFiles) -> Iterator[str]:
+    jinja, text = small_text(s.checkpoint.files, JINJA), s.of(CHAT_TEMPLATE).get("chat_template")
+    if s.has(CHAT_TEMPLATE) and not isinstance(text, str):
         yield "it holds no `chat_template`"
     elif jinja is not None and text is not None and jinja.rstrip("\n") != text.rstrip("\n"):
         yield "it differs from chat_template.jinja: the processor reads one, the tokenizer the other"
 
 
-def _third_template(s: Sidecars) -> Iterator[str]:
-    text, inside = s.of(TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA), s.of(TOKENIZER_CONFIG).get("chat_template")
+def _third_template(s: SmallFiles) -> Iterator[str]:
+    text, inside = (
+        s.of(CHAT_TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA),
+        s.of(TOKENIZER_CONFIG).get("chat_template"),
+    )
     if isinstance(text, str) and isinstance(inside, str) and text.rstrip("\n") != inside.rstrip("\n"):
         yield "its `chat_template` is another than the one beside it: tokenizers read this one where they find no chat_template.jinja"
 
 
-RULES = (
+LLAVA_HF_RULES = (
     Rule(CONFIG, "vocabulary", _vocabulary, remedy=REPAIR),
-    Rule(CONFIG, "names and shapes of the text model", _structure, remedy="check that all shards are there and that config.json is theirs"),
+    Rule(
+        CONFIG,
+        "names and shapes of the text model",
+        _structure,
+        remedy="check that all shards are there and that config.json is processor_grids",
+    ),
     Rule(
         CONFIG, "vision tower", _tower, remedy="give the tower with `llava-weights convert PATH --to llava-hf --vision-tower CLIP -o OUT`"
     ),
@@ -304,13 +309,13 @@ RULES = (
     Rule(CONFIG, "model type", _kind, "warning", REPAIR),
     Rule(CONFIG, "image_newline", _newline, remedy=REPAIR),
     Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
-    *rules_values.COMMON,
-    *rules_values.HUB,
-    Rule(GENERATION, "there", _generation_missing, remedy=REPAIR),
-    Rule(GENERATION, "bos, eos and pad as in the tokenizer", generation_ids, remedy=REPAIR),
+    *rules_values.ANY_CONFIG,
+    *rules_values.LLAVA_HF_CONFIG,
+    Rule(GENERATION_CONFIG, "there", _generation_missing, remedy=REPAIR),
+    Rule(GENERATION_CONFIG, "bos, eos and pad as in the tokenizer", generation_ids, remedy=REPAIR),
     *rules_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, remedy=RIGHT_TOKENIZER),
-    *SHARED,
+    *SHARED_RULES,
     Rule(TOKENIZER_CONFIG, "legacy", _legacy, "warning", REPAIR),
     Rule(TOKENIZER_CONFIG, "class", _class, remedy=REPAIR),
     *rules_values.PADDING,
@@ -325,8 +330,8 @@ RULES = (
     Rule(PREPROCESSOR, "image size and pinpoints of the model", _preprocessor, remedy=REPAIR),
     *rules_values.IMAGES,
     Rule(PREPROCESSOR, "place", _nested, "warning", REPAIR),
-    Rule(TEMPLATE, "there, with the image token", _template, "warning", REPAIR),
-    Rule(TEMPLATE, "the same as chat_template.jinja", _templates_differ, remedy=REPAIR),
+    Rule(CHAT_TEMPLATE, "there, with the image token", _template, "warning", REPAIR),
+    Rule(CHAT_TEMPLATE, "the same as chat_template.jinja", _templates_differ, remedy=REPAIR),
     Rule(TOKENIZER_CONFIG, "chat template", _third_template, "warning", REPAIR),
     Rule("tensors", "key style", _style, "warning", REPAIR),
     Rule("tensors", "no stray buffers", _buffers, "warning", REPAIR),

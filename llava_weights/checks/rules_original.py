@@ -1,6 +1,6 @@
-"""Do the files of a text model or of a LLaVA in the original layout agree with its tensors and with each other? A table of rules.
+"""A table of rules: do the files of a text model, or of a LLaVA in the original layout, agree with its tensors and with each other?
 
-Sources: facts llava-original 1.5, 1.6 and 3 (configs and tokenizers of 2023, how LLaVA's code finds its vision tower).
+Sources: published configs and tokenizers of 2023, and how LLaVA's own code (c121f04) finds its vision tower.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
 from ..text import shown
 from . import rules_tokenizer, rules_values
-from .rules import CONFIG, Rule, Sidecars, listings, said
+from .rules import CONFIG, GENERATION_CONFIG, Rule, SmallFiles, as_json, listings
 
-GENERATION = "generation_config.json"
 REPAIR = "`llava-weights convert PATH --to llava-hf -o OUT` writes this anew"
 REPAIR_ORIGINAL = "`llava-weights convert PATH --to llava -o OUT` repairs this"
 
 
-def ids_in_table(s: Sidecars) -> Iterator[str]:
+def ids_in_table(s: SmallFiles) -> Iterator[str]:
     """Special ids that have no row in the embedding table."""
     text = s.of(CONFIG).get("text_config")
     for prefix, config in (("", s.of(CONFIG)), ("text_config.", text if isinstance(text, dict) else {})):
@@ -30,43 +29,40 @@ def ids_in_table(s: Sidecars) -> Iterator[str]:
                 yield f"`{prefix}{key}` is {value}, the embedding table has {s.rows:,} rows"
 
 
-def misnamed_pad(s: Sidecars) -> Iterator[str]:
+def misnamed_pad(s: SmallFiles) -> Iterator[str]:
     """A pad id of llava-hf that is not the tokenizer's."""
     pad = s.of(CONFIG).get("pad_token_id")
     if pad is not None and "pad" in s.ids and pad != s.ids["pad"]:
-        yield f"`pad_token_id` is {said(pad)}, but the tokenizer pads with id {s.ids['pad']}"
+        yield f"`pad_token_id` is {as_json(pad)}, but the tokenizer pads with id {s.ids['pad']}"
 
 
-def generation_ids(s: Sidecars) -> Iterator[str]:
+def generation_ids(s: SmallFiles) -> Iterator[str]:
     """What generation_config.json says about special ids, against the tokenizer."""
-    yield from _wrong_ids(s, GENERATION, ("bos", "eos", "pad"), needed=("eos",)) if s.has(GENERATION) else ()
+    yield from _wrong_ids(s, GENERATION_CONFIG, ("bos", "eos", "pad"), needed=("eos",)) if s.has(GENERATION_CONFIG) else ()
 
 
-def _wrong_ids(s: Sidecars, file: str, roles: tuple[str, ...], needed: tuple[str, ...] = ()) -> Iterator[str]:
+def _wrong_ids(s: SmallFiles, file: str, roles: tuple[str, ...], needed: tuple[str, ...] = ()) -> Iterator[str]:
     for role in roles:
         value, true = s.of(file).get(f"{role}_token_id"), s.ids.get(role)
         right = {true, s.ids.get("unk")} if role == "pad" and s.checkpoint.layout != "llava-hf" else {true}
         given = value if isinstance(value, list) else [value]
         if true is not None and not right & {x for x in given if type(x) is int} and (value is not None or role in needed):
-            yield f"`{role}_token_id` is {said(value)}, but the tokenizer's {role} is id {true}"
+            yield f"`{role}_token_id` is {as_json(value)}, but the tokenizer's {role} is id {true}"
 
 
-# --- tokenizer files, of every layout -------------------------------------------------------------------------------
-
-
-def tokenizer_missing(s: Sidecars) -> Iterator[str]:
+def tokenizer_missing(s: SmallFiles) -> Iterator[str]:
     """Nothing to make tokens with."""
     if not any(s.has(name) for name in (MODEL, FAST, "vocab.json")):
         yield f"there is no tokenizer: neither `{MODEL}` nor `{FAST}`"
 
 
-def _beyond_table(s: Sidecars) -> Iterator[str]:
+def _beyond_table(s: SmallFiles) -> Iterator[str]:
     for name, i in sorted({(name, i) for _, name, i in listings(s.objects)}, key=lambda pair: pair[1]):
         if s.rows and i >= s.rows:
             yield f"{shown(name)} has the id {i}, but the embedding table has {s.rows:,} rows"
 
 
-def _contradictions(s: Sidecars) -> Iterator[str]:
+def _contradictions(s: SmallFiles) -> Iterator[str]:
     seen: dict[str, tuple[str, int]] = {}
     for file, name, i in listings(s.objects):
         first, known = seen.setdefault(name, (file, i))
@@ -74,101 +70,101 @@ def _contradictions(s: Sidecars) -> Iterator[str]:
             yield f"{shown(name)} has the id {known} in `{first}`, but {i} in `{file}`"
 
 
-def _role_names(s: Sidecars) -> Iterator[str]:
+def _role_names(s: SmallFiles) -> Iterator[str]:
     for file in (TOKENIZER_CONFIG, SPECIAL):
         bos, eos = (token_text(s.of(file).get(f"{role}_token")) for role in ("bos", "eos"))
         if "" in (bos, eos) or (bos == eos and bos is not None and s.ids.get("bos") != s.ids.get("eos")):
-            yield f"`{file}` names {said(bos)} as bos and {said(eos)} as eos"
+            yield f"`{file}` names {as_json(bos)} as bos and {as_json(eos)} as eos"
 
 
-SHARED = (
+SHARED_RULES = (
     Rule("tokenizer", "every id has a row", _beyond_table, remedy=f"{RIGHT_TOKENIZER}; convert drops tokens without a row"),
     Rule("tokenizer", "one id for each token", _contradictions, remedy=RIGHT_TOKENIZER),
     Rule("tokenizer", "names of bos and eos", _role_names, "warning", "every llava-weights command that writes a model repairs this"),
-    *rules_tokenizer.RULES,
+    *rules_tokenizer.TOKENIZER_RULES,
 )
 
 
 # --- config.json of the original layout and of text models ----------------------------------------------------------
 
 
-def _vocabulary(s: Sidecars) -> Iterator[str]:
+def _vocabulary(s: SmallFiles) -> Iterator[str]:
     rows = {
-        name: s.parts[part].rows
+        name: s.tensors[part].rows
         for name, part in zip(VOCABULARY, ("text.embed_tokens.weight", "head.weight"), strict=True)
-        if part in s.parts
+        if part in s.tensors
     }
     for name, count in rows.items():
         if s.of(CONFIG).get("vocab_size") != count:
-            yield f"`vocab_size` is {said(s.of(CONFIG).get('vocab_size'))}, but `{name}` has {count:,} rows"
+            yield f"`vocab_size` is {as_json(s.of(CONFIG).get('vocab_size'))}, but `{name}` has {count:,} rows"
 
 
-def _special_ids(s: Sidecars) -> Iterator[str]:
+def _special_ids(s: SmallFiles) -> Iterator[str]:
     yield from _wrong_ids(s, CONFIG, ("bos", "eos", "pad"))
 
 
-def _model_type(s: Sidecars) -> Iterator[str]:
+def _model_type(s: SmallFiles) -> Iterator[str]:
     kind, named = s.of(CONFIG).get("model_type"), s.of(CONFIG).get("architectures")
     if not str(kind).startswith("llava"):
-        yield f"`model_type` is {said(kind)}: LLaVA's code after May 2023, and transformers, load it without projector and images"
+        yield f"`model_type` is {as_json(kind)}: LLaVA's code after May 2023, and transformers, load it without projector and images"
     elif not any(str(name).startswith("Llava") for name in (named if isinstance(named, list) else ())):
-        yield f"`architectures` is {said(named)}, no class of LLaVA"
+        yield f"`architectures` is {as_json(named)}, no class of LLaVA"
 
 
-def _projector(s: Sidecars) -> Iterator[str]:
-    weights, kind = projector_weights(s.parts), projector_type(s.parts)
+def _projector(s: SmallFiles) -> Iterator[str]:
+    weights, kind = projector_weights(s.tensors), projector_type(s.tensors)
     if not weights:
         return
-    if (told := s.of(CONFIG).get("mm_projector_type", "linear")) != kind:
-        yield f"`mm_projector_type` is {said(s.of(CONFIG).get('mm_projector_type'))}, taken for {said(told)}: the tensors are {kind}"
-    *_, width = s.parts[weights[0]].shape or (0,)
+    if (taken := s.of(CONFIG).get("mm_projector_type", "linear")) != kind:
+        yield f"`mm_projector_type` is {as_json(s.of(CONFIG).get('mm_projector_type'))}, taken for {as_json(taken)}: the tensors are {kind}"
+    *_, width = s.tensors[weights[0]].shape or (0,)
     if (size := s.of(CONFIG).get("mm_hidden_size")) != width:
-        yield f"`mm_hidden_size` is {said(size)}, but the projector takes features of {width}"
+        yield f"`mm_hidden_size` is {as_json(size)}, but the projector takes features of {width}"
 
 
-def _tower_name(s: Sidecars) -> Iterator[str]:
+def _tower_name(s: SmallFiles) -> Iterator[str]:
     if not isinstance(s.of(CONFIG).get("mm_vision_tower"), str):
         yield "`mm_vision_tower` is missing: LLaVA's code then loads a text model without images"
 
 
-def _tower_path(s: Sidecars) -> Iterator[str]:
+def _tower_path(s: SmallFiles) -> Iterator[str]:
     if isinstance(named := s.of(CONFIG).get("mm_vision_tower"), str) and re.match(r"[./~\\]|[A-Za-z]:", named):
         yield f"`mm_vision_tower` is a path on its author's machine, {shown(named)}"
 
 
-def _tower_replaced(s: Sidecars) -> Iterator[str]:
-    count = sum(name.startswith("tower.") for name in s.parts)
+def _tower_replaced(s: SmallFiles) -> Iterator[str]:
+    count = sum(name.startswith("tower.") for name in s.tensors)
     if count and s.of(CONFIG).get("unfreeze_mm_vision_tower") is not True:
         yield (
             f"the checkpoint holds {count} tensors of a vision tower, but `unfreeze_mm_vision_tower` is not true: "
-            f"LLaVA replaces them by {said(s.of(CONFIG).get('mm_vision_tower'))} without a word, which is wrong if they were tuned"
+            f"LLaVA replaces them by {as_json(s.of(CONFIG).get('mm_vision_tower'))} without a word, which is wrong if they were tuned"
         )
 
 
-def _newline(s: Sidecars) -> Iterator[str]:
-    if reads_newline(s.of(CONFIG)) and "newline" not in s.parts:
-        kinds = ", ".join(f"`{key}` {said(s.of(CONFIG).get(key))}" for key in ("image_aspect_ratio", "mm_patch_merge_type"))
+def _newline(s: SmallFiles) -> Iterator[str]:
+    if reads_newline(s.of(CONFIG)) and "newline" not in s.tensors:
+        kinds = ", ".join(f"`{key}` {as_json(s.of(CONFIG).get(key))}" for key in ("image_aspect_ratio", "mm_patch_merge_type"))
         yield f"{kinds}: LLaVA's code joins the tiles of an image with `model.image_newline`, which is in no file, and makes a random one"
 
 
-def _old_keys(s: Sidecars) -> Iterator[str]:
+def _old_keys(s: SmallFiles) -> Iterator[str]:
     if "max_sequence_length" in s.of(CONFIG) and "max_position_embeddings" not in s.of(CONFIG):
         yield "`max_sequence_length` is the name before transformers 4.28 of `max_position_embeddings`, which is missing"
     if "mm_use_im_patch_token" not in s.of(CONFIG) and "<im_patch>" not in s.tokens:
         yield "`mm_use_im_patch_token` is missing, which LLaVA's code takes for true: it adds a token and a row"
 
 
-LLAMA = (
+LLAMA_RULES = (
     Rule(CONFIG, "vocabulary", _vocabulary),
     Rule(CONFIG, "special ids", ids_in_table),
     Rule(CONFIG, "special ids", _special_ids),
-    *rules_values.COMMON,
-    Rule(GENERATION, "special ids", generation_ids),
+    *rules_values.ANY_CONFIG,
+    Rule(GENERATION_CONFIG, "special ids", generation_ids),
     *rules_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, "warning", RIGHT_TOKENIZER),
-    *SHARED,
+    *SHARED_RULES,
 )
-LLAVA = (
+LLAVA_RULES = (
     Rule(CONFIG, "vocabulary", _vocabulary, remedy=REPAIR_ORIGINAL),
     Rule(CONFIG, "special ids", ids_in_table, remedy=REPAIR_ORIGINAL),
     Rule(CONFIG, "special ids", _special_ids, remedy=REPAIR_ORIGINAL),
@@ -179,12 +175,12 @@ LLAVA = (
     Rule(CONFIG, "vision tower", _tower_replaced, "warning", REPAIR_ORIGINAL),
     Rule(CONFIG, "image_newline", _newline, remedy="take the weights with it, or merge a LoRA onto the LLaVA that it was trained from"),
     Rule(CONFIG, "keys of 2023", _old_keys, "warning", REPAIR_ORIGINAL),
-    *rules_values.COMMON,
-    *rules_values.ORIGINAL,
-    Rule(GENERATION, "special ids", generation_ids, remedy=REPAIR_ORIGINAL),
+    *rules_values.ANY_CONFIG,
+    *rules_values.ORIGINAL_CONFIG,
+    Rule(GENERATION_CONFIG, "special ids", generation_ids, remedy=REPAIR_ORIGINAL),
     *rules_values.GENERATING,
     Rule("tokenizer", "there", tokenizer_missing, "warning", RIGHT_TOKENIZER),
-    *SHARED,
+    *SHARED_RULES,
     rules_tokenizer.BLANKS,
     *rules_values.IMAGES,
 )

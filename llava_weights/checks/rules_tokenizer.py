@@ -1,7 +1,7 @@
-"""Do the tokenizer's files say the same? tokenizer.json against tokenizer.model, added tokens, what is put around a text. A table of rules.
+"""A table of rules: do the tokenizer's files agree? tokenizer.json against tokenizer.model, added tokens, tokens around a text.
 
-Two programs that read the same folder take different files: LLaVA's own code tokenizer.model, transformers and vLLM tokenizer.json.
-Where these give other ids, one of the two gets another model (facts: llava-hf 3.6).
+Programs that read the same folder take different files: LLaVA's own code tokenizer.model, transformers and vLLM tokenizer.json. Where
+these give other ids, one program feeds the model ids that it was not trained on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, TOKENIZER_CONFI
 from ..checkpoint.tokenizer_json import bpe_model
 from ..storage.strict_json import JsonObject
 from ..text import shown
-from .rules import Rule, Sidecars, listings, said
+from .rules import Rule, SmallFiles, as_json, listings
 
 MAKE_FAST = f"take `{FAST}` from the authors, or remove it: `llava-weights convert PATH --to llava-hf -o OUT` makes it from `{MODEL}`"
 BYTE = 6  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
@@ -23,7 +23,7 @@ BYTE = 6  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
 LARGEST_PIECES = 1 << 26
 
 
-def _pieces(s: Sidecars) -> Iterator[str]:
+def _pieces(s: SmallFiles) -> Iterator[str]:
     """Every piece of tokenizer.model, by its id in tokenizer.json."""
     fast, pieces = s.fast_ids, s.pieces
     if not fast or not pieces:
@@ -35,24 +35,24 @@ def _pieces(s: Sidecars) -> Iterator[str]:
         first = wrong[0]
         yield (
             f"{len(wrong):,} of the {len(pieces.ids):,} pieces of `{MODEL}` have another id in `{FAST}`: {shown(first)} is "
-            f"{pieces.ids[first]} there, {said(fast.get(first))} here"
+            f"{pieces.ids[first]} there, {as_json(fast.get(first))} here"
         )
 
 
-def _unk_and_bytes(s: Sidecars) -> Iterator[str]:
+def _unk_and_bytes(s: SmallFiles) -> Iterator[str]:
     """What tokenizer.json says of the unknown token and of bytes, against tokenizer.model."""
     model = _object(s.of(FAST).get("model"))
     if not s.pieces or not model:
         return
     if s.pieces.model_type == BPE and (named := model.get("type", "BPE")) != "BPE":
-        yield f"its model is {said(named)}, but `{MODEL}` is a BPE"
+        yield f"its model is {as_json(named)}, but `{MODEL}` is a BPE"
     if model.get("unk_token") not in (None, s.pieces.unk):
-        yield f"its `unk_token` is {said(model['unk_token'])}, but {shown(s.pieces.unk)} in `{MODEL}`"
+        yield f"its `unk_token` is {as_json(model['unk_token'])}, but {shown(s.pieces.unk)} in `{MODEL}`"
     if BYTE in s.pieces.kinds.values() and model.get("byte_fallback") is not True:
-        yield f"its `byte_fallback` is {said(model.get('byte_fallback'))}, but `{MODEL}` has a piece for each byte"
+        yield f"its `byte_fallback` is {as_json(model.get('byte_fallback'))}, but `{MODEL}` has a piece for each byte"
 
 
-def _merges(s: Sidecars) -> Iterator[str]:
+def _merges(s: SmallFiles) -> Iterator[str]:
     """The merges, as far as the pieces and their scores tell them: all there, and better pieces first."""
     if not s.pieces or s.pieces.model_type != BPE or not s.has(FAST) or any(_pieces(s)) or any(_unk_and_bytes(s)):
         return
@@ -61,14 +61,14 @@ def _merges(s: Sidecars) -> Iterator[str]:
     yield from _wrong_merges(_found_merges(s), s.pieces)
 
 
-def _found_merges(s: Sidecars) -> list[str]:
+def _found_merges(s: SmallFiles) -> list[str]:
     """The merges of tokenizer.json, each as one text. Raises InputError where one is no pair of texts."""
     _, found = bpe_model({"model": {**_object(s.of(FAST).get("model")), "vocab": {}}})
     return [" ".join(pair) if isinstance(pair, list) else pair for pair in found]
 
 
 def _wrong_merges(found: Sequence[str], pieces: Vocabulary) -> Iterator[str]:
-    """As `bpe_merges` makes them, where pieces that are no ordinary text take no part; in any order among those of one piece."""
+    """As `bpe_merges` makes them, without pieces that are no ordinary text; merges that make one piece may be in any order."""
     scores = {name: pieces.scores[name] for name, kind in pieces.kinds.items() if kind == NORMAL}
     known, missing = set(found), list[str]()
     for name, score in scores.items():
@@ -89,7 +89,7 @@ def _wrong_merges(found: Sequence[str], pieces: Vocabulary) -> Iterator[str]:
         before, best = merge, score
 
 
-def _first_merge(s: Sidecars) -> Iterator[str]:
+def _first_merge(s: SmallFiles) -> Iterator[str]:
     """The merges of the one piece whose score is 0, which transformers before 4.34 left out, as in the file of LLaVA's own delta."""
     if s.pieces and s.pieces.model_type == BPE and s.has(FAST) and not any(_pieces(s)) and not any(_unk_and_bytes(s)):
         found = set(_found_merges(s))
@@ -98,7 +98,7 @@ def _first_merge(s: Sidecars) -> Iterator[str]:
         yield from (f"the merge {shown(merge)} is missing, as in files by transformers of 2023" for merge in lacking if merge not in found)
 
 
-def _byte_level(s: Sidecars) -> Iterator[str]:
+def _byte_level(s: SmallFiles) -> Iterator[str]:
     """vocab.json and merges.txt of a byte-level tokenizer, which its slow class reads, against tokenizer.json."""
     vocabulary = s.of("vocab.json")
     if s.has(MODEL) or not s.has(FAST) or not vocabulary:
@@ -106,7 +106,7 @@ def _byte_level(s: Sidecars) -> Iterator[str]:
     own = {name: i for name, i in s.fast_ids.items() if name in vocabulary or name not in s.fast_added}
     if own != vocabulary:
         wrong = [name for name in {**own, **vocabulary} if own.get(name) != vocabulary.get(name)]
-        ids = f"{shown(wrong[0])} is {said(vocabulary.get(wrong[0]))} there, {said(own.get(wrong[0]))} here"
+        ids = f"{shown(wrong[0])} is {as_json(vocabulary.get(wrong[0]))} there, {as_json(own.get(wrong[0]))} here"
         yield f"{len(wrong):,} tokens of `vocab.json` have another id in `{FAST}`: {ids}"
         return
     if (text := small_text(s.checkpoint.files, "merges.txt", limit=16 << 20)) is None:
@@ -117,7 +117,7 @@ def _byte_level(s: Sidecars) -> Iterator[str]:
         yield f"its merges are not those of `merges.txt` ({len(found):,} and {len(pairs):,})"
 
 
-def _own_ids(s: Sidecars) -> Iterator[str]:
+def _own_ids(s: SmallFiles) -> Iterator[str]:
     """tokenizer.json against itself: added tokens, and the tokens put around a text."""
     for name, i in s.fast_added.items():
         if (inside := s.fast_ids.get(name, i)) != i:
@@ -125,10 +125,10 @@ def _own_ids(s: Sidecars) -> Iterator[str]:
     known = {**s.fast_ids, **s.fast_added}
     for name, ids in _around(s.of(FAST))[2].items():
         if name in known and ids != [known[name]]:
-            yield f"its `post_processor` puts {said(ids)} for {shown(name)}, which is {known[name]}"
+            yield f"its `post_processor` puts {as_json(ids)} for {shown(name)}, which is {known[name]}"
 
 
-def _bos_and_eos(s: Sidecars) -> Iterator[str]:
+def _bos_and_eos(s: SmallFiles) -> Iterator[str]:
     """bos and eos around a text: some readers go by tokenizer.json, others by the flags in tokenizer_config.json."""
     if not s.is_llama or not s.has(FAST) or not s.of(FAST):
         return
@@ -138,10 +138,10 @@ def _bos_and_eos(s: Sidecars) -> Iterator[str]:
         if type(flag) is bool and token and flag != (token in names):
             puts = f"puts {', '.join(map(shown, names))}" if names else "puts nothing"
             place = "before" if role == "bos" else "behind"
-            yield f"`{key}` is {said(flag)} and {role} {shown(token)}, but `{FAST}` {puts} {place} a text"
+            yield f"`{key}` is {as_json(flag)} and {role} {shown(token)}, but `{FAST}` {puts} {place} a text"
 
 
-def _one_token_an_id(s: Sidecars) -> Iterator[str]:
+def _one_token_an_id(s: SmallFiles) -> Iterator[str]:
     """Two tokens of one id."""
     names = {i: (MODEL if s.pieces else FAST, name) for name, i in (s.pieces.ids if s.pieces else s.fast_ids).items()}
     for file, name, i in listings(s.objects):
@@ -150,7 +150,7 @@ def _one_token_an_id(s: Sidecars) -> Iterator[str]:
             yield f"id {i} is {shown(known)} in `{first}`, but {shown(name)} in `{file}`"
 
 
-def _added_elsewhere(s: Sidecars) -> Iterator[str]:
+def _added_elsewhere(s: SmallFiles) -> Iterator[str]:
     """Added tokens that tokenizer.json does not know, while it knows others."""
     if not s.of(FAST):
         return
@@ -163,23 +163,23 @@ def _added_elsewhere(s: Sidecars) -> Iterator[str]:
         yield f"`{file}` lists {shown(name)}, which `{FAST}` does not know: readers give its text other ids"
 
 
-def _truncation(s: Sidecars) -> Iterator[str]:
+def _truncation(s: SmallFiles) -> Iterator[str]:
     if cut := _object(s.of(FAST).get("truncation")):
-        yield f"its `truncation` cuts every text to {said(cut.get('max_length'))} tokens, for readers that do not set it themselves"
+        yield f"its `truncation` cuts every text to {as_json(cut.get('max_length'))} tokens, for readers that do not set it themselves"
 
 
-def odd_form(s: Sidecars) -> str:
-    """How tokenizer.json of a LLaMA puts blanks before a text, where not as LLaVA's own tokenizer; else nothing (facts, llava-hf 3.6)."""
+def odd_form(s: SmallFiles) -> str:
+    """How tokenizer.json of a LLaMA puts blanks before a text, where not as LLaVA's own tokenizer; else nothing."""
     normalizer, before = s.of(FAST).get("normalizer"), s.of(FAST).get("pre_tokenizer")
     steps = _object(normalizer).get("normalizers")
     kinds = [step.get("type") for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     bare = s.of(TOKENIZER_CONFIG).get("add_prefix_space") is False and kinds == ["Replace"]
     if before is None and (kinds == ["Prepend", "Replace"] or bare):
         return ""
-    return said(before.get("type") if isinstance(before, dict) else kinds or normalizer)
+    return as_json(before.get("type") if isinstance(before, dict) else kinds or normalizer)
 
 
-def _blanks(s: Sidecars) -> Iterator[str]:
+def _blanks(s: SmallFiles) -> Iterator[str]:
     """For the original layout, whose own code reads tokenizer.model."""
     if s.pieces and s.of(FAST) and (form := odd_form(s)):
         yield f"its form is {form}: it puts blanks where `{MODEL}`, which LLaVA's own code reads, does not"
@@ -205,7 +205,7 @@ def _object(value: Any) -> JsonObject:
 
 
 BLANKS = Rule(FAST, "form", _blanks, "note")
-RULES = (
+TOKENIZER_RULES = (
     Rule("tokenizer", f"{FAST} as {MODEL}", _pieces, remedy=MAKE_FAST),
     Rule("tokenizer", "one token for each id", _one_token_an_id, remedy=RIGHT_TOKENIZER),
     Rule("tokenizer", "added tokens", _added_elsewhere, "warning", RIGHT_TOKENIZER),

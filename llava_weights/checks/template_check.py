@@ -1,7 +1,7 @@
-"""What a chat template asks for that no chat template needs. It is parsed as transformers parses it, and never rendered.
+"""Name what a chat template asks for that no chat template needs. It is parsed as transformers parses it, and never rendered.
 
-Allowed is what chat templates use, by kind of expression, filter, test, function and method; everything else is named. transformers renders
-templates in a sandbox, others may not, and a sandbox has had holes: a name that begins with an underscore is the way into all of them.
+Allowed are the kinds of expression, filters, tests, functions and methods that chat templates use; everything else is named. transformers
+renders templates in a sandbox, other programs may not, and sandboxes have had holes: names with a leading underscore lead into all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment, nodes
 
 
-LONGEST = 1 << 17  # characters; the longest published ones have 30,000
+LONGEST_TEMPLATE = 1 << 17  # characters; the longest published ones have 30,000
 PASSES = 100  # over a template's names, each of which follows values one name further
 
 
@@ -48,9 +48,11 @@ METHODS = _words(
     "rpartition rsplit rstrip setdefault split splitlines startswith strip title update upper values"
 )
 NUMBERS = _words("abs count float int length round wordcount")  # filters that give a number
-# Filters and methods that give what they were given, or pieces of it.
-PARTS = _words("d default dictsort first items last list max min reverse slice batch sort unique map select selectattr reject rejectattr")
-PART_METHODS = _words("copy get items keys values pop split rsplit splitlines strip lstrip rstrip partition rpartition")
+# Filters and methods that return their input, or pieces of it.
+PIECE_FILTERS = _words(
+    "d default dictsort first items last list max min reverse slice batch sort unique map select selectattr reject rejectattr"
+)
+PIECE_METHODS = _words("copy get items keys values pop split rsplit splitlines strip lstrip rstrip partition rpartition")
 BY_NAME = _words("map selectattr rejectattr groupby sort sum unique min max")  # filters that take the name of an attribute
 INTO = _words("append extend insert update setdefault")  # methods that put their arguments into what they belong to
 LOOP_NUMBERS = _words("index index0 revindex revindex0 length depth depth0")
@@ -61,7 +63,7 @@ def asks_for(template: str) -> list[str]:
 
     Empty for a template that only writes text out of messages. A template that can't be parsed, or is longer than any, asks for that.
     """
-    if len(template) > LONGEST:
+    if len(template) > LONGEST_TEMPLATE:
         return [f"a parser that reads {len(template):,} characters, where others have some thousands"]
     from jinja2 import TemplateSyntaxError
 
@@ -101,7 +103,7 @@ def internal(name: str) -> bool:
 
 @dataclass
 class _Reader:
-    """One template. `values` has every expression that a name may get a value from: a subscript must not be a text put together."""
+    """One template. `values` has, by name, every expression that may give it its value: a subscript must not be a text that is built."""
 
     tree: nodes.Template
     macros: set[str] = field(default_factory=set)
@@ -310,9 +312,9 @@ class _Reader:
                 return False
             case nodes.Filter():
                 turned = node.name == "reverse" and self._own_text(node.node)
-                return turned or node.name not in PARTS or any(map(self._built, (node.node, *_given(node))))
+                return turned or node.name not in PIECE_FILTERS or any(map(self._built, (node.node, *_given(node))))
             case nodes.Call(node=nodes.Getattr() as called):
-                own = called.attr not in PART_METHODS or self._own_text(called.node)
+                own = called.attr not in PIECE_METHODS or self._own_text(called.node)
                 return own or any(map(self._built, (called.node, *_given(node))))
             case nodes.Call(node=nodes.Name() as called):
                 return called.name in self.macros or any(map(self._built, _given(node)))

@@ -1,6 +1,6 @@
 """Is this checkpoint whole, and is it what was recorded? Structure from headers (L0), files (L2) and tensors (L3) from one reading.
 
-What could not be checked is a finding of its own, so that silence never looks like success. Levels: facts, verify 1.4.
+What could not be checked is a finding of its own, so that silence never looks like success. findings.py explains the levels.
 """
 
 from __future__ import annotations
@@ -48,16 +48,29 @@ from ..storage.reading import present
 from ..storage.strict_json import json_bytes
 from ..text import brief, is_text, listed, shown, size
 from ..transforms.lora import Adapters
-from . import checksums as other
-from .checksums import DAMAGED, PUBLISHED, compare, compare_tower, counted, differing, failed, find_reference, folded, kind, read_reference
+from ..write.plan import LARGEST_SMALL_FILE
+from .checksums import (
+    GET_AGAIN,
+    PUBLISHED_TABLE,
+    Reference,
+    Side,
+    compare,
+    compare_tower,
+    counted,
+    differing,
+    failed,
+    find_reference,
+    folded,
+    kind,
+    read_reference,
+)
 from .compare_files import compare_files
-from .health import APPLY, health, watch_over
-from .health import RULES as TABLES
+from .health import APPLY, RULES_OF_LAYOUT, health, watch_over
 from .published import check_published
-from .remake import compare_derived, derive
+from .remake import compare_remade, remake
+from .rules import refused
 
-SMALL = 64 << 20  # bytes of a file that is no weight file, up to which it is always read; a tokenizer.json has 2 MB, optimizer.pt 100 GB
-CHECKED_STRUCTURE = ("llama", "llava")  # layouts for which checkpoint/config.py has the rule
+CHECKED_STRUCTURE = ("llama", "llava")  # layouts whose shapes checkpoint/config.py checks
 DEEP = "pass `--deep` to read everything"
 LONGEST_WARNING = 500  # characters of a recorded warning that are shown
 WRITE_SUMS = "run `llava-weights checksum` now to find any later change"
@@ -159,13 +172,13 @@ def verify(
     whole_number("jobs", jobs, most=MOST_JOBS)
     _check_options(against, base, delta, lora, vision_tower, accept_tower, strict, allow)
     subject = open_subject(path)
-    predicted = against == PUBLISHED and delta is not None
+    predicted = against == PUBLISHED_TABLE and delta is not None
     reference = find_reference(against) if against is not None and not predicted else None
     given = {"vision tower": vision_tower, "delta": delta, "base": base}
     tower, given_delta, given_base = (opened(source, role) if source is not None else None for role, source in given.items())
     sources = None
     if given_base and not predicted and subject.checkpoint:
-        sources = derive(subject.checkpoint, given_base, delta=given_delta, lora=lora, tower=tower, accept_tower=accept_tower)
+        sources = remake(subject.checkpoint, given_base, delta=given_delta, lora=lora, tower=tower, accept_tower=accept_tower)
     everything = deep or reference is not None or base is not None
     if everything and (reference or sources):
         on_event(Note(_announced(subject, reference, sources, tower)))
@@ -174,7 +187,7 @@ def verify(
     if reference:
         asked += _against(subject, reading, reference, tower, jobs, on_event)
     if sources and subject.checkpoint:
-        asked += compare_derived(subject.checkpoint, sources, entries=reading.tensors, jobs=jobs, on_event=on_event)
+        asked += compare_remade(subject.checkpoint, sources, entries=reading.tensors, jobs=jobs, on_event=on_event)
         asked += compare_files(subject.checkpoint, sources, "the sources", "L4")
     if predicted and given_delta and subject.checkpoint:
         asked += check_published(subject.checkpoint, given_delta, given_base, on_event=on_event)
@@ -185,7 +198,7 @@ def verify(
 
 def rules() -> list[str]:
     """The names of all rules, which `allow` takes."""
-    return sorted({*OTHER_RULES, *(rule.name for table in TABLES.values() for rule in table)})
+    return sorted({*OTHER_RULES, *(rule.name for table in RULES_OF_LAYOUT.values() for rule in table)})
 
 
 def _check_options(
@@ -198,7 +211,7 @@ def _check_options(
     strict: bool,
     allow: Sequence[str],
 ) -> None:
-    published = str(against) == PUBLISHED
+    published = str(against) == PUBLISHED_TABLE
     if (delta or lora) and not base and not (published and delta):
         raise UsageError("what was made again needs its base", hint="pass `--base` too, or `--published --delta DELTA`")
     if tower and not base and (against is None or published):
@@ -213,23 +226,23 @@ def _check_options(
         raise UsageError("`--allow` takes a rule out of `--strict`", hint="pass `--strict` too")
 
 
-def _announced(subject: Subject, reference: other.Reference | None, sources: Checkpoint | None, tower: Checkpoint | None) -> str:
+def _announced(subject: Subject, reference: Reference | None, sources: Checkpoint | None, tower: Checkpoint | None) -> str:
     """How much will be read of what."""
-    parts = [(sum(map(size_of, subject.files.values())), shown(subject.place.resolve().name))]
+    sizes = [(sum(map(size_of, subject.files.values())), shown(subject.place.resolve().name))]
     if reference and reference.nbytes:
-        parts.append((reference.nbytes, reference.label))
+        sizes.append((reference.nbytes, reference.label))
     if sources:
         leaves = {leaf for tensor in sources.parameters().values() for leaf in tensor.leaves()}
-        parts.append((sum(leaf.nbytes for leaf in leaves), "the sources"))
+        sizes.append((sum(leaf.nbytes for leaf in leaves), "the sources"))
     if tower and reference:
-        parts.append((tower.nbytes, shown(tower.origin.name)))
-    return f"{size(sum(count for count, _ in parts))} will be read: {', '.join(f'{size(count)} of {name}' for count, name in parts)}"
+        sizes.append((tower.nbytes, shown(tower.origin.name)))
+    return f"{size(sum(count for count, _ in sizes))} will be read: {', '.join(f'{size(count)} of {name}' for count, name in sizes)}"
 
 
 def _itself(
-    subject: Subject, reference: other.Reference | None, everything: bool, jobs: int, on_event: Listener
+    subject: Subject, reference: Reference | None, everything: bool, jobs: int, on_event: Listener
 ) -> tuple[list[Finding], Reading]:
-    """What the checkpoint shows by itself and beside its own records, in every mode."""
+    """Findings by itself and by its own records: the part that all modes share."""
     chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
     algorithms, tensors = reference.algorithms if reference else ("sha256",), subject.tensors if everything else {}
     watch = watch_over(subject.checkpoint) if tensors and subject.checkpoint else None
@@ -241,35 +254,35 @@ def _itself(
 
 
 def _against(
-    subject: Subject, reading: Reading, reference: other.Reference, tower: Checkpoint | None, jobs: int, on_event: Listener
+    subject: Subject, reading: Reading, reference: Reference, tower: Checkpoint | None, jobs: int, on_event: Listener
 ) -> list[Finding]:
     read, findings = read_reference(reference, jobs=jobs, on_event=on_event)
     explained = _added(subject)
     if tower and subject.checkpoint:
-        found, proved = compare_tower(subject.checkpoint, reading, tower, jobs=jobs, on_event=on_event)
+        found, equal = compare_tower(subject.checkpoint, reading, tower, jobs=jobs, on_event=on_event)
         findings += found
-        explained |= proved
+        explained |= equal
     weights: dict[str, list[str]] = {name: [] for name in subject.files if subject.is_weights(name)} | subject.by_file
-    compared = other.Side(subject.place, subject.checkpoint, subject.files, reading, weights, explained)
+    compared = Side(subject.place, subject.checkpoint, subject.files, reading, weights, explained)
     return findings + compare(compared, read, tower=tower, jobs=jobs)
 
 
 def _added(subject: Subject) -> dict[str, str]:
-    """Tensors that the recipe in the manifest says were added to the source, with that as the reason. No word on their values."""
+    """Tensors that were added to the source, by the recipe in the manifest, with that as the reason. Says nothing of their values."""
     found: dict[str, str] = {}
     reason = "which its manifest records as added"
     for step in subject.manifest.recipe if subject.manifest else ():
         given = {"tower.": "tower" in step.get("inputs", {}), "projector.2.": bool(step.get("options", {}).get("projector_form"))}
-        parts = tuple(part for part, added in given.items() if added)
-        found |= {name: reason for name in subject.tensors if canonical(name).startswith(parts)}
+        prefixes = tuple(prefix for prefix, added in given.items() if added)
+        found |= {name: reason for name in subject.tensors if canonical(name).startswith(prefixes)}
     return found
 
 
 def _settled(findings: list[Finding], asked: list[Finding], more: bool) -> list[Finding]:
-    """What holds only once all is known.
+    """The findings, with verdicts changed that depend on other findings.
 
-    Where a reference or the sources prove the values, a rule on what kind of checkpoint this is finds no fault: they are of the same.
-    Where nothing else was asked for, missing records leave everything unproved.
+    Where a reference or the sources prove the values, missing records leave nothing unproved, and a rule on the kind of checkpoint finds
+    no fault, since the reference is of the same kind. Where nothing was compared, that is a finding.
     """
     if not more:
         return findings
@@ -328,7 +341,7 @@ def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: List
             check_file(target)
     reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
     for name, why in (*reading.damaged.items(), *((name, "its zip records do not match their CRC-32") for name in reading.broken)):
-        raise InputError(f"{shown(name)} is damaged, so nothing was written: {why}", hint=DAMAGED)
+        raise InputError(f"{shown(name)} is damaged, so nothing was written: {why}", hint=GET_AGAIN)
     entries = [FileEntry(name, size_of(files[name]), digests["sha256"]) for name, digests in reading.files.items()]
     tensors = tuple(reading.tensors.values())
     manifest = make_manifest((), {}, entries, tensors, {})
@@ -346,7 +359,7 @@ def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: List
 
 
 def _says_the_same(target: Path, files: list[FileEntry], tensors: Iterable[TensorEntry], data: bytes) -> bool:
-    """Whether a manifest or list is there and right. Another recipe or environment is no difference: it may tell more than we know."""
+    """Whether a manifest or list is there and right. Another recipe or environment is no difference: the recorded one may tell more."""
     if target.is_symlink() or not target.is_file():
         return False
     if not target.name.endswith(".json"):
@@ -419,7 +432,7 @@ def _regular_files(place: Path, checkpoint: Checkpoint | None, problems: list[Fi
 
 
 def _is_read_always(subject: Subject, name: str) -> bool:
-    return name in subject.sums and not subject.is_weights(name) and size_of(subject.files[name]) <= SMALL
+    return name in subject.sums and not subject.is_weights(name) and size_of(subject.files[name]) <= LARGEST_SMALL_FILE
 
 
 # --- L0: structure --------------------------------------------------------------------------------------------------
@@ -456,14 +469,14 @@ def _listed_files(subject: Subject) -> Iterator[Finding]:
             yield Finding("L0", "warning", name, text, "remove it if you do not know it", "unlisted-file")
 
 
-def _headers(ours: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> Iterator[Finding]:
+def _headers(found: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> Iterator[Finding]:
     """Names, dtypes and shapes."""
     for name, entry in recorded.items():
-        if name not in ours:
+        if name not in found:
             yield failed("L0", name, f"{shown(name)} is in the manifest, but in no weight file")
-        elif (ours[name].dtype, ours[name].shape) != (entry.dtype, entry.shape):
-            yield failed("L0", name, f"{shown(name)} is {kind(ours[name])}, its manifest says {kind(entry)}")
-    for name in ours:
+        elif (found[name].dtype, found[name].shape) != (entry.dtype, entry.shape):
+            yield failed("L0", name, f"{shown(name)} is {kind(found[name])}, its manifest says {kind(entry)}")
+    for name in found:
         if name not in recorded:
             yield failed("L0", name, f"{shown(name)} is in a weight file, but not in the manifest")
 
@@ -514,7 +527,7 @@ def _health(subject: Subject) -> list[Finding]:
 
 
 def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding]:
-    """Digests of the files beside those that were recorded, and which weights have none."""
+    """Digests of the files against the recorded ones; and the weights of which none is recorded."""
     if not subject.sums:
         text, part = "no checksums are there: neither manifest nor SHA256SUMS", "nothing is recorded to compare with"
         return [Finding("L2", "unproved", subject.place.name, text, WRITE_SUMS, part=part)]
@@ -545,14 +558,14 @@ def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding
 
 
 def _recorded(subject: Subject) -> Iterator[Finding]:
-    """What the tool knew when it made this: the warnings of every step."""
+    """The warnings that each step recorded when this was made."""
     manifest = subject.manifest
     if manifest and manifest.doubt:
         yield Finding("recorded", "unchecked", manifest.path.name, f"{manifest.doubt}: its warnings are not known")
     for step in manifest.recipe if manifest else ():
-        for text in step.get("warnings", ()):
-            told = f"recorded when it was made, by {shown(str(step.get('operation', '?')))}: {text[:LONGEST_WARNING]}"
-            yield Finding("recorded", "warning", MANIFEST, told, "see whether it was meant so: the result is only as good as its inputs")
+        for warning in step.get("warnings", ()):
+            text = f"recorded when it was made, by {shown(str(step.get('operation', '?')))}: {warning[:LONGEST_WARNING]}"
+            yield Finding("recorded", "warning", MANIFEST, text, "see whether it was meant so: the result is only as good as its inputs")
 
 
 def _unread(subject: Subject) -> Finding:
@@ -585,10 +598,9 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
 
 
 def _refused(error: InputError, otherwise: str) -> Finding:
-    """What a reader refuses, as a finding: the file that it names, and the facts that are not this machine's paths."""
+    """What a reader refuses, as a finding on the file that it names."""
     path = error.facts.get("path") or error.facts.get("link")
-    facts = "".join(f"; {label}: {text}" for label, text in error.facts.items() if label not in ("path", "folder", "link", "leads to"))
-    return failed("L0", Path(path).name if path else otherwise, error.what + facts, error.hint or DAMAGED)
+    return refused(error, Path(path).name if path else otherwise, GET_AGAIN)
 
 
 def _record(subject: Subject) -> str:

@@ -1,4 +1,4 @@
-"""The commands that prove: verify, checksum, diff, smoke."""
+"""The commands that check: verify, checksum, diff, smoke."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .options import AcceptTower, Jobs, Show, VisionTower, grouped
+from .options import AcceptTower, Jobs, Show, VisionTowerOption, grouped
 from .session import session
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .console import Console
 
 
-PROMPT = "the meaning of life is"  # of LLaVA-13b-delta-v0's model card, which shows the babble of an unapplied delta as its answer
+PROMPT = "the meaning of life is"  # of LLaVA-13b-delta-v0's model card, which shows how an unapplied delta babbles on
 
 Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owner/name[@rev] or hf://owner/name.")]
 Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
@@ -44,14 +44,15 @@ def verify(
     published: Annotated[bool, typer.Option("--published", help="Compare with the checksums that the authors published.")] = False,
     base: Annotated[str | None, typer.Option("--base", help="What PATH was made from: make every tensor again and compare.")] = None,
     delta: Annotated[
-        str | None, typer.Option("--delta", help="The delta that was applied; with --published, it tells the author's files.")
+        str | None, typer.Option("--delta", help="The delta that was applied; with --published, the author's files are predicted from it.")
     ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
-    vision_tower: VisionTower = None,
+    vision_tower: VisionTowerOption = None,
     accept_tower: AcceptTower = False,
     strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure: exit 4.")] = False,
     allow: Annotated[
-        list[str] | None, typer.Option("--allow", metavar="RULE", help="Takes a rule, as its warnings name it, out of --strict. Repeats.")
+        list[str] | None,
+        typer.Option("--allow", metavar="RULE", help="A rule that --strict leaves a warning, by the name in brackets behind it. Repeats."),
     ] = None,
     jobs: Jobs = 2,
     junit: Junit = None,
@@ -72,7 +73,7 @@ def verify(
         sources: Any = {"base": base, "delta": delta, "lora": lora or [], "vision_tower": vision_tower, "accept_tower": accept_tower}
         other = "published" if published else against
         result = check(path, against=other, deep=deep, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources)
-        _prove(console, result.name, result.findings, result.exit_code, result.facts, junit, summary, force=force)
+        _report(console, result.name, result.findings, result.exit_code, result.facts, junit, summary, force=force)
 
 
 @grouped
@@ -137,14 +138,12 @@ def smoke(
     path: Checked,
     reference: Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="Compare with logits recorded by --record.")] = None,
     original: Annotated[str | None, typer.Option("--original", metavar="DIR", help="Compare with this unconverted checkpoint.")] = None,
-    record: Annotated[
-        Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and keep what comes of them.")
-    ] = None,
+    record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and save their logits.")] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and tell the perplexity of plain English.")
+        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and print the perplexity of plain English.")
     ] = None,
     image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
-    vision_tower: VisionTower = None,
+    vision_tower: VisionTowerOption = None,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to compute.")] = "cpu",
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="F32|BF16|F16", help="Dtype of the arithmetic; only F32 can tell `same`.")
@@ -192,13 +191,13 @@ def smoke(
                 done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
             else:
                 done = compare(model, reference or Path(), **how)
-            _prove(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)
+            _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)
         else:
-            from ..smoke.generate import sample
+            from ..smoke.generate import generate
 
-            text = sample(model, PROMPT if prompt is None else prompt, image=image, **how)
-            said = (text.prompt + text.text).split("\n")
-            _prove(console, model.origin.name, text.findings, 4 if text.delta else 0, asdict(text), junit, summary, said, force=force)
+            made = generate(model, PROMPT if prompt is None else prompt, image=image, **how)
+            lines = (made.prompt + made.text).split("\n")
+            _report(console, model.origin.name, made.findings, 4 if made.delta else 0, asdict(made), junit, summary, lines, force=force)
 
 
 def _check_accept(accept_tower: bool, vision_tower: str | None) -> None:
@@ -248,7 +247,7 @@ def _appended(summary: Path | None) -> Path | None:
     return summary or (Path(page) if page else None)
 
 
-def _prove(
+def _report(
     console: Console,
     name: str,
     findings: Sequence[Finding],
@@ -261,8 +260,8 @@ def _prove(
     force: bool = False,
 ) -> None:
     """Show the findings, write the reports that were asked for, and end with the exit code."""
-    from ..cli import report
     from ..storage.output_file import write_report
+    from . import report
 
     shown = report.lines(name, findings, code, verbose=console.verbose)
     console.document([*before, *shown], report.document(name, findings, code, facts))

@@ -1,8 +1,8 @@
 """The only module that prints: sentences for people, JSON lines for programs (`--json`), or next to nothing (`--quiet`).
 
-Narration, progress and errors go to stderr, data to stdout. What comes from files may hold anything, so every line is cleaned of control
-characters, of access tokens and of what a CI would take for a command on its way out. Printing never fails a job: a reader that has gone
-away is no reason to stop writing 26 GB.
+Narration, progress and errors go to stderr, data to stdout. Files may hold any text, so control characters, access tokens and what a
+CI would take for a command are removed from every line. A failure to print never ends a run: a closed pipe is no reason to stop writing
+26 GB.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from ..text import clock_face, command_free, redact, sentences, shards, size, two_columns, visible
 from .progress import Meter
 
-SCHEMA = 1  # of every JSON line; fields may be added under the same number
+JSON_SCHEMA = 1  # of every JSON line; fields may be added under the same number
 BAR_INTERVAL, JSON_INTERVAL, LINE_INTERVAL = 0.1, 1.0, 30.0  # seconds between two signs of progress
-WRITING_FAILED = (1, 3, 5, 6)  # exit codes after which a reader wonders what lies on disk
+WRITING_FAILED = (1, 3, 5, 6)  # exit codes after which the user should learn what lies on disk
 COLOURS = {"error": "1;31", "warning": "33", "hint": "36"}
 
 
@@ -51,7 +51,7 @@ class Console:
         self._out = sys.stdout if out is None else out
         self._err = sys.stderr if err is None else err
         self._clock = clock
-        self._lock = threading.Lock()  # not reentrant, so that the status signal can tell that it cut into a line
+        self._lock = threading.Lock()  # not reentrant, so that the status signal notices where it interrupts a line
         self._meter: Meter | None = None
         self._live = self._bar_shown = self._status_wanted = False
         self._shown_at = -math.inf
@@ -67,7 +67,7 @@ class Console:
             self._say("plan", document, "Plan", *two_columns(rows))
 
     def on_event(self, event: Event) -> None:
-        """Show what the engine tells."""
+        """Show an event of the library."""
         with self._turn():
             match event:
                 case ReadingBack():
@@ -82,11 +82,11 @@ class Console:
                     self._note(event)
 
     def document(self, text: str | Sequence[str], document: Mapping[str, Any]) -> None:
-        """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for. `text` is one with lines of its
-        own, or a list of lines, each of which stays one whatever it holds.
+        """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for. `text` has lines of its own,
+        or is a list of lines, each printed as one whatever it holds.
 
         In JSON it is one line of type `summary` unless `document` has its own `type`: the last line of stdout is what a program wants.
-        Raises OutputError where stdout can't take it; a reader that closed the pipe has had enough, which is no error.
+        Raises OutputError where stdout can't take it; a reader that closed the pipe is no error.
         """
         with self._turn():
             self._erase()
@@ -115,7 +115,7 @@ class Console:
         return self._report(error, error)
 
     def unexpected(self, error: BaseException) -> int:
-        """A bug of ours: say so and keep the traceback where it can be attached to a report; returns 1."""
+        """A bug in this program: say so, and save the traceback for a report; returns 1."""
         first = (str(error).strip() or "no message").splitlines()[0]
         found = ", ".join(f"{name} {version}" for name, version in versions().items())
         problem = LlavaWeightsError(
@@ -153,9 +153,9 @@ class Console:
             yield
             if self._status_wanted:
                 self._status_wanted = False
-                self._tell(self._meter)
+                self._print_meter(self._meter)
 
-    def _tell(self, meter: Meter | None) -> None:
+    def _print_meter(self, meter: Meter | None) -> None:
         if meter is None:
             self._narrate("Nothing is being written yet")
         elif self.json:
@@ -181,7 +181,7 @@ class Console:
         if self.quiet or now - self._shown_at < interval:
             return
         self._shown_at = now
-        (self._draw if self._animated else self._tell)(self._meter)
+        (self._draw if self._animated else self._print_meter)(self._meter)
 
     def _shard_done(self, event: ShardDone) -> None:
         if self._meter is None or not self._live:
@@ -222,7 +222,7 @@ class Console:
             self._narrate(last, label="hint" if error.hint else "")
 
     def _written(self, error: LlavaWeightsError | Interrupted) -> str | None:
-        """What lies on disk now: the writer's words, else what the events told. None where the command writes nothing."""
+        """What lies on disk now: as the writer says, else by the events. None where the command writes nothing."""
         interrupted = isinstance(error, Interrupted)
         if not self.writes or not (interrupted or error.exit_code in WRITING_FAILED):
             return error.kept
@@ -255,7 +255,7 @@ class Console:
         _write(self._err, "".join(f"{start}{clean(line)}\n" for line in lines))
 
     def _emit(self, stream: TextIO | None, kind: str, document: Mapping[str, Any]) -> Exception | None:
-        head = {"type": kind, "schema": SCHEMA}
+        head = {"type": kind, "schema": JSON_SCHEMA}
         line = jsonlib.dumps(_plain(head | dict(document) | head), allow_nan=False)
         return _write(stream, line.replace("##", "#\\u0023") + "\n")  # the same text, and no command to a CI
 

@@ -1,6 +1,6 @@
-"""The first thing to try: toy weights in the published layouts, and the real commands run on them, each shown before its output.
+"""The demo: toy weights in the published layouts, and the real commands run on them, each shown before its output.
 
-What is shown is decided here; `toy.py` makes the weights.
+This module decides what is shown; `toy.py` makes the weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..write.work_folder import partial_folder
 from .console import Console
 from .toy import make_toys
 
-MARKER = ".llava-weights-demo"
-MARK = b"Made by `llava-weights demo`, which deletes and makes again the folders beside this file that it made.\n"
+DEMO_MARKER = ".llava-weights-demo"
+DEMO_MARK = b"Made by `llava-weights demo`, which deletes and makes again the folders beside this file that it made.\n"
 MADE = ("llama", "delta", "vicuna", "lora", "clip", "llava", "wrong", "small", "again", "tuned", "llava-hf")
 
 
@@ -60,13 +60,13 @@ def _perform(folder: Path, console: Console, scenes: Callable[[Path], Iterable[S
     try:
         make_toys(folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        _tell(console, f"Made a toy LLaMA and a LLaVA delta in {folder}: {size / 1e6:.1f} MB of random values, in the published layouts.")
+        _say(console, f"Made a toy LLaMA and a LLaVA delta in {folder}: {size / 1e6:.1f} MB of random values, in the published layouts.")
         for scene in scenes(folder):
             if code := _play(scene, console):
                 return code
     except OSError as error:
         raise output_error(error, folder) from error
-    _tell(console, "\n" + "\n".join(_closing(folder)))
+    _say(console, "\n" + "\n".join(_closing(folder)))
     console.summary((), {}, str(folder))
     return 0
 
@@ -85,7 +85,7 @@ def demo_scenes(folder: Path) -> Iterator[Scene]:
     yield Scene("What is it now?", (*inspect, llava))
     mistaken = "A mistake often made: Vicuna as the base. Its names and shapes fit, its values do not. Nothing is written."
     yield Scene(mistaken, (*apply, "--base", vicuna, "--delta", delta, "-o", wrong), code=3)
-    tuning = "A LoRA that somebody trained on the result. Each of its tensors must find its place, and how much arrives is told."
+    tuning = "A LoRA that somebody trained on the result. Each of its tensors must find its place, and how much of it arrives is printed."
     yield Scene(tuning, (*merge, "--base", llava, "--lora", lora, "-o", tuned))
     published = "For publishers: a delta that loses nothing, and is smaller."
     yield Scene(published, (*make, "--base", llama, "--tuned", llava, "--codec", "integer", "-o", small))
@@ -108,7 +108,7 @@ def _closing(folder: Path) -> tuple[str, ...]:
 
 def _play(scene: Scene, console: Console) -> int:
     """Show and run one command, its two streams as one so that they stay in order. Returns 0 where it ended as it should."""
-    _tell(console, f"\n{scene.title}\n{scene.line}")
+    _say(console, f"\n{scene.title}\n{scene.line}")
     sink = subprocess.PIPE if console.quiet else None if sys.stdout else subprocess.DEVNULL
     program, *arguments = scene.command
     command = [sys.executable, "-m", "llava_weights", *arguments] if program == "llava-weights" else [program, *arguments]
@@ -121,15 +121,15 @@ def _play(scene: Scene, console: Console) -> int:
     return 128 - done.returncode if done.returncode < 0 else done.returncode or 1  # below 0: killed by that signal
 
 
-def _tell(console: Console, text: str) -> None:
+def _say(console: Console, text: str) -> None:
     if not console.quiet:
         console.document(text, {})
 
 
 def _clear(folder: Path) -> None:
     """An empty folder but for the marker. Deletes what an earlier demo made, and nothing else. Raises OutputError where there is more."""
-    marker = folder / MARKER
-    earlier = marker.is_file() and marker.read_bytes() == MARK and not any(path.is_symlink() for path in _made(folder))
+    marker = folder / DEMO_MARKER
+    earlier = marker.is_file() and marker.read_bytes() == DEMO_MARK and not any(path.is_symlink() for path in _made(folder))
     if os.path.lexists(folder) and not earlier and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputError(
             f"`{folder.name}` exists and is not an earlier demo",
@@ -141,7 +141,7 @@ def _clear(folder: Path) -> None:
             if path.exists():
                 shutil.rmtree(path)
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_bytes(MARK)
+        marker.write_bytes(DEMO_MARK)
     except OSError as error:
         raise output_error(error, folder) from error
 

@@ -1,4 +1,4 @@
-"""The commands that look at what is there."""
+"""The commands that only look: inspect and env; and the demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from ..errors import UsageError
 from ..text import two_columns
 from .console import versions
-from .options import Json, Quiet, Show, Verbose, grouped
+from .options import JsonLines, Quiet, Show, Verbose, grouped
 from .session import session
 
 
@@ -23,7 +23,7 @@ def inspect(
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a repository on the Hub.")] = None,
     show: Show,
 ) -> None:
-    """Say what a checkpoint is, why we think so, and what to do with it."""
+    """Say what a checkpoint is, what shows it, and what to do with it."""
     with session(show) as console:
         from ..checkpoint.checkpoint import open_checkpoint
         from ..checkpoint.inspect import inspect as look
@@ -47,7 +47,7 @@ def demo(
         raise typer.Exit(run(folder, console))
 
 
-def env(json: Json = False) -> None:
+def env(json: JsonLines = False) -> None:
     """Versions and settings for a bug report."""
     with session(Show(json=json)) as console:
         found = versions()

@@ -1,4 +1,4 @@
-"""The command line: every command by its name. Each parses, calls and hands to the console; no logic lives here."""
+"""The command line: every command by its name. A command parses its options, calls the library and hands the result to the console."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 app = typer.Typer(
     name="llava-weights",
-    help="Apply LLaVA deltas onto LLaMA weights, shard by shard, in little memory, with proof.",
+    help="Apply LLaVA deltas, merge LoRAs, convert and verify checkpoints: row by row, in little memory.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -42,14 +42,14 @@ for name, command in COMMANDS.items():
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    """Apply LLaVA deltas onto LLaMA weights, shard by shard, in little memory, with proof."""
+    """Apply LLaVA deltas, merge LoRAs, convert and verify checkpoints: row by row, in little memory."""
     if version:
         Console().document(f"llava-weights {__version__}", {})
         raise typer.Exit
 
 
 def main() -> None:
-    """Entry point of `llava-weights`. Leaves at once: tearing down torch, object by object, takes half a second."""
+    """Entry point of `llava-weights`. Ends the process at once: torch's own clean-up takes half a second."""
     try:
         app()
     except SystemExit as end:

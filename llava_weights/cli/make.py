@@ -1,4 +1,4 @@
-"""The commands that write a checkpoint."""
+"""The commands that write a checkpoint: apply-delta, make-delta, merge-lora, convert."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, one_of
-from .options import AcceptBase, Base, Dtype, Layout, Lora, NonLora, Output, Rule, Run, Scale, Show, To, grouped
+from .options import AcceptBase, ArithmeticRule, Base, Conversion, Dtype, Lora, NonLora, Output, Run, Scale, Show, To, grouped
 from .session import carry_out, check_given, check_options, converted, merge, note, session
 
 
@@ -20,9 +20,9 @@ def apply_delta(
     accept_base: AcceptBase = False,
     check_inputs: Annotated[bool, typer.Option("--check-inputs", help="Hash the inputs first and look them up.")] = False,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge an adapter into the result, in the same pass. Repeats.")] = None,
-    arithmetic: Rule = None,
+    arithmetic: ArithmeticRule = None,
     to: To = None,
-    layout: Layout,
+    conversion: Conversion,
     dtype: Dtype = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a delta on the Hub.")] = None,
     run: Run,
@@ -34,15 +34,15 @@ def apply_delta(
         from ..checkpoint.checkpoint import open_checkpoint
         from ..transforms.delta import apply_delta as transform
 
-        check_options(run, output, to=to, layout=layout, dtype=dtype, lora=lora, arithmetic=arithmetic)
+        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, arithmetic=arithmetic)
         if low_cpu_mem:
             note(console, "`--low-cpu-mem` changes nothing: memory is always bounded")
-        ours, theirs = open_checkpoint(base, progress=show.bars), open_checkpoint(delta, revision=revision, progress=show.bars)
+        llama, difference = open_checkpoint(base, progress=show.bars), open_checkpoint(delta, revision=revision, progress=show.bars)
         if check_inputs:
-            check_given(console, (("base", ours), ("delta", theirs)))
-        merged = transform(ours, theirs, accept_base=accept_base)
+            check_given(console, (("base", llama), ("delta", difference)))
+        merged = transform(llama, difference, accept_base=accept_base)
         merged = merge(merged, lora or [], arithmetic, dtype=None if to else dtype, progress=show.bars)
-        made = converted(merged, to, layout, dtype=dtype, progress=show.bars)
+        made = converted(merged, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)
 
 
@@ -77,10 +77,10 @@ def merge_lora(
     lora: Lora,
     output: Annotated[str, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
     scale: Scale = None,
-    arithmetic: Rule = None,
+    arithmetic: ArithmeticRule = None,
     dtype: Dtype = None,
     to: To = None,
-    layout: Layout,
+    conversion: Conversion,
     non_lora: NonLora = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a base on the Hub.")] = None,
     run: Run,
@@ -91,10 +91,10 @@ def merge_lora(
         from ..checkpoint.checkpoint import open_checkpoint
 
         merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
-        check_options(run, output, to=to, layout=layout, dtype=dtype, lora=lora, **merging)
+        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         model = open_checkpoint(base, revision=revision, progress=show.bars)
         merged = merge(model, lora, dtype=dtype, progress=show.bars, **merging)
-        made = converted(merged, to, layout, progress=show.bars)
+        made = converted(merged, to, conversion, progress=show.bars)
         carry_out(console, made, output, run)
 
 
@@ -105,14 +105,14 @@ def convert(
         str, typer.Argument(metavar="SRC", help="LLaVA to convert, or LLaMA with --delta or --lora: folder, file, owner/name[@rev].")
     ],
     output: Output,
-    to: Annotated[str, typer.Option("--to", metavar="llava-hf|llava", help="Layout to write.")] = "llava-hf",
+    to: Annotated[str, typer.Option("--to", metavar="llava-hf|llava", help="Conversion to write.")] = "llava-hf",
     delta: Annotated[str | None, typer.Option("--delta", help="Apply this delta onto SRC first, in the same pass.")] = None,
     accept_base: AcceptBase = False,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge this adapter first, in the same pass. Repeats.")] = None,
-    arithmetic: Rule = None,
+    arithmetic: ArithmeticRule = None,
     scale: Scale = None,
     non_lora: NonLora = None,
-    layout: Layout,
+    conversion: Conversion,
     dtype: Dtype = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of SRC on the Hub.")] = None,
     run: Run,
@@ -123,7 +123,7 @@ def convert(
         from ..checkpoint.checkpoint import open_checkpoint
 
         merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
-        check_options(run, output, to=to, layout=layout, dtype=dtype, lora=lora, **merging)
+        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         if accept_base and not delta:
             raise UsageError("`--accept-base` belongs to a delta", hint="add `--delta DELTA`, or leave it out")
         model = open_checkpoint(source, revision=revision, progress=show.bars)
@@ -132,5 +132,5 @@ def convert(
 
             model = add(model, open_checkpoint(delta, progress=show.bars), accept_base=accept_base)
         model = merge(model, lora or [], progress=show.bars, **merging)
-        made = converted(model, to, layout, dtype=dtype, progress=show.bars)
+        made = converted(model, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)

@@ -1,7 +1,7 @@
 """The options that several commands have, one by one and in groups.
 
-A group is a frozen dataclass whose fields are options. `grouped` shows typer a command whose parameter of such a type is
-replaced by the fields, and hands the command the group.
+A group is a frozen dataclass whose fields are options. `grouped` replaces a command's parameter of such a type by its fields, for typer,
+and hands the group to the command.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ Push = Annotated[
 ]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file, as 5GB or 512MiB.")]
 Memory = Annotated[
-    str | None,
-    typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this."),
+    str | None, typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this.")
 ]
 Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, max=64, envvar="LLAVA_WEIGHTS_JOBS", help="Worker threads.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="F16|BF16|F32", help="Dtype of the output; the base's own by default.")]
@@ -46,17 +45,17 @@ Lora = Annotated[
 ]
 NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
 Scale = Annotated[float | None, typer.Option("--scale", show_default="1.0", help="Multiplies every adapter.")]
-Rule = Annotated[
+ArithmeticRule = Annotated[
     str | None,
     typer.Option(
         "--arithmetic",
         metavar="peft|peft-safe|peft-half|exact",
         show_default="peft",
-        help="Whose bits a merge makes; exact is the same everywhere.",
+        help="Which bits a merge gives: those of a PEFT version, or exact, the same on every machine.",
     ),
 ]
 To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]
-VisionTower = Annotated[
+VisionTowerOption = Annotated[
     str | None, typer.Option("--vision-tower", help="CLIP for a checkpoint that holds none: folder, file or owner/name[@rev].")
 ]
 AcceptTower = Annotated[
@@ -72,8 +71,7 @@ ImageToken = Annotated[str | None, typer.Option("--image-token", help="Text of t
 VocabSize = Annotated[int | None, typer.Option("--vocab-size", min=1, help="Rows of the vocabulary tables in llava-hf.")]
 ConvMode = Annotated[str | None, typer.Option("--conv-mode", help="Prompt family of the chat template, by LLaVA's name, as llava_v1.")]
 ImageAspect = Annotated[
-    str | None,
-    typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later."),
+    str | None, typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later.")
 ]
 Pool = Annotated[str | None, typer.Option("--executor", metavar="ray", help="Send the shards to a cluster; by default threads write them.")]
 Address = Annotated[
@@ -84,7 +82,7 @@ Part = Annotated[
     str | None, typer.Option("--shards", metavar="I/N", help="Write only the I-th of N portions of the shards, and publish nothing.")
 ]
 Finish = Annotated[bool, typer.Option("--finish", help="Check the shards that portions wrote, and publish.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last one a summary.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="JSON lines on stdout, the last one a summary.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only errors, and the output's path.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More, and tracebacks.")]
 
@@ -93,7 +91,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More, and traceb
 class Show:
     """How a command speaks."""
 
-    json: Json = False
+    json: JsonLines = False
     quiet: Quiet = False
     verbose: Verbose = False
 
@@ -104,10 +102,10 @@ class Show:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class Conversion:
     """The options of conversion beside `--to` and `--dtype`."""
 
-    vision_tower: VisionTower = None
+    vision_tower: VisionTowerOption = None
     projector_form: ProjectorForm = None
     image_token: ImageToken = None
     vocab_size: VocabSize = None
@@ -141,7 +139,7 @@ class Run:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` as typer is to see it: each parameter that is a group becomes the options that are the group's fields."""
+    """`command` in the form that typer needs: each parameter that is a group becomes the options that are the group's fields."""
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():

@@ -21,7 +21,7 @@ from ..storage.output_file import check_file, write_report
 from ..text import redact, shown, visible
 
 SUFFIXES = (".svg", ".png")
-LAYERS = r"(?P<block>(?:.*\.)?(?:layers|blocks|h))\.(?P<layer>[0-9]{1,6})\.(?P<kind>.+)"  # LLaMA and CLIP, MPT, GPT-2
+LAYER_NAME = r"(?P<block>(?:.*\.)?(?:layers|blocks|h))\.(?P<layer>[0-9]{1,6})\.(?P<kind>.+)"  # LLaMA and CLIP, MPT, GPT-2
 SCALE = ("#fff3c4", "#fdb863", "#e66101", "#a6261d", "#4a0d1f")  # light to dark, so it reads in grey and for the colour-blind
 PLAIN: dict[Status, str] = {"equal": "#eef1f4", "shape": "#8d99a6", "only A": "#a8c8ec", "only B": "#5e8fc7"}
 WORDS: dict[Status, str] = {
@@ -29,8 +29,8 @@ WORDS: dict[Status, str] = {
 }  # fmt: skip
 UNMEASURED = "#000000"  # every value that differs is inf or NaN, or A is all zeros
 DECADES = 6  # of relative change at most; less has the lightest colour
-WIDTH, HEIGHT, GAP, TEXT = 22, 14, 40, 11  # pixels: a cell, between panels, height of letters
-LONGEST = 60  # characters of a label
+WIDTH, HEIGHT, GAP, LETTERS = 22, 14, 40, 11  # pixels: a cell, between panels, height of letters
+LONGEST_LABEL = 60  # characters of a label
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def heat_map(difference: Difference) -> tuple[Panel, ...]:
     panels: dict[str, Panel] = {}
     outside = Panel("outside layers")
     for tensor in difference.tensors:
-        found = re.fullmatch(LAYERS, tensor.canonical)
+        found = re.fullmatch(LAYER_NAME, tensor.canonical)
         panel, place = outside, (tensor.canonical, "")
         if found:
             panel, place = panels.setdefault(found["block"], Panel(found["block"])), (str(int(found["layer"])), found["kind"])
@@ -90,7 +90,7 @@ def heat_map(difference: Difference) -> tuple[Panel, ...]:
 
 
 def check_plot(path: Path, *, force: bool = False, inputs: Iterable[str | Path] = ()) -> None:
-    """Whether `write_plot` could write `path`: to be asked before hours of comparing.
+    """Check, before hours of comparing, that `write_plot` can write `path`.
 
     Raises UsageError for another suffix than .svg or .png and for .png without matplotlib, OutputError where the file exists, unless
     `force`, is one of `inputs`, or can't be written.
@@ -118,12 +118,12 @@ def write_plot(difference: Difference, path: Path, *, force: bool = False) -> No
 def _picture(difference: Difference) -> Iterator[Box | Words]:
     """Title, legend, and the panels side by side."""
     panels, scale = heat_map(difference), _scale(difference.tensors)
-    left, top = GAP / 2, GAP / 2 + TEXT
+    left, top = GAP / 2, GAP / 2 + LETTERS
     yield Words(left, top, _title(difference), large=True)
-    yield Words(left, top + 1.8 * TEXT, f"relative change |B - A| / |A| of each tensor; {_summary(difference)}")
-    top += 3.2 * TEXT
+    yield Words(left, top + 1.8 * LETTERS, f"relative change |B - A| / |A| of each tensor; {_summary(difference)}")
+    top += 3.2 * LETTERS
     yield from _legend(difference, left, top, scale)
-    top += HEIGHT + 3 * TEXT + max((_length(column.removesuffix(".weight")) for panel in panels for column in panel.columns), default=0)
+    top += HEIGHT + 3 * LETTERS + max((_length(column.removesuffix(".weight")) for panel in panels for column in panel.columns), default=0)
     for panel in panels:
         labels = max(map(_length, panel.rows))
         yield from _draw(panel, left + labels + 6, top, scale)
@@ -133,13 +133,13 @@ def _picture(difference: Difference) -> Iterator[Box | Words]:
 def _draw(panel: Panel, left: float, top: float, scale: tuple[int, int]) -> Iterator[Box | Words]:
     rows, columns = ({label: number for number, label in enumerate(labels)} for labels in (panel.rows, panel.columns))
     for label, number in rows.items():
-        yield Words(left - 6, top + HEIGHT * number + TEXT, _label(label), "end")
+        yield Words(left - 6, top + HEIGHT * number + LETTERS, _label(label), "end")
     for label, number in columns.items():
-        yield Words(left + WIDTH * number + WIDTH / 2 + TEXT / 3, top - 5, _label(label.removesuffix(".weight")), "upwards")
+        yield Words(left + WIDTH * number + WIDTH / 2 + LETTERS / 3, top - 5, _label(label.removesuffix(".weight")), "upwards")
     for (row, column), tensor in panel.cells.items():
         x, y = left + WIDTH * columns[column], top + HEIGHT * rows[row]
-        yield Box(x, y, WIDTH - 1, HEIGHT - 1, _colour(tensor, scale), f"{_label(tensor.canonical)}: {_told(tensor)}")
-    yield Words(left, top + HEIGHT * len(rows) + 1.5 * TEXT, _label(panel.title))
+        yield Box(x, y, WIDTH - 1, HEIGHT - 1, _colour(tensor, scale), f"{_label(tensor.canonical)}: {_measures(tensor)}")
+    yield Words(left, top + HEIGHT * len(rows) + 1.5 * LETTERS, _label(panel.title))
 
 
 def _legend(difference: Difference, left: float, top: float, scale: tuple[int, int]) -> Iterator[Box | Words]:
@@ -148,14 +148,14 @@ def _legend(difference: Difference, left: float, top: float, scale: tuple[int, i
     for colour, text in (*((colour, WORDS[status]) for status, colour in PLAIN.items()), (UNMEASURED, "no measure")):
         if colour in used:
             yield Box(left, top, WIDTH - 1, HEIGHT - 1, colour)
-            yield Words(left + WIDTH + 4, top + TEXT, text)
+            yield Words(left + WIDTH + 4, top + LETTERS, text)
             left += WIDTH + 4 + _length(text) + GAP / 2
     if difference.counts["differs"]:
         steps = 8 * (scale[1] - scale[0])
         for step in range(steps):
             yield Box(left + WIDTH / 4 * step, top, WIDTH / 4, HEIGHT - 1, _shade(step / (steps - 1)))
         for power in range(scale[0], scale[1] + 1):
-            yield Words(left + 2 * WIDTH * (power - scale[0]), top + HEIGHT + TEXT, f"1e{power}")
+            yield Words(left + 2 * WIDTH * (power - scale[0]), top + HEIGHT + LETTERS, f"1e{power}")
 
 
 def _scale(tensors: Iterable[TensorDifference]) -> tuple[int, int]:
@@ -183,7 +183,7 @@ def _shade(share: float) -> str:
     return "#" + "".join(f"{round(low + (high - low) * (place - first)):02x}" for low, high in pairs)
 
 
-def _told(tensor: TensorDifference) -> str:
+def _measures(tensor: TensorDifference) -> str:
     if tensor.status != "differs":
         return ", ".join(filter(None, (WORDS[tensor.status], tensor.note)))
     share = f"{tensor.different:,} of {tensor.elements:,} values"
@@ -200,26 +200,26 @@ def _title(difference: Difference) -> str:
 
 
 def _label(text: str) -> str:
-    """On one line, not without end, and nothing that turns the writing round."""
+    """On one line, of bounded length, and without characters that reverse the text."""
     clean = visible(redact(text))
-    return clean if len(clean) <= LONGEST else f"{clean[: LONGEST - 3]}..."
+    return clean if len(clean) <= LONGEST_LABEL else f"{clean[: LONGEST_LABEL - 3]}..."
 
 
 def _length(label: str) -> float:
     """Pixels, about: letters are 0.6 times as wide as high."""
-    return 0.6 * TEXT * len(_label(label))
+    return 0.6 * LETTERS * len(_label(label))
 
 
 def _right(item: Box | Words) -> float:
     if isinstance(item, Box):
         return item.x + item.width
-    return item.x + (0.6 * TEXT * len(item.text) * (1.3 if item.large else 1) if item.place == "start" else 0)
+    return item.x + (0.6 * LETTERS * len(item.text) * (1.3 if item.large else 1) if item.place == "start" else 0)
 
 
 def _svg(items: Iterable[Box | Words], width: float, height: float, difference: Difference) -> bytes:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
-        f' role="img" aria-labelledby="title description" font-family="sans-serif" font-size="{TEXT}">',
+        f' role="img" aria-labelledby="title description" font-family="sans-serif" font-size="{LETTERS}">',
         f'<title id="title">{escape(_title(difference))}</title>',
         f'<desc id="description">Relative change of each tensor by layer and module: {_summary(difference)}</desc>',
         f'<rect width="{width:g}" height="{height:g}" fill="#ffffff"/>',
@@ -236,7 +236,7 @@ def _element(item: Box | Words) -> str:
         return f'<rect {at} width="{item.width:g}" height="{item.height:g}" fill="{item.colour}">{tip}</rect>'
     turned = f' transform="rotate(-90 {item.x:g} {item.y:g})"' if item.place == "upwards" else ""
     anchor = ' text-anchor="end"' if item.place == "end" else ""
-    size = f' font-size="{1.3 * TEXT:g}"' if item.large else ""
+    size = f' font-size="{1.3 * LETTERS:g}"' if item.large else ""
     return f"<text {at}{anchor}{size}{turned}>{escape(item.text)}</text>"
 
 
@@ -251,7 +251,7 @@ def _png(items: Iterable[Box | Words], width: float, height: float) -> bytes:
             axes.add_patch(rectangle((item.x, item.y), item.width, item.height, facecolor=item.colour, linewidth=0))
             continue
         turned = 90 if item.place == "upwards" else 0
-        style = {"size": TEXT * (1.3 if item.large else 1), "ha": "right" if item.place == "end" else "left", "rotation": turned}
+        style = {"size": LETTERS * (1.3 if item.large else 1), "ha": "right" if item.place == "end" else "left", "rotation": turned}
         if turned:  # matplotlib places the turned box, not the baseline
             style |= {"ha": "right", "va": "bottom"}
         axes.text(item.x, item.y, item.text, parse_math=False, **style)

@@ -14,12 +14,12 @@ from ..errors import UsageError
 from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from ..text import _number, _unit, clock_face, redact, shards, size, visible
 
-WINDOW_SECONDS = 30.0  # seconds that the rate looks back: an average since the start would hide a slow disk until too late
+RATE_SECONDS = 30.0  # seconds that the rate looks back: an average since the start would hide a slow disk until too late
 
 
 @dataclass
 class Meter:
-    """How far a run is, and how fast over the last WINDOW seconds; bytes of earlier runs count as done but not as speed."""
+    """How far a run is, and how fast over the last RATE_SECONDS; bytes of earlier runs count as done but not as speed."""
 
     started: Started
     begun: float
@@ -47,8 +47,8 @@ class Meter:
         self.update(Progress(self.done_nbytes, event.name), now)
 
     def rate(self, now: float) -> float | None:
-        """Bytes per second, or None before there is anything to tell."""
-        while len(self.samples) > 1 and self.samples[1][0] <= now - WINDOW_SECONDS:
+        """Bytes per second, or None before there is a measurement."""
+        while len(self.samples) > 1 and self.samples[1][0] <= now - RATE_SECONDS:
             self.samples.popleft()
         since, before = self.samples[0]
         return (self.nbytes - before) / (now - since) if now > since else None

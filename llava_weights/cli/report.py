@@ -31,18 +31,18 @@ from ..write.portions import PortionReport
 
 NOTHING = "there is nothing to verify against"
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "unproved": "unproved", "unchecked": "unchecked", "note": "note"}
-ORDER: tuple[Verdict, ...] = ("failed", "warning", "unproved", "unchecked", "note", "ok")
+FROM_BAD_TO_GOOD: tuple[Verdict, ...] = ("failed", "warning", "unproved", "unchecked", "note", "ok")
 
 
 def lines(name: str, findings: Sequence[Finding], code: int, *, verbose: bool = False) -> list[str]:
-    """The verdict, then a line a finding with what to do below it. A warning names its rule; `verbose`: every finding does."""
-    told = [f"{name}: {verdict(findings, code)}"]
+    """The verdict, then one line for each finding with what to do below it. A warning names its rule; with `verbose` every finding does."""
+    rows = [f"{name}: {verdict(findings, code)}"]
     for finding in findings:
         rule = f" [{finding.rule}]" if verbose or finding.verdict == "warning" else ""
-        told.append(f"  {MARKS[finding.verdict]:9} {finding.level:9} {_text(finding)}{rule}")
+        rows.append(f"  {MARKS[finding.verdict]:9} {finding.level:9} {_text(finding)}{rule}")
         if finding.remedy and finding.verdict not in ("ok", "note"):
-            told.append(f"  {'':9} {'':9} -> {finding.remedy}")
-    return told
+            rows.append(f"  {'':9} {'':9} -> {finding.remedy}")
+    return rows
 
 
 def verdict(findings: Iterable[Finding], code: int) -> str:
@@ -53,9 +53,9 @@ def verdict(findings: Iterable[Finding], code: int) -> str:
     """
     every = list(findings)
     counts = Counter(finding.verdict for finding in every)
-    tally = f"({', '.join(f'{counts[kind]} {kind}' for kind in ORDER if counts[kind])})"
+    tally = f"({', '.join(f'{counts[kind]} {kind}' for kind in FROM_BAD_TO_GOOD if counts[kind])})"
     broken = {finding.level for finding in every if finding.verdict == "failed"}
-    sound = _proved(finding.part for finding in every if finding.verdict == "ok" and finding.level not in broken)
+    sound = _by_source(finding.part for finding in every if finding.verdict == "ok" and finding.level not in broken)
     unread = _unread(finding.part for kind in ("unproved", "unchecked", "warning") for finding in every if finding.verdict == kind)
     if code == 0:
         done = "verified" if counts["ok"] else "nothing to verify"
@@ -66,8 +66,8 @@ def verdict(findings: Iterable[Finding], code: int) -> str:
     return "; ".join([f"FAILED {tally}", *([f"only {sound} verified"] if sound else []), *unread])
 
 
-def _proved(parts: Iterable[str]) -> str:
-    """Those that the same thing proves together: "structure and samples, files and values of 291 tensors (by its manifest)"."""
+def _by_source(parts: Iterable[str]) -> str:
+    """Parts joined by what proves them: "structure and samples, files and values of 291 tensors (by its manifest)"."""
     groups: dict[str, list[str]] = {}
     for part in dict.fromkeys(filter(None, parts)):
         what, by, whom = part.partition(" (by ")
@@ -76,7 +76,7 @@ def _proved(parts: Iterable[str]) -> str:
 
 
 def _unread(parts: Iterable[str]) -> list[str]:
-    """What the headline says was not proved, those that begin with one word together: "unchecked: 16 rows of `lm_head`, 23 tensors"."""
+    """The parts that were not proved, those with the same first word joined: "unchecked: 16 rows of `lm_head`, 23 tensors"."""
     groups: dict[str, list[str]] = {}
     for part in dict.fromkeys(filter(None, parts)):
         head, colon, what = part.partition(": ")
@@ -94,7 +94,7 @@ def document(name: str, findings: Sequence[Finding], code: int, facts: Mapping[s
 
 
 def junit(name: str, findings: Sequence[Finding]) -> bytes:
-    """A JUnit XML report: a test case a finding; what failed is a failure, what was not checked is skipped."""
+    """A JUnit XML report: a test case for each finding; what failed is a failure, what was not checked is skipped."""
     counts = Counter(finding.verdict for finding in findings)
     skipped = counts["unchecked"] + counts["unproved"]
     sizes = {"tests": str(len(findings)), "failures": str(counts["failed"]), "skipped": str(skipped), "errors": "0"}
@@ -128,7 +128,7 @@ def markdown(name: str, findings: Sequence[Finding], code: int) -> str:
 
 
 def _rank(finding: Finding) -> int:
-    return ORDER.index(finding.verdict)
+    return FROM_BAD_TO_GOOD.index(finding.verdict)
 
 
 def _text(finding: Finding) -> str:
@@ -141,7 +141,7 @@ def _clean(text: str) -> str:
     return visible(redact(text))
 
 
-LITTLE = 0.5  # of an update: below, say so. An update of 1e-5 on weights of 0.02 keeps 0.61 in fp16, 0.10 in bf16 (facts: peers 7.4)
+LITTLE = 0.5  # of an update: below, say so. An update of 1e-5 on weights of 0.02 keeps 0.61 in fp16, 0.10 in bf16
 
 
 def explain(plan: Plan, output: str | Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -165,9 +165,9 @@ def explain(plan: Plan, output: str | Path) -> tuple[list[tuple[str, str]], dict
 
 
 def _free(output: str | Path) -> str:
-    """How much space there is; nothing where the system does not say, which `preflight` then tells."""
+    """How much space there is; nothing where the system does not say: `preflight` reports that."""
     try:
-        here = Path(output).absolute()  # of an address exists the current folder, where the work folder will be
+        here = Path(output).absolute()  # for an address the current folder counts, where the work folder will be
         place = next(folder for folder in (here, *here.parents) if folder.exists())
         return f" ({size(shutil.disk_usage(place).free)} free)"
     except OSError:
@@ -192,7 +192,7 @@ def _document(plan: Plan, output: str | Path) -> dict[str, Any]:
 
 
 def _changed(plan: Plan) -> int | None:
-    """When an input last changed, in ns since 1970, its moves and copies counted (ctime); None where an input elsewhere can't tell.
+    """When an input last changed, in ns since 1970, its moves and copies counted (ctime); None where an input on the network can't tell.
 
     A revision on the Hub never changes.
     """
@@ -257,7 +257,7 @@ def _retained(tallies: Mapping[str, int]) -> list[str]:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process. Not `ru_maxrss` where there is better: a child inherits it from who started it."""
+    """Peak resident bytes of this process. `ru_maxrss` is the second choice: a child inherits it from its parent."""
     with suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes

@@ -13,7 +13,7 @@ import typer
 from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, Terminated, UsageError, shortage
 from ..events import Note, listening
 from .console import Console
-from .options import Layout, Run, Show
+from .options import Conversion, Run, Show
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
         console.close()
         from ..storage.remote import forget
 
-        forget()  # here, since `main` leaves without what is registered for the end
+        forget()  # here, since `main` skips exit handlers
 
 
 def _terminate(number: int, frame: Any) -> None:
@@ -102,7 +102,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
 
 
 def _may_push(repository: str, target: Path, plan: dict[str, Any], *, force: bool) -> bool:
-    """Whether the output is there already, so that only pushing is left. Raises now what would make it fail after hours of work."""
+    """Whether the output is there already and only has to be pushed. Raises now what would make the push fail after hours of work."""
     from ..write.upload import differences, repository_of
 
     hub = repository_of(repository)
@@ -124,14 +124,14 @@ def _push(repository: str, target: Path, lines: list[str], document: dict[str, A
 
 
 def _one_way(run: Run, output: str) -> None:
-    """Raise UsageError where the options name two ways of working, or one that does not exist."""
+    """Raise UsageError where the options name two ways of running, or one that does not exist."""
     from ..write.destinations import is_address
     from ..write.portions import to_portion
 
     given = {"--executor": run.executor, "--shards": run.shards, "--finish": run.finish}
     named = [f"`{name}`" for name, value in given.items() if value]
     if len(named) > 1 or (named and run.restart and not run.executor):
-        raise UsageError(f"{' and '.join(named + ['`--restart`'] * run.restart)} are different ways of working", hint="pass one of them")
+        raise UsageError(f"{' and '.join(named + ['`--restart`'] * run.restart)} are different ways of running", hint="pass one of them")
     if run.executor not in (None, "ray"):
         raise UsageError(f"there is no executor `{run.executor}`", hint="choose `ray`, or leave it out")
     if not run.reread and (run.shards or run.finish):
@@ -141,7 +141,9 @@ def _one_way(run: Run, output: str) -> None:
     if run.ray_address and not run.executor:
         raise UsageError("`--ray-address` belongs to `--executor ray`", hint="pass both")
     if (run.push and run.shards) or (is_address(output) and (run.push or run.shards or run.finish)):
-        raise UsageError("portions and an output elsewhere can't be pushed, nor portions be written elsewhere", hint="give `-o` a folder")
+        raise UsageError(
+            "portions and an output at an address can't be pushed, nor portions be written to an address", hint="give `-o` a folder"
+        )
 
 
 def check_options(
@@ -149,14 +151,14 @@ def check_options(
     output: str,
     *,
     to: str | None = None,
-    layout: Layout | None = None,
+    conversion: Conversion | None = None,
     dtype: str | None = None,
     lora: Sequence[str] | None = None,
     arithmetic: str | None = None,
     scale: float | None = None,
     non_lora: Path | None = None,
 ) -> None:
-    """Before anything is opened: raise UsageError for a value that an option can't have, and for an option without an effect."""
+    """Raise UsageError, before anything is opened, for a value that an option can't have and for an option without effect."""
     from ..tensors.dtypes import to_dtype
     from ..transforms.convert import check_conversion
     from ..transforms.lora import check_merge
@@ -164,7 +166,7 @@ def check_options(
 
     if not output:
         raise UsageError("`-o` is empty", hint="give the folder to write")
-    given = layout.given if layout else {}
+    given = conversion.given if conversion else {}
     merging = {"--arithmetic": arithmetic, "--scale": scale, "--non-lora": non_lora}
     if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
         raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
@@ -204,7 +206,7 @@ def merge(
 
 
 def converted(
-    checkpoint: Checkpoint, to: str | None, layout: Layout, *, dtype: str | None = None, progress: bool | None = None
+    checkpoint: Checkpoint, to: str | None, conversion: Conversion, *, dtype: str | None = None, progress: bool | None = None
 ) -> Checkpoint:
     """`checkpoint` in the layout that `--to` names; itself where it names none."""
     if to is None:
@@ -213,7 +215,7 @@ def converted(
     from ..checkpoint.tower import holds_tower
     from ..transforms.convert import convert
 
-    given = layout.given
+    given = conversion.given
     named = given.pop("vision_tower", None)
     if to == "llava" and named and holds_tower(checkpoint):  # the original's config names its tower; a folder's config tells its heads
         given["tower_name"] = named
@@ -236,8 +238,6 @@ def check_given(console: Console, roles: Sequence[tuple[Role, Checkpoint]]) -> N
         for finding in check_inputs([Path(file.path) for file in checkpoint.origin.files], role, on_event=console.on_event):
             if finding.verdict == "wrong":
                 raise MismatchError(
-                    finding.text,
-                    facts={"file": finding.file, "sha256": finding.sha256},
-                    hint="give the file that belongs in this role",
+                    finding.text, facts={"file": finding.file, "sha256": finding.sha256}, hint="give the file that belongs in this role"
                 )
             note(console, finding.text)

@@ -1,7 +1,7 @@
 """Toy weights in the published layouts, for the demo: random, seeded, the same bytes on every run.
 
-They are written byte by byte with numpy alone: Meta's LLaMA cut in two, its tokenizer, a LLaVA v0 delta with the faults that the
-published ones have, a Vicuna, which is the wrong base that fits, a LoRA, and a CLIP; and a LLaVA of any family, from its row alone.
+Written byte by byte with numpy alone: Meta's LLaMA cut in two, its tokenizer, a LLaVA v0 delta with the faults that the
+published ones have, a Vicuna (the wrong base whose shapes fit), a LoRA, a CLIP; and a LLaVA of any family, from its row alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
+from ..checkpoint.hf_tokenizer import END_OF_TEXT
+from ..checkpoint.sentencepiece import CONTROL, NORMAL, UNKNOWN
 from ..checkpoint.tower import tower_shapes
+from ..checks.rules_tokenizer import BYTE
 from ..families.decoders import DECODER_BY_TYPE as DECODERS
 from ..families.layouts import meta_names, spelled
 from ..families.originals import Original
@@ -24,23 +27,22 @@ from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.towers import TOWER_BY_KIND as TOWERS
 from ..storage.strict_json import json_bytes
 
-SIZE, PIECES = "13B", 2  # Meta's name and number of model-parallel files; only the layout is that of 13B
+SIZE, FILES = "13B", 2  # Meta's name and number of model-parallel files; only the layout is that of 13B
 LAYERS, HEADS = 4, 4
-IMAGE, PIXELS, PATCH = 32, 56, 14  # width of the toy CLIP; 16 patches an image
+TOWER_WIDTH, PIXELS, PATCH = 32, 56, 14  # width of the toy CLIP; 16 patches an image
 SIZES = {
     "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
     "head_dim": 64 // HEADS, "vocab_size": 320,
 }  # fmt: skip
-HIDDEN, ROWS = SIZES["hidden_size"], SIZES["vocab_size"]
+TEXT_WIDTH, ROWS = SIZES["hidden_size"], SIZES["vocab_size"]
 LLAMA = DECODERS["llama"]
-ADDED = ("<im_patch>", "<im_start>", "<im_end>", "[PAD]")  # the last has no row, as in LLaVA-13b-delta-v0
+ADDED_TOKENS = ("<im_patch>", "<im_start>", "<im_end>", "[PAD]")  # the last has no row, as in LLaVA-13b-delta-v0
 RANK = 8
-WEIGHT, NORM, MOVED = 0.02, (0.5, 0.1), 3e-4  # orders of magnitude of LLaMA's values, and of what a fine-tune changes
+WEIGHT, NORM_VALUES, MOVED = 0.02, (0.5, 0.1), 3e-4  # orders of magnitude of LLaMA's values, and of what a fine-tune changes
 
 # The first merges of LLaMA's own vocabulary, then single characters, as there. "_" is a blank.
-MERGES = "__ _t er in _a en on _th es _s _d at or an _c is re it _the ar le _w _p ou al _f _m ed _o _b _in ing"
+TOY_MERGES = "__ _t er in _a en on _th es _s _d at or an _c is re it _the ar le _w _p ou al _f _m ed _o _b _in ing"
 CHARACTERS = "_etaoinshrdlcumwfgypbvkxqjz.,"
-ORDINARY, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # sentencepiece_model.proto, ModelProto.SentencePiece.Type
 
 Arrays = dict[str, np.ndarray]
 
@@ -61,7 +63,7 @@ def make_toys(folder: Path) -> None:
 
 def _values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     draw = rng.standard_normal(shape)
-    return (WEIGHT * draw if len(shape) > 1 else NORM[0] + NORM[1] * draw).astype(np.float16)
+    return (WEIGHT * draw if len(shape) > 1 else NORM_VALUES[0] + NORM_VALUES[1] * draw).astype(np.float16)
 
 
 def _moved(rng: np.random.Generator, values: np.ndarray) -> np.ndarray:
@@ -72,25 +74,25 @@ def _grown(rng: np.random.Generator, name: str, difference: np.ndarray) -> np.nd
     """With the rows of the added tokens, which a delta holds whole; LLaVA-13b-delta-v0 has none for `[PAD]`."""
     if name not in ("model.embed_tokens.weight", "lm_head.weight"):
         return difference
-    rows = WEIGHT * rng.standard_normal((len(ADDED) - 1, difference.shape[1]))
+    rows = WEIGHT * rng.standard_normal((len(ADDED_TOKENS) - 1, difference.shape[1]))
     return np.concatenate([difference, rows.astype(np.float16)])
 
 
 def _write_llama(folder: Path, tensors: Arrays) -> None:
     """Meta's layout: pieces cut along each tensor's axis, q and k rows as rotary pairs, and the md5 lists that Meta ships."""
-    pieces: list[Arrays] = [{} for _ in range(PIECES)]
+    pieces: list[Arrays] = [{} for _ in range(FILES)]
     for rule in meta_names(LAYERS):
         values = tensors[rule.name]
         if rule.heads:  # from halves of each head to pairs, the inverse of transformers' converter
             rows, columns = values.shape
             values = values.reshape(HEADS, 2, rows // HEADS // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-        cut = np.split(values, PIECES, rule.cut) if rule.cut is not None else [values] * PIECES
+        cut = np.split(values, FILES, rule.cut) if rule.cut is not None else [values] * FILES
         for piece, part in zip(pieces, cut, strict=True):
             piece[rule.meta] = np.ascontiguousarray(part)
     size = folder / SIZE
-    params = {"dim": HIDDEN, "multiple_of": 256, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": 1e-06, "vocab_size": -1}
+    params = {"dim": TEXT_WIDTH, "multiple_of": 256, "n_heads": HEADS, "n_layers": LAYERS, "norm_eps": 1e-06, "vocab_size": -1}
     _write_files(size, {"params.json": json.dumps(params).encode()})
-    head = HIDDEN // HEADS
+    head = TEXT_WIDTH // HEADS
     for number, piece in enumerate(pieces):
         piece["rope.freqs"] = (10000.0 ** (-np.arange(0, head, 2) / head)).astype(np.float16)
         write_torch_zip(size / f"consolidated.{number:02}.pth", piece)
@@ -105,10 +107,10 @@ def _md5_list(paths: Iterable[Path]) -> str:
 
 def _write_delta(folder: Path, tensors: Arrays, rng: np.random.Generator) -> None:
     """Two shards with their index, a linear projector, rotary buffers of zeros, and the small files of April 2023 with their faults."""
-    head = HIDDEN // HEADS
+    head = TEXT_WIDTH // HEADS
     tensors |= {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": np.zeros(head // 2, np.float32) for number in range(LAYERS)}
-    tensors["model.mm_projector.weight"] = (WEIGHT * rng.standard_normal((HIDDEN, IMAGE))).astype(np.float16)
-    tensors["model.mm_projector.bias"] = (WEIGHT * rng.standard_normal(HIDDEN)).astype(np.float16)
+    tensors["model.mm_projector.weight"] = (WEIGHT * rng.standard_normal((TEXT_WIDTH, TOWER_WIDTH))).astype(np.float16)
+    tensors["model.mm_projector.bias"] = (WEIGHT * rng.standard_normal(TEXT_WIDTH)).astype(np.float16)
     first = {f"model.layers.{number}." for number in range(LAYERS // 2)} | {"model.embed_tokens."}
     placed = {name: f"pytorch_model-0000{1 if name.startswith(tuple(first)) else 2}-of-00002.bin" for name in tensors}
     index = {"metadata": {"total_size": sum(values.nbytes for values in tensors.values())}, "weight_map": placed}
@@ -134,13 +136,13 @@ def _write_lora(folder: Path, rng: np.random.Generator) -> None:
 def _write_clip(folder: Path, rng: np.random.Generator) -> None:
     """The vision half of a CLIP repository, float32, and how it wants its images."""
     vision = {
-        "hidden_size": IMAGE, "image_size": PIXELS, "intermediate_size": 4 * IMAGE, "model_type": "clip_vision_model",
-        "num_attention_heads": HEADS, "num_hidden_layers": 3, "patch_size": PATCH, "projection_dim": IMAGE,
+        "hidden_size": TOWER_WIDTH, "image_size": PIXELS, "intermediate_size": 4 * TOWER_WIDTH, "model_type": "clip_vision_model",
+        "num_attention_heads": HEADS, "num_hidden_layers": 3, "patch_size": PATCH, "projection_dim": TOWER_WIDTH,
     }  # fmt: skip
     shapes = tower_shapes(vision)
     tensors = {f"vision_model.{name}": (0.1 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
     settings = {"crop_size": PIXELS, "do_center_crop": True, "do_normalize": True, "do_resize": True, "size": PIXELS}
-    config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": IMAGE, "vision_config": vision}
+    config = {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": TOWER_WIDTH, "vision_config": vision}
     _write_files(folder, {"config.json": json_bytes(config), "preprocessor_config.json": json_bytes(settings)})
     write_torch_zip(folder / "pytorch_model.bin", tensors)
 
@@ -148,10 +150,16 @@ def _write_clip(folder: Path, rng: np.random.Generator) -> None:
 # --- a LLaVA of any family ------------------------------------------------------------------------------------------
 
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-EYE = {"hidden_size": 32, "image_size": 28, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "patch_size": 14}
+TEXT_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TOWER_SIZES = {
+    "hidden_size": 32,
+    "image_size": 28,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "patch_size": 14,
+}
 GRIDS = [[28, 56], [56, 28], [56, 56]]  # of tiles, (width, height) in pixels
-END_OF_TEXT = "<|endoftext|>"
 
 
 def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str = "") -> None:
@@ -160,34 +168,35 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     rng = np.random.default_rng(13)
     text, eye = DECODERS[decoder or family.decoders[0]], TOWERS[tower or family.towers[0]]
     files, rows = _sentencepiece(family.token) if text.tokenizer == "sentencepiece" else _byte_level(family.token)
-    vision = {**eye.defaults, **EYE, "model_type": eye.model_type}
+    vision = {**eye.defaults, **TOWER_SIZES, "model_type": eye.model_type}
     tiles = TARGETS[family.target].tiles
     config = {
-        **{key: value for key, value in text.defaults.items() if value is not None or key == "rope_scaling"}, **SMALL,
+        **{key: value for key, value in text.defaults.items() if value is not None or key == "rope_scaling"}, **TEXT_SIZES,
         "architectures": [text.original_architectures[0]], "model_type": text.original_types[0], "torch_dtype": "float16",
-        "vocab_size": rows, "freeze_mm_mlp_adapter": False, "mm_hidden_size": EYE["hidden_size"], "mm_projector_type": family.projector,
-        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+        "vocab_size": rows, "freeze_mm_mlp_adapter": False, "mm_hidden_size": TOWER_SIZES["hidden_size"],
+        "mm_projector_type": family.projector, "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
         "mm_vision_tower": "tower", "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True, "use_mm_proj": True,
         **({"image_grid_pinpoints": GRIDS} if tiles else {}), **dict.fromkeys(family.has, 2048),
         **{key: values[0] for key, values in family.says.items()},
     }  # fmt: skip
-    heads = {"head_dim": SMALL["hidden_size"] // SMALL["num_attention_heads"]}
+    heads = {"head_dim": TEXT_SIZES["hidden_size"] // TEXT_SIZES["num_attention_heads"]}
     shapes = {**text.shapes({**config, **heads}), **_projector_shapes(family.projector)}
-    shapes |= {spelled("newline", "llava"): (SMALL["hidden_size"],)} if tiles else {}
+    shapes |= {spelled("newline", "llava"): (TEXT_SIZES["hidden_size"],)} if tiles else {}
     towers = {name: 5 * _values(rng, shape) for name, shape in tower_shapes(vision).items()}
     tensors = {name: _values(rng, shape) for name, shape in shapes.items()}
     tensors |= {spelled(f"tower.{name}", "llava"): values for name, values in towers.items()}
     _write_files(folder / "llava", {"config.json": json_bytes(dict(sorted(config.items()))), **files})
     write_torch_zip(folder / "llava" / "pytorch_model.bin", tensors)
     kind = eye.repository_types[0]
-    pixels = {"image_mean": list(eye.pixels[0].mean), "image_std": list(eye.pixels[0].std), "size": EYE["image_size"]}
+    pixels = {"image_mean": list(eye.pixels[0].mean), "image_std": list(eye.pixels[0].std), "size": TOWER_SIZES["image_size"]}
     settings = {"config.json": json_bytes({"model_type": kind, "vision_config": vision}), "preprocessor_config.json": json_bytes(pixels)}
     _write_files(folder / "tower", settings)
     write_torch_zip(folder / "tower" / "pytorch_model.bin", {f"vision_model.{name}": values for name, values in towers.items()})
 
 
 def _projector_shapes(kind: str) -> dict[str, tuple[int, ...]]:
-    wide, narrow = SMALL["hidden_size"], EYE["hidden_size"]
+    wide, narrow = TEXT_SIZES["hidden_size"], TOWER_SIZES["hidden_size"]
     found = [(wide, narrow), (wide,)] if kind == "linear" else [(wide, narrow), (wide,), (wide, wide), (wide,)]
     names = LINEAR_NAMES if kind == "linear" else PROJECTOR_NAMES
     return {spelled(name, "llava"): shape for name, shape in zip(names, found, strict=True)}
@@ -214,12 +223,9 @@ def _byte_level(token: str) -> tuple[dict[str, bytes], int]:
     return files, 256 + len(added)
 
 
-# --- small files ----------------------------------------------------------------------------------------------------
-
-
 def _config() -> dict[str, object]:
     return {
-        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": HIDDEN,
+        "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": TEXT_WIDTH,
         "initializer_range": 0.02, "intermediate_size": SIZES["intermediate_size"], "max_position_embeddings": 2048, "model_type": "llama",
         "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "pad_token_id": 0, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
         "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "vocab_size": ROWS,
@@ -227,11 +233,11 @@ def _config() -> dict[str, object]:
 
 
 def _era_files() -> dict[str, bytes]:
-    """The small files of LLaVA-13b-delta-v0: wrong ids, empty token names, a `[PAD]` without a row (facts: llava-original 1.5, 1.6)."""
-    rows = ROWS + len(ADDED) - 1
+    """The small files of LLaVA-13b-delta-v0: wrong ids, empty token names, a `[PAD]` without a row."""
+    rows = ROWS + len(ADDED_TOKENS) - 1
     config = _config() | {
         "_name_or_path": "./checkpoints/LLaVA-13B-v0", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1,
-        "max_sequence_length": 2048, "mm_hidden_size": IMAGE, "mm_use_im_start_end": True, "mm_vision_select_layer": -2,
+        "max_sequence_length": 2048, "mm_hidden_size": TOWER_WIDTH, "mm_use_im_start_end": True, "mm_vision_select_layer": -2,
         "mm_vision_tower": "openai/clip-vit-large-patch14", "transformers_version": "4.28.0.dev0", "tune_mm_mlp_adapter": False,
         "use_mm_proj": True, "vocab_size": rows,
     }  # fmt: skip
@@ -243,7 +249,7 @@ def _era_files() -> dict[str, bytes]:
         "generation_config.json": ids,
         "tokenizer_config.json": tokenizer,
         "special_tokens_map.json": {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "[PAD]", "unk_token": "<unk>"},
-        "added_tokens.json": {token: ROWS + number for number, token in enumerate(ADDED)},
+        "added_tokens.json": {token: ROWS + number for number, token in enumerate(ADDED_TOKENS)},
     }
     return {name: json_bytes(dict(sorted(content.items()))) for name, content in files.items()}
 
@@ -291,9 +297,9 @@ def _text(value: str) -> bytes:
 def tokenizer_model() -> bytes:
     """A SentencePiece model as LLaMA's: BPE with byte fallback, a ModelProto of pieces, trainer_spec and normalizer_spec."""
     special = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *((f"<0x{byte:02X}>", BYTE) for byte in range(256))]
-    ordinary = [text.replace("_", "\u2581") for text in [*MERGES.split(), *CHARACTERS]]
+    ordinary = [text.replace("_", "\u2581") for text in [*TOY_MERGES.split(), *CHARACTERS]]
     pieces = [_field(1, text.encode()) + _field(2, 0.0) + _field(3, kind) for text, kind in special]
-    pieces += [_field(1, text.encode()) + _field(2, float(-rank)) + _field(3, ORDINARY) for rank, text in enumerate(ordinary)]
+    pieces += [_field(1, text.encode()) + _field(2, float(-rank)) + _field(3, NORMAL) for rank, text in enumerate(ordinary)]
     # model_type BPE, vocab_size, byte_fallback, ids of unk, bos, eos, pad
     trainer: dict[int, int | bytes] = {3: 2, 4: len(pieces), 35: 1, 40: 0, 41: 1, 42: 2, 43: -1}
     normalizer: dict[int, int | bytes] = {1: b"identity", 3: 1, 4: 0}  # add a blank in front, keep repeated blanks

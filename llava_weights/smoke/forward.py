@@ -28,15 +28,15 @@ from ..families.layouts import canonical
 from ..families.targets import DEFAULT_PARTS, TARGETS
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import brief, shown
-from .image_features import IMAGE, Splice
+from .image_features import IMAGE_INDEX, InputEmbeddings
 from .streaming import Streamed
 
 if TYPE_CHECKING:
     import torch
 
 
-# Keys of a config that change no product, only what code runs, how it is stored or what comes back.
-IGNORED = re.compile(
+# Keys of a config that change no computed value, only which code runs, how weights are stored or what is returned.
+DROPPED_KEYS = re.compile(
     r"_.*|mm_.*|auto_map|architectures|model_type|transformers_version|quantization_config|(torch_)?dtype|attn_implementation"
     r"|output_.*|(use_)?return_dict|torchscript|use_cache|(max|min)_length"
 )
@@ -128,10 +128,10 @@ class Runner:
 
 
 def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", resident: bool = False) -> Runner:
-    """A text model (Llama, Mistral, Qwen2) or a llava-hf model, computing in `dtype` whatever its weights are stored in.
+    """A text model of a known decoder or a llava-hf model, computing in `dtype` whatever its weights are stored in.
 
     Raises InputError where config and tensors are not exactly those of a model that transformers can build, UsageError for a
-    dtype or device that there is not. `resident` keeps on the device what has been read.
+    dtype or device that there is not. With `resident`, weights that were read stay on the device.
     """
     import torch
 
@@ -143,7 +143,7 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
             f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint="`verify` and `diff` check what can't be run"
         )
     stream = Streamed(dtype=dtype, device=device, resident=resident)
-    tensors = _by_place(checkpoint)
+    tensors = _canonical_tensors(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
     tiles = any(row.model_type == kind and row.tiles for row in TARGETS)
     stream.attach(model, tensors, canonical)
@@ -174,28 +174,25 @@ def load_original(
     known = known_decoder(checkpoint.config)
     if checkpoint.layout != "llava" or known is None or not known.runs:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
-        raise InputError(
-            f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout",
-            facts=facts,
-            hint="give a LLaVA as haotian-liu's code writes it, or convert it first",
-        )
+        what = f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout"
+        raise InputError(what, facts=facts, hint="give a LLaVA as haotian-liu's code writes it, or convert it first")
     stream = Streamed(dtype=dtype, device=device, resident=resident)
-    parts: dict[str, dict[str, LazyTensor]] = {"tower": {}, "projector": {}, "newline": {}}
-    for place, tensor in _by_place(checkpoint).items():
-        part = place.partition(".")[0]
-        parts.setdefault(part if part in parts else "decoder", {})[place] = tensor
-    decoder = _build(checkpoint.config, known.model_type, len(parts["decoder"]))
-    stream.attach(decoder, parts["decoder"], canonical)
+    groups: dict[str, dict[str, LazyTensor]] = {"tower": {}, "projector": {}, "newline": {}}
+    for place, tensor in _canonical_tensors(checkpoint).items():
+        first = place.partition(".")[0]
+        groups.setdefault(first if first in groups else "decoder", {})[place] = tensor
+    decoder = _build(checkpoint.config, known.model_type, len(groups["decoder"]))
+    stream.attach(decoder, groups["decoder"], canonical)
     vision, known_tower = _vision(checkpoint, tower, stream)
     layer = select_layer(checkpoint.config, known_tower) if known_tower else 0
     class_token = known_tower is not None and known_tower.class_token
-    projector = _projector(parts["projector"])
-    stream.attach(projector, parts["projector"], "projector.{}".format)
+    projector = _projector(groups["projector"])
+    stream.attach(projector, groups["projector"], "projector.{}".format)
     stream.watch("vision", projector)
     with stream.session():
-        newline = next(map(stream.values, parts["newline"].values()), None)
-    patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
-    splice = Splice(
+        newline = next(map(stream.values, groups["newline"].values()), None)
+    patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE_INDEX)
+    embed = InputEmbeddings(
         checkpoint.config,
         decoder.model.embed_tokens,
         vision,
@@ -211,9 +208,9 @@ def load_original(
         ids, pixels = torch.tensor(probe.ids, device=device), None
         if probe.pixel_values is not None:
             pixels = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
-        return {"inputs_embeds": splice(ids, pixels, probe.image_sizes)[None]}
+        return {"inputs_embeds": embed(ids, pixels, probe.image_sizes)[None]}
 
-    return Runner(checkpoint, stream, decoder, enter, IMAGE)
+    return Runner(checkpoint, stream, decoder, enter, IMAGE_INDEX)
 
 
 def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) -> tuple[Any, VisionTower | None]:
@@ -266,26 +263,26 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the keys of `IGNORED`, so that none names code to run; its parts keep their `model_type`."""
-    kept = {key: value for key, value in config.items() if not IGNORED.fullmatch(key)}
+    """A config without the keys of `DROPPED_KEYS`, so that none names code to run; its parts keep their `model_type`."""
+    kept = {key: value for key, value in config.items() if not DROPPED_KEYS.fullmatch(key)}
     for part in RUNNABLE_PART_TYPES:
         if isinstance(inner := kept.get(part), dict):
             kept[part] = _plain(inner) | {"model_type": inner["model_type"]} if "model_type" in inner else _plain(inner)
     return kept
 
 
-def _by_place(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+def _canonical_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Tensors by their canonical name. Raises InputError for one name twice, and for values that are no floats."""
-    placed: dict[str, LazyTensor] = {}
+    found: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.parameters().items():
-        if canonical(name) in placed:
+        if canonical(name) in found:
             raise InputError(
                 f"{shown(name)} is there twice, under names of two layouts", hint="remove one of the two, or make the checkpoint again"
             )
         if tensor.dtype not in FLOATS:
             raise InputError(f"{shown(name)} is stored as {tensor.dtype}", hint="give a checkpoint that is not quantised")
-        placed[canonical(name)] = tensor
-    return placed
+        found[canonical(name)] = tensor
+    return found
 
 
 def _numpy(value: torch.Tensor) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Does a checkpoint read and write English? What follows a prompt, and how surprised the model is by a plain paragraph.
 
-The test of the published models' users: "the meaning of life is", and look whether what comes is language. An unapplied delta, a
-delta on the wrong base or a LoRA left out of half the layers babbles; a small fault does not, and needs logits.py. The reader judges:
-which perplexity is too much depends on the model. Only what the values themselves tell, an unapplied delta, is called a failure.
+The test that users of the published models make: give "the meaning of life is" and see whether language follows. An unapplied delta, a
+delta on the wrong base or a LoRA left out of half the layers babbles; a small fault does not, and needs logits.py. The reader judges, since
+the right perplexity depends on the model. Only an unapplied delta, which the values themselves show, is a failure.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..storage.reading import open_regular
 from ..storage.strict_json import parse_json
 from ..text import shown
 from .forward import Probe
-from .image_features import IMAGE
+from .image_features import IMAGE_INDEX
 from .probes import Sight, check_given, find_sight, image_id, table_rows
 from .recording import load_runner
 
@@ -46,18 +46,18 @@ PARAGRAPH = (
 )
 NEW_TOKENS = 32
 IMAGE_WORD = "<image>"
-KINDS = {
+IMAGE_PROCESSORS = {
     *(row.image_processor for row in TOWERS),
     *(row.padding_processor for row in TARGETS),
     *(row.image_processor for row in TARGETS if row.tiles),
 }
-SETTINGS = re.compile(r"do_\w+|image_mean|image_std|size|crop_size|resample|rescale_factor|image_grid_pinpoints")
-APPLY = "apply it to the very base that it was made from: `llava-weights apply-delta`"
+IMAGE_SETTINGS = re.compile(r"do_\w+|image_mean|image_std|size|crop_size|resample|rescale_factor|image_grid_pinpoints")
+APPLY_FIRST = "apply it to the very base that it was made from: `llava-weights apply-delta`"
 
 
 @dataclass(frozen=True)
-class Sample:
-    """`text` follows `prompt`, the most likely token each time. `perplexity` is that of `PARAGRAPH`, a token."""
+class Generated:
+    """`text` follows `prompt`, the most likely token each time. `perplexity` is that of `PARAGRAPH`, per token."""
 
     prompt: str
     text: str
@@ -70,13 +70,13 @@ class Sample:
     def findings(self) -> tuple[Finding, ...]:
         """The perplexity, which is no verdict, and what is wrong for certain or perhaps."""
         text = f"perplexity {self.perplexity:,.1f} a token, on a paragraph of plain English"
-        found = [Finding("L5", "note", "sample", text)]
+        found = [Finding("L5", "note", "generate", text)]
         if self.delta:
-            found.append(Finding("L1", "failed", "state", "this is a delta that was never applied", APPLY, "state"))
+            found.append(Finding("L1", "failed", "state", "this is a delta that was never applied", APPLY_FIRST, "state"))
         return (*found, *(Finding("L5", "warning", "vision tower", text) for text in self.warnings))
 
 
-def sample(
+def generate(
     checkpoint: Checkpoint,
     prompt: str,
     *,
@@ -87,11 +87,11 @@ def sample(
     dtype: str = "F32",
     resident: bool = False,
     accept_tower: bool = False,
-) -> Sample:
+) -> Generated:
     """What the model writes after `prompt`, at most `new_tokens` tokens. An image stands where `<image>` is in it, else before it.
 
     The prompt is taken as it is: no chat template is put around it. Raises InputError where there is no tokenizer, for an image
-    that can't be read or that the model has no eyes for, and as `load_forward` and `check_given`.
+    that can't be read or that the model can't take in, and as `load_forward` and `check_given`.
     """
     doubts = check_given(checkpoint, tower, accept=accept_tower)
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
@@ -103,21 +103,19 @@ def sample(
     if image is not None:
         sight = find_sight(checkpoint, tower)
         if sight is None:
-            raise InputError(
-                f"{shown(checkpoint.origin.name)} can't see an image: no vision tower is at hand",
-                hint=tower_hint(checkpoint.config) if checkpoint.layout == "llava" else None,
-            )
+            what = f"{shown(checkpoint.origin.name)} can't see an image: no vision tower is at hand"
+            raise InputError(what, hint=tower_hint(checkpoint.config) if checkpoint.layout == "llava" else None)
         mark = image_id(checkpoint) if checkpoint.layout == "llava-hf" else made.image_id
         probe = _with_image(checkpoint, sight, tokenizer, prompt, image, mark)
     paragraph = Probe("paragraph", np.array(tokenizer.encode(PARAGRAPH).ids, np.int64))
     perplexity = _perplexity(runner(paragraph).logits, paragraph.ids)
     images = {"pixel_values": probe.pixel_values, "image_sizes": probe.image_sizes}
     tokens = runner.generate(probe.ids, **images, new_tokens=new_tokens, eos=made.eos)
-    return Sample(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, role_of(checkpoint) == "delta", doubts.warnings)
+    return Generated(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, role_of(checkpoint) == "delta", doubts.warnings)
 
 
 def _tokenizer(text: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json; transformers' classes are not needed, and depend on its version (facts: llava-hf 3.6)."""
+    """The tokenizer of a tokenizer.json; transformers' classes are not used: their ids depend on its version."""
     from tokenizers import Tokenizer
 
     try:
@@ -136,9 +134,6 @@ def _perplexity(logits: np.ndarray, ids: np.ndarray) -> float:
     return float(np.exp(min(surprise.mean(), 700.0)))  # exp(710) is more than a float64 holds
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
-
-
 def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prompt: str, image: Path, mark: int) -> Probe:
     """The prompt with one place for each feature of the image in llava-hf, and -200 in LLaVA's own form."""
     word = tokenizer.id_to_token(mark)
@@ -152,7 +147,7 @@ def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prom
         raise InputError(f"the prompt has {ids.count(mark)} places for one image", hint=f"write `{IMAGE_WORD}` once")
     pixels, sizes = _pixels(_image_settings(checkpoint, sight), image)
     size = (int(sizes[0, 0]), int(sizes[0, 1])) if sizes is not None else (sight.side, sight.side)
-    run = [mark] * sight.features(size) if checkpoint.layout == "llava-hf" else [IMAGE]
+    run = [mark] * sight.features(size) if checkpoint.layout == "llava-hf" else [IMAGE_INDEX]
     at = ids.index(mark)
     return Probe("prompt", np.array([*ids[:at], *run, *ids[at + 1 :]], np.int64), pixels, sizes)
 
@@ -160,7 +155,7 @@ def _with_image(checkpoint: Checkpoint, sight: Sight, tokenizer: Tokenizer, prom
 def _image_settings(checkpoint: Checkpoint, sight: Sight) -> dict[str, Any]:
     """What preprocessor_config.json says; for an original, which has none, what a conversion would write."""
     own = small_object(checkpoint.files, "preprocessor_config.json")
-    if own.get("image_processor_type") in KINDS:
+    if own.get("image_processor_type") in IMAGE_PROCESSORS:
         return own
     tower = sight.tower
     settings = read_image_settings(tower.preprocessor, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
@@ -193,6 +188,6 @@ def _pixels(settings: dict[str, Any], path: Path) -> tuple[np.ndarray, np.ndarra
             rgb = picture.convert("RGB")
     except Exception as error:  # PIL raises a dozen kinds, for a picture of too many pixels too
         raise InputError(f"{shown(path.name)} is no image that can be read: {shown(str(error))}", hint="give a PNG or JPEG file") from error
-    made = kind(**{key: value for key, value in settings.items() if SETTINGS.fullmatch(key)})(images=rgb, return_tensors="np")
+    made = kind(**{key: value for key, value in settings.items() if IMAGE_SETTINGS.fullmatch(key)})(images=rgb, return_tensors="np")
     sizes = made.get("image_sizes")
     return np.asarray(made["pixel_values"], np.float32), None if sizes is None else np.asarray(sizes, np.int64)

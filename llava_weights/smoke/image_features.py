@@ -1,8 +1,8 @@
-"""What enters the decoder of an original LLaVA: embeddings of the ids, with the features of the images in their places.
+"""What the decoder of an original LLaVA is given: embeddings of the ids, with image features in the places of images.
 
 The rules of `prepare_inputs_labels_for_multimodal` in `llava_arch.py` (haotian-liu/LLaVA c121f04) and, for a run of
-<im_patch> ids, of `LlavaLlamaModel.forward` (74f8877): written here once more, so that a conversion has something else to be
-compared with than transformers' own LLaVA.
+<im_patch> ids, of `LlavaLlamaModel.forward` (74f8877): written here once more, so that a conversion can be compared with
+something other than transformers' own LLaVA.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import torch
 
 
-IMAGE = -200  # LLaVA's IMAGE_TOKEN_INDEX: one for each image, replaced by its features
+IMAGE_INDEX = -200  # LLaVA's IMAGE_TOKEN_INDEX: one for each image, replaced by its features
 
 CONFIG_HINT = "give the config.json that its authors published"
 
 
 @dataclass(frozen=True)
-class Splice:
-    """The parts before the decoder, and the config of the LLaVA that says how they go together."""
+class InputEmbeddings:
+    """Tower, projector and embedding table, and the config that says how their outputs are joined."""
 
     config: Mapping[str, Any]
     embed: Any  # ids -> embeddings
@@ -38,7 +38,7 @@ class Splice:
     class_token: bool  # whether its first feature is that of a class token
     projector: Any
     newline: torch.Tensor | None  # [H]
-    patch: int  # id of <im_patch>, IMAGE where there is none
+    patch: int  # id of <im_patch>, IMAGE_INDEX where there is none
 
     def __call__(self, ids: torch.Tensor, pixels: torch.Tensor | None, sizes: np.ndarray | None) -> torch.Tensor:
         """[T', H] for ids [T], pixels [images, 3, S, S] or [images, tiles, 3, S, S] and the images' (height, width).
@@ -48,18 +48,15 @@ class Splice:
         import torch
 
         images = [] if pixels is None else self._features(pixels, sizes)
-        places, counts = ids == IMAGE, torch.ones_like(ids)
+        places, counts = ids == IMAGE_INDEX, torch.ones_like(ids)
         if places.any() or not images:
             lengths = counts.new_tensor([len(rows) for rows in images])
         else:
             places, lengths = ids == self.patch, counts.new_ones(sum(map(len, images)))
         if int(places.sum()) != len(lengths):
             facts = {"places in the ids": int(places.sum()), "to be placed": len(lengths)}
-            raise InputError(
-                "the ids do not have one place for each image, or for each of its features",
-                facts=facts,
-                hint="give a recording that was made of the same model",
-            )
+            what = "the ids do not have one place for each image, or for each of its features"
+            raise InputError(what, facts=facts, hint="give a recording that was made of the same model")
         counts[places] = lengths
         seen, text = places.repeat_interleave(counts), self.embed(ids[~places])
         joined: torch.Tensor = text.new_empty(len(seen), text.shape[1])
@@ -69,7 +66,7 @@ class Splice:
         return joined
 
     def _features(self, pixels: torch.Tensor, sizes: np.ndarray | None) -> list[torch.Tensor]:
-        """For each image the rows that go into the text."""
+        """Image features: for each image the rows that go into the text."""
         import torch
 
         config = self.config
@@ -95,7 +92,7 @@ class Splice:
         return projected
 
     def _merge(self, tiles: torch.Tensor, grid: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
-        """The whole image first, then its tiles as one picture, cropped to the image, a newline behind each row."""
+        """The features of the whole image, then those of its tiles as one picture, cropped to the image, with a newline after each row."""
         import torch
 
         kind = self.config.get("mm_patch_merge_type", "flat")

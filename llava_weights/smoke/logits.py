@@ -1,7 +1,7 @@
 """Does a checkpoint compute what it should? Its forward pass against recorded logits, or against the unconverted checkpoint.
 
-Computed in float32 from the weights as they are stored, in eager attention, on stored ids and pixels (facts: verify 2.3). A
-reference proves something where another program made it, as LLaVA's own code; a recording of our own proves that nothing changed.
+Computed in float32 from the weights as they are stored, in eager attention, on stored ids and pixels. A
+reference by another program, such as LLaVA's own code, shows that the checkpoint is right; one by this tool, that nothing has changed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .probes import built_in_probes, check_given, find_sight, in_layout
 from .recording import Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
 
 Where = Literal["text", "image"]
-Verdict = Literal["same", "plausible", "suspicious", "different"]
-ORDER: tuple[Verdict, ...] = ("same", "plausible", "suspicious", "different")  # from good to bad
+SmokeVerdict = Literal["same", "plausible", "suspicious", "different"]
+FROM_GOOD_TO_BAD: tuple[SmokeVerdict, ...] = ("same", "plausible", "suspicious", "different")  # from good to bad
 PRECISION = ("F32", "F16", "BF16")  # from fine to coarse
 
 
@@ -45,7 +45,7 @@ class Limits:
     hidden: float
 
 
-# Facts, verify 2.3: about ten times the noise of a trained model of 1.3 M parameters. float32 leaves 5 orders of magnitude to any
+# About ten times the noise of a trained model of 1.3 M parameters. float32 leaves 5 orders of magnitude to any
 # structural fault; half precision hides a layernorm of the wrong layer, so that it can only be "plausible".
 LIMITS = {
     "F32": Limits(1e-9, 1e-4, 1.0, 1e-8, 1e-10),
@@ -55,7 +55,7 @@ LIMITS = {
 # In float32, a LoRA merged and rounded against the same LoRA beside its base: what rounding to this dtype costs.
 MERGED = {"F32": LIMITS["F32"], "F16": Limits(1e-7, 5e-3, 0.99, 1e-6, 1e-7), "BF16": Limits(2e-6, 1e-2, 0.99, 5e-6, 2e-6)}
 SUSPICIOUS = 1e-7  # NMSE up to which float32 may be another order of summation in a very deep model, and is no structural fault
-MARGIN = 3  # another first choice counts where the reference preferred its own by this many times the difference that is allowed
+MARGIN = 3  # another first choice counts where the reference preferred its own by more than this many times the allowed difference
 
 ABOUT = {
     "vision": "compare the vision tower and the projector, their config (layer, activation) and the pixels",
@@ -96,11 +96,7 @@ class Row:
     def beyond(self, limits: Limits) -> list[str]:
         """Each of `limits` that is passed, in words."""
         flipped = 1 - self.flips / self.places
-        checks = (
-            ("NMSE", self.nmse, limits.nmse),
-            ("max |d| / std", self.max_std, limits.largest),
-            ("mean KL", self.mean_kl, limits.kl),
-        )
+        checks = (("NMSE", self.nmse, limits.nmse), ("max |d| / std", self.max_std, limits.largest), ("mean KL", self.mean_kl, limits.kl))
         # Where images are, nothing was trained to follow: there the first choice is shown, not judged.
         top = [f"top-1 {flipped:.3f} (limit {limits.top1})"] if self.where == "text" and flipped < limits.top1 else []
         return [f"{name} {value:.1e} (limit {limit:.0e})" for name, value, limit in checks if not value <= limit] + top
@@ -119,7 +115,7 @@ class Smoke:
     findings: tuple[Finding, ...]
     rows: tuple[Row, ...]
     limits: Limits
-    verdict: Verdict | None
+    verdict: SmokeVerdict | None
     first_wrong: str = ""
 
     def __repr__(self) -> str:
@@ -157,7 +153,7 @@ def compare(
     if not half and recording.metadata.get("adapter") == "unmerged":
         limits = MERGED.get(main_dtype(checkpoint.parameters()), LIMITS["F32"])
     blind = checkpoint.layout == "llava" and find_sight(checkpoint, tower) is None
-    found, rows, wrong, verdicts = _doubtful(checkpoint, doubts, on_event), list[Row](), list[str](), list[Verdict]()
+    found, rows, wrong, verdicts = _doubtful(checkpoint, doubts, on_event), list[Row](), list[str](), list[SmokeVerdict]()
     for one in recording.probes:
         if blind and one.probe.pixel_values is not None:
             text = f"{shown(one.probe.name)} was not run: the checkpoint has no vision tower"
@@ -169,14 +165,14 @@ def compare(
         verdicts.append(verdict)
         wrong += [layer] * bool(layer)
         on_event(Note(finding.text, warning=finding.verdict == "failed"))
-    worst = max(verdicts, key=ORDER.index, default=None)
+    worst = max(verdicts, key=FROM_GOOD_TO_BAD.index, default=None)
     first = min(wrong, key=_depth, default="")
     against = recording.metadata.get("model", recording.metadata.get("producer", "the reference"))
     return Smoke(checkpoint.origin.name, against, tuple(found), tuple(rows), limits, worst, first)
 
 
 def _doubtful(checkpoint: Checkpoint, doubts: Doubts, on_event: Listener) -> list[Finding]:
-    """A warning for each that there is about the tower that was given."""
+    """A warning for each doubt about the tower that was given."""
     for text in doubts.notes:
         on_event(Note(text))
     return [Finding("L5", "warning", checkpoint.origin.name, text, tower_hint(checkpoint.config)) for text in doubts.warnings]
@@ -184,7 +180,7 @@ def _doubtful(checkpoint: Checkpoint, doubts: Doubts, on_event: Listener) -> lis
 
 def _compare_one(
     checkpoint: Checkpoint, runner: Runner, recording: Recording, one: Recorded, limits: Limits, half: bool, atol: float | None
-) -> tuple[Finding, list[Row], str, Verdict]:
+) -> tuple[Finding, list[Row], str, SmokeVerdict]:
     name = shown(one.probe.name)
 
     def failed(text: str, layer: str = "") -> Finding:
@@ -210,42 +206,42 @@ def _compare_one(
     layer = _first_wrong(one, outcome, limits) or ("head" if _has_layers(one) and max(row.nmse for row in rows) > limits.nmse else "")
     beyond = list(dict.fromkeys(text for row in rows for text in row.beyond(limits))) if atol is None else []
     bad = sum(row.non_finite for row in rows)
-    parts = [f"{bad:,} logits are infinite or no numbers"] * bool(bad) + [figures, *beyond] + [f"first wrong: {layer}"] * bool(layer)
-    return failed(f"{name} {verdict}: {'; '.join(parts)}", layer), rows, layer, verdict
+    reasons = [f"{bad:,} logits are infinite or no numbers"] * bool(bad) + [figures, *beyond] + [f"first wrong: {layer}"] * bool(layer)
+    return failed(f"{name} {verdict}: {'; '.join(reasons)}", layer), rows, layer, verdict
 
 
 def measure(one: Recorded, outcome: Outcome, limits: Limits) -> list[Row]:
     """One row for the places of text and one for those of images, as far as there are any."""
     width = min(one.logits.shape[1], outcome.logits.shape[1])
-    theirs = one.logits[:, :width].astype(np.float64)
-    ours = outcome.logits[one.positions, :width].astype(np.float64)
-    spread = float(theirs.std()) or 1.0
+    expected = one.logits[:, :width].astype(np.float64)
+    found = outcome.logits[one.positions, :width].astype(np.float64)
+    spread = float(expected.std()) or 1.0
     inside = one.image[one.positions]
     kinds: tuple[tuple[Where, np.ndarray], ...] = (("text", ~inside), ("image", inside))
-    return [_row(one.probe.name, where, ours[chosen], theirs[chosen], spread, limits) for where, chosen in kinds if chosen.any()]
+    return [_row(one.probe.name, where, found[chosen], expected[chosen], spread, limits) for where, chosen in kinds if chosen.any()]
 
 
-def _row(name: str, where: Where, ours: np.ndarray, theirs: np.ndarray, spread: float, limits: Limits) -> Row:
+def _row(name: str, where: Where, found: np.ndarray, expected: np.ndarray, spread: float, limits: Limits) -> Row:
     """Figures over float64 [places, vocabulary]. What is not finite makes them infinite, so that no limit holds."""
-    bad = int((~np.isfinite(ours)).sum())
+    bad = int((~np.isfinite(found)).sum())
     if bad:
         worst = float("inf")
-        return Row(name, where, len(ours), worst, worst, worst, worst, worst, worst, -1.0, 0.0, 0.0, len(ours), bad)
-    difference = np.abs(ours - theirs)
-    ours_log, theirs_log = _log_softmax(ours), _log_softmax(theirs)
-    divergence = np.maximum((np.exp(theirs_log) * (theirs_log - ours_log)).sum(axis=1), 0)
-    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    cosine = np.divide((ours * theirs).sum(axis=1), lengths, out=np.zeros(len(ours)), where=lengths > 0)
-    best, other = theirs.argmax(axis=1), ours.argmax(axis=1)
-    lead = theirs.max(axis=1) - np.take_along_axis(theirs, other[:, None], axis=1)[:, 0]
-    few = min(5, theirs.shape[1])
-    tops = (np.argpartition(values, -few, axis=1)[:, -few:] for values in (ours, theirs))
-    shared = [len(set(mine) & set(yours)) / few for mine, yours in zip(*(top.tolist() for top in tops), strict=True)]
+        return Row(name, where, len(found), worst, worst, worst, worst, worst, worst, -1.0, 0.0, 0.0, len(found), bad)
+    difference = np.abs(found - expected)
+    found_log, expected_log = _log_softmax(found), _log_softmax(expected)
+    divergence = np.maximum((np.exp(expected_log) * (expected_log - found_log)).sum(axis=1), 0)
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    cosine = np.divide((found * expected).sum(axis=1), lengths, out=np.zeros(len(found)), where=lengths > 0)
+    best, other = expected.argmax(axis=1), found.argmax(axis=1)
+    lead = expected.max(axis=1) - np.take_along_axis(expected, other[:, None], axis=1)[:, 0]
+    few = min(5, expected.shape[1])
+    tops = (np.argpartition(values, -few, axis=1)[:, -few:] for values in (found, expected))
+    shared = [len(set(a) & set(b)) / few for a, b in zip(*(top.tolist() for top in tops), strict=True)]
     return Row(
         probe=name,
         where=where,
-        places=len(ours),
-        nmse=float((difference**2).sum() / max((theirs**2).sum(), np.finfo(float).tiny)),
+        places=len(found),
+        nmse=float((difference**2).sum() / max((expected**2).sum(), np.finfo(float).tiny)),
         max_abs=float(difference.max()),
         max_std=float(difference.max() / spread),
         mean_abs=float(difference.mean()),
@@ -265,9 +261,9 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def judge(rows: Sequence[Row], limits: Limits, half: bool, atol: float | None) -> Verdict:
-    """Half precision, and a merge that rounds, is at best "plausible": what it hides is named in `LIMITS`."""
-    good: Verdict = "plausible" if half or limits not in LIMITS.values() else "same"
+def judge(rows: Sequence[Row], limits: Limits, half: bool, atol: float | None) -> SmokeVerdict:
+    """Half precision, and a merge that rounds, are at best "plausible": see `LIMITS` for what they hide."""
+    good: SmokeVerdict = "plausible" if half or limits not in LIMITS.values() else "same"
     if any(row.non_finite for row in rows):
         return "different"
     if atol is not None:
@@ -279,15 +275,15 @@ def judge(rows: Sequence[Row], limits: Limits, half: bool, atol: float | None) -
 
 def _first_wrong(one: Recorded, outcome: Outcome, limits: Limits) -> str:
     """The first hidden state that differs at one of its recorded places, nothing where none does."""
-    for key, theirs in sorted(one.hidden.items(), key=lambda item: _depth(item[0])):
+    for key, expected in sorted(one.hidden.items(), key=lambda item: _depth(item[0])):
         value = outcome.hidden.get(key)
         if value is None:
             continue
-        if theirs[:, 0].max() >= len(value):
+        if expected[:, 0].max() >= len(value):
             return key
-        ours = sketch(value, theirs[:, 0])[:, 2:].astype(np.float64)
-        scale = np.maximum((theirs[:, 2:].astype(np.float64) ** 2).sum(axis=1), np.finfo(float).tiny)
-        if not (((ours - theirs[:, 2:]) ** 2).sum(axis=1) / scale <= limits.hidden).all():
+        found = sketch(value, expected[:, 0])[:, 2:].astype(np.float64)
+        scale = np.maximum((expected[:, 2:].astype(np.float64) ** 2).sum(axis=1), np.finfo(float).tiny)
+        if not (((found - expected[:, 2:]) ** 2).sum(axis=1) / scale <= limits.hidden).all():
             return key
     return ""
 
@@ -397,7 +393,7 @@ def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[st
 
 
 def table(smoke: Smoke) -> list[str]:
-    """The measurements for people: a line a probe and kind of place."""
+    """The measurements for people: one line for each probe and kind of place."""
     head = ("probe", "places", "NMSE", "max |d|", "max |d|/std", "mean |d|", "mean KL", "top-1", "top-5")
     rows = [head] + [
         (f"{row.probe} {row.where}", f"{row.places}", f"{row.nmse:.1e}", f"{row.max_abs:.1e}", f"{row.max_std:.1e}", f"{row.mean_abs:.1e}",

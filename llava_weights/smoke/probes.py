@@ -1,8 +1,7 @@
 """The inputs of a smoke test, made from a checkpoint's config and tokenizer alone: the same for every checkpoint of its shapes.
 
-Four kinds (facts: verify 2.3): text, an image with text, the ids of every added token and of the last rows, and a row of each part of
-the vocabulary table, other ones with each seed. They are stored with a reference and never made again, so that a change here makes no
-old reference useless.
+Four kinds: text; an image with text; the ids of every added token and of the last rows; and one row of each part of the vocabulary table,
+which row depends on the seed. A reference stores its probes and they are never made again: a change here makes no old reference useless.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from ..families.targets import TARGET_DEFAULTS, TARGETS
 from ..families.towers import TOWERS
 from ..text import shown
 from .forward import Probe
-from .image_features import IMAGE, best_grid, unpad
+from .image_features import IMAGE_INDEX, best_grid, unpad
 
-TEXT, AROUND = 32, 12  # tokens of the text probe; before and after an image
+TEXT_TOKENS, TOKENS_AROUND = 32, 12  # tokens of the text probe; before and after an image
 LAST_ROWS, MOST_ADDED = 8, 64
 TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
 TILED = tuple(row.model_type for row in TARGETS if row.tiles)
 HUB_IMAGE = TARGET_DEFAULTS["image_token_index"]
-USUAL = TOWERS[0].pixels[0]  # the range of pixels of the images that are made
+CLIP_PIXELS = TOWERS[0].pixels[0]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Sight:
                 yield name, next(filter(self._clear, candidates), candidates[0])
 
     def _clear(self, size: tuple[int, int]) -> bool:
-        """Whether the crop of the padding is far from a whole number, where programs round in different ways."""
+        """Whether the rows of padding to crop are far from a whole number, where programs round in different ways."""
         (height, width), (rows, columns) = size, (tiles * self.patches for tiles in self.grid(size))
         cut = height * columns / width if width / height > columns / rows else width * rows / height
         return cut > 1 and 0.2 < cut % 1 < 0.8
@@ -90,18 +89,18 @@ def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None, 
     rows = table_rows(checkpoint)
     known = read_special_ids(checkpoint.files, rows)
     hub = checkpoint.layout == "llava-hf"
-    mark = image_id(checkpoint) if hub else IMAGE
+    mark = image_id(checkpoint) if hub else IMAGE_INDEX
     words = [word for k in range(1, 100) if (word := 3 + (7919 * k * k + 104729 * k) % max(1, known.base_vocabulary - 3)) != mark]
     added = [i for i in sorted(known.added.values())[:MOST_ADDED] if i != mark]
     probes = [
-        Probe("text", _ids([known.bos], words[:TEXT])),
-        Probe("rows", _ids([known.bos], words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
-        Probe("table", _ids([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i != mark])),
+        Probe("text", _joined([known.bos], words[:TEXT_TOKENS])),
+        Probe("rows", _joined([known.bos], words[:3], added, range(max(3, rows - LAST_ROWS), rows))),
+        Probe("table", _joined([known.bos], [i for i in table_ids(min(known.base_vocabulary, rows), seed) if i != mark])),
     ]
     sight = find_sight(checkpoint, tower)
     for name, size in sight.sizes() if sight else ():
         count = sight.features(size) if hub and sight else 1
-        ids = _ids([known.bos], words[:AROUND], [mark] * count, words[TEXT : TEXT + AROUND])
+        ids = _joined([known.bos], words[:TOKENS_AROUND], [mark] * count, words[TEXT_TOKENS : TEXT_TOKENS + TOKENS_AROUND])
         probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
     return tuple(probes)
 
@@ -125,12 +124,12 @@ def pattern(tiles: int, side: int) -> np.ndarray:
     """[tiles, 3, side, side] in CLIP's range: no symmetry in x, y or channel, so that no flip, transpose or BGR goes unseen."""
     tile, channel, y, x = np.ogrid[:tiles, :3, :side, :side]
     values = (7 * x + 13 * y + 29 * channel + 53 * tile + x * y // 11) % 256
-    mean, std = (np.reshape(each, (3, 1, 1)) for each in (USUAL.mean, USUAL.std))
+    mean, std = (np.reshape(each, (3, 1, 1)) for each in (CLIP_PIXELS.mean, CLIP_PIXELS.std))
     return cast(np.ndarray, ((values / 255 - mean) / std).astype(np.float32))
 
 
 def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight | None:
-    """How this checkpoint sees, None for a text model and for an original LLaVA without a vision tower at hand."""
+    """How this checkpoint takes images in; None for a text model, and for an original LLaVA whose vision tower is not given."""
     config, hub = checkpoint.config, checkpoint.layout == "llava-hf"
     if checkpoint.layout not in ("llava", "llava-hf"):
         return None
@@ -151,7 +150,7 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
 
 
 def check_given(checkpoint: Checkpoint, tower: Checkpoint | None, *, accept: bool = False) -> Doubts:
-    """What there is to say of a tower that is given beside a checkpoint. Raises UsageError where the checkpoint has no use for one,
+    """Doubts about a tower that is given beside a checkpoint. Raises UsageError where the checkpoint has no use for one,
     MismatchError where its config names another published one, unless `accept`."""
     if tower is None:
         return Doubts()
@@ -177,9 +176,9 @@ def image_places(checkpoint: Checkpoint, probe: Probe, length: int, tower: Check
         return np.zeros(length, bool)
     if checkpoint.layout == "llava-hf":
         return np.asarray(probe.ids == image_id(checkpoint))
-    marks = probe.ids == IMAGE
+    marks = probe.ids == IMAGE_INDEX
     if not marks.any():
-        patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE)
+        patch = read_special_ids(checkpoint.files, checkpoint.vocabulary).added.get("<im_patch>", IMAGE_INDEX)
         return np.asarray(probe.ids == patch)
     images = int(marks.sum())
     counts = [(length - int((~marks).sum())) // images] * images
@@ -191,9 +190,9 @@ def image_places(checkpoint: Checkpoint, probe: Probe, length: int, tower: Check
 
 
 def in_layout(probe: Probe, places: np.ndarray, checkpoint: Checkpoint) -> Probe:
-    """`probe`, recorded from another layout, with ids as `checkpoint` takes them: one image token a feature, or -200 an image.
+    """`probe` of another layout, with the ids that `checkpoint` takes: an image token for each feature, or one -200 for an image.
 
-    `places` are those of `image_places`. Pixels and the text's ids stay; images side by side can't be told apart for the latter.
+    `places` are those of `image_places`. Pixels and the text's ids stay; images side by side become one -200.
     """
     if not places.any():
         return probe
@@ -201,13 +200,13 @@ def in_layout(probe: Probe, places: np.ndarray, checkpoint: Checkpoint) -> Probe
     expanded = len(ids) == len(places)
     if checkpoint.layout == "llava-hf":
         full = np.full(len(places), image_id(checkpoint))
-        full[~places] = ids[~places] if expanded else ids[ids != IMAGE]
+        full[~places] = ids[~places] if expanded else ids[ids != IMAGE_INDEX]
         return Probe(probe.name, full, probe.pixel_values, probe.image_sizes)
     if not expanded:
         return probe
     first = places & ~np.concatenate(([False], places[:-1]))
-    return Probe(probe.name, np.where(first, IMAGE, ids)[first | ~places], probe.pixel_values, probe.image_sizes)
+    return Probe(probe.name, np.where(first, IMAGE_INDEX, ids)[first | ~places], probe.pixel_values, probe.image_sizes)
 
 
-def _ids(*parts: Iterable[int]) -> np.ndarray:
-    return np.array([i for part in parts for i in part], np.int64)
+def _joined(*runs: Iterable[int]) -> np.ndarray:
+    return np.array([i for run in runs for i in run], np.int64)

@@ -1,8 +1,8 @@
-"""What a model gave for a few probes, and the file that it is kept in: for another program, another machine, another year.
+"""A recording: what a model computed for a few probes, and the file format, to compare with later or on another machine.
 
 One safetensors file. For each probe NAME:
 
-    ids.NAME            I64 [T]           what was run; -200 for an image in LLaVA's own form, one image token a feature in llava-hf
+    ids.NAME            I64 [T]           what was run; -200 for an image in LLaVA's own form, one image token for each feature in llava-hf
     pixel_values.NAME   F32               [images, 3, S, S] or [images, tiles, 3, S, S]; only with an image
     image_sizes.NAME    I64 [images, 2]   height and width; only with tiles
     image.NAME          U8 [T']           1 where a place of the sequence that was computed is a feature of an image
@@ -14,8 +14,7 @@ One safetensors file. For each probe NAME:
 A projection is a sum with signs by `signs`. `hidden` may be missing, as in a reference by another program. `__metadata__` holds
 texts: `schema`, `layout` ("llava", "llava-hf", "llama": whose form the ids are in), `dtype` of the computation ("F32"), and for people
 `model`, `root.tensors`, `producer`, `device`, `attention`, `tf32`, `date`, versions, and `seed`, with which the ids of the built-in
-probes were drawn. `adapter` = "unmerged" says that a LoRA was
-applied beside the weights, so that weights that were rounded after its merge are forgiven their rounding.
+probes were drawn. `adapter` = "unmerged" says that a LoRA was applied beside the weights, so that a merge may differ by its rounding.
 """
 
 from __future__ import annotations
@@ -47,15 +46,23 @@ from ..text import brief, shown
 from .forward import Outcome, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
 
-SCHEMA = "llava-weights smoke 1"
+RECORDING_SCHEMA = "llava-weights smoke 1"
 KEYS = r"vision|embeddings|layer\.\d{1,4}"
-PART = re.compile(rf"(?:(ids|pixel_values|image_sizes|image|positions|logits|top)\.(.+)|hidden\.(.+)\.({KEYS}))")
-DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1"}
-EXPECTED = {"ids": "I64", "pixel_values": "F32", "image_sizes": "I64", "image": "U8", "positions": "I64", "logits": "F32", "top": "I64"}
-LARGEST = 1 << 30  # bytes of a file that are read; one of a 13B has some 10 MB
-LOGITS = 1 << 19  # values of a probe: 2 MB, 16 places of 32,000 (facts: verify 2.3)
-LEAST = 16
-PROJECTIONS, PLACES = 64, 4
+ARRAY_NAME = re.compile(rf"(?:(ids|pixel_values|image_sizes|image|positions|logits|top)\.(.+)|hidden\.(.+)\.({KEYS}))")
+ARRAY_DTYPES = {"F32": "<f4", "I64": "<i8", "U8": "u1"}
+EXPECTED_DTYPES = {
+    "ids": "I64",
+    "pixel_values": "F32",
+    "image_sizes": "I64",
+    "image": "U8",
+    "positions": "I64",
+    "logits": "F32",
+    "top": "I64",
+}
+LARGEST_FILE = 1 << 30  # bytes of a file that are read; one of a 13B has some 10 MB
+MOST_LOGITS = 1 << 19  # values of a probe: 2 MB, 16 places of 32,000
+LEAST_POSITIONS = 16
+SKETCH_SIZE, SKETCHED_PLACES = 64, 4
 
 
 @dataclass(frozen=True)
@@ -166,11 +173,8 @@ def make_recording(
     for probe in probes:
         outcome = runner(probe)
         if wrong := int((~np.isfinite(outcome.logits)).sum()):
-            raise InputError(
-                f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers",
-                facts={"probe": probe.name},
-                hint="`llava-weights verify --deep` names the tensors that are damaged",
-            )
+            what = f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers"
+            raise InputError(what, facts={"probe": probe.name}, hint="`llava-weights verify --deep` names the tensors that are damaged")
         made.append(recorded(probe, outcome, image_places(checkpoint, probe, len(outcome.logits), tower)))
         on_event(Note(f"{probe.name}: ran {len(outcome.logits):,} places, kept the logits of {len(made[-1].positions):,}"))
     manifest = find_manifest(checkpoint.origin.path)
@@ -207,13 +211,14 @@ def load_runner(checkpoint: Checkpoint, *, tower: Checkpoint | None, device: str
     return load_forward(checkpoint, dtype=dtype, device=device, resident=resident)
 
 
-def recorded(probe: Probe, outcome: Outcome, image: np.ndarray, *, values: int = LOGITS) -> Recorded:
-    """The part of an outcome that is kept: all places where there are few, else some of the text and some of the images.
-
-    Some means: as many as have `values` logits, and at least LEAST.
+def recorded(probe: Probe, outcome: Outcome, image: np.ndarray, *, values: int = MOST_LOGITS) -> Recorded:
+    """The part of an outcome that is kept: all places, or some of the text and some of the images: as many as have
+    `values` logits together, and at least LEAST_POSITIONS.
     """
-    positions = _chosen(image, max(LEAST, values // outcome.logits.shape[1]))
-    hidden = {key: sketch(value, np.unique(np.linspace(0, len(value) - 1, PLACES).round())) for key, value in outcome.hidden.items()}
+    positions = _chosen(image, max(LEAST_POSITIONS, values // outcome.logits.shape[1]))
+    hidden = {
+        key: sketch(value, np.unique(np.linspace(0, len(value) - 1, SKETCHED_PLACES).round())) for key, value in outcome.hidden.items()
+    }
     return Recorded(probe, image, positions, outcome.logits[positions], hidden)
 
 
@@ -234,20 +239,20 @@ def sketch(value: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 @cache
 def signs(width: int) -> np.ndarray:
-    """[width, 64] of +1 and -1, by the top bit of a mixed-up number (the finalizer of splitmix64): no seed, the same everywhere."""
-    number = np.arange(1, width * PROJECTIONS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    """[width, 64] of +1 and -1, by the top bit of a mixed-up number (the finalizer of splitmix64): no seed, the same on every machine."""
+    number = np.arange(1, width * SKETCH_SIZE + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.where(number >> np.uint64(63), 1.0, -1.0).reshape(width, PROJECTIONS)
+    return np.where(number >> np.uint64(63), 1.0, -1.0).reshape(width, SKETCH_SIZE)
 
 
 def write_recording(recording: Recording, path: Path, *, force: bool = False) -> None:
     """Write the file at once or not at all. Raises OutputError where `path` exists, unless `force`, or can't be written."""
     check_file(path, force=force)
     arrays = {name: array for one in recording.probes for name, array in _arrays(one).items()}
-    codes = {np.dtype(kind): code for code, kind in DTYPES.items()}
+    codes = {np.dtype(kind): code for code, kind in ARRAY_DTYPES.items()}
     described = [(name, LazyTensor(dtype=codes[array.dtype], shape=array.shape)) for name, array in arrays.items()]
-    head, places = make_header(described, {**recording.metadata, "schema": SCHEMA})
+    head, places = make_header(described, {**recording.metadata, "schema": RECORDING_SCHEMA})
     write_report(path, head + b"".join(arrays[name].tobytes() for name, _, _ in places), force=force)
 
 
@@ -273,33 +278,33 @@ def read_recording(path: str | os.PathLike[str]) -> Recording:
     """
     path = Path(to_place(path, "recording"))
     tensors, metadata = index_safetensors(path)
-    if metadata.get("schema") != SCHEMA:
-        facts = {"schema": shown(metadata.get("schema", "none")), "expected": SCHEMA}
+    if metadata.get("schema") != RECORDING_SCHEMA:
+        facts = {"schema": shown(metadata.get("schema", "none")), "expected": RECORDING_SCHEMA}
         raise InputError(
             f"{shown(path.name)} is no reference of a smoke test", facts=facts, hint="make one with `smoke MODEL --record FILE`"
         )
     if metadata.get("dtype") not in ("F32", "F16", "BF16") or "layout" not in metadata:
         raise _refusal(path, "its metadata names no dtype or layout")
-    if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST:
-        raise _refusal(path, f"it has more than {LARGEST:,} bytes")
-    parts: dict[str, dict[str, np.ndarray]] = {}
+    if sum(tensor.nbytes for tensor in tensors.values()) > LARGEST_FILE:
+        raise _refusal(path, f"it has more than {LARGEST_FILE:,} bytes")
+    arrays: dict[str, dict[str, np.ndarray]] = {}
     hidden: dict[str, dict[str, np.ndarray]] = {}
     with closing(Workspace()) as work:
         for name, tensor in tensors.items():
-            if not (found := PART.fullmatch(name)) or tensor.dtype != EXPECTED.get(found[1], "F32"):
+            if not (found := ARRAY_NAME.fullmatch(name)) or tensor.dtype != EXPECTED_DTYPES.get(found[1], "F32"):
                 raise _refusal(path, f"{shown(name)} ({tensor.dtype}) is no part of one")
-            kind, probe = (parts, found[2]) if found[1] else (hidden, found[3])
+            kind, probe = (arrays, found[2]) if found[1] else (hidden, found[3])
             kind.setdefault(probe, {})[found[1] or found[4]] = _values(tensor, work)
-    if not parts or hidden.keys() - parts.keys():
+    if not arrays or hidden.keys() - arrays.keys():
         raise _refusal(path, "it holds no probe, or hidden states of none")
-    return Recording(tuple(_checked(path, name, part, hidden.get(name, {})) for name, part in sorted(parts.items())), metadata)
+    return Recording(tuple(_checked(path, name, part, hidden.get(name, {})) for name, part in sorted(arrays.items())), metadata)
 
 
 def _values(tensor: Stored, work: Workspace) -> np.ndarray:
     raw = bytearray(tensor.nbytes)
     if raw:
         tensor.rows_into(memoryview(raw), 0, tensor.rows, work)
-    return np.frombuffer(raw, DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return np.frombuffer(raw, ARRAY_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def _checked(path: Path, name: str, part: Mapping[str, np.ndarray], hidden: Mapping[str, np.ndarray]) -> Recorded:
@@ -317,7 +322,7 @@ def _checked(path: Path, name: str, part: Mapping[str, np.ndarray], hidden: Mapp
     if sizes is not None and (pixels is None or sizes.shape != (len(pixels), 2) or sizes.min(initial=1) < 1):
         raise _refusal(path, f"the image sizes of probe {shown(name)} are none")
     sketches = (
-        value.ndim == 2 and value.shape[1] == PROJECTIONS + 2 and len(value) and value[:, 0].min() >= 0 for value in hidden.values()
+        value.ndim == 2 and value.shape[1] == SKETCH_SIZE + 2 and len(value) and value[:, 0].min() >= 0 for value in hidden.values()
     )
     if not all(sketches) or not all(np.isfinite(value).all() for value in (logits, *hidden.values())):
         raise _refusal(path, f"values of probe {shown(name)} are infinite or no numbers, or its hidden states have another form")
@@ -330,8 +335,5 @@ def _order(key: str) -> int:
 
 
 def _refusal(path: Path, reason: str) -> InputError:
-    return InputError(
-        f"{shown(path.name)} is not a sound reference: {reason}",
-        facts={"file": path},
-        hint="make it again with `smoke MODEL --record FILE`",
-    )
+    what = f"{shown(path.name)} is not a sound reference: {reason}"
+    return InputError(what, facts={"file": path}, hint="make it again with `smoke MODEL --record FILE`")

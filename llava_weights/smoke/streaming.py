@@ -1,4 +1,4 @@
-"""A model that is larger than memory: a leaf module has its parameters only while it computes.
+"""Run a model that is larger than memory: each leaf module has its parameters only while it computes.
 
 The model is built on the meta device, where tensors have shapes and no values. Hooks read each leaf's parameters just before
 its forward and let them go right after, so memory is that of the largest leaf (lm_head of a 13B: 656 MB in float32), and
@@ -16,15 +16,12 @@ from ..errors import InputError, MismatchError, UsageError
 from ..storage.reading import Workspace, check_crcs
 from ..tensors.dtypes import TORCH_DTYPE, all_threads
 from ..tensors.lazy import LazyTensor
-from ..tensors.windows import row_ranges
+from ..tensors.windows import WINDOW_BYTES, row_ranges
 from ..text import listed, shown
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-WINDOW_BYTES = 8 << 20  # bytes read at a time
 
 
 class Streamed:
@@ -44,7 +41,7 @@ class Streamed:
 
     @contextmanager
     def session(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Reads and computes inside, in true float32; yields the dict that the watched values go to."""
+        """Inside, weights are read and values computed, in true float32; yields the dict of the watched values."""
         import torch
 
         self._work, self._hidden = Workspace(), {}
@@ -76,7 +73,7 @@ class Streamed:
             module.register_forward_hook(leaves)
 
     def attach(self, model: nn.Module, tensors: Mapping[str, LazyTensor], place: Callable[[str], str]) -> None:
-        """Bind every parameter of a model on the meta device to the tensor of its place (`tensors` by place).
+        """Bind every parameter of a model on the meta device to its tensor. `place` gives a parameter's key in `tensors`.
 
         Raises InputError listing names without a partner, MismatchError for another shape.
         """
@@ -140,7 +137,7 @@ class Streamed:
         return out
 
     def _rows(self, tensor: LazyTensor, numbers: list[int]) -> torch.Tensor:
-        """Some rows, each out of its whole unit: a row alone may get other bits (tensors/windows.py)."""
+        """Some rows. Each is cut out of its whole unit: made alone, a row may get other bits (tensors/windows.py)."""
         import torch
 
         out = torch.empty((len(numbers), *tensor.shape[1:]), dtype=self.kind, device=self.device)

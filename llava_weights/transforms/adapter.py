@@ -1,7 +1,7 @@
-"""An adapter as data: the low-rank updates and replaced tensors of a PEFT or LLaVA folder, each under the name of what it changes.
+"""Read an adapter of PEFT or LLaVA: its low-rank updates and the tensors that it replaces, each under the name of what it changes.
 
-Nothing is merged here, and no base is known yet. Every tensor of the files gets exactly one place or is refused by name, since
-PEFT itself drops without a word what it can't place.
+Nothing is merged here, and no base is known yet. Every tensor of the files gets exactly one place, or is refused by name: PEFT itself
+drops what it can't place, without a word.
 """
 
 from __future__ import annotations
@@ -39,15 +39,18 @@ from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import brief, few, legible, listed, shown
-from .adapter_config import DAMAGED, LoraRules, quantised_base, read_rules, short_base
+from .adapter_config import RIGHT_ADAPTER_CONFIG, LoraRules, quantised_base, read_rules, short_base
 from .adapter_names import Contents, bare, parameter_names, sort_names
 
 Rows = dict[str, tuple[tuple[int, ...], LazyTensor]]
-Kind = Literal["linear", "embedding", "conv", "parameter"]
+ModuleKind = Literal["linear", "embedding", "conv", "parameter"]
 
 PROJECTOR_NAME = r"model\.mm_projector\.(\d\.)?(weight|bias)"
-# The parts that a module has, those that it needs and those that it may have.
-SLOTS = (({"A", "B"}, {"A", "B", "magnitude", "bias"}), ({"embedding_A", "embedding_B"}, {"embedding_A", "embedding_B", "magnitude"}))
+# The slots that a module must fill, and those that it may fill.
+COMPLETE_SLOTS = (
+    ({"A", "B"}, {"A", "B", "magnitude", "bias"}),
+    ({"embedding_A", "embedding_B"}, {"embedding_A", "embedding_B", "magnitude"}),
+)
 
 ZERO_3 = "gather the full weights with DeepSpeed's `zero_to_fp32.py` from the `global_stepN` folder, then merge those"
 FUSE = "merge it with mlx-lm or mlx-vlm, which trained it (`fuse`), and convert the result"
@@ -65,7 +68,7 @@ class Module:
     """
 
     name: str
-    kind: Kind
+    kind: ModuleKind
     a: LazyTensor
     b: LazyTensor
     scale: float
@@ -247,32 +250,31 @@ def _refuse_unplaced(names: Sequence[str], file: str) -> None:
         raise InputError(f"{len(names):,} tensors of {shown(file)} have no place: {few(names)}", hint=UNPLACED)
 
 
-# --- the low-rank updates --------------------------------------------------------------------------------------------
-
-
 def _modules(contents: Contents, rules: LoraRules, file: str) -> tuple[Module, ...]:
     """The adapted modules in the order of the file. Raises InputError for half ones, and for those that are not as `rules` say."""
-    half = [key for key, parts in contents.parts.items() if not any(need <= parts.keys() <= most for need, most in SLOTS)]
+    half = [key for key, slots in contents.modules.items() if not any(need <= slots.keys() <= most for need, most in COMPLETE_SLOTS)]
     if half:
-        held = sorted({slot for key in half for slot in contents.parts[key]})
+        held = sorted({slot for key in half for slot in contents.modules[key]})
         facts = {"modules": few(half), "parts that are there": listed(held)}
         raise InputError(f"{shown(file)} does not hold both factors of {len(half):,} modules", facts=facts, hint=UNPLACED)
-    names = parameter_names(contents.parts, rules.target_parameters)
-    rules.check_effort(f"{key}.{names.get(key, '')}" for key in contents.parts)
-    modules = {key: _module(key, parts, rules, names.get(key, "")) for key, parts in contents.parts.items()}
+    names = parameter_names(contents.modules, rules.target_parameters)
+    rules.check_effort(f"{key}.{names.get(key, '')}" for key in contents.modules)
+    modules = {key: _module(key, slots, rules, names.get(key, "")) for key, slots in contents.modules.items()}
     problems = {key: problem for key, module in modules.items() if (problem := _problem(module, rules))}
     if problems:
         first = next(iter(problems))
         facts = {"modules": few(problems), "of these": f"{shown(first)} {problems[first]}"}
-        raise InputError(f"{len(problems):,} modules of {shown(file)} are not as `adapter_config.json` says", facts=facts, hint=DAMAGED)
+        raise InputError(
+            f"{len(problems):,} modules of {shown(file)} are not as `adapter_config.json` says", facts=facts, hint=RIGHT_ADAPTER_CONFIG
+        )
     return tuple(modules.values())
 
 
-def _module(key: str, parts: Mapping[str, LazyTensor], rules: LoraRules, parameter: str) -> Module:
+def _module(key: str, slots: Mapping[str, LazyTensor], rules: LoraRules, parameter: str) -> Module:
     name = bare(key)
-    embedding = "embedding_A" in parts
-    a, b = (parts["embedding_A"], parts["embedding_B"]) if embedding else (parts["A"], parts["B"])
-    kind: Kind = "parameter" if parameter else "embedding" if embedding else "conv" if len(a.shape) > 2 else "linear"
+    embedding = "embedding_A" in slots
+    a, b = (slots["embedding_A"], slots["embedding_B"]) if embedding else (slots["A"], slots["B"])
+    kind: ModuleKind = "parameter" if parameter else "embedding" if embedding else "conv" if len(a.shape) > 2 else "linear"
     matched = f"{name}.{parameter}" if parameter else name  # what PEFT matches its patterns against
     return Module(
         name=name,
@@ -281,8 +283,8 @@ def _module(key: str, parts: Mapping[str, LazyTensor], rules: LoraRules, paramet
         b=b,
         scale=rules.scale_of(matched),
         rank=rules.rank_of(matched),
-        magnitude=parts.get("magnitude"),
-        bias=parts.get("bias"),
+        magnitude=slots.get("magnitude"),
+        bias=slots.get("bias"),
         fan_in_fan_out=rules.fan_in_fan_out and kind == "linear",
         parameter=parameter,
     )
@@ -314,12 +316,9 @@ def _rows(contents: Contents, rules: LoraRules) -> Rows:
         if indices is None or tensor.shape[:1] != (len(indices),):
             facts = {"rows": list(tensor.shape)[:1], "trainable_token_indices": len(indices or ())}
             what = f"the trained rows of {shown(module)} are not those that `adapter_config.json` lists"
-            raise InputError(what, facts=facts, hint=DAMAGED)
+            raise InputError(what, facts=facts, hint=RIGHT_ADAPTER_CONFIG)
         rows[f"{module}.weight"] = (indices, tensor)
     return rows
-
-
-# --- what LLaVA's training saves besides ----------------------------------------------------------------------------
 
 
 def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None) -> Adapter:
@@ -352,8 +351,8 @@ def _with_file(adapter: Adapter, path: Path, contents: Contents) -> Adapter:
         found.replacements, rows = more[0], rows | more[1]
     else:
         found = sort_names(_strip(tensors), path.name)
-    again = [f"{key}.{slot}" for key, parts in found.parts.items() for slot in parts]
-    strange = [f"{key}.{slot}" for key, parts in found.parts.items() for slot in parts if slot not in contents.parts.get(key, {})]
+    again = [f"{key}.{slot}" for key, parts in found.modules.items() for slot in parts]
+    strange = [f"{key}.{slot}" for key, parts in found.modules.items() for slot in parts if slot not in contents.modules.get(key, {})]
     _refuse_unplaced([*found.unplaced, *found.rows, *strange], path.name)
     both = [name for name in found.replacements if name in adapter.replacements]
     _refuse_unplaced([name for name in both if found.replacements[name].shape != adapter.replacements[name].shape], path.name)
@@ -470,7 +469,7 @@ def _projector_names(tensors: Mapping[str, LazyTensor], file: str) -> tuple[dict
 
 
 def _with_facts(adapter: Adapter, rules: LoraRules) -> Adapter:
-    """With the facts and notes on which base it was trained, and on what its config announces and the files do not hold."""
+    """With the facts and notes on which base it was trained, and on what its config announces but the files do not hold."""
     base = str(rules.facts.get("base_model_name_or_path", ""))
     quantised = quantised_base(base, adapter.config)
     notes = [f"trained on {shown(short_base(base))}, by adapter_config.json"] if base else []

@@ -1,7 +1,7 @@
 """adapter_config.json, as PEFT writes it beside an adapter: how strongly each low-rank update counts, and what it adapts.
 
-The file comes from strangers: numbers are bounded, patterns can't run away, and a setting that would make PEFT compute
-something that this program does not is refused by its name. Source: `LoraConfig`, `get_pattern_key` and `update_layer`, PEFT 0.4-0.21.
+The file comes from strangers: numbers and the cost of patterns are bounded, and a setting with which PEFT would compute something that
+this program does not is refused by its name. Source: `LoraConfig`, `get_pattern_key` and `update_layer`, PEFT 0.4-0.21.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VARIANTS = {
     "layer_replication": "layer replication", "megatron_config": "Megatron", "monteclora_config": "MonteCLoRA",
     "use_bdlora": "BD-LoRA", "use_qalora": "QA-LoRA", "velora_config": "VeLoRA",
 }  # fmt: skip
-METHODS = {
+OTHER_METHODS = {
     "ADALORA": "AdaLoRA", "IA3": "IA3", "LOHA": "LoHa", "LOKR": "LoKr", "RANDLORA": "RandLoRA", "TRAINABLE_TOKENS": "trainable tokens",
     "VBLORA": "VB-LoRA", "VERA": "VeRA", "XLORA": "X-LoRA",
 }  # fmt: skip
@@ -53,7 +53,7 @@ KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
 CHANGES_BASE = r"pissa.*|olora|corda|lora_ga|loftq"
 
 PLAIN_LORA = "only LoRA adapters can be merged; merge this one with the library that trained it"
-DAMAGED = "give the adapter_config.json that was saved with these weights"
+RIGHT_ADAPTER_CONFIG = "give the adapter_config.json that was saved with these weights"
 QUANTISED_NAME = r"(?i)(?:.*[-_./])?(?:4-?bit|8-?bit|bnb|nf4|int4|int8|gptq|awq)(?:[-_./].*)?"
 TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|\(\?|\{\d*(?:,\d*)?\}|.", re.DOTALL)
 
@@ -109,7 +109,7 @@ class LoraRules:
         patterns = self.rank_patterns + self.alpha_patterns
         work = accumulate(pattern.work(name) for name in modules for pattern in patterns)
         if any(done > MAX_WORK for done in work):  # counting ends there too
-            raise InputError("the patterns in `adapter_config.json` are too costly to match against its modules", hint=DAMAGED)
+            raise InputError("the patterns in `adapter_config.json` are too costly to match against its modules", hint=RIGHT_ADAPTER_CONFIG)
 
 
 def read_rules(path: Path) -> LoraRules:
@@ -165,7 +165,7 @@ def _refuse_methods(config: Mapping[str, Any]) -> None:
     """Raise InputError for everything that is not LoRA on the base as it is, naming it."""
     method = config.get("peft_type")
     if method != "LORA":
-        name = METHODS.get(str(method), shown(str(method)))
+        name = OTHER_METHODS.get(str(method), shown(str(method)))
         facts = {"adapter_config.json": f"peft_type {shown(str(method))}"}
         raise InputError(f"the adapter is not a LoRA but of the kind {name}", facts=facts, hint=PLAIN_LORA)
     for key, title in VARIANTS.items():
@@ -188,7 +188,7 @@ def _is_set(value: Any) -> bool:
 
 
 def _refuse(key: str, value: Any, wanted: str) -> NoReturn:
-    raise InputError(f"`{key}` is {shown(str(value))} in adapter_config.json, not {wanted}", hint=DAMAGED)
+    raise InputError(f"`{key}` is {shown(str(value))} in adapter_config.json, not {wanted}", hint=RIGHT_ADAPTER_CONFIG)
 
 
 def _rank(value: Any, key: str) -> int:
@@ -228,7 +228,9 @@ def _map(config: Mapping[str, Any], key: str) -> Iterable[tuple[str, Any]]:
 
 def _check_count(key: str, value: Collection[Any] | None) -> None:
     if value is not None and len(value) > MAX_LISTED:
-        raise InputError(f"`{key}` has {len(value):,} entries in adapter_config.json, at most {MAX_LISTED:,} are read", hint=DAMAGED)
+        raise InputError(
+            f"`{key}` has {len(value):,} entries in adapter_config.json, at most {MAX_LISTED:,} are read", hint=RIGHT_ADAPTER_CONFIG
+        )
 
 
 def _token_indices(value: Any) -> dict[str, tuple[int, ...]]:

@@ -26,27 +26,27 @@ SLOTS = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias", "lora_embedding_A": "embedding_A",
     "lora_embedding_B": "embedding_B", "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
 }  # fmt: skip
-ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
+TRAINED_ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(?:\.(?P<adapter>[^.]+)(?=\.))?\.(?P<rest>.+)")
-ORIGINAL = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
-# What no rule above took although PEFT put it there: parts of other methods, or LoRA parts with something unknown in the name.
+ORIGINAL_MODULE = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
+# What PEFT wrote and no rule above takes: tensors of other methods, or of LoRA with something unknown in the name.
 FOREIGN = re.compile(
     r"(?:^|.*\.)(?:(?:lora|hada|lokr|vera|ia3|oft|boft|hra|fourierft|trainable_tokens)_|ranknum|modules_to_save|token_adapter).*"
 )
 # The order in which transformers' expert modules register these, which decides how PEFT nests them: the first lies innermost.
 REGISTERED = ("w1", "v1", "w2", "gate_up_proj", "down_proj")
-ORDER = ("plain", "modules_to_save", "base_layer")  # of several spellings of one tensor the first is the one that PEFT loads
+PREFERENCE = ("plain", "modules_to_save", "base_layer")  # of several spellings of one tensor the first is the one that PEFT loads
 
 
 @dataclass
 class Contents:
     """The tensors of one file, sorted.
 
-    `parts`: by module, with the `.base_layer` levels of its name, then by slot: "A", "B", "embedding_A", "embedding_B",
+    `modules`: by name, with its `.base_layer` levels, then by slot: "A", "B", "embedding_A", "embedding_B",
     "magnitude", "bias". `rows`: by module. `replacements`: by the name of the tensor that is replaced.
     """
 
-    parts: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
+    modules: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
     rows: dict[str, LazyTensor] = field(default_factory=dict)
     replacements: dict[str, LazyTensor] = field(default_factory=dict)
     unplaced: list[str] = field(default_factory=list)
@@ -74,10 +74,10 @@ def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
             contents.unplaced.append(name)
         elif slot == "rows":
             contents.rows[place] = tensor
-        elif slot in (*ORDER, "original"):
+        elif slot in (*PREFERENCE, "original"):
             whole.setdefault(place, {})[slot] = name
         else:
-            contents.parts.setdefault(place, {})[slot] = tensor
+            contents.modules.setdefault(place, {})[slot] = tensor
     copies = [copy for place, spellings in whole.items() for copy in _choose(contents, place, spellings, tensors)]
     contents.notes = (f"not used, copies of what {shown(file)} also holds or of the base: {listed(copies)}",) if copies else ()
     return contents
@@ -91,11 +91,11 @@ def _place(key: str) -> tuple[str, str, str | None]:
     """The module or tensor that a name is about, its slot there ("" for none), and the adapter's name if there is one."""
     if found := LORA.fullmatch(key):
         return found["module"], SLOTS.get(found["part"] + found["end"], ""), found["adapter"]
-    if found := ROWS.fullmatch(key):
+    if found := TRAINED_ROWS.fullmatch(key):
         return found["module"], "rows", found["adapter"]
     if found := SAVED.fullmatch(key):
         return f"{found['module']}.{found['rest']}", "modules_to_save", found["adapter"]
-    if found := ORIGINAL.fullmatch(key):
+    if found := ORIGINAL_MODULE.fullmatch(key):
         return f"{found['module']}.{found['rest']}", "original", None
     if FOREIGN.fullmatch(name := BASE_LAYER.sub("", key)):
         return key, "", None
@@ -103,8 +103,8 @@ def _place(key: str) -> tuple[str, str, str | None]:
 
 
 def _choose(contents: Contents, place: str, spellings: dict[str, str], tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """Put one of the spellings of a tensor in its place, and return the others, which say the same."""
-    names = [spellings[spelling] for spelling in ORDER if spelling in spellings]
+    """Put one of the spellings of a tensor in its place, and return the others, which are copies of it."""
+    names = [spellings[spelling] for spelling in PREFERENCE if spelling in spellings]
     if not names:  # the base's own weights, kept beside a copy that is not there
         contents.unplaced += spellings.values()
         return []

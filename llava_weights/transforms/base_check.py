@@ -1,7 +1,7 @@
-"""Do these inputs belong together? Asked before a byte is written, from names, config and a few MB of values.
+"""Do these inputs belong together? Names, config and a few MB of values answer it before a byte is written.
 
-Shapes alone do not tell: Vicuna and Llama 2 have LLaMA's, and a base converted through bfloat16 only its last bits differ.
-The measurements are in `checkpoint/diagnose.py`; here is what they mean for a role, and what the user can do about it.
+Shapes alone do not tell: Vicuna and Llama 2 have LLaMA's, and a base that went through bfloat16 differs in its last bits only.
+`checkpoint/diagnose.py` measures; this module says what the figures mean for a base or a delta, and what the user can do.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..families.layouts import PROJECTOR, VOCABULARY
 from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, wrong_digest
 
-ORIGINAL = "use the original LLaMA weights (fp16, as Meta published them) as `--base`"
-SMALL = 1 << 18  # bytes: the norm vectors and biases of any LLaMA
+USE_ORIGINAL = "use the original LLaMA weights (fp16, as Meta published them) as `--base`"
+SMALL_TENSOR = 1 << 18  # bytes: the norm vectors and biases of any LLaMA
 ARITHMETIC = "cast both to fp16, add over the common rows, round once"
 ACCEPT = "pass `--accept-base` only if you know that the base is right"
 
@@ -78,7 +78,7 @@ def examine_integer(tensors: Mapping[str, LazyTensor]) -> Examination:
 
     Raises MismatchError naming the first that does not.
     """
-    small = {name: tensor for name, tensor in tensors.items() if tensor.nbytes <= SMALL}
+    small = {name: tensor for name, tensor in tensors.items() if tensor.nbytes <= SMALL_TENSOR}
     with closing(Workspace(drop_cache=False)) as work:
         for name, tensor in small.items():
             values = bytearray(tensor.nbytes)
@@ -93,7 +93,7 @@ def _require_decoders(*roles: tuple[str, Checkpoint]) -> None:
     for role, checkpoint in roles:
         layout, name = checkpoint.layout, checkpoint.origin.name
         if layout not in ("llama", "llava"):
-            title, hint = _WRONG_LAYOUT.get(layout, (f"a checkpoint in the {layout} layout", ORIGINAL))
+            title, hint = _WRONG_LAYOUT.get(layout, (f"a checkpoint in the {layout} layout", USE_ORIGINAL))
             raise InputError(f"the {role} `{name}` is {title}", facts={"for example": next(iter(checkpoint.tensors), "-")}, hint=hint)
         if "quantization_config" in checkpoint.config or any(t.dtype in ("I8", "U8") for t in checkpoint.tensors.values()):
             raise InputError(f"the {role} `{name}` is quantised", hint="use the 16-bit weights: a sum with quantised ones is meaningless")
@@ -112,11 +112,8 @@ def _refuse_swapped(base: Checkpoint, delta: Checkpoint) -> None:
     if base.layout == "llava" and delta.layout == "llama" and state(base.parameters()).verdict != "weights":
         raise _swapped(base, delta)
     if base.layout == "llava":
-        raise MismatchError(
-            f"the base `{base.origin.name}` is a LLaVA model already (it has an mm_projector)",
-            facts={"base": f"{base.size}, {base.vocabulary} rows"},
-            hint=ORIGINAL,
-        )
+        what = f"the base `{base.origin.name}` is a LLaVA model already (it has an mm_projector)"
+        raise MismatchError(what, facts={"base": f"{base.size}, {base.vocabulary} rows"}, hint=USE_ORIGINAL)
 
 
 def _swapped(base: Checkpoint, delta: Checkpoint) -> MismatchError:
@@ -125,21 +122,15 @@ def _swapped(base: Checkpoint, delta: Checkpoint) -> MismatchError:
 
 
 def _refuse_states(base: Checkpoint, delta: Checkpoint) -> None:
-    ours, theirs = state(base.parameters()), state(delta.parameters())
-    if ours.verdict == "delta" and theirs.verdict == "weights":
+    base_state, delta_state = state(base.parameters()), state(delta.parameters())
+    if base_state.verdict == "delta" and delta_state.verdict == "weights":
         raise _swapped(base, delta)
-    if ours.verdict == "delta":
-        raise InputError(
-            f"the base `{base.origin.name}` is itself a delta that was never applied",
-            facts={"evidence": "; ".join(ours.evidence)},
-            hint=ORIGINAL,
-        )
-    if theirs.verdict == "weights":
-        raise InputError(
-            f"the delta `{delta.origin.name}` is a whole model, not a delta",
-            facts={"evidence": "; ".join(theirs.evidence)},
-            hint="there is nothing to apply: use it as it is, or look at it with `llava-weights inspect`",
-        )
+    if base_state.verdict == "delta":
+        what = f"the base `{base.origin.name}` is itself a delta that was never applied"
+        raise InputError(what, facts={"evidence": "; ".join(base_state.evidence)}, hint=USE_ORIGINAL)
+    if delta_state.verdict == "weights":
+        what, facts = f"the delta `{delta.origin.name}` is a whole model, not a delta", {"evidence": "; ".join(delta_state.evidence)}
+        raise InputError(what, facts=facts, hint="there is nothing to apply: use it as it is, or look at it with `llava-weights inspect`")
 
 
 def _refuse_shapes(base: Checkpoint, other: Checkpoint, *, role: str = "delta") -> None:
@@ -158,11 +149,11 @@ def _refuse_shapes(base: Checkpoint, other: Checkpoint, *, role: str = "delta") 
             role: f"{other.origin.name} {list(other.tensors[VOCABULARY[0]].shape)}",
         }
         what = f"the base has {base.vocabulary} rows in `{VOCABULARY[0]}`, this {role} was made for {wanted}"
-        raise MismatchError(what, facts=facts, hint=f"{ORIGINAL}, not Vicuna")
+        raise MismatchError(what, facts=facts, hint=f"{USE_ORIGINAL}, not Vicuna")
 
 
 def _base_rows(delta: Checkpoint) -> int:
-    """Rows of the base that the delta's added tokens presuppose: their lowest id. 0 where it has none."""
+    """How many rows the base must have: the lowest id of the delta's added tokens. 0 where it has none."""
     added = read_special_ids(delta.files, delta.vocabulary).added
     lowest = min(added.values(), default=0)
     return lowest if lowest and lowest <= delta.vocabulary else 0
@@ -183,10 +174,10 @@ def _refuse_projector(delta: Checkpoint) -> None:
 
 def _doubts(base: Checkpoint, delta: Checkpoint) -> tuple[list[MismatchError], dict[str, Any]]:
     """What speaks against the base's values, the most telling first; and the measurements."""
-    ours, theirs = base.parameters(), delta.parameters()
-    damage, trip, both = bf16_damaged(ours), round_trip(ours, theirs), pair(ours, theirs)
+    base_tensors, delta_tensors = base.parameters(), delta.parameters()
+    damage, trip, both = bf16_damaged(base_tensors), round_trip(base_tensors, delta_tensors), pair(base_tensors, delta_tensors)
     doubts: list[MismatchError] = []
-    if damage.damaged and not all(tensor.dtype == "BF16" for tensor in theirs.values()):
+    if damage.damaged and not all(tensor.dtype == "BF16" for tensor in delta_tensors.values()):
         doubts.append(_bf16(base, damage))
     if both.verdict in _PAIRS:
         doubts.append(MismatchError(_PAIRS[both.verdict], facts={"evidence": both.evidence}, hint=ACCEPT))
@@ -224,4 +215,4 @@ def _wrong_base(base: Checkpoint, trip: RoundTrip) -> MismatchError:
     facts = {"base": base.origin.name, "round trip": share, "worst": ", ".join(f"{name} {part:.0%}" for name, part in trip.worst[:3])}
     if hints:
         facts["config"] = ", ".join(hints)
-    return MismatchError(what, facts=facts, hint=f"{ORIGINAL}, not Vicuna, Llama 2 or a merged model; {ACCEPT}")
+    return MismatchError(what, facts=facts, hint=f"{USE_ORIGINAL}, not Vicuna, Llama 2 or a merged model; {ACCEPT}")

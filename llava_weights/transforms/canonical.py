@@ -1,6 +1,6 @@
-"""A LLaVA taken apart: its tensors by canonical name, its tower, and its config and tokenizer in the original's words.
+"""A LLaVA of any layout in canonical form: tensors by canonical name, its tower, and config and tokenizer as the original spells them.
 
-Whatever layout and key style it came in, it is the same from here on, and checked: no name unknown, no shape but the config's.
+It is checked on the way: every name is known, and every shape is the one that the config gives.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from .projector import zero_biases
 
 BIASES = (PROJECTOR_NAMES[1], PROJECTOR_NAMES[3])
 DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
-Parts = dict[str, LazyTensor]
+Canonical = dict[str, LazyTensor]  # by canonical name
 
 
 @dataclass(frozen=True)
 class Model:
-    """A LLaVA in no layout: its parts by canonical name, and a config and small files in the original's words."""
+    """A LLaVA in canonical form. `config` and the tokenizer's files are as the original layout spells them."""
 
-    parts: Parts
+    tensors: Canonical
     tower: VisionTower
     families: tuple[Original, ...]  # those that it fits, all of one target
     config: Mapping[str, Any]
@@ -61,7 +61,7 @@ class Model:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding table, and is not stored."""
-        return VOCABULARY_TABLES[1] not in self.parts
+        return VOCABULARY_TABLES[1] not in self.tensors
 
     @property
     def target(self) -> Target:
@@ -69,22 +69,22 @@ class Model:
         return TARGETS[self.families[0].target]
 
 
-def take_apart(
+def to_canonical(
     checkpoint: Checkpoint, tower: Checkpoint | None, image_token: str | None, dtype: str | None, *, accept_tower: bool = False
 ) -> Model:
-    """The parts of `checkpoint`, cast to `dtype`, with `tower` where it holds no tower of its own.
+    """`checkpoint` in canonical form, cast to `dtype`, with `tower` where it holds no tower of its own.
 
-    Raises InputError where it is no LLaVA that llava-hf can hold, or its parts, its config and its tokens do not agree,
+    Raises InputError where it is no LLaVA that llava-hf can hold, or its tensors, config and tokens do not agree,
     MismatchError where `tower` is not the one that its config names, unless `accept_tower`.
     """
     _check_kind(checkpoint)
     small, stale = without_stale_list(checkpoint.files)
     checkpoint = replace(checkpoint, files=small)
-    parts = _parts(checkpoint, dtype)
+    tensors = _canonical_tensors(checkpoint, dtype)
     hub = checkpoint.layout == "llava-hf"
-    _check_newline(checkpoint, parts)
-    bare = hub and checkpoint.config.get("multimodal_projector_bias") is False and not any(name in parts for name in BIASES)
-    parts |= zero_biases(parts) if bare else {}
+    _check_newline(checkpoint, tensors)
+    bare = hub and checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in BIASES)
+    tensors |= zero_biases(tensors) if bare else {}
     given = open_tower(tower) if tower else None
     vision = checkpoint.config.get("vision_config") if hub else None
     own = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given)
@@ -100,39 +100,39 @@ def take_apart(
     if hub and own and given:
         doubts = Doubts(notes=(check_kept(own, given, checkpoint.origin.name),))
     main = dtype or main_dtype(checkpoint.parameters())
-    parts = {name: tensor for name, tensor in parts.items() if not name.startswith("tower.")}
-    parts |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
-    rows = parts[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in parts else 0
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("tower.")}
+    tensors |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
+    rows = tensors[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in tensors else 0
     asked = image_token
     if hub:
         image_token = image_token or _image_token(checkpoint, rows)
     _check_image_ids(checkpoint, rows)
-    config = _in_original_words(checkpoint, chosen) if hub else dict(checkpoint.config)
+    config = _as_original(checkpoint, chosen) if hub else dict(checkpoint.config)
     if doubts.differs:
         known = recognised(chosen.config)
         config["mm_vision_tower"] = known.repo if known else None
-    target = TARGETS[_families(config, chosen, parts)[0].target]
+    target = TARGETS[_families(config, chosen, tensors)[0].target]
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
     tokenizer = hf_tokenizer(checkpoint.files, rows=rows, image_token=image_token, processor_class=target.processor, model_max_length=limit)
-    config, repairs, before = *_repaired(config, parts, tokenizer, main), config
-    families = _families({**before, **config}, chosen, parts)
-    _check_parts(config, parts, chosen)
+    config, repairs, before = *_repaired(config, tensors, tokenizer, main), config
+    families = _families({**before, **config}, chosen, tensors)
+    _check_shapes(config, tensors, chosen)
     activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
-    doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, parts)))
+    doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, tensors)))
     repairs = (*stale, *(_image_id(checkpoint, tokenizer) if hub and asked is None else ()), *repairs)
-    return Model(parts, chosen, families, config, tokenizer, activation, rows, repairs, doubts, bare)
+    return Model(tensors, chosen, families, config, tokenizer, activation, rows, repairs, doubts, bare)
 
 
-def _families(config: Mapping[str, Any], tower: VisionTower, parts: Parts) -> tuple[Original, ...]:
-    """The families that these parts fit. Raises InputError where there is none, and as `decoder_of`."""
+def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical) -> tuple[Original, ...]:
+    """The families that these tensors fit. Raises InputError where there is none, and as `decoder_of`."""
     decoder = decoder_of(config)
-    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in parts))
+    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in tensors))
     if not found:
         facts = {
             "decoder, tower": f"{decoder.model_type}, {tower.kind}",
             "image_aspect_ratio": shown(str(config.get("image_aspect_ratio")))[1:-1],
             "mm_patch_merge_type": shown(str(config.get("mm_patch_merge_type") or "flat"))[1:-1],
-            "image_newline": "there" if "newline" in parts else "missing",
+            "image_newline": "there" if "newline" in tensors else "missing",
         }
         hint = "`anyres` with `spatial_unpad` and an `image_newline` is LLaVA-NeXT; LLaVA-OneVision is another model"
         raise InputError("images in tiles, joined in a way that no known LLaVA does", facts=facts, hint=hint)
@@ -153,10 +153,8 @@ def _check_kind(checkpoint: Checkpoint) -> None:
             "projector": "give the base that it was trained on, and this as `--lora`: `convert BASE --lora PROJECTOR --to llava-hf`",
             "adapter": "merge it first, or in the same pass: `convert BASE --lora ADAPTER --to llava-hf`",
         }
-        raise InputError(
-            f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: {title}",
-            hint=hints.get(checkpoint.layout, "give a LLaVA in the original or in the llava-hf layout"),
-        )
+        what = f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: {title}"
+        raise InputError(what, hint=hints.get(checkpoint.layout, "give a LLaVA in the original or in the llava-hf layout"))
     if not checkpoint.history and state(checkpoint.parameters()).verdict == "delta":
         raise InputError(
             f"`{checkpoint.origin.name}` is an unapplied delta",
@@ -164,41 +162,35 @@ def _check_kind(checkpoint: Checkpoint) -> None:
         )
 
 
-def _own_head(config: Mapping[str, Any], parts: Parts) -> Iterator[str]:
+def _own_head(config: Mapping[str, Any], tensors: Canonical) -> Iterator[str]:
     """A warning where the config ties the head to the embedding, and the head that is stored has other values."""
     text = config.get("text_config")
     tied = True in (config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
-    embed, head = (parts.get(name) for name in VOCABULARY_TABLES)
+    embed, head = (tensors.get(name) for name in VOCABULARY_TABLES)
     if tied and embed and head and embed.shape == head.shape:
         with closing(Workspace(drop_cache=False)) as work:
             one, other = sample_both(embed, head, work)
         if not np.array_equal(one, other, equal_nan=True):
             yield (
                 "`tie_word_embeddings` is true in config.json, but the stored head has values of its own: it is kept and the flag set to "
-                "false; transformers before 5 takes the embedding in its place"
+                "false, where transformers takes the embedding in its place"
             )
 
 
-def _parts(checkpoint: Checkpoint, dtype: str | None) -> Parts:
-    """Every parameter by its canonical name. Raises InputError for names of no known part and for two of the same."""
-    parts: Parts = {}
-    tensors = checkpoint.parameters()
-    unknown = [name for name in tensors if not re.match(LLAVA_PART, canonical(name))]
+def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Canonical:
+    """Every parameter by its canonical name. Raises InputError for an unknown name, and where two names mean one tensor."""
+    found: Canonical = {}
+    stored = checkpoint.parameters()
+    unknown = [name for name in stored if not re.match(LLAVA_PART, canonical(name))]
     if unknown:
-        raise InputError(
-            f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}",
-            facts={"checkpoint": checkpoint.origin.name},
-            hint="give a LLaVA without other weights beside it",
-        )
-    for name, tensor in tensors.items():
-        if canonical(name) in parts:
-            raise InputError(
-                f"`{name}` is there twice, under the names of two layouts",
-                facts={"checkpoint": checkpoint.origin.name},
-                hint="remove one of the two, or make the checkpoint again",
-            )
-        parts[canonical(name)] = cast(tensor, dtype) if dtype else tensor
-    return parts
+        what = f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}"
+        raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="give a LLaVA without other weights beside it")
+    for name, tensor in stored.items():
+        if canonical(name) in found:
+            what = f"`{name}` is there twice, under the names of two layouts"
+            raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="remove one of the two, or make the checkpoint again")
+        found[canonical(name)] = cast(tensor, dtype) if dtype else tensor
+    return found
 
 
 def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
@@ -222,7 +214,7 @@ def _image_id(checkpoint: Checkpoint, tokenizer: HfTokenizer) -> Iterator[str]:
         yield f"config: `image_token_index` {stated} -> {tokenizer.image_id}, the id of {name}, {why}"
 
 
-def _check_newline(checkpoint: Checkpoint, parts: Parts) -> None:
+def _check_newline(checkpoint: Checkpoint, tensors: Canonical) -> None:
     """Raise InputError where the config says that tiles are joined by `image_newline`, and no file holds it."""
     config = checkpoint.config
     if checkpoint.layout == "llava-hf":
@@ -230,7 +222,7 @@ def _check_newline(checkpoint: Checkpoint, parts: Parts) -> None:
         reads = target is not None and target.tiles and config.get("use_image_newline_parameter") is not False
     else:
         reads = reads_newline(config)
-    if reads and "newline" not in parts:
+    if reads and "newline" not in tensors:
         keys = ("model_type", "image_aspect_ratio", "mm_patch_merge_type")
         facts = {key: shown(str(config[key]))[1:-1] for key in keys if config.get(key) is not None}
         hint = "give a checkpoint that holds it; where a LoRA was merged, merge it onto the LLaVA that it was trained from, which has it"
@@ -245,14 +237,12 @@ def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
         if token in ("<image>", "<im_patch>", "<im_start>", "<im_end>") and type(i) is int and i >= rows
     }
     if beyond:
-        raise InputError(
-            f"{', '.join(f'`{token}` has the id {i}' for token, i in beyond.items())}, but the vocabulary has only {rows:,} rows",
-            hint="give the tokenizer that belongs to these weights",
-        )
+        what = f"{', '.join(f'`{token}` has the id {i}' for token, i in beyond.items())}, but the vocabulary has only {rows:,} rows"
+        raise InputError(what, hint="give the tokenizer that belongs to these weights")
 
 
-def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
-    """A llava-hf config in the original's words, so that one way leads on from here."""
+def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
+    """A llava-hf config as the original layout spells it."""
     config, text = checkpoint.config, flat_config(checkpoint.config)
     if str(config.get("model_type")) not in TARGETS:
         what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
@@ -274,21 +264,21 @@ def _in_original_words(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, 
     return made | {"tie_word_embeddings": text.get("tie_word_embeddings", config.get("tie_word_embeddings"))}
 
 
-def _repaired(config: Mapping[str, Any], parts: Parts, tokenizer: HfTokenizer, dtype: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The original's config, repaired and checked against the tensors; of the repairs those that were more than filling in."""
-    shapes = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith("tower.")}
+def _repaired(config: Mapping[str, Any], tensors: Canonical, tokenizer: HfTokenizer, dtype: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The original's config, repaired and checked against the tensors; and the repairs, without those that only fill in or tidy."""
+    shapes = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith("tower.")}
     ids = SpecialIds(tokenizer.bos, tokenizer.eos, tokenizer.pad, 0, {}, 0)
     repaired, sentences = repair_config(config, shapes=shapes, special_ids=ids, dtype=dtype)
-    told = tuple(text for text in sentences if not re.match("config: (made explicit|dropped|bos/eos/pad)", text))
-    return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, told
+    worth_telling = tuple(text for text in sentences if not re.match("config: (made explicit|dropped|bos/eos/pad)", text))
+    return {**repaired, "mm_use_im_start_end": config.get("mm_use_im_start_end", False)}, worth_telling
 
 
-def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) -> None:
-    """Raise InputError unless the parts are exactly those of a LLaVA of this config."""
-    text = {spelled(name, "llava"): tensor.shape for name, tensor in parts.items() if not name.startswith(("tower.", "projector."))}
-    check_structure(config, text, vocabulary_rows=parts[VOCABULARY_TABLES[0]].rows)
-    hidden = parts[VOCABULARY_TABLES[0]].shape[1]
-    projector = {name: tensor.shape for name, tensor in parts.items() if name.startswith("projector.")}
+def _check_shapes(config: Mapping[str, Any], tensors: Canonical, tower: VisionTower) -> None:
+    """Raise InputError unless names and shapes are exactly those of a LLaVA of this config."""
+    text = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith(("tower.", "projector."))}
+    check_structure(config, text, vocabulary_rows=tensors[VOCABULARY_TABLES[0]].rows)
+    hidden = tensors[VOCABULARY_TABLES[0]].shape[1]
+    projector = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("projector.")}
     one = {LINEAR_NAMES[0]: (hidden, tower.hidden), LINEAR_NAMES[1]: (hidden,)}
     two = {
         PROJECTOR_NAMES[0]: (hidden, tower.hidden),
@@ -304,8 +294,6 @@ def _check_parts(config: Mapping[str, Any], parts: Parts, tower: VisionTower) ->
         if projector == {name: shape for name, shape in two.items() if name not in BIASES}:
             hint = "a projector without biases is one of llava-hf with `multimodal_projector_bias` false in config.json"
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
-    if "newline" in parts and parts["newline"].shape != (hidden,):
-        raise MismatchError(
-            f"`image_newline` has shape {list(parts['newline'].shape)}, the decoder is {hidden} wide",
-            hint="give the projector and decoder of one training",
-        )
+    if "newline" in tensors and tensors["newline"].shape != (hidden,):
+        what = f"`image_newline` has shape {list(tensors['newline'].shape)}, the decoder is {hidden} wide"
+        raise MismatchError(what, hint="give the projector and decoder of one training")

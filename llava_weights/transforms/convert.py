@@ -1,7 +1,7 @@
 """The original LLaVA layout to llava-hf and back, and any key style of llava-hf to that of the Hub. A pure renaming where it can be.
 
-Everything is decided from tensors and config. What comes in is taken apart by canonical names (`naming`), checked against its
-config, and put together under the names of the other layout in one fixed order, so that it does not matter how it was stored.
+Everything is decided from tensors and config. The checkpoint is brought into canonical form (canonical.py) and checked against its config,
+then its tensors get the names of the other layout, in one fixed order: how the input was stored does not matter.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text
-from .canonical import BIASES, Model, Parts, take_apart
+from .canonical import BIASES, Canonical, Model, to_canonical
 from .projector import paired, single
 
-TARGETS = ("llava-hf", "llava")
+TO_LAYOUTS = ("llava-hf", "llava")
 # The options of llava-hf, with the values of those that have a few.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
@@ -88,7 +88,7 @@ def convert(
 
 def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str | None:
     """`dtype` as safetensors spells it. Raises UsageError where `convert` could not take these options, without a look at a checkpoint."""
-    one_of("layout", to, TARGETS)
+    one_of("layout", to, TO_LAYOUTS)
     own = {"llava-hf": set(CHOICES), "llava": {"tower_name"}}[to]
     given = {key: value for key, value in given.items() if value is not None}
     if foreign := sorted(given.keys() - own):
@@ -124,21 +124,21 @@ def to_llava_hf(
     a published tower that is not the published one that the config names, unless `accept_tower`, UsageError for an option that can
     change nothing of this checkpoint.
     """
-    model = take_apart(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
+    model = to_canonical(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
     tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
-    parts, activation, form = _two_layers(model, projector_form)
+    tensors, activation, form = _two_layers(model, projector_form)
     notes = list(model.tower.notes)
     if tiles:
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
-    elif parts.pop("newline", None) is not None:
+    elif tensors.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
     bare = model.bare and not form
-    parts = {name: tensor for name, tensor in parts.items() if not (bare and name in BIASES)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not (bare and name in BIASES)}
     rows = _rows(model, vocab_size, bool(tiles))
-    parts |= {name: resized(parts[name], rows) for name in VOCABULARY_TABLES if name in parts}
+    tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     tokens = Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, model.tokenizer.pad, rows)
     config = llava_hf_config(
-        model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(parts), tiles=tiles
+        model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(tensors), tiles=tiles
     )
     if bare:
         config["multimodal_projector_bias"] = False
@@ -158,7 +158,7 @@ def to_llava_hf(
         warnings=model.doubts.warnings,
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
     )
-    return _assembled(checkpoint, model, parts, "llava-hf", config, files, step)
+    return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)
 
 
 def to_llava(
@@ -171,21 +171,23 @@ def to_llava(
 ) -> Checkpoint:
     """`checkpoint` (llava-hf in any key style, or already original) in the original layout, as haotian-liu's code and SGLang read it.
 
-    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. `tower_name` is what
-    the config names then, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
+    The linear projector of v0 and v1 is recovered from any of its three forms, padded vocabulary rows are dropped. The config then names
+    the tower `tower_name`, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
     """
-    model = take_apart(checkpoint, tower, None, dtype, accept_tower=accept_tower)
+    model = to_canonical(checkpoint, tower, None, dtype, accept_tower=accept_tower)
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
-    parts = dict(model.parts)
-    if PROJECTOR_NAMES[0] in parts and (one := single(parts, model.activation)) is not None:
-        parts = {name: tensor for name, tensor in parts.items() if name not in PROJECTOR_NAMES} | dict(zip(LINEAR_NAMES, one, strict=True))
-    projector = projector_type(parts)
+    tensors = dict(model.tensors)
+    if PROJECTOR_NAMES[0] in tensors and (one := single(tensors, model.activation)) is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in PROJECTOR_NAMES} | dict(
+            zip(LINEAR_NAMES, one, strict=True)
+        )
+    projector = projector_type(tensors)
     small, _ = without_stale_list(checkpoint.files)
     files, rows, notes = original_tokenizer(small, rows=model.rows, image_id=model.tokenizer.image_id)
     notes = (*notes, *([ZERO_BIASES] if model.bare else ()))
     rows = _unpadded(checkpoint, model, model.rows) or rows
-    parts |= {name: resized(parts[name], rows) for name in VOCABULARY_TABLES if name in parts}
-    config = _back_config(model, tower_name, projector, rows, main_dtype(parts))
+    tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
+    config = _back_config(model, tower_name, projector, rows, main_dtype(tensors))
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
     pad = config["pad_token_id"]
     files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows))
@@ -199,28 +201,28 @@ def to_llava(
         notes=(*_first_notes(checkpoint), *model.tower.notes, *notes, *doubts.notes),
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,))),
     )
-    return _assembled(checkpoint, model, parts, "llava", config, files, step)
+    return _assembled(checkpoint, model, tensors, "llava", config, files, step)
 
 
-def _two_layers(model: Model, form: str | None) -> tuple[Parts, str, str]:
-    """The parts with a projector of two layers, its activation, and the form that was chosen for a single Linear.
+def _two_layers(model: Model, form: str | None) -> tuple[Canonical, str, str]:
+    """The tensors with a projector of two layers, its activation, and the form that was chosen for a single Linear.
 
     Raises UsageError for a form where the projector has two layers of its own."""
-    parts = dict(model.parts)
-    if LINEAR_NAMES[0] not in parts and form is None:
-        return parts, model.activation, ""
-    if LINEAR_NAMES[0] in parts:
-        weight, bias = (parts.pop(name) for name in LINEAR_NAMES)
-    elif (one := single(parts, model.activation)) is not None:
+    tensors = dict(model.tensors)
+    if LINEAR_NAMES[0] not in tensors and form is None:
+        return tensors, model.activation, ""
+    if LINEAR_NAMES[0] in tensors:
+        weight, bias = (tensors.pop(name) for name in LINEAR_NAMES)
+    elif (one := single(tensors, model.activation)) is not None:
         weight, bias = one
     else:
         raise UsageError("the projector has two layers of its own, so `--projector-form` can change nothing", hint="leave it out")
     form = form or "identity"
-    return {**parts, **paired(weight, bias, form)}, PROJECTOR_FORMS[form], form
+    return {**tensors, **paired(weight, bias, form)}, PROJECTOR_FORMS[form], form
 
 
 def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
-    """How many rows the tables get: two more, rounded up to 64, where tokens are new, as transformers' converters do it."""
+    """How many rows the tables get. Where tokens are new: two more, rounded up to 64, as transformers' converters do it."""
     used, rows = model.tokenizer.used, model.rows
     if wanted is not None:
         if wanted < used:
@@ -234,13 +236,13 @@ def _rows(model: Model, wanted: int | None, tiles: bool) -> int:
 
 
 def _unpadded(checkpoint: Checkpoint, model: Model, rows: int) -> int | None:
-    """The original's rows, where its tokenizer does not tell them of a table of `rows`: recorded in a llava-hf config, since the way back
-    needs them."""
+    """The rows of the original's tables, where its tokenizer does not tell them once there are `rows`. A llava-hf config records them for
+    the way back."""
     if checkpoint.layout == "llava-hf":
         recorded = checkpoint.config.get("unpadded_vocab_size")
         return recorded if type(recorded) is int and 0 < recorded <= model.rows else None
-    told = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id)[1]
-    return model.rows if told != model.rows else None
+    by_tokenizer = original_tokenizer(model.tokenizer.files, rows=rows, image_id=model.tokenizer.image_id)[1]
+    return model.rows if by_tokenizer != model.rows else None
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,8 @@ def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prom
     conversation, evidence = choose(model.config, model.tokenizer.specials, model.families, name=conv_mode)
     token = model.tokenizer.image_token
     image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
-    told = f"{conversation.title} ({evidence})"
-    return Prompt(conversation.name, chat_template(conversation, image), told, example(conversation, image), conversation.stop)
+    source = f"{conversation.title} ({evidence})"
+    return Prompt(conversation.name, chat_template(conversation, image), source, example(conversation, image), conversation.stop)
 
 
 def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
@@ -295,8 +297,8 @@ def _summary(model: Model, rows: int) -> dict[str, str]:
     }
 
 
-def _ordered(parts: Parts, model: Model) -> Iterator[str]:
-    """One order, whatever the input's: decoder, head, tower, projector."""
+def _ordered(tensors: Canonical, model: Model) -> Iterator[str]:
+    """The same order for every input: decoder, head, tower, projector."""
     text = expected_shapes({**model.config, "vocab_size": model.rows, "tie_word_embeddings": model.tied})
     order = [
         *map(canonical, text),
@@ -305,11 +307,11 @@ def _ordered(parts: Parts, model: Model) -> Iterator[str]:
         *PROJECTOR_NAMES,
         "newline",
     ]
-    return (name for name in order if name in parts)
+    return (name for name in order if name in tensors)
 
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str) -> dict[str, Any]:
-    """The original's config with what changed: names that it had before are kept."""
+    """The original's config with the values that changed; a tower that it named keeps its name."""
     config = dict(model.config)
     named = name or config.get("mm_vision_tower")
     config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
@@ -340,8 +342,8 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _assembled(
-    checkpoint: Checkpoint, model: Model, parts: Parts, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
+    checkpoint: Checkpoint, model: Model, tensors: Canonical, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
 ) -> Checkpoint:
-    tensors = {spelled(name, layout): parts[name] for name in _ordered(parts, model)}
-    assert len(tensors) == len(parts)
-    return Checkpoint(tensors, config, checkpoint.origin, files, (*checkpoint.history, step))
+    named = {spelled(name, layout): tensors[name] for name in _ordered(tensors, model)}
+    assert len(named) == len(tensors)
+    return Checkpoint(named, config, checkpoint.origin, files, (*checkpoint.history, step))

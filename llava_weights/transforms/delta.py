@@ -49,9 +49,9 @@ def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Ch
 
 
 def _apply_arithmetic(base: Checkpoint, delta: Checkpoint) -> dict[str, LazyTensor]:
-    ours, theirs = _untied(base), delta.parameters()
-    _check_names(ours, theirs)
-    return {name: _sum(name, ours.get(name), tensor) for name, tensor in theirs.items()}
+    base_tensors, delta_tensors = _untied(base), delta.parameters()
+    _check_names(base_tensors, delta_tensors)
+    return {name: _sum(name, base_tensors.get(name), tensor) for name, tensor in delta_tensors.items()}
 
 
 def _untied(base: Checkpoint) -> dict[str, LazyTensor]:
@@ -74,8 +74,8 @@ def _sum(name: str, base: LazyTensor | None, delta: LazyTensor) -> LazyTensor:
 
 def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyTensor], Examination]:
     differences = index_integer_delta(delta.tensors, delta.metadata)
-    ours = _untied(base)
-    tensors = {name: difference.onto(ours.get(name)) for name, difference in differences.items()}
+    base_tensors = _untied(base)
+    tensors = {name: difference.onto(base_tensors.get(name)) for name, difference in differences.items()}
     return tensors, examine_integer(tensors)
 
 
@@ -93,19 +93,19 @@ def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Che
     for role, checkpoint in (("base", base), ("tuned model", tuned)):
         refuse_kind(quantised_kind(checkpoint), checkpoint, role)
     examination = examine_make(base, tuned)
-    ours, theirs = _untied(base), tuned.parameters()
-    _check_names(ours, theirs, role="tuned model")
+    base_tensors, tuned_tensors = _untied(base), tuned.parameters()
+    _check_names(base_tensors, tuned_tensors, role="tuned model")
     tensors: dict[str, LazyTensor] = {}
-    for name, tensor in theirs.items():
-        mine = ours.get(name)
-        if mine is not None:
-            _check_shape(name, mine, tensor, role="tuned model")
-        tensors[name] = _difference(name, mine, tensor, codec)
-    common = [name for name in theirs if name in ours]
-    grown = sum(ours[name].rows < theirs[name].rows for name in common)
+    for name, tensor in tuned_tensors.items():
+        original = base_tensors.get(name)
+        if original is not None:
+            _check_shape(name, original, tensor, role="tuned model")
+        tensors[name] = _difference(name, original, tensor, codec)
+    common = [name for name in tuned_tensors if name in base_tensors]
+    grown = sum(base_tensors[name].rows < tuned_tensors[name].rows for name in common)
     summary = {
         "subtract": f"{len(common)} tensors ({codec})" + (f"; {grown} of them have rows that the base lacks" if grown else ""),
-        "keep": _keep(theirs, ours),
+        "keep": _keep(tuned_tensors, base_tensors),
     }
     step = Step(
         "make-delta",
@@ -124,10 +124,8 @@ def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: st
         raise InputError(f"`{name}` does not hold floats", facts={"dtype": tuned.dtype}, hint="give float weights, not quantised ones")
     if codec == "integer":
         if base is not None and base.dtype != tuned.dtype:
-            raise MismatchError(
-                f"`{name}` is {tuned.dtype} in the tuned model and {base.dtype} in the base",
-                hint="the integer codec compares bits: give both in one dtype, or use `--codec arithmetic`",
-            )
+            what = f"`{name}` is {tuned.dtype} in the tuned model and {base.dtype} in the base"
+            raise MismatchError(what, hint="the integer codec compares bits: give both in one dtype, or use `--codec arithmetic`")
         return ToInteger(dtype=tuned.dtype, shape=tuned.shape, tuned=tuned, base=base)
     if base is None:
         return cast(tuned, "F16")
@@ -137,27 +135,19 @@ def _difference(name: str, base: LazyTensor | None, tuned: LazyTensor, codec: st
 def _check_names(base: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor], *, role: str = "delta") -> None:
     unknown = [name for name in other if name not in base and not re.fullmatch(MULTIMODAL, name)]
     if unknown:
-        raise MismatchError(
-            f"{len(unknown)} tensors of the {role} have no counterpart in the base",
-            facts={f"only in the {role}": few(unknown)},
-            hint="give the original LLaMA weights of the same size as `--base`",
-        )
+        what, facts = f"{len(unknown)} tensors of the {role} have no counterpart in the base", {f"only in the {role}": few(unknown)}
+        raise MismatchError(what, facts=facts, hint="give the original LLaMA weights of the same size as `--base`")
     absent = [name for name in base if name not in other]
     if absent:
-        raise MismatchError(
-            f"{len(absent)} tensors of the base are not in the {role}",
-            facts={"only in the base": few(absent)},
-            hint=f"check that the {role} is complete (all of its shards)",
-        )
+        what = f"{len(absent)} tensors of the base are not in the {role}"
+        raise MismatchError(what, facts={"only in the base": few(absent)}, hint=f"check that the {role} is complete (all of its shards)")
 
 
 def _check_shape(name: str, base: LazyTensor, other: LazyTensor, *, role: str = "delta") -> None:
     grows = name in VOCABULARY and base.shape[1:] == other.shape[1:] and base.rows <= other.rows
     if base.shape != other.shape and not grows:
-        raise MismatchError(
-            f"`{name}` has shape {list(base.shape)} in the base and {list(other.shape)} in the {role}",
-            hint="give the original LLaMA weights of the same size as `--base`",
-        )
+        what = f"`{name}` has shape {list(base.shape)} in the base and {list(other.shape)} in the {role}"
+        raise MismatchError(what, hint="give the original LLaMA weights of the same size as `--base`")
 
 
 def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTensor], examination: Examination) -> Checkpoint:
@@ -189,7 +179,7 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
 def _conv_mode(delta: Checkpoint, examination: Examination) -> str | None:
     """LLaVA's name of the prompts that the model was trained with, which its own code guesses from the folder's name.
 
-    Known for published deltas; `max_sequence_length` stands only in the configs of v0 (llava-original 1.5).
+    Known for published deltas; only the configs of v0 have `max_sequence_length`.
     """
     prompt = examination.checks.get("prompt") or ("v0" if "max_sequence_length" in delta.config else None)
     return f"llava_{prompt}" if prompt in ("v0", "v1") else None

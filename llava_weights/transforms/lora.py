@@ -1,6 +1,6 @@
-"""Merge adapters into a base: every adapter tensor finds its place, or nothing starts.
+"""Merge adapters into a base. Every tensor of an adapter must have a place in the base, or nothing starts.
 
-The arithmetic is in `tensors/low_rank.py`, reading adapters in `adapter.py`. Several adapters are summed in one accumulation and
+The arithmetic is in `tensors/low_rank.py`, the reader of adapters in `adapter.py`. Several adapters are summed in one accumulation and
 rounded once: W + sum of weight_i * scale_i * B_i A_i, the true weighted sum. (PEFT's "linear" combination mixes the factors
 instead, and its cross terms make another update.)
 """
@@ -99,7 +99,7 @@ def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | No
 
 
 def _weighted(adapters: Adapters) -> list[tuple[Adapter, float]]:
-    """Each adapter, opened, with its weight. Raises UsageError for what is none."""
+    """Each adapter, opened, with its weight. Raises UsageError for what is no adapter."""
     given = adapters if isinstance(adapters, Iterable) and not isinstance(adapters, str | bytes | os.PathLike) else [adapters]
     given = list(given)
     if not given:
@@ -182,7 +182,7 @@ def _place(
 
 
 def _drop_old_projector(tensors: dict[str, LazyTensor], places: Mapping[str, Placed]) -> None:
-    """A projector of another build (mlp2x_gelu for a linear one) takes the place of the base's, as in the original's model."""
+    """A projector of another type (mlp2x_gelu for a linear one) replaces the base's whole, as in LLaVA's own code."""
     if any(name not in tensors and canonical(name).startswith("projector.") for name in places):
         for name in [name for name in tensors if canonical(name).startswith("projector.") and name not in places]:
             del tensors[name]
@@ -219,27 +219,22 @@ def _merged(name: str, tensor: LazyTensor, place: Placed, arithmetic: Arithmetic
         replaced = cast(place.replacement, tensor.dtype)
         grows = canonical(name) in VOCABULARY_TABLES and replaced.shape[1:] == tensor.shape[1:]
         if replaced.shape != tensor.shape and not grows:
-            raise MismatchError(
-                f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter",
-                hint="give the base that the adapter was trained on",
-            )
+            what = f"`{name}` has shape {list(tensor.shape)} in the base and {list(replaced.shape)} in the adapter"
+            raise MismatchError(what, hint="give the base that the adapter was trained on")
         tensor = replaced
     if place.rows is not None:
         indices, values = place.rows
         if values.rows != len(indices) or not all(-tensor.rows <= index < tensor.rows for index in indices):
             facts = {"rows": list(indices), "table": list(tensor.shape)}
-            raise MismatchError(
-                f"the adapter replaces rows that `{name}` does not have",
-                facts=facts,
-                hint="give the base that the adapter was trained on, with its tokens",
-            )
+            what = f"the adapter replaces rows that `{name}` does not have"
+            raise MismatchError(what, facts=facts, hint="give the base that the adapter was trained on, with its tokens")
         tensor = ReplaceRows(dtype=tensor.dtype, shape=tensor.shape, source=tensor, indices=indices, values=cast(values, tensor.dtype))
     return add_low_rank(tensor, [oriented(update, tensor) for update in place.updates], arithmetic, name=name)
 
 
 def oriented(update: LowRank, tensor: LazyTensor) -> LowRank:
-    """A tensor is stored (out, in) or (in, out), which PEFT reads off the module's class; here the shapes tell, and for a
-    square linear one the adapter's own word. Raises MismatchError for square experts, of which nothing tells."""
+    """`update` turned the way that `tensor` is stored: (out, in) or (in, out). PEFT knows it by the module's class; here the shapes tell,
+    and for a square linear one `fan_in_fan_out`. Raises MismatchError for square experts, where nothing tells."""
     turned = replace(update, fan_in_fan_out=not update.fan_in_fan_out)
     fitting = [each for each in (update, turned) if fits(each, tensor.shape)]
     if update.kind == "parameter" and len(fitting) == 2:
@@ -287,12 +282,9 @@ def _role(weight: float) -> str:
     return "lora" if weight == 1 else f"lora x {weight:g}"
 
 
-Files = dict[str, Any]
-
-
 def _llava_files(
     base: Checkpoint, adapter: Adapter | None, tensors: Mapping[str, LazyTensor], dtype: str
-) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+) -> tuple[Mapping[str, Any], dict[str, Any], tuple[str, ...]]:
     config = {**base.config, **(adapter.config if adapter else {})}
     repairs = _follow_tensors(config, tensors, base)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -332,7 +324,7 @@ def _follow_tensors(config: dict[str, Any], tensors: Mapping[str, LazyTensor], b
 
 
 def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces: int, rows: int) -> dict[str, int]:
-    """Ids of the image tokens for which the table has rows and no file has names: the original numbers them when it loads."""
+    """Ids of image tokens that have a row and are named in no file: LLaVA's own code numbers them when it loads."""
     asked = [token for key, tokens in IMAGE_TOKENS for token in tokens if config.get(key)]
     new = [token for token in asked if token not in added]
     first = max([pieces - 1, *added.values()]) + 1
@@ -341,10 +333,10 @@ def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces:
 
 def _plain_files(
     base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], untied: bool, dtype: str
-) -> tuple[Mapping[str, Any], Files, tuple[str, ...]]:
+) -> tuple[Mapping[str, Any], dict[str, Any], tuple[str, ...]]:
     config = deepcopy(dict(base.config))
     repairs: list[str] = []
-    files: Files = dict(base.files)
+    files: dict[str, Any] = dict(base.files)
     table = next((tensor for name, tensor in tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
     changes: dict[str, Any] = {}
     rows = table.rows if table else 0
@@ -379,10 +371,10 @@ def _summary(adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, La
         kinds = Counter(module.name.rsplit(".", 1)[-1] for module in adapter.modules)
         scales = sorted({f"{module.scale * weight:g}" for module in adapter.modules})
         ranks = sorted({module.rank for module in adapter.modules})
-        parts = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+        modules = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
         if kinds:
             label = "merge" if len(adapters) == 1 else f"merge {number}"
-            rows[label] = f"{len(adapter.modules)} modules ({parts}); rank {_joined(ranks)}, scale {_joined(scales)}"
+            rows[label] = f"{len(adapter.modules)} modules ({modules}); rank {_joined(ranks)}, scale {_joined(scales)}"
         if adapter.replacements:
             rows["replace" if len(adapters) == 1 else f"replace {number}"] = few(adapter.replacements)
     if new := [name for name in tensors if name not in base.tensors]:
@@ -397,7 +389,7 @@ def _joined(values: Sequence[Any]) -> str:
 
 
 def _other_names(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[str]:
-    """Adapters that record a base of another name. A name is no evidence: whether the base fits, names and shapes of tensors tell.
+    """A note for each adapter that records a base of another name. No more than a note: names and shapes of tensors tell what fits.
 
     A base that was just made has no name yet.
     """

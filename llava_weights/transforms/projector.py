@@ -1,4 +1,4 @@
-"""The single Linear of LLaVA v0 and v1 in llava-hf, whose projector always is two of them, and the way back.
+"""The projector of LLaVA v0 and v1 is one Linear, that of llava-hf always two: how the one is written as two, and recognised again.
 
     form      activation  linear_1            linear_2               why it is the same map
     identity  linear      W, b                I, 0                   exact
@@ -93,12 +93,12 @@ def zero_biases(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     }
 
 
-def single(parts: Mapping[str, LazyTensor], activation: str) -> tuple[LazyTensor, LazyTensor] | None:
-    """Weight and bias of the one Linear that these four tensors stand for, None where they are a projector of two.
+def single(tensors: Mapping[str, LazyTensor], activation: str) -> tuple[LazyTensor, LazyTensor] | None:
+    """Weight and bias of the one Linear that these four tensors stand for; None where they are two layers of their own.
 
     Reads their values. Raises InputError for two without anything between them, or with an activation that LLaVA lacks.
     """
-    first, inner, second, outer = (parts[name] for name in PROJECTOR_NAMES)
+    first, inner, second, outer = (tensors[name] for name in PROJECTOR_NAMES)
     (wide, narrow), dtype = first.shape, first.dtype
     if activation == "linear":
         form = paired(first, inner, "identity")
@@ -107,7 +107,7 @@ def single(parts: Mapping[str, LazyTensor], activation: str) -> tuple[LazyTensor
     elif 2 * narrow <= wide:
         weight = Columns(dtype=dtype, shape=first.shape, source=second)
         form = paired(weight, outer, "relu")
-        if all(_equal(parts[name], form[name]) for name in PROJECTOR_NAMES[:3]):
+        if all(_equal(tensors[name], form[name]) for name in PROJECTOR_NAMES[:3]):
             return weight, outer
     if activation != PROJECTOR_ACTIVATION:
         what = f"the original layout has no projector of two layers with `{activation}` between them"

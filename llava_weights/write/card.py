@@ -18,8 +18,8 @@ from .plan import Plan
 
 
 def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, int]) -> str:
-    """Markdown with front matter. Only Hub ids that were really used become `base_model`; nothing is invented for folders. What comes from
-    files or from the user is text in it, never markup."""
+    """Markdown with front matter. Only Hub ids that were really used become `base_model`; folders name none. What comes from files or
+    from the user is text in it, never markup."""
     title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
     parts = [_front_matter(plan), f"# {markdown_text(title)}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
@@ -39,13 +39,13 @@ def _front_matter(plan: Plan) -> str:
 
 def _step(step: Step) -> str:
     cells = [(role, origin.name, origin.revision or "-", _files(origin)) for role, origin in step.inputs]
-    told = [*step.summary.items(), *step.options.items()]
-    told += [("repaired", text) for text in step.repairs]
-    told += [("note", text) for text in step.notes]
-    told += [("warning", text) for text in step.warnings]
+    rows = [*step.summary.items(), *step.options.items()]
+    rows += [("repaired", text) for text in step.repairs]
+    rows += [("note", text) for text in step.notes]
+    rows += [("warning", text) for text in step.warnings]
     lines = [f"## {markdown_text(step.operation)}\n", "| role | input | revision | files |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(map(markdown_text, row))} |" for row in cells]
-    lines += ["", *(f"- {markdown_text(label)}: {markdown_text(str(value))}" for label, value in told)]
+    lines += ["", *(f"- {markdown_text(label)}: {markdown_text(str(value))}" for label, value in rows)]
     return "\n".join([*lines, ""])
 
 
@@ -98,9 +98,9 @@ def _projector(plan: Plan) -> str:
     form = _last(plan, "projector_form").get("projector_form")
     if not form:
         return ""
-    rows = [f"| {name}{' (this one)' if name == form else ''} | {text} |" for name, text in FORM_READERS.items()]
-    told = "This model has one Linear between tower and decoder, where llava-hf has two. They can be the same map in three forms:"
-    return "\n".join(["## Projector\n", f"{told}\n", "| `--projector-form` | consumers |", "|---|---|", *rows, ""])
+    rows = [f"| {name}{' (this one)' if name == form else ''} | {consumers} |" for name, consumers in FORM_READERS.items()]
+    text = "This model has one Linear between tower and decoder, where llava-hf has two. They can be the same map in three forms:"
+    return "\n".join(["## Projector\n", f"{text}\n", "| `--projector-form` | consumers |", "|---|---|", *rows, ""])
 
 
 def _last(plan: Plan, key: str) -> Mapping[str, Any]:
@@ -116,5 +116,4 @@ def _loss(tallies: Mapping[str, int]) -> str:
 
 
 def _checks(tensors: Sequence[TensorEntry]) -> str:
-    lines = ["## Check it\n", "```", "sha256sum -c SHA256SUMS", "```\n", f"Root of all tensors: `{root_of_tensors(tensors)}`\n"]
-    return "\n".join(lines)
+    return "\n".join(["## Check it\n", "```", "sha256sum -c SHA256SUMS", "```\n", f"Root of all tensors: `{root_of_tensors(tensors)}`\n"])

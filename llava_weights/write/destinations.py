@@ -1,8 +1,8 @@
-"""Where an output elsewhere goes: a folder of a bucket (`s3://`, `gs://`), or of a repository on the Hub (`hf://`).
+"""Where an output over the network goes: a folder of a bucket (`s3://`, `gs://`), or of a repository on the Hub (`hf://`).
 
-A bucket has no transactions, so the order of its objects is the promise: the manifest is deleted first and put last. On the Hub each
-finished shard is a commit on a branch of its own, named after the work; one commit on the real branch then takes them over together
-with the small files. Nothing but huggingface_hub and fsspec ever sees a credential.
+A bucket has no transactions, so the manifest is deleted first and put last: what has one is complete. On the Hub each finished shard is
+a commit on a branch named after the work; at the end one commit on the real branch takes over all of them, with the small files.
+Nothing but huggingface_hub and fsspec ever sees a credential.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ..storage.retry import CHECK_CONNECTION, TRIES, Absent, Attempts, Passing
 from ..text import scheme_of
 
 T = TypeVar("T")
-SCHEMES = ("s3", "gs", "hf")
+WRITABLE_SCHEMES = ("s3", "gs", "hf")
 PART_TRIES = 5  # of each part of a large object; a whole object is then begun again
-PART, PARTS_AT_ONCE, MOST_PARTS = 16 << 20, 4, 10_000  # S3 takes at most 10,000 parts; those at once lie in memory
+PART_BYTES, PARTS_AT_ONCE, MOST_PARTS = 16 << 20, 4, 10_000  # S3 takes at most 10,000 parts; those at once lie in memory
 CONFLICTS = (409, 412, 429)  # another commit was faster, or too many requests
 LOGIN = "log in with `hf auth login`, or set `HF_TOKEN`, with a token that may write to {page}"
 
-Names = dict[str, tuple[int, str]]  # size, and ETag or (of a large file on the Hub) sha256, by bare name
+FileTags = dict[str, tuple[int, str]]  # size, and ETag or (of a large file on the Hub) sha256, by bare name
 
 
 class Destination(Protocol):
-    """A folder elsewhere. Every method raises HubError where the network or the other side does not let it be done."""
+    """A folder on the network. Every method raises HubError where the network or the other side does not let it be done."""
 
     address: str
     made: str  # what the user should know of what was made here, or nothing
@@ -39,10 +39,10 @@ class Destination(Protocol):
     def check(self) -> None:
         """Refuse at once what can't end well."""
 
-    def names(self) -> Names:
+    def names(self) -> FileTags:
         """What the folder holds; nothing where it does not exist. Names that begin with a dot do not count."""
 
-    def held(self) -> Names:
+    def held(self) -> FileTags:
         """The same, with what is uploaded and not yet visible."""
 
     def begin(self, key: str) -> None:
@@ -57,7 +57,7 @@ class Destination(Protocol):
 
 
 def is_address(text: str) -> bool:
-    """Whether an output `text` is meant for elsewhere: anything with a scheme, one that is written with a single slash too."""
+    """Whether `text` is an address: anything with a scheme, also one that is written with a single slash."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) is not None
 
 
@@ -72,7 +72,7 @@ def open_destination(text: str) -> Destination:
     if re.fullmatch(r"(s3|gs)://[a-z0-9][a-z0-9._-]+/[^?#@\s]+", address) and not {"", ".", ".."} & set(address.split("/")[3:]):
         return Bucket(address)
     hint = "write `s3://bucket/folder`, `gs://bucket/folder` or `hf://owner/name[@branch][/folder]`"
-    if scheme and scheme not in SCHEMES:
+    if scheme and scheme not in WRITABLE_SCHEMES:
         raise UsageError(f"`{scheme}://` is no place to write to", facts={"given": text}, hint=f"{hint}, or a path")
     raise UsageError(f"`{text}` is no place to write to", hint=hint)
 
@@ -84,9 +84,9 @@ class Bucket:
         self.address, self.made = address, ""
 
     def check(self) -> None:
-        """Listing tells the rest."""
+        """Nothing: `names` is the first request."""
 
-    def names(self) -> Names:
+    def names(self) -> FileTags:
         try:
             found = self._do(lambda store, path: store.ls(path, detail=True))
         except Absent:
@@ -104,7 +104,7 @@ class Bucket:
         size = path.stat().st_size
         options: dict[str, int] = {}
         if self.address.startswith("s3://"):
-            options = {"chunksize": max(PART, -(-size // MOST_PARTS)), "max_concurrency": PARTS_AT_ONCE}
+            options = {"chunksize": max(PART_BYTES, -(-size // MOST_PARTS)), "max_concurrency": PARTS_AT_ONCE}
 
         def send(store: Any, place: str) -> str:
             store.put_file(str(path), f"{place}/{name}", **options)
@@ -138,7 +138,7 @@ class Bucket:
             done: T = ranges.stored(self.address, action, PART_TRIES)
             return done
 
-        return _with_retries(self.address, once, lambda error: error)
+        return _retried(self.address, once, lambda error: error)
 
 
 class Repository:
@@ -176,10 +176,10 @@ class Repository:
             hint = "choose another, or pass `--force` to replace what is there"
             raise OutputError(f"`{self.address}` exists and is not empty", hint=hint)
 
-    def names(self) -> Names:
+    def names(self) -> FileTags:
         return self._tree(self.target)
 
-    def held(self) -> Names:
+    def held(self) -> FileTags:
         return self.names() | (self._tree(self.branch) if self.branch else {})
 
     def begin(self, key: str) -> None:
@@ -237,11 +237,11 @@ class Repository:
             if error.response is None or error.response.status_code != 404:
                 raise
 
-    def _tree(self, revision: str) -> Names:
+    def _tree(self, revision: str) -> FileTags:
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
-        def ask(api: Any) -> Names:
+        def ask(api: Any) -> FileTags:
             try:
                 found = list(api.list_repo_tree(self.repo, self.source.folder or None, revision=revision))
             except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
@@ -270,7 +270,7 @@ class Repository:
                         raise
             raise Passing(retries.reason, tries=TRIES)
 
-        return _with_retries(self.address, quietly, self._explained)
+        return _retried(self.address, quietly, self._explained)
 
     def _explained(self, error: Exception) -> Exception:
         """`error` as it is where another try may help, else in the user's words."""
@@ -287,7 +287,7 @@ class Repository:
         return explained or error
 
 
-def _with_retries(address: str, action: Callable[[], T], explained: Callable[[Exception], Exception]) -> T:
+def _retried(address: str, action: Callable[[], T], explained: Callable[[Exception], Exception]) -> T:
     """What `action` returns, tried again after failures that may pass. Raises HubError where they do not."""
     attempts = Attempts(address)
     while True:

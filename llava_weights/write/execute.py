@@ -34,7 +34,7 @@ from .destinations import is_address
 from .executors import completed
 from .plan import LARGEST_SMALL_FILE, Plan, Shard, accepted
 from .shard import ShardResult, write_shard
-from .work_folder import Job, check_ours, lies_in, meets, mount_of, open_job
+from .work_folder import Job, check_work_folder, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
 
@@ -134,7 +134,7 @@ def _run(
         note_sources(plan, job, fresh=not results)
         write_shards(plan, job, pool, results, on_event)
         _check_sources(plan, job, pool, results, on_event)
-        if reread and not job.elsewhere:
+        if reread and not job.remote:
             _read_back(job, results, list(results)[resumed:], pool, plan.settings.jobs, on_event)
         _sweep(job, results)  # of workers that died
         finish(plan, job, results)
@@ -152,7 +152,7 @@ def note_sources(plan: Plan, job: Job, *, fresh: bool) -> None:
 
 
 def _key(file: SourceFile) -> str:
-    """A path without what it may say: a folder's name may hold a token."""
+    """A digest of the path: a folder's name may hold a token."""
     return hashlib.sha256(os.fsencode(file.path)).hexdigest()
 
 
@@ -162,11 +162,11 @@ def _local_sources(plan: Plan) -> set[SourceFile]:
 
 
 def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], on_event: Listener) -> None:
-    """Raise InputError where an input holds other bytes than when the first shards were made of it, though of one size and time.
+    """Raise InputError where an input holds other bytes than when the first shards were made of it, though its size and time are the same.
 
-    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or that lies
-    on some network file systems. So the shards that read it are made once more, without being written, and only other bytes count.
-    Those of them that come out otherwise are no longer kept.
+    A file that was replaced or edited since has another inode or change time; so has one that was only linked or renamed, or lies on some
+    network file systems. So the shards that read it are made once more, without being written: only other bytes count. Shards that
+    come out with other bytes are deleted.
     """
     noted, now = job.noted_sources(), {file: SourceFile.at(Path(file.path)).state for file in _local_sources(plan)}
     moved = {file for file, state in now.items() if noted.get(_key(file)) != state}
@@ -226,7 +226,7 @@ def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str,
 
 
 def to_folder(out: str | os.PathLike[str]) -> Path:
-    """The folder to write, whole. Raises UsageError for an address, which would become a local folder of that name."""
+    """The folder to write, as an absolute path. Raises UsageError for an address, which would become a local folder of that name."""
     place = to_place(out, "output")
     if is_address(str(place)):
         hint = "give a folder; the command line writes to addresses"
@@ -236,7 +236,7 @@ def to_folder(out: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def keeping(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Iterator[None]:
-    """Make every way in which work can end an error that says what lies on disk."""
+    """Turn every early end into an error that says what lies on disk."""
     try:
         yield
     except Exception as error:
@@ -264,8 +264,8 @@ def _read_back(
     job: Job, results: dict[str, ShardResult], written: Sequence[str], pool: Executor | None, jobs: int, on_event: Listener
 ) -> None:
     """Hash the shards of this run again, from the disk: their pages were dropped when they were written. Those of an earlier
-    run were read when they were taken up. Raises OutputError for one that differs, which is then made again by the next run, and taken
-    out of `results`."""
+    run were read when this one began. Raises OutputError for one that differs, and takes it out of `results`: the next run makes it
+    again."""
     if not written:
         return
     on_event(ReadingBack(sum(results[name].nbytes for name in written)))
@@ -280,7 +280,7 @@ def _read_back(
 
 
 def _read(path: Path) -> tuple[str, str]:
-    """The name of a file of ours and its sha256, or why it has none."""
+    """The name of a written file and its sha256, or why it has none."""
     try:
         return path.name, digest_file(path)
     except InputError as error:
@@ -288,7 +288,7 @@ def _read(path: Path) -> tuple[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """The sha256 of a file of ours. Raises OutputError where it can't be read."""
+    """The sha256 of a written file. Raises OutputError where it can't be read."""
     try:
         return digest_file(path)
     except InputError as error:
@@ -312,10 +312,10 @@ def preflight(plan: Plan, out: Path, *, force: bool = False, make_job: Callable[
 
 def _refuse(plan: Plan, job: Job, force: bool) -> None:
     out = job.out
-    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.elsewhere:
+    if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.remote:
         raise OutputError(f"`{out.name}` exists and is not a folder", facts={"output": out}, hint="choose another `-o`")
     with suppress(FileNotFoundError):  # another run ended meanwhile
-        check_ours(job.partial)
+        check_work_folder(job.partial)
     _check_free(job, force)
     _check_small_files(plan)
     _check_inputs(plan, job)
@@ -324,11 +324,11 @@ def _refuse(plan: Plan, job: Job, force: bool) -> None:
 
 
 def _check_inputs(plan: Plan, job: Job) -> None:
-    """Refuse an output, or a work folder, that is, holds or lies inside an input: what lies there is written over and deleted."""
+    """Refuse an output or work folder that is an input, holds one or lies inside one: the run would write over it or delete it."""
     origins = [origin for step in plan.history for _, origin in step.inputs]
     read = {leaf.file.path for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves() if not leaf.file.remote}
     read |= {file.path for origin in origins for file in origin.files if not file.remote}
-    if job.elsewhere and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
+    if job.remote and (read_there := [file for origin in origins for file in origin.files if file.path.startswith(f"{job.shown}/")]):
         what = f"the output `{job.shown}` is an input"
         raise OutputError(what, facts={"input": read_there[0].path}, hint="choose another `-o`")
     given = [origin.path for origin in origins if not origin.remote]
@@ -342,7 +342,7 @@ def _check_inputs(plan: Plan, job: Job) -> None:
 
 
 def _check_small_files(plan: Plan) -> None:
-    """Raise InputError where they could not be recorded, or would take more memory than the plan has for them."""
+    """Raise InputError for a name that no manifest can hold, and for files that take more memory than the plan allows for them."""
     if odd := [name for name in plan.files if not is_text(name)]:
         raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
     sizes = {name: data.stat().st_size if isinstance(data, Path) else len(data) for name, data in plan.files.items()}
@@ -354,9 +354,9 @@ def _check_small_files(plan: Plan) -> None:
 
 
 def _check_place(job: Job) -> None:
-    """Refuse now what would fail when all is written: names can't be moved from one mount to another, nor a mount point be replaced."""
+    """Refuse now what would fail at the end: a folder can't be renamed from one mount to another, and a mount point can't be replaced."""
     above = next(folder for folder in job.out.parents if folder.exists())
-    inside = (job.partial, job.folder, *(() if job.elsewhere else (job.out, job.aside)))
+    inside = (job.partial, job.folder, *(() if job.remote else (job.out, job.aside)))
     for place in (place for place in inside if place.is_dir()):
         if mount_of(place) != mount_of(above):
             facts = {place.name: place, "mounted apart from": above}
@@ -368,11 +368,8 @@ def _check_place(job: Job) -> None:
 
 def _check_free(job: Job, force: bool) -> None:
     if job.occupied and not (force or job.published):
-        raise OutputError(
-            f"`{job.out.name}` exists and is not empty",
-            facts={"output": job.shown},
-            hint="choose another `-o`, or pass `--force` to replace it after the new one is complete",
-        )
+        what, facts = f"`{job.out.name}` exists and is not empty", {"output": job.shown}
+        raise OutputError(what, facts=facts, hint="choose another `-o`, or pass `--force` to replace it after the new one is complete")
 
 
 def _check_space(plan: Plan, job: Job) -> None:
@@ -385,15 +382,12 @@ def _check_space(plan: Plan, job: Job) -> None:
     room = job.room([shard.nbytes for shard in plan.shards])
     needed = max(0, room - there) + room // 50 + 64 * MiB
     if free < needed:
-        raise OutputError(
-            f"not enough space for `{job.out.name}`",
-            facts={"needed": size(needed), "free": f"{size(free)} on {place}"},
-            hint=f"free {size(needed - free)} or choose another `-o`",
-        )
+        what, facts = f"not enough space for `{job.out.name}`", {"needed": size(needed), "free": f"{size(free)} on {place}"}
+        raise OutputError(what, facts=facts, hint=f"free {size(needed - free)} or choose another `-o`")
 
 
 def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:
-    """Shards of an earlier run whose bytes still are what the journal says; the disk may have failed meanwhile."""
+    """Shards of an earlier run whose bytes are still those of the journal: the disk may have failed meanwhile."""
     tensors = {shard.name: {name for name, _ in shard.tensors} for shard in plan.shards}
     for name, entry in job.finished().items():
         result, path = _result(entry), folder / name
@@ -470,7 +464,7 @@ def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
 
 
 def tensor_entries(folder: Path, results: Mapping[str, ShardResult]) -> list[TensorEntry]:
-    """One entry a tensor, as the headers of the written files say, with the digest taken while it was written.
+    """One entry for each tensor, as the headers of the written files say, with the digest taken while it was written.
 
     Raises OutputError where a header does not come back."""
     try:

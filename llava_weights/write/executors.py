@@ -22,12 +22,12 @@ from ..storage.threads import GLANCE, interruption
 T = TypeVar("T")
 IN_FLIGHT = 256  # tasks handed to a pool at a time: some MB of pickles, and more than a large cluster works on
 RETRIES = 3  # lost workers that one task may survive; a task that kills its worker must not go round for ever
-ANSWER = 10  # seconds that a cluster has to take up the connection
+ANSWER_SECONDS = 10  # seconds that a cluster has to take up the connection
 
 
 def completed(pool: Executor, calls: Iterable[Callable[[], T]], *, in_flight: int = IN_FLIGHT) -> Iterator[T]:
-    """Results of the calls, as they finish. After a failure nothing new begins, what can't be stopped is waited for and given too,
-    and the first failure is raised at the end: nobody writes any more when this returns, and nothing that was finished is lost.
+    """Results of the calls, as they finish. After a failure no call begins; those that can't be stopped are waited for, and their results
+    given too; then the first failure is raised. So nothing is written after this returns, and nothing that was finished is lost.
 
     The pool has at most `in_flight` of the calls at a time. An interruption ends it too, where a `Shield` is open.
 
@@ -64,7 +64,7 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]], *, in_flight: in
 
 
 def unwrapped(error: BaseException) -> BaseException:
-    """The error that a task raised, taken out of what a pool put around it; OutputError for the end of a worker."""
+    """The error that a task raised, without what a pool wrapped around it; OutputError for a worker that died."""
     seen: BaseException | None = error
     while seen is not None:
         inner = getattr(seen, "cause", None)  # Ray: RayTaskError also is a subclass of what it wraps, but without its attributes
@@ -76,14 +76,14 @@ def unwrapped(error: BaseException) -> BaseException:
 
 def worker_lost(error: BaseException) -> OutputError:
     """A worker ended before its task did."""
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     hint = "the same command continues; if it happens again, look at the worker's memory"
-    return OutputError("a worker died, and its shard with it", facts={"reason": said[:300]}, hint=hint)
+    return OutputError("a worker died, and its shard with it", facts={"reason": reason[:300]}, hint=hint)
 
 
 @contextmanager
 def open_executor(name: str | None, address: str | None = None, *, cpus: int = 1) -> Iterator[Executor | None]:
-    """The pool of the name that `--executor` gives: None for none (threads of this process), `ray` for a Ray cluster.
+    """The pool that `--executor` names: None for none (threads of this process), `ray` for a Ray cluster.
 
     `cpus` is what one task uses: the plan's `settings.jobs`. `address` is Ray's: `auto` for the cluster that this machine belongs to,
     `HOST:PORT`; None takes `$RAY_ADDRESS`, a running cluster, or starts Ray on this machine. Raises UsageError for another name, where
@@ -104,7 +104,7 @@ def open_executor(name: str | None, address: str | None = None, *, cpus: int = 1
 
 @contextmanager
 def _connected(address: str | None) -> Iterator[None]:
-    """A connection to Ray, ended if it was made here. SIGTERM stays what it was: Ray takes it over and would exit with 15."""
+    """A connection to Ray, ended if it was made here. The handler of SIGTERM stays: Ray would replace it, and exit with 15."""
     ray = _ray()
     if ray.is_initialized():
         yield
@@ -138,24 +138,21 @@ def _probe(address: str | None) -> None:
     host, colon, port = (address or "").rpartition(":")
     if colon and port.isdigit() and "/" not in host:
         try:
-            socket.create_connection((host, int(port)), timeout=ANSWER).close()
+            socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
         except (OSError, OverflowError) as error:
             raise _unreachable(address, error) from error
 
 
 def _unreachable(address: str | None, error: BaseException) -> HubError:
-    said = str(error).splitlines()
-    return HubError(
-        f"no Ray cluster answers at `{address or 'auto'}`",
-        facts={"reason": said[0][:300] if said else type(error).__name__},
-        hint="start one with `ray start --head`, or give `--ray-address HOST:6379`",
-    )
+    reasons = str(error).splitlines()
+    what, facts = f"no Ray cluster answers at `{address or 'auto'}`", {"reason": reasons[0][:300] if reasons else type(error).__name__}
+    return HubError(what, facts=facts, hint="start one with `ray start --head`, or give `--ray-address HOST:6379`")
 
 
 class RayExecutor(Executor):
-    """`concurrent.futures.Executor` over the Ray that is connected: one Ray task a call, each with `cpus` processors of a node.
+    """`concurrent.futures.Executor` over the connected Ray: one Ray task for each call, each with `cpus` processors of a node.
 
-    A task whose worker or node is lost is begun again by Ray, elsewhere. Exceptions arrive as they were raised. `cancel` also
+    A task whose worker or node is lost is begun again by Ray on another. Exceptions arrive as they were raised. `cancel` also
     interrupts a task that runs (KeyboardInterrupt); `wait` then waits for its end. Raises UsageError where no node is large enough.
     """
 
@@ -193,7 +190,7 @@ class RayExecutor(Executor):
 
 
 class _RayFuture(Future[Any]):
-    """A Ray task as a Future. It stays pending until Ray tells its end: whether it has begun, Ray does not say."""
+    """A Ray task as a Future. It is pending until its end: Ray does not say when a task begins."""
 
     def __init__(self, reference: Any, ray: Any) -> None:
         super().__init__()
@@ -208,13 +205,13 @@ class _RayFuture(Future[Any]):
             self.ray.cancel(self.reference)
         return self.cancelled()
 
-    def _end(self, theirs: Future[Any]) -> None:
+    def _end(self, ended: Future[Any]) -> None:
         try:
             if not self.set_running_or_notify_cancel():
                 return
-            error = theirs.exception()
+            error = ended.exception()
             if error is None:
-                self.set_result(theirs.result())
+                self.set_result(ended.result())
             else:
                 self.set_exception(_from_ray(error, self.ray))
         finally:

@@ -1,4 +1,4 @@
-"""What will be done, settled before the first byte is written: shards, sizes, memory, small files, fingerprint.
+"""What a run will do, settled before the first byte is written: shards, sizes, memory, small files, fingerprint.
 
 A plan is plain data. `--dry-run` prints it, resume compares it, and a shard of it can be sent to another process.
 """
@@ -24,12 +24,12 @@ from ..tensors.lazy import LazyTensor
 from ..tensors.windows import WINDOW_BYTES, MiB, cut
 from ..text import brief, redact, shards, size
 
-FORMAT = {"format": "pt"}  # without it transformers 4.37 and 4.45 die with an AttributeError (facts: llava-hf 2.4)
+SHARD_METADATA = {"format": "pt"}  # without it transformers 4.37 and 4.45 stop with an AttributeError
 
 SMALLEST_WINDOW = MiB
 LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
 LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
-BUFFERS_BEYOND_JOBS = 4  # what the digest threads may lag behind the workers
+BUFFERS_BEYOND_JOBS = 4  # windows by which the digest threads may lag behind the workers
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
 WITH_NETWORK = 110 * MiB  # HTTP and fsspec clients, and the 4 MiB that a store's answer takes in each of 8 workers
@@ -48,7 +48,7 @@ class Shard:
     _watch: Watch | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """To a worker goes what is known of the files that it reads, a few kB, not of all inputs."""
+        """A worker gets what is known of the files that this shard reads, a few kB, and nothing of the other inputs."""
         files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
         return Shard, (self.name, self.tensors, self._watch and self._watch.within(files))
 
@@ -180,7 +180,7 @@ def _watch(checkpoint: Checkpoint, accept: bool) -> Watch:
 
 
 def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...]:
-    """`history` with a warning in its last step for each of these holes, by their texts, that it does not tell of yet."""
+    """`history` with a warning in its last step for each of these holes that no warning names yet."""
     known = {warning.rpartition(": ")[0] for step in history for warning in step.warnings}  # one range may have two reasons
     new = hole_sentences(text for hole in holes if (text := f"accepted all the same: {hole}").rpartition(": ")[0] not in known)
     if not history or not new or any(warning.endswith(MORE) for step in history for warning in step.warnings):
@@ -223,11 +223,8 @@ def _fit(shards: tuple[Shard, ...], settings: Settings, limit: int) -> Settings:
                 return tried
             window //= 2
     least = _memory(shards, replace(settings, jobs=1, window=SMALLEST_WINDOW))
-    raise UsageError(
-        f"`--max-memory` is too small: this work needs {least:,} bytes",
-        facts={"given": f"{limit:,} bytes"},
-        hint=f"pass `--max-memory {-(-least // 10**6)}MB` or more",
-    )
+    what = f"`--max-memory` is too small: this work needs {least:,} bytes"
+    raise UsageError(what, facts={"given": f"{limit:,} bytes"}, hint=f"pass `--max-memory {-(-least // 10**6)}MB` or more")
 
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12, "TB": 10**12,

@@ -1,8 +1,8 @@
-"""A job cut into portions for separate processes that know nothing of each other, as the tasks of a Slurm array: `--shards 3/16`.
+"""One output written in portions, by separate processes that know nothing of each other, as the tasks of a Slurm array: `--shards 3/16`.
 
 Each portion writes its shards into the common `OUT.partial/out`, with a journal and a lock of its own. None publishes:
-`execute(plan, out, complete=True)` does, after reading every shard again. A whole run takes up what portions left, and a portion what
-a whole run left.
+`execute(plan, out, complete=True)` does, after reading every shard again. A whole run continues what portions left, and a
+portion what a whole run left.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _held(job: Job, portion: Portion) -> Iterator[None]:
 
 
 def _begin(job: Job, plan: Plan) -> None:
-    """One at a time: the first of them makes plan.json, the others compare theirs with it."""
+    """One at a time: the first of them makes plan.json, the others compare their plan with it."""
     fd = _open(job.partial / "lock-begin")
     try:
         lock(fd, fcntl.LOCK_EX)
@@ -131,7 +131,7 @@ def _open(path: Path) -> int:
 
 
 def _sweep(job: Job, own: Plan, finished: set[str]) -> None:
-    """Delete what killed processes left of this portion's shards; everything else may be somebody's who is at work."""
+    """Delete what killed processes left of this portion's shards. The rest may belong to a portion that is at work."""
     for name in os.listdir(job.folder):
         whole = re.sub(r"^\.|\.[0-9a-f]{8}\.part$", "", name)
         if whole in {shard.name for shard in own.shards} - finished or (whole != name and whole in finished):

@@ -30,7 +30,7 @@ from ..tensors.dtypes import one_thread
 from ..tensors.holes import Watch
 from ..tensors.lazy import wrong_digest
 from ..tensors.windows import Window, cut, make
-from .plan import BUFFERS_BEYOND_JOBS, FORMAT, Settings, Shard
+from .plan import BUFFERS_BEYOND_JOBS, SHARD_METADATA, Settings, Shard
 
 MOST_HOLES = 64  # that one shard's journal line tells of
 SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
@@ -50,33 +50,28 @@ class ShardResult:
 
 @one_thread()
 def write_shard(
-    shard: Shard,
-    folder: Path,
-    settings: Settings,
-    *,
-    on_bytes: Callable[[int], None] = lambda nbytes: None,
-    keep: bool = True,
+    shard: Shard, folder: Path, settings: Settings, *, on_bytes: Callable[[int], None] = lambda nbytes: None, keep: bool = True
 ) -> ShardResult:
     """Write `shard` into `folder` under its final name: temporary file, fsync, rename, fsync of the folder.
 
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
-    result says what the inputs hold now.
+    result has the digests of what the inputs hold now.
     """
     watch = shard._watch.fresh() if shard._watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
         return _write_integer(shard, folder, settings, on_bytes, keep, watch)
-    header, laid_out = make_header(shard.tensors, FORMAT)
+    header, laid_out = make_header(shard.tensors, SHARD_METADATA)
     windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
     size = len(header) + sum(window.nbytes for window in windows)
     temporary = temporary_path(folder, shard.name)
     try:
         with Sink(temporary, size, settings) if keep else Nowhere() as sink:
             sink.write(memoryview(header), 0)
-            job = Pipeline(header, windows, sink, settings, on_bytes, watch)
-            job.run()
+            pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch)
+            pipeline.run()
             for name, tensor in shard.tensors:
-                if tensor.expected_sha256 not in (None, job.tensor_digests[name]):
+                if tensor.expected_sha256 not in (None, pipeline.tensor_digests[name]):
                     raise wrong_digest(name)
             sink.sync()
         if keep:
@@ -87,7 +82,9 @@ def write_shard(
     finally:
         with suppress(OSError):  # the next run deletes it
             temporary.unlink(missing_ok=True)
-    return ShardResult(shard.name, size, job.file_digest.hexdigest(), job.tensor_digests, dict(job.tallies), _accepted(watch))
+    return ShardResult(
+        shard.name, size, pipeline.file_digest.hexdigest(), pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch)
+    )
 
 
 def _accepted(watch: Watch | None) -> tuple[str, ...]:
@@ -95,7 +92,7 @@ def _accepted(watch: Watch | None) -> tuple[str, ...]:
 
 
 def temporary_path(folder: Path, name: str) -> Path:
-    """Another one for each attempt: where a node was only thought to be lost, two attempts write the same shard at one time."""
+    """A new one for each attempt: where a node was only thought to be lost, two attempts write the same shard at the same time."""
     return folder / f".{name}.{secrets.token_hex(4)}.part"
 
 
@@ -247,7 +244,7 @@ class Pipeline:
 
 
 class Nowhere:
-    """A `Sink` for who only wants the digests."""
+    """A `Sink` that writes nothing, for a run that only wants the digests."""
 
     def __enter__(self) -> Nowhere:
         return self
@@ -263,7 +260,7 @@ class Nowhere:
 
 
 class Sink:
-    """The output file: allocated at once, written by position, its pages started on their way and dropped behind."""
+    """The output file: allocated whole, written by position; written pages are sent to the disk early and dropped from the cache."""
 
     def __init__(self, path: Path, size: int, settings: Settings) -> None:
         self.path = path
@@ -314,8 +311,8 @@ if _fallocate:
 
 
 def sync_range(fd: int, offset: int, size: int, flags: int) -> None:
-    """`sync_file_range`. Its errors count: Linux tells a descriptor once that pages were lost, and the fsync at the end would no
-    longer hear of them (`file_check_and_advance_wb_err`)."""
+    """`sync_file_range`. Its errors must not be ignored: Linux reports lost pages to a descriptor only once, so the fsync at the end would
+    succeed (`file_check_and_advance_wb_err`)."""
     if _sync_file_range and _sync_file_range(fd, offset, size, flags) and (code := ctypes.get_errno()) not in NOT_SUPPORTED:
         raise OSError(code, os.strerror(code))
 

@@ -1,7 +1,7 @@
-"""Finished shards go up while the next is made: a job whose output is elsewhere, and publishing a folder that is complete.
+"""Upload each finished shard while the next is made; and publish a folder that is complete.
 
-A shard that is uploaded leaves its header here, in a file of its size without its bytes, so the work folder holds about two shards.
-`NAME.partial/uploads` says durably what is uploaded; a later run believes it where the destination still says the same.
+Of an uploaded shard only the header stays here, in a sparse file of the same size, so the work folder holds about two shards.
+`NAME.partial/uploads` lists what is uploaded; a later run trusts it where the destination still has the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..text import scheme_of
 from .destinations import Destination, Repository, is_address, open_destination
 from .work_folder import Job
 
-AT_ONCE = 2  # shards on this machine: one goes up while the next is made
+SHARDS_HELD = 2  # shards on this machine: one goes up while the next is made
 
 
 def job_at(output: str, *, reread: bool = True, on_event: Listener = lambda event: None) -> tuple[Path, Callable[[Path], Job]]:
@@ -41,15 +41,15 @@ def job_at(output: str, *, reread: bool = True, on_event: Listener = lambda even
 
 
 class UploadJob(Job):
-    """Work in progress whose output is elsewhere. One thread uploads; what it raises comes out of the next call from the writer.
+    """Work in progress whose output goes over the network. One thread uploads; what it raises is raised by the next call of the writer.
 
-    After an interruption it may go on with the request that it has begun, which no client can break off; it reads through a descriptor
-    of its own, and writes nothing here any more.
+    After an interruption it may finish the request that it has begun, which no client can break off. It reads through a descriptor of its
+    own, and writes nothing here any more.
     """
 
     def __init__(self, out: Path, destination: Destination, reread: bool, on_event: Listener) -> None:
         super().__init__(out)
-        self.elsewhere = True
+        self.remote = True
         self.destination, self.reread, self.on_event = destination, reread, on_event
         self.uploads = self.partial / "uploads"
         self.held: Mapping[str, tuple[int, str]] = {}
@@ -77,16 +77,16 @@ class UploadJob(Job):
         return f"{len(self._noted().get('shards', {}))} of them are uploaded; `{self.shown}` is not complete and has no manifest"
 
     def room(self, sizes: Sequence[int]) -> int:
-        return sum(sorted(sizes)[-AT_ONCE:])
+        return sum(sorted(sizes)[-SHARDS_HELD:])
 
     def restore(self) -> None:
-        """What lies under the output's local name is not ours."""
+        """Nothing: what lies under the output's local name belongs to the user."""
 
     def begin(self, identity: Mapping[str, str], *, restart: bool) -> None:
         super().begin({**identity, "destination": self.shown}, restart=restart)
 
     def prepare(self) -> None:
-        """Let the destination know; from here on what lies there is of this work."""
+        """Prepare the destination: from here on, what it holds belongs to this work."""
         noted = self._noted()
         if noted.get("destination") != self.shown:
             noted = {"destination": self.shown, "shards": {}, "replaced": sorted(self.destination.names())}
@@ -184,7 +184,7 @@ def _header(path: Path) -> bytes:
 
 
 def _keep_header(path: Path, temporary: Path) -> None:
-    """Replace `path` by a file of its size that holds only the header; under this name one of the two lies at any time."""
+    """Replace `path` by a file of its size that holds only the header; at any time one of the two lies under this name."""
     remove(temporary)
     with open(temporary, "xb") as file:
         file.write(_header(path))
@@ -192,9 +192,6 @@ def _keep_header(path: Path, temporary: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)
-
-
-# --- a folder that is complete ---------------------------------------------------------------------------------------
 
 
 def repository_of(text: str) -> Repository:
@@ -208,7 +205,7 @@ def repository_of(text: str) -> Repository:
 def push(folder: Path, hub: Repository, *, force: bool = False) -> str:
     """Publish a complete output, its card included, and return its page. One commit, so it is there as a whole or not at all.
 
-    What is there already stays where it is the same. Raises OutputError where it is something else and `force` is not set, or where
+    Files that are there already and equal stay. Raises OutputError where it is something else and `force` is not set, or where
     `folder` is no complete output; HubError where the Hub does not let it be done.
     """
     files = {path.name: member(folder, path.name) for path in folder.iterdir() if path.is_file()}
@@ -218,8 +215,8 @@ def push(folder: Path, hub: Repository, *, force: bool = False) -> str:
     hub.check()
     try:
         there = {name: tag for name, (_, tag) in hub.names().items()}
-        ours = any(digests.get(name) == tag for name, tag in there.items()) and set(there) <= set(files)
-        if there and not (force or ours):
+        same = any(digests.get(name) == tag for name, tag in there.items()) and set(there) <= set(files)
+        if there and not (force or same):
             hub.refuse_occupied()
         return hub.publish(files, (), there if force else ())
     except LlavaWeightsError as error:
@@ -228,10 +225,10 @@ def push(folder: Path, hub: Repository, *, force: bool = False) -> str:
 
 
 def differences(plan: Mapping[str, Any], output: Path) -> list[str]:
-    """In what the folder `output` is not what `plan`, the document of a dry run, would make; empty where it is that, and whole.
+    """How the folder `output` differs from what `plan`, the document of a dry run, would make; empty where it is that, and whole.
 
     Compared are version, steps with their inputs, options, small files by digest and all files by size; and no input may be newer than
-    the manifest, which was written last, since the header of a safetensors file does not tell its values. Raises InputError for a
+    the manifest, which was written last: headers do not show that values were edited. Raises InputError for a
     manifest that is not right, OSError where the folder can't be read.
     """
     made, files = load_object(output / MANIFEST, limit=MAX_MANIFEST), read_manifest(output / MANIFEST).files

@@ -1,15 +1,15 @@
 """The folder of work in progress: `OUT.partial/` beside OUT, with a lock, the plan's identity, a journal, and the coming OUT.
 
-    OUT.partial/.llava-weights-work   says that the folder is ours to delete; a folder without it is somebody else's
+    OUT.partial/.llava-weights-work   marks a work folder, which may be deleted; a folder without it is somebody else's
     OUT.partial/lock        held by the running process (flock); its death frees it
     OUT.partial/plan.json   what this work is; other work is refused
-    OUT.partial/journal     one line a finished shard, each with its own checksum; a torn last line is ignored
+    OUT.partial/journal     one line for each finished shard, with a checksum; a torn last line is ignored
     OUT.partial/sources     inode and change time of each input when the first shard was begun
     OUT.partial/journal-00003-of-00016, lock-00003-of-00016   the same of one portion; portions share `lock`, whole runs hold it alone
     OUT.partial/out/        becomes OUT in one rename, when it is complete
 
-Order on disk: data fsynced before its rename, the folder fsynced after, then the journal line. Leaving one of them out broke a
-simulated power cut (facts: verify 4.3).
+Order on disk: data is fsynced before its rename, the folder after it, then comes the journal line. Without one of these fsyncs,
+simulated power cuts leave broken states (docs/reliability.md).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from ..storage.atomic import NOT_SUPPORTED, make_folder, naming, put_file, remov
 
 MARKER = ".llava-weights-work"
 MARK = b"Work in progress of `llava-weights`, which deletes this folder when the output beside it is complete.\n"
-LONGEST_WAY = 10_000  # files and folders; the kernel itself follows 40 links
-FORMAT = "2"  # of the work folder, in plan.json; 0.1.0 wrote none
-OURS = re.compile(
+MOST_ON_PATH = 10_000  # files and folders; the kernel itself follows 40 links
+WORK_FORMAT = "2"  # of the work folder, in plan.json; 0.1.0 wrote none
+KNOWN_NAMES = re.compile(
     r"\.{0,2}(lock(-begin|-\d{5}-of-\d{5})?|plan\.json|journal(-\d{5}-of-\d{5})?|uploads|header|sources|out|replaced|llava-weights-work)(\.[0-9a-f]{8})?(\.part)?"
 )
 
@@ -60,7 +60,7 @@ class Job:
         self.aside = self.partial / "replaced"
         self.sources = self.partial / "sources"
         self.locked = True  # False on a file system without locks
-        self.elsewhere = False  # where the output goes over the network: `upload.UploadJob`, which replaces what follows
+        self.remote = False  # True where the output goes over the network: `upload.UploadJob`
 
     @property
     def shown(self) -> str:
@@ -70,7 +70,7 @@ class Job:
     @property
     def places(self) -> tuple[Path, ...]:
         """The folders in which this work writes, and whose content it may delete."""
-        return (self.partial,) if self.elsewhere else (self.out, self.partial)
+        return (self.partial,) if self.remote else (self.out, self.partial)
 
     @property
     def remains(self) -> str:
@@ -96,7 +96,7 @@ class Job:
 
     def begin(self, identity: Mapping[str, str], *, restart: bool) -> None:
         """Take up earlier work on the same plan, or start anew. Raises OutputError where the earlier work is another's."""
-        identity = {"format": FORMAT, **identity}
+        identity = {"format": WORK_FORMAT, **identity}
         earlier = None if restart else _read_plan(self.recorded)
         if earlier is None:  # no shard can be finished yet
             self._forget()
@@ -130,7 +130,7 @@ class Job:
 
     @property
     def published(self) -> bool:
-        """OUT got its name, and the run died before it cleaned up. Or somebody deleted `out/`: only the bytes of OUT can tell."""
+        """OUT has its name and the run died before it cleaned up; or somebody deleted `out/`. Only the bytes of OUT tell which."""
         return self.recorded.exists() and not os.path.lexists(self.folder) and self.occupied
 
     @property
@@ -139,7 +139,7 @@ class Job:
         return self.out.is_dir() and any(self.out.iterdir())
 
     def restore(self) -> None:
-        """Bring back the OUT that a run (`--force`) moved aside, where it died before the new one got the name."""
+        """Bring back the OUT that a run with `--force` moved aside, where it died before the new one had the name."""
         if self.aside.is_dir() and not self.aside.is_symlink() and not self.occupied:
             os.rename(self.aside, self.out)
             sync_folder(self.out.parent)
@@ -159,7 +159,7 @@ class Job:
         return sorted(path for path in self.partial.iterdir() if JOURNAL.fullmatch(path.name))
 
     def portions(self) -> int | None:
-        """Into how many portions the work was cut, where all that were begun agree (`open_portion`)."""
+        """Into how many portions the work was cut, where all that were begun agree."""
         counts = {found["count"] for path in self._journals() if (found := JOURNAL.fullmatch(path.name)) and found["count"]}
         return int(counts.pop()) if len(counts) == 1 else None
 
@@ -175,7 +175,7 @@ class Job:
             os.fsync(file.fileno())
 
     def noted_sources(self) -> dict[str, list[int]]:
-        """The state of each input, by a digest of its path, that all finished shards were made of, as far as it is known."""
+        """The state of each input of which all finished shards were made, by a digest of its path, as far as it is known."""
         with naming(self.sources):
             found = _json(self.sources.read_bytes()) if self.sources.exists() else None
         return found if isinstance(found, dict) else {}
@@ -203,11 +203,11 @@ class Job:
             raise OutputError(what, facts={"output": self.out}, hint=hint) from error
 
     def clean(self) -> None:
-        """Delete the work folder, the bulk first. What tells that the folder is ours goes last; what is not ours stays."""
+        """Delete the work folder, the bulk first and the marker last. Files that no run wrote stay."""
         remove(self.aside)
         self._forget()
         for path in self.partial.iterdir():
-            if path.name not in ("lock", MARKER) and OURS.fullmatch(path.name):
+            if path.name not in ("lock", MARKER) and KNOWN_NAMES.fullmatch(path.name):
                 remove(path)
         sync_folder(self.partial)
         remove(self.partial / MARKER)
@@ -217,7 +217,7 @@ class Job:
         sync_folder(self.out.parent)
 
     def _forget(self) -> None:
-        """Delete plan.json, without which nothing else here counts: first, and durably, in whatever order names reach the disk."""
+        """Delete plan.json, without which nothing else here counts: first and durably: later changes may reach the disk in any order."""
         if os.path.lexists(self.recorded):
             remove(self.recorded)
             sync_folder(self.partial)
@@ -225,7 +225,7 @@ class Job:
 
 @contextmanager
 def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool = False) -> Iterator[Job]:
-    """The locked work folder of `out`; `shared` with others that ask for it so. Raises OutputError where another run holds it or it
+    """The locked work folder of `out`; `shared` with processes that ask the same. Raises OutputError where another run holds it or it
     can't be made."""
     job = make_job(out)
     while True:
@@ -235,21 +235,18 @@ def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool =
         try:
             with naming(job.partial / "lock"):
                 job.locked = lock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
-                ours = _is_still(fd, job.partial / "lock")
+                current = _is_still(fd, job.partial / "lock")
         except BlockingIOError as error:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             os.close(fd)
-            raise OutputError(
-                f"`{out.name}` is in use by another run",
-                facts={"process": holder or "unknown", "work folder": job.partial},
-                hint="wait for it to end, or choose another `-o`",
-            ) from error
+            what, facts = f"`{out.name}` is in use by another run", {"process": holder or "unknown", "work folder": job.partial}
+            raise OutputError(what, facts=facts, hint="wait for it to end, or choose another `-o`") from error
         except OSError:
             os.close(fd)
             raise
-        if ours:
+        if current:
             break
-        os.close(fd)  # the run before us finished and deleted the folder between our open and our lock
+        os.close(fd)  # another run finished and deleted the folder after this file was opened and before it was locked
     try:
         _mark(job.partial)
         with naming(job.partial / "lock"):
@@ -267,22 +264,22 @@ def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool =
 
 
 def _open_lock(partial: Path) -> int | None:
-    """The lock file; None where another run deleted the folder meanwhile. Raises OutputError where the folder is somebody else's."""
+    """The lock file; None where another run deleted the folder meanwhile. Raises OutputError where it is no work folder."""
     make_folder(partial)
     with suppress(FileNotFoundError):
-        check_ours(partial)
+        check_work_folder(partial)
         return os.open(partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     return None
 
 
-def check_ours(partial: Path) -> None:
-    """Raise OutputError where `partial` exists and is not a work folder of ours, or an empty one: what lies in it would be deleted."""
-    if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir() or not _is_ours(partial)):
+def check_work_folder(partial: Path) -> None:
+    """Raise OutputError where `partial` exists and is neither a work folder nor empty: what lies in it would be deleted."""
+    if os.path.lexists(partial) and (partial.is_symlink() or not partial.is_dir() or not _is_work_folder(partial)):
         hint = "move it away, or choose another `-o`"
         raise OutputError(f"`{partial.name}` exists and is not the work of an earlier run", facts={"folder": partial}, hint=hint)
 
 
-def _is_ours(partial: Path) -> bool:
+def _is_work_folder(partial: Path) -> bool:
     names = set(os.listdir(partial))
     if MARKER in names:
         return _small_file(partial / MARKER) == MARK
@@ -301,7 +298,7 @@ def _small_file(path: Path) -> bytes | None:
 
 
 def _mark(partial: Path) -> None:
-    """Say, durably and before anything else lies here, that the folder is ours. Under a name of its own, since portions come at once."""
+    """Mark the folder, durably and before anything else lies in it. The temporary name is unique: portions may begin at once."""
     if not (partial / MARKER).exists():
         temporary = partial / f".{MARKER}.{secrets.token_hex(4)}.part"
         put_file(temporary, MARK)
@@ -327,10 +324,10 @@ def _is_still(fd: int, path: Path) -> bool:
 
 
 def meets(place: Path, sources: Iterable[Path]) -> Path | None:
-    """The first of `sources` that lies in the folder `place`, or that leads through it; None where all lie elsewhere.
+    """The first of `sources` that lies in the folder `place`, or whose path leads through it; None where there is none.
 
-    Compared are the files and folders themselves, so it makes no difference how they are spelled: through links, `..`, mounts, or in
-    another case. Hard links don't count: what is deleted or replaced by name is still there under the other.
+    Files and folders are compared by identity, however they are spelled: through links, `..`, mounts, or in another case. Hard links
+    don't count: what is deleted or replaced under one name is still there under the other.
     """
     inside = {_itself(place)} if os.path.lexists(place) else set()
     for folder, folders, files in os.walk(place):
@@ -339,19 +336,19 @@ def meets(place: Path, sources: Iterable[Path]) -> Path | None:
                 status = os.lstat(os.path.join(folder, name))
                 if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:
                     inside.add((status.st_dev, status.st_ino))
-    return next((source for source in sources if not inside.isdisjoint(map(_itself, _way(source)))), None)
+    return next((source for source in sources if not inside.isdisjoint(map(_itself, _on_path(source)))), None)
 
 
 def lies_in(place: Path, folder: Path) -> bool:
     """Whether `place`, which need not exist, lies in `folder` or is it."""
     status = os.stat(folder)
-    return any((status.st_dev, status.st_ino) == _itself(part) for part in _way(place))
+    return any((status.st_dev, status.st_ino) == _itself(part) for part in _on_path(place))
 
 
-def _way(path: Path) -> set[Path]:
+def _on_path(path: Path) -> set[Path]:
     """`path`, every folder above it, and the same of what the links among them lead to; those that exist."""
     found, waiting = set[Path](), [path.absolute()]
-    while waiting and len(found) < LONGEST_WAY:
+    while waiting and len(found) < MOST_ON_PATH:
         place = waiting.pop()
         for part in (place, *place.parents):
             if part not in found and os.path.lexists(part):
@@ -384,7 +381,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """What a line of the journal says; None for one that is torn, or that no run of ours wrote."""
+    """What a line of the journal says; None for one that is torn, or that no run wrote."""
     check, _, text = line.partition(b" ")
     if hashlib.sha256(text).hexdigest()[:16].encode() != check:
         return None
@@ -393,7 +390,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _read_plan(path: Path) -> dict[str, str] | None:
-    """The identity in plan.json; None where there is none, or a file that no run of ours wrote."""
+    """The identity in plan.json; None where there is none, or that no run wrote."""
     found = _json(path.read_bytes()) if path.exists() else None
     return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else None
 

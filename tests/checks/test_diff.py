@@ -1,4 +1,4 @@
-"""Two checkpoints compared: against numbers computed by other means, and against facts about what the original programs wrote."""
+"""Two checkpoints compared: the numbers against torch's, and known differences between what the original programs wrote."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_numbers_are_those_that_torch_computes(
     pair: tuple[str, torch.Tensor, torch.Tensor], window: int, chunk: int, tolerance: float
 ) -> None:
     kind, a, b = pair
-    with mock.patch.multiple(module, WINDOW_BYTES=window, CHUNK=chunk):
+    with mock.patch.multiple(module, WINDOW_BYTES=window, CHUNK_VALUES=chunk):
         found = compare(a, b, tolerance=tolerance, jobs=1)
     apart = a.reshape(-1).view(KINDS[kind][1]) != b.reshape(-1).view(KINDS[kind][1])
     x, y = a.reshape(-1).double(), b.reshape(-1).double()
@@ -293,7 +293,7 @@ def test_jobs_change_no_number_and_windows_stay_small() -> None:
     torch.manual_seed(5)
     a = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(33, 17).half() for i in range(9)}
     b = {name: (tensor.float() * (1 + 1e-3 * (i % 3))).half() for i, (name, tensor) in enumerate(a.items())}
-    with mock.patch.multiple(module, WINDOW_BYTES=170, CHUNK=50):
+    with mock.patch.multiple(module, WINDOW_BYTES=170, CHUNK_VALUES=50):
         results = [diff(checkpoint(**a), checkpoint(**b), jobs=jobs) for jobs in (1, 3)]
         last = checkpoint(**a)
         diff(last, checkpoint(**b))
@@ -310,7 +310,7 @@ def test_relative_change_counts_the_rows_that_did_not_change() -> None:
     a = torch.full((64, 4), 3.0)
     b = a.clone()
     b[40, 2] = 7.0
-    with mock.patch.multiple(module, WINDOW_BYTES=64, CHUNK=7):
+    with mock.patch.multiple(module, WINDOW_BYTES=64, CHUNK_VALUES=7):
         found = compare(a, b)
     assert found.relative == pytest.approx(4.0 / (3.0 * 16), rel=1e-12)
 

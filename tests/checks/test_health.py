@@ -1,4 +1,4 @@
-"""Health, shown by what it says of real files: converted ones, those of transformers' own converter, and each fault one by one."""
+"""Health on real files: converted ones and those of transformers' own converter pass, and each fault is found, one by one."""
 
 from __future__ import annotations
 

@@ -129,12 +129,12 @@ def test_rotary_buffers_that_differ_in_the_delta_are_added(reference: Path, base
 @pytest.mark.parametrize("head_dim", [2, 12, 64, 80, 128, 256])
 def test_calculated_frequencies_are_those_of_transformers(head_dim: int) -> None:
     """By its formula, in torch; they may differ in the last bit of float32, which rounding to half takes away."""
-    theirs = 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
-    out = bytearray(4 * len(theirs))
-    InverseFrequencies(dtype="F32", shape=tuple(theirs.shape)).rows_into(memoryview(out), 0, len(theirs), Workspace())
-    ours = torch.frombuffer(out, dtype=torch.float32)
-    assert torch.equal(ours.half(), theirs.half())
-    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
+    expected = 1.0 / (10000 ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    out = bytearray(4 * len(expected))
+    InverseFrequencies(dtype="F32", shape=tuple(expected.shape)).rows_into(memoryview(out), 0, len(expected), Workspace())
+    found = torch.frombuffer(out, dtype=torch.float32)
+    assert torch.equal(found.half(), expected.half())
+    torch.testing.assert_close(found, expected, rtol=3e-7, atol=0)
 
 
 def load_state(folder: Path) -> State:
@@ -310,11 +310,11 @@ def test_the_published_delta_finds_its_checksums() -> None:
 def test_tensors_that_do_not_fit_are_refused_before_anything_is_read(reference: Path, base: Checkpoint, delta: Checkpoint) -> None:
     tensors = dict(apply_delta(base, delta).tensors)
     norm = tensors["model.norm.weight"]
-    for unfit, theirs in ((replace(norm, dtype="BF16"), "BF16 [48]"), (replace(norm, shape=(47,)), "F16 [47]"), (None, "missing")):
+    for unfit, merged_as in ((replace(norm, dtype="BF16"), "BF16 [48]"), (replace(norm, shape=(47,)), "F16 [47]"), (None, "missing")):
         changed = {**tensors, "model.norm.weight": unfit} if unfit else {n: t for n, t in tensors.items() if n != "model.norm.weight"}
         with pytest.raises(MismatchError, match=r"`model.norm.weight` of the merged model does not fit") as error:
             checks_published.predict(delta, changed, base)
-        assert error.value.facts == {"delta": "F16 [48]", "merged": theirs}
+        assert error.value.facts == {"delta": "F16 [48]", "merged": merged_as}
         assert error.value.hint
     with pytest.raises(MismatchError, match="does not fit"):
         check_published(open_checkpoint(reference / "hf-linear-projector-308"), delta)

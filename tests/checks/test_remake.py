@@ -1,4 +1,4 @@
-"""L4: what a folder should be is computed anew from its sources, for every command that writes, and every fault is named."""
+"""L4: the output of every command that writes is made again from its sources, and every fault is named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from llava_weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llava_weights.checkpoint.manifest import MANIFEST
-from llava_weights.checks.remake import compare_derived, derive
+from llava_weights.checks.remake import compare_remade, remake
 from llava_weights.transforms.convert import convert
 from llava_weights.transforms.delta import apply_delta
 from llava_weights.transforms.lora import merge_lora, open_weighted
@@ -35,11 +35,11 @@ def test_delta_and_conversion(sources: dict[str, Checkpoint], tmp_path: Path, fo
     given = {"delta": sources["delta"], "tower": sources["tower"]}
     merged = apply_delta(sources["base"], sources["delta"])
     made = written(convert(merged, "llava-hf", tower=sources["tower"], projector_form=form, dtype="F32"), tmp_path / "out")
-    assert [found.verdict for found in compare_derived(made, derive(made, sources["base"], **given))] == ["ok"]
+    assert [found.verdict for found in compare_remade(made, remake(made, sources["base"], **given))] == ["ok"]
     (tmp_path / "out" / MANIFEST).rename(tmp_path / "aside")  # without it the values are read, and the options are the defaults
-    plain = compare_derived(made, derive(made, sources["base"], **given))
+    plain = compare_remade(made, remake(made, sources["base"], **given))
     assert {found.verdict for found in plain} == {"failed"}
-    wrong = compare_derived(made, derive(made, sources["other"], **given))
+    wrong = compare_remade(made, remake(made, sources["other"], **given))
     assert any("self_attn.q_proj" in found.text for found in wrong)
 
 
@@ -47,8 +47,8 @@ def test_lora_with_its_recorded_options(fixtures: Path, sources: dict[str, Check
     lora = str(fixtures / "B-lora/llava-v1.5-tiny-lora")
     merged = merge_lora(sources["other"], [(open_weighted(lora)[0], 0.5)], arithmetic="exact", scale=2.0)
     made = written(merged, tmp_path / "out")
-    assert [found.verdict for found in compare_derived(made, derive(made, sources["other"], lora=[f"{lora}@0.5"]))] == ["ok"]
-    assert {found.verdict for found in compare_derived(made, derive(made, sources["other"], lora=[lora]))} == {"failed"}
+    assert [found.verdict for found in compare_remade(made, remake(made, sources["other"], lora=[f"{lora}@0.5"]))] == ["ok"]
+    assert {found.verdict for found in compare_remade(made, remake(made, sources["other"], lora=[lora]))} == {"failed"}
 
 
 def test_from_the_command_line(cli, fixtures: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Rules on small files where a table of single changes does not reach: right ones that look odd, other layouts, true sizes."""
+"""Rules on small files, beyond the single changes of wrong_checkpoints.py: right files that look odd, other layouts, true sizes."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def found(folder: Path) -> list[Finding]:
     return list(health(lw.open_checkpoint(folder), folder))
 
 
-def told(folder: Path, *verdicts: str) -> list[str]:
+def sentences(folder: Path, *verdicts: str) -> list[str]:
     return [f"{each.subject}: {each.text}" for each in found(folder) if each.verdict in (verdicts or ("failed", "warning", "note"))]
 
 
 @pytest.mark.parametrize("name", ["hf", "original", "identity", "relu", "gelu"])
 def test_what_the_converter_writes_is_right(name: str, made: dict[str, Path]) -> None:
-    assert told(made[name]) == []
+    assert sentences(made[name]) == []
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -81,8 +81,8 @@ def test_other_blanks_are_a_note_in_the_original_layout(copy: Copy, made: dict[s
     inside = {name: i for name, i in core["model"]["vocab"].items() if i < 304}
     core |= {"normalizer": None, "pre_tokenizer": {"type": "Metaspace"}, "added_tokens": core["added_tokens"][:3]}
     (folder / "tokenizer.json").write_text(json.dumps({**core, "model": {**core["model"], "vocab": inside}}))
-    assert [text for text in told(folder) if "Metaspace" not in text] == []
-    assert len(told(folder, "note")) == 1
+    assert [text for text in sentences(folder) if "Metaspace" not in text] == []
+    assert len(sentences(folder, "note")) == 1
 
 
 def _byte_level(folder: Path) -> None:
@@ -103,11 +103,11 @@ def _byte_level(folder: Path) -> None:
 
 def test_vocab_and_merges_of_a_byte_level_tokenizer_are_compared(copy: Copy) -> None:
     folder = copy("hf", _byte_level)
-    assert [text for text in told(folder) if "vocab.json" in text or "merges.txt" in text] == []
+    assert [text for text in sentences(folder) if "vocab.json" in text or "merges.txt" in text] == []
     (folder / "merges.txt").write_text("#version: 0.2\nb c\na b\n")
-    assert any("its merges are not those of `merges.txt`" in text for text in told(folder, "failed"))
+    assert any("its merges are not those of `merges.txt`" in text for text in sentences(folder, "failed"))
     edited("vocab.json", lambda value: value.update(ab=91, bc=90))(folder)
-    assert any("2 tokens of `vocab.json` have another id" in text and "91 there, 90 here" in text for text in told(folder, "failed"))
+    assert any("2 tokens of `vocab.json` have another id" in text and "91 there, 90 here" in text for text in sentences(folder, "failed"))
 
 
 def test_a_vocab_json_of_true_size_is_read(copy: Copy) -> None:
@@ -115,7 +115,7 @@ def test_a_vocab_json_of_true_size_is_read(copy: Copy) -> None:
     folder = copy("hf", _byte_level)
     (folder / "vocab.json").write_text(json.dumps({f"token number {i}": i for i in range(80_000)}))
     assert (folder / "vocab.json").stat().st_size > 2 << 20
-    assert [text for text in told(folder, "failed") if "at most" in text] == []
+    assert [text for text in sentences(folder, "failed") if "at most" in text] == []
 
 
 def test_pieces_too_long_to_cut_cost_nothing(copy: Copy, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_pieces_too_long_to_cut_cost_nothing(copy: Copy, tmp_path: Path) -> None
     (folder / "tokenizer.model").write_bytes(data)
     edited("tokenizer.json", lambda v: v["model"]["vocab"].update({x.decode(): 304 + i for i, x in enumerate(pieces)}))(folder)
     edited("tokenizer.json", lambda v: v["model"].update(merges=[]))(folder)
-    assert [text for text in told(folder) if "merges" in text] == []
+    assert [text for text in sentences(folder) if "merges" in text] == []
 
 
 def _varint(value: int) -> bytes:
@@ -141,9 +141,9 @@ def test_a_post_processor_in_a_sequence_is_read(copy: Copy) -> None:
         value["post_processor"] = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, value["post_processor"]]}
 
     folder = copy("hf", edited("tokenizer.json", nested))
-    assert told(folder) == []
+    assert sentences(folder) == []
     config("add_bos_token", to=False, file="tokenizer_config.json")(folder)
-    assert any("puts `<s>` before a text" in text for text in told(folder, "failed"))
+    assert any("puts `<s>` before a text" in text for text in sentences(folder, "failed"))
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ COLOURS = both(config("image_mean", to=HALF, file=PRE), config("image_std", to=H
 
 
 def test_laions_towers_may_have_either_mean(copy: Copy) -> None:
-    assert told(copy("hf", config("vision_config", "hidden_act", to="gelu"), COLOURS), "failed", "warning") == []
+    assert sentences(copy("hf", config("vision_config", "hidden_act", to="gelu"), COLOURS), "failed", "warning") == []
 
 
 def test_mean_and_deviation_in_the_scale_of_the_pixels_are_the_same_numbers(copy: Copy) -> None:
@@ -164,14 +164,14 @@ def test_mean_and_deviation_in_the_scale_of_the_pixels_are_the_same_numbers(copy
         value |= {"rescale_factor": 1.0, "image_mean": [255 * x for x in value["image_mean"]]}
         value |= {"image_std": [255 * x for x in value["image_std"]]}
 
-    assert told(copy("hf", edited(PRE, scaled)), "failed", "warning") == []
+    assert sentences(copy("hf", edited(PRE, scaled)), "failed", "warning") == []
 
 
 def test_images_of_an_original_are_compared_with_its_tower(copy: Copy, made: dict[str, Path]) -> None:
     folder = copy("original", lambda folder: shutil.copy(made["hf"] / PRE, folder / PRE))
-    assert told(folder) == []
+    assert sentences(folder) == []
     COLOURS(folder)
-    assert next(text for text in told(folder, "failed") if "the tower is a CLIP" in text).startswith(PRE)
+    assert next(text for text in sentences(folder, "failed") if "the tower is a CLIP" in text).startswith(PRE)
 
 
 def test_images_of_an_original_without_a_tower_are_compared_with_the_one_it_names(
@@ -179,9 +179,9 @@ def test_images_of_an_original_without_a_tower_are_compared_with_the_one_it_name
 ) -> None:
     folder = Path(shutil.copytree(fixtures / "C-v1.5/original-no-vision-bin", tmp_path / "model"))
     shutil.copy(made["hf"] / PRE, folder / PRE)
-    assert not [text for text in told(folder) if PRE in text]
+    assert not [text for text in sentences(folder) if PRE in text]
     config("mm_vision_tower", to="google/siglip-so400m-patch14-384")(folder)
-    assert any("the tower is a SigLIP" in text for text in told(folder, "failed"))
+    assert any("the tower is a SigLIP" in text for text in sentences(folder, "failed"))
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_quantised_weights_may_say_so(copy: Copy, stored: str) -> None:
             tensors[f"{name}.weight_scale"] = torch.ones(3)
 
     folder = copy("hf", config("quantization_config", to={"quant_method": "bitsandbytes"}), weights(quantised))
-    assert not [text for text in told(folder) if "quantization_config" in text]
+    assert not [text for text in sentences(folder) if "quantization_config" in text]
 
 
 def test_a_tied_head_may_be_stored_if_it_is_the_embedding(copy: Copy) -> None:
@@ -220,21 +220,21 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(copy: Copy) -> None:
 
 
 def test_the_projectors_activation_is_that_of_its_form(copy: Copy) -> None:
-    assert any("belongs to `linear`" in text for text in told(copy("identity", config("projector_hidden_act", to="relu")), "failed"))
-    assert told(copy("relu", config("projector_hidden_act", to="gelu_new"))) == []  # a pair is the same map with any gate
+    assert any("belongs to `linear`" in text for text in sentences(copy("identity", config("projector_hidden_act", to="relu")), "failed"))
+    assert sentences(copy("relu", config("projector_hidden_act", to="gelu_new"))) == []  # a pair is the same map with any gate
 
 
 def test_what_only_some_programs_go_by_is_a_note(copy: Copy) -> None:
     folder = copy("hf", config("padding_side", to="right", file="tokenizer_config.json"), config("text_config", "eos_token_id", to=7))
-    assert told(folder, "failed", "warning") == []
-    assert [text.partition(":")[0] for text in told(folder, "note")] == ["config.json", "tokenizer_config.json"]
+    assert sentences(folder, "failed", "warning") == []
+    assert [text.partition(":")[0] for text in sentences(folder, "note")] == ["config.json", "tokenizer_config.json"]
 
 
 def test_a_towers_heads_and_activation_are_those_of_the_published_one(copy: Copy) -> None:
     """By its widths; that the tensors have others is another finding."""
     wide = both(config("vision_config", "hidden_size", to=1024), config("vision_config", "intermediate_size", to=4096))
     heads, act = (config("vision_config", key, to=value) for key, value in (("num_attention_heads", 8), ("hidden_act", "relu")))
-    texts = told(copy("hf", wide, heads, act), "warning")
+    texts = sentences(copy("hf", wide, heads, act), "warning")
     assert ["has 16" in text or "has quick_gelu" in text for text in texts] == [True, True], texts
 
 
@@ -244,7 +244,7 @@ def test_no_value_is_too_odd(copy: Copy, value: Any) -> None:
     eye = both(*(config("vision_config", key, to=value) for key in ("num_attention_heads", "hidden_act", "layer_norm_eps")))
     text = both(*(config("text_config", key, to=value) for key in ("hidden_act", "rope_scaling", "rope_theta", "rms_norm_eps")))
     image = both(config("image_mean", to=[value] * 3, file=PRE), config("image_processor_type", to=value, file=PRE))
-    assert told(copy("hf", wide, eye, text, image, config("quantization_config", to=value)), "failed")
+    assert sentences(copy("hf", wide, eye, text, image, config("quantization_config", to=value)), "failed")
 
 
 LLAMA = {

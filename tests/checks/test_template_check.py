@@ -14,7 +14,7 @@ import pytest
 from llava_weights.checkpoint.chat_template import chat_template
 from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.checks.health import health
-from llava_weights.checks.template_check import LONGEST, asks_for
+from llava_weights.checks.template_check import LONGEST_TEMPLATE, asks_for
 from llava_weights.families.prompts import CONVERSATIONS
 
 # After the constructs of published templates; none is a copy.
@@ -235,7 +235,7 @@ HOSTILE = {
     "{{ " + "(" * 5000 + ")" * 5000 + " }}": "more than",
     "{{ " + "-" * 5000 + "1 }}": "more than",
     "{{ " + "+".join("x" * 10_000) + " }}": "",
-    "x" * (LONGEST + 1): "characters",
+    "x" * (LONGEST_TEMPLATE + 1): "characters",
     "{% generation %}{{ x.__class__ }}{% endgeneration %}": "`__class__`",
     "{% trans %}x{% endtrans %}": "another language",
     "{% for a in x recursive %}{{ messages[a] }}{{ loop(['__class__']) }}{% endfor %}": "puts together",

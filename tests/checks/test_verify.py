@@ -158,9 +158,9 @@ def test_one_bit_in_each_tensor_and_anywhere_in_the_header(model: Path) -> None:
             assert found.exit_code == 4
             assert any(shard.name in each for each in failures(found, level="L2")), (position, text(found))
             if name:
-                told = failures(found, level="L3")
-                assert told
-                assert all(f"`{name}` in `{shard.name}`" in each for each in told)
+                texts = failures(found, level="L3")
+                assert texts
+                assert all(f"`{name}` in `{shard.name}`" in each for each in texts)
     assert verify(model, deep=True).exit_code == 0
 
 
@@ -175,10 +175,10 @@ def test_exchanged_tensors_are_both_named(model: Path) -> None:
         with open(places[name].file.path, "r+b") as file:
             file.seek(places[name].offset)
             file.write(values[source])
-    [told] = failures(verify(model, deep=True), level="L3")
-    assert f"`{one}`" in told
-    assert f"`{other}`" in told
-    assert "exchanged" in told
+    [text] = failures(verify(model, deep=True), level="L3")
+    assert f"`{one}`" in text
+    assert f"`{other}`" in text
+    assert "exchanged" in text
 
 
 def test_truncated_shard(model: Path) -> None:
@@ -193,9 +193,9 @@ def test_renamed_tensor(model: Path) -> None:
     shard = next(path for path in model.glob("*.safetensors") if "model.norm.weight" in index_safetensors(path)[0])
     for path in (shard, model / "model.safetensors.index.json"):
         path.write_bytes(path.read_bytes().replace(b"model.norm.weight", b"model.norn.weight"))
-    told = "\n".join(failures(verify(model), level="L0"))
-    assert "`model.norm.weight` is in the manifest" in told
-    assert "`model.norn.weight` is in a weight file" in told
+    texts = "\n".join(failures(verify(model), level="L0"))
+    assert "`model.norm.weight` is in the manifest" in texts
+    assert "`model.norn.weight` is in a weight file" in texts
 
 
 def test_reinterpreted_dtype(model: Path) -> None:
@@ -210,8 +210,8 @@ def test_changed_config_value_is_found_without_deep(model: Path) -> None:
     (model / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     found = verify(model)
     assert found.exit_code == 4
-    [told] = failures(found, level="L2")
-    assert "`config.json` changed" in told
+    [text] = failures(found, level="L2")
+    assert "`config.json` changed" in text
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model-00002-of-00004.safetensors"])
@@ -280,9 +280,9 @@ def test_many_failures_are_folded(model: Path) -> None:
     for shard in model.glob("*.safetensors"):
         for place in index_safetensors(shard)[0].values():
             flip(shard, place.offset)
-    told = failures(verify(model, deep=True), level="L3")
-    assert len(told) == 21
-    assert told[-1].startswith("and 3 more")
+    texts = failures(verify(model, deep=True), level="L3")
+    assert len(texts) == 21
+    assert texts[-1].startswith("and 3 more")
 
 
 def test_crc_of_a_bin(containers: Path) -> None:
@@ -397,9 +397,11 @@ def test_against_lists_what_differs(made: Path, fixtures: Path, tmp_path: Path) 
     other = tmp_path / "other.safetensors"
     save_file(weights, other)
     found = verify(made, against=other)
-    told = failures(found, level="against")
-    assert [("norm" in each, "extra" in each) for each in told] == [(False, True), (True, False)]
-    assert ["lm_head" in each.text for each in found.findings if each.verdict == "unproved"] == [True]  # ours alone: not wrong, not proved
+    texts = failures(found, level="against")
+    assert [("norm" in each, "extra" in each) for each in texts] == [(False, True), (True, False)]
+    assert ["lm_head" in each.text for each in found.findings if each.verdict == "unproved"] == [
+        True
+    ]  # only in the checkpoint: neither wrong nor proved
     assert found.exit_code == 4
 
 
@@ -475,9 +477,9 @@ def test_against_a_revision_on_the_hub(model: Path, made: Path, hub: HubServer) 
     shard = largest(model)
     flip(shard, shard.stat().st_size - 1)
     flip(model / "tokenizer.model", 100)
-    told = "\n".join(failures(verify(model, against="owner/model@v1"), level="against"))
-    assert f"`{shard.name}` has the sha256" in told
-    assert "`tokenizer.model` has the git-sha1" in told
+    texts = "\n".join(failures(verify(model, against="owner/model@v1"), level="against"))
+    assert f"`{shard.name}` has the sha256" in texts
+    assert "`tokenizer.model` has the git-sha1" in texts
     with pytest.raises(HubError, match="no revision"):
         verify(model, against="owner/model@v2")
 

@@ -1,4 +1,4 @@
-"""What the user sees, word for word, in every mode; and that seeing it, or not, never changes the outcome of a job."""
+"""What the user sees, word for word, in every mode; and that a terminal or pipe that fails never changes the outcome of a run."""
 
 from __future__ import annotations
 
@@ -451,7 +451,7 @@ def test_a_bug_is_saved_for_the_report(make: Any, tmp_path: Path, monkeypatch: p
     assert "Traceback (most recent call last)" in err.getvalue()
 
 
-def test_a_bug_without_a_place_to_save_is_still_told(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_without_a_place_to_save_is_still_reported(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     console, _, err = make(json=True)
     assert console.unexpected(raised(KeyError("x"))) == 1
@@ -478,8 +478,8 @@ def test_nothing_that_a_file_says_reaches_the_terminal_raw(make: Any, clock: Clo
     console.document(HOSTILE, {})
     console.error(InputError(HOSTILE, facts={HOSTILE: HOSTILE}, hint=HOSTILE))
     console.summary([HOSTILE], {})
-    ours = re.sub(r"\x1b\[(K|0m|1;31m|36m)|[\r\n]", "", err.getvalue() + out.getvalue())
-    assert ours.isprintable()
+    printed = re.sub(r"\x1b\[(K|0m|1;31m|36m)|[\r\n]", "", err.getvalue() + out.getvalue())
+    assert printed.isprintable()
     assert f"error: {SHOWN}" in err.lines
     assert f"  {SHOWN}  {SHOWN}" in err.lines
 

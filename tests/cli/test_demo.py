@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.cli.console import Console
-from llava_weights.cli.demo import MARK, MARKER, Scene, run
+from llava_weights.cli.demo import DEMO_MARK, DEMO_MARKER, Scene, run
 from llava_weights.cli.toy import make_toys, tokenizer_model, write_torch_zip
 from llava_weights.errors import Interrupted, OutputError, Terminated
 from llava_weights.transforms.convert import convert
@@ -83,7 +83,7 @@ def test_a_user_sees_the_whole_way(process: Callable[..., Any], toys: Path, tmp_
     (folder / "llava/stale.txt").write_text("of an earlier run")
     (folder / "again.partial").mkdir()
     (folder / "notes.txt").write_text("the user's own")
-    (folder / MARKER).write_bytes(MARK)
+    (folder / DEMO_MARKER).write_bytes(DEMO_MARK)
 
     code, out, err = process("demo", "my demo")
 
@@ -112,7 +112,7 @@ def test_a_user_sees_the_whole_way(process: Callable[..., Any], toys: Path, tmp_
     assert "\x1b" not in out
     assert "Traceback" not in out
     assert {path.name for path in folder.iterdir()} == {
-        MARKER,
+        DEMO_MARKER,
         "notes.txt",
         "llama",
         "delta",
@@ -233,19 +233,19 @@ def test_torch_reads_what_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["a folder with a file", "a file", "a mark of another", "a link among the toys", "a link to nothing"])
 def test_whatever_is_no_earlier_demo_stays_as_it_is(kind: str, cli: Callable[..., Any], tmp_path: Path) -> None:
-    folder, elsewhere = tmp_path / "demo", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "precious").write_text("weights")
+    folder, outside = tmp_path / "demo", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("weights")
     if kind == "a file":
         folder.write_text("mine")
     elif kind == "a link to nothing":
         folder.symlink_to(tmp_path / "nothing")
     else:
         folder.mkdir()
-        (folder / (MARKER if kind == "a mark of another" else "weights.bin")).write_text("mine")
+        (folder / (DEMO_MARKER if kind == "a mark of another" else "weights.bin")).write_text("mine")
     if kind == "a link among the toys":
-        (folder / MARKER).write_bytes(MARK)
-        (folder / "llama").symlink_to(elsewhere)
+        (folder / DEMO_MARKER).write_bytes(DEMO_MARK)
+        (folder / "llama").symlink_to(outside)
     before = content(tmp_path)
     if kind == "a folder with a file":
         code, out, err = cli("demo")
@@ -256,7 +256,7 @@ def test_whatever_is_no_earlier_demo_stays_as_it_is(kind: str, cli: Callable[...
         with pytest.raises(OutputError, match="is not an earlier demo"):
             run(folder, Console())
     assert content(tmp_path) == before
-    assert sorted(os.listdir(tmp_path)) == ["demo", "elsewhere"]
+    assert sorted(os.listdir(tmp_path)) == ["demo", "outside"]
 
 
 def test_the_first_failure_ends_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: its exit codes, what it says, and, in its own process, what it survives."""
+"""The command line as a user meets it: exit codes, texts, and, in a process of its own, signals and broken streams."""
 
 from __future__ import annotations
 

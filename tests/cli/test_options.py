@@ -351,7 +351,7 @@ def test_what_is_required_can_not_be_left_out() -> None:
 
 
 def observed(folder: Path, context: str, more: str) -> tuple[int, str, dict[str, str]]:
-    """The exit code, what was said without times and sizes that depend on the moment, and the files that are there."""
+    """The exit code, what was printed without times and sizes that depend on the moment, and the files that are there."""
     for name in ("model", "changed"):
         shutil.copytree(BASE, folder / name)
     (folder / "changed/SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
@@ -364,10 +364,10 @@ def observed(folder: Path, context: str, more: str) -> tuple[int, str, dict[str,
             assert CliRunner().invoke(app, [*words, "--shards", "1/2", "--max-shard-size", "60kB"]).exit_code == 0
         done = CliRunner().invoke(app, [*words, *more.split()])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
-    said = re.sub(r"\S+ free\)|in [\d.,]+ \w+ \(.*?\)|\"(seconds|peak_memory|changed)\": [\d.]+", "", done.output)
+    output = re.sub(r"\S+ free\)|in [\d.,]+ \w+ \(.*?\)|\"(seconds|peak_memory|changed)\": [\d.]+", "", done.output)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
     digests = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    return done.exit_code, said, digests
+    return done.exit_code, output, digests
 
 
 @pytest.fixture(scope="module")

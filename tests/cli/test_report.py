@@ -1,4 +1,4 @@
-"""Findings as a CI reads them: parsed back with other people's parsers."""
+"""Findings as a CI reads them: JUnit and Markdown parsed back with other libraries."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_diff(cli: Any, model: Path, fixtures: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subject", "text", "told"),
+    ("subject", "text", "line"),
     [
         ("processor_config.json", "right: as preprocessor_config.json", "processor_config.json: right: as preprocessor_config.json"),
         ("tokenizer", "right: tokenizer.json as tokenizer.model", "tokenizer: right: tokenizer.json as tokenizer.model"),
@@ -104,5 +104,5 @@ def test_diff(cli: Any, model: Path, fixtures: Path, tmp_path: Path) -> None:
         ("lm_head.weight", "the rows of lm_head.weight.", "the rows of lm_head.weight."),
     ],
 )
-def test_a_line_names_what_it_is_about(subject: str, text: str, told: str) -> None:
-    assert report.lines("x", [Finding("L0", "ok", subject, text)], 0)[1].endswith(f"L0        {told}")
+def test_a_line_names_what_it_is_about(subject: str, text: str, line: str) -> None:
+    assert report.lines("x", [Finding("L0", "ok", subject, text)], 0)[1].endswith(f"L0        {line}")

@@ -22,7 +22,7 @@ from targets import FIXTURES, SEEDS
 from llava_weights.checkpoint.manifest import FileEntry, TensorEntry, make_sums, root_of_tensors
 from llava_weights.formats.integer_delta import ToInteger, write_integer_shard
 from llava_weights.smoke.forward import Probe
-from llava_weights.smoke.recording import PROJECTIONS, Recorded, Recording, write_recording
+from llava_weights.smoke.recording import SKETCH_SIZE, Recorded, Recording, write_recording
 from llava_weights.storage.reading import SourceFile
 from llava_weights.tensors.lazy import Stored
 from llava_weights.write.work_folder import Job
@@ -72,7 +72,7 @@ def headers(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def references(folder: Path) -> dict[str, bytes]:
     logits = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
-    sketch = np.ones((1, PROJECTIONS + 2), np.float32)
+    sketch = np.ones((1, SKETCH_SIZE + 2), np.float32)
     pixels, sizes = np.zeros((1, 2, 3, 2, 2), np.float32), np.array([[2, 4]])
     probes = (
         Recorded(Probe("text", np.array([1, 5])), np.zeros(2, bool), np.arange(2), logits, {"layer.0": sketch, "embeddings": sketch}),

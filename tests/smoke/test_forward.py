@@ -195,8 +195,8 @@ def test_both_paths_agree_layer_by_layer(fixtures: Path) -> None:
     original = load_original(
         open_checkpoint(fixtures / "C-v1.5/original-no-vision-bin"), tower=open_checkpoint(fixtures / "common/clip-tiny-42px")
     )
-    ours, theirs = (cases(fixtures / "E-logits/C-v1.5", hf=hf)[0] for hf in (True, False))
-    one, other = converted(ours), original(theirs)
+    hub_case, original_case = (cases(fixtures / "E-logits/C-v1.5", hf=hf)[0] for hf in (True, False))
+    one, other = converted(hub_case), original(original_case)
     assert one.hidden.keys() == other.hidden.keys()
     for name, value in one.hidden.items():
         np.testing.assert_allclose(value, other.hidden[name], rtol=0, atol=2e-5, err_msg=name)

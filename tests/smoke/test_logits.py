@@ -1,4 +1,4 @@
-"""The smoke test: good models of the reference data pass, every mistake that the originals measured fails, and a failure says where."""
+"""The smoke test: good models of the reference data pass, every mistake that the reference data holds fails, and a failure says where."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llava_weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llava_weights.errors import InputError, OutputError, UsageError, VerificationError
 from llava_weights.families.layouts import canonical
 from llava_weights.smoke.forward import Probe
-from llava_weights.smoke.generate import PARAGRAPH, sample
+from llava_weights.smoke.generate import PARAGRAPH, generate
 from llava_weights.smoke.logits import Smoke, compare, compare_original, smoke_test
 from llava_weights.smoke.probes import built_in_probes, find_sight, image_places, pattern, table_ids
 from llava_weights.smoke.recording import (
@@ -95,10 +95,10 @@ def configured(checkpoint: Checkpoint, part: str = "", **changes: Any) -> Checkp
 
 def over(checkpoint: Checkpoint, other: Checkpoint) -> Checkpoint:
     """`checkpoint` with the values of `other`, on the rows that it has."""
-    theirs = {canonical(name): tensor for name, tensor in other.parameters().items()}
+    others = {canonical(name): tensor for name, tensor in other.parameters().items()}
     tensors = dict(checkpoint.tensors)
     for name, tensor in tensors.items():
-        if (instead := theirs.get(canonical(name))) is not None:
+        if (instead := others.get(canonical(name))) is not None:
             value = values(tensor)
             value[: instead.rows] = values(instead)
             tensors[name] = hold(value)
@@ -258,8 +258,8 @@ def test_the_original_layout_has_the_logits_of_the_originals(folder: str, record
     reference = foreign(world.at / "E-logits" / recorded, prefix=prefix)
     assert compare(world.open(folder), reference, tower=world.tower(pixels), atol=ATOL).verdict == "same"
     made = make_recording(world.open(folder), [one.probe for one in reference.probes], tower=world.tower(pixels))
-    for ours, theirs in zip(made.probes, reference.probes, strict=True):  # where images are, as the original recorded it
-        assert np.array_equal(ours.image, theirs.image), ours.probe.name
+    for one, recorded in zip(made.probes, reference.probes, strict=True):  # where images are, as the original recorded it
+        assert np.array_equal(one.image, recorded.image), one.probe.name
 
 
 def test_every_negative_control_is_made(world: World) -> None:
@@ -343,7 +343,7 @@ def test_the_first_wrong_part_is_named(pattern: str, change: Callable[[torch.Ten
 
 
 def test_rows_of_added_tokens_and_the_last_ones_are_looked_at(world: World) -> None:
-    for row in (305, 306):  # <im_start> and <im_end>, which no text of ours holds
+    for row in (305, 306):  # <im_start> and <im_end>, which no probe of text holds
 
         def zero(weight: torch.Tensor, row: int = row) -> torch.Tensor:
             weight[row] = 0
@@ -587,13 +587,13 @@ def reader(tmp_path_factory: pytest.TempPathFactory, fixtures: Path) -> tuple[Pa
 
 def test_a_model_that_reads_is_less_surprised_than_one_that_babbles(reader: tuple[Path, float], world: World) -> None:
     model = open_checkpoint(reader[0])
-    found = sample(model, "The train left the small", new_tokens=12)
+    found = generate(model, "The train left the small", new_tokens=12)
     assert found.perplexity == pytest.approx(reader[1], rel=1e-3)
     assert len(found.tokens) == 12
     assert found.text[0] in PARAGRAPH
     assert [finding.verdict for finding in found.findings] == ["note"]
     for change in (lambda x: x.roll(7, 0), lambda x: x * float("nan")):
-        bad = sample(altered(model, "head", change), "the meaning of life is", new_tokens=3)
+        bad = generate(altered(model, "head", change), "the meaning of life is", new_tokens=3)
         assert bad.perplexity > 100 * found.perplexity
         assert [finding.verdict for finding in bad.findings] == ["note"], "how much is too much is not for us to say"
 
@@ -611,20 +611,20 @@ def test_an_unapplied_delta_is_a_failure_and_a_babbling_model_none(cli: Callable
 
 def test_both_layouts_write_the_same(world: World) -> None:
     options: Mapping[str, Any] = {"prompt": "the meaning of life is", "new_tokens": 6}
-    one = sample(world.good("C"), **options)
-    other = sample(world.open(PAIRS["C"]), **options)
+    one = generate(world.good("C"), **options)
+    other = generate(world.open(PAIRS["C"]), **options)
     assert (one.tokens, one.text) == (other.tokens, other.text)
 
 
-def test_what_a_sample_needs_is_asked_for(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_generating_needs_is_asked_for(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="tokenizer is missing"):
-        sample(replace(world.good("C"), files={}), "the meaning of life is")
+        generate(replace(world.good("C"), files={}), "the meaning of life is")
     picture = world.at / "common/images/wide_90x36.png"
     with pytest.raises(InputError, match="vision tower"):
-        sample(world.open(PAIRS["C"]), "hello", image=picture)
+        generate(world.open(PAIRS["C"]), "hello", image=picture)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InputError, match="pillow") as caught:
-        sample(world.good("C"), "hello", image=picture)
+        generate(world.good("C"), "hello", image=picture)
     assert "pip install" in (caught.value.hint or "")
 
 
@@ -632,13 +632,13 @@ def test_an_image_is_seen_alike_in_both_layouts(world: World, tmp_path: Path) ->
     pytest.importorskip("PIL")
     for name in ("square_50x50", "wide_90x36", "tiny_18x22"):
         options: Mapping[str, Any] = {"image": world.at / f"common/images/{name}.png", "new_tokens": 4}
-        one = sample(world.good("D"), "<image> hello", **options)
-        assert one.tokens == sample(world.open(PAIRS["D"]), "<image> hello", tower=world.tower(42), **options).tokens
-    assert one.tokens != sample(world.good("D"), "hello", new_tokens=4).tokens
+        one = generate(world.good("D"), "<image> hello", **options)
+        assert one.tokens == generate(world.open(PAIRS["D"]), "<image> hello", tower=world.tower(42), **options).tokens
+    assert one.tokens != generate(world.good("D"), "hello", new_tokens=4).tokens
     (tmp_path / "no.png").write_bytes(b"no image")
     for bad in ("no.png", "missing.png"):
         with pytest.raises(InputError):
-            sample(world.good("D"), "hello", image=tmp_path / bad)
+            generate(world.good("D"), "hello", image=tmp_path / bad)
 
 
 def test_a_tower_with_other_facts_than_the_named_one_is_a_warning_beside_the_verdict(world: World) -> None:

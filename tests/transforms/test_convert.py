@@ -86,14 +86,14 @@ def test_portable_projector_forms(fixtures: Path, made: Callable[..., Path], nam
     assert max(forwards.worst(model, fixtures / "E-logits" / SOURCES[name][2], SOURCES[name][3]).values()) <= 2e-5
 
 
-@pytest.mark.parametrize(("name", "theirs"), [("C-bin", "C-v1.5/hf-by-tf4.47.1"), ("D", "D-v1.6/hf-by-tf4.47.1-vicuna")])
-def test_tensors_are_the_converters(fixtures: Path, made: Callable[..., Path], name: str, theirs: str) -> None:
-    ours, expected = tensors_of(made(name)), tensors_of(fixtures / theirs)
-    assert ours.keys() == expected.keys()
+@pytest.mark.parametrize(("name", "converters"), [("C-bin", "C-v1.5/hf-by-tf4.47.1"), ("D", "D-v1.6/hf-by-tf4.47.1-vicuna")])
+def test_tensors_are_the_converters(fixtures: Path, made: Callable[..., Path], name: str, converters: str) -> None:
+    found, expected = tensors_of(made(name)), tensors_of(fixtures / converters)
+    assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         old = 304 if key.endswith(("embed_tokens.weight", "lm_head.weight")) else len(tensor)
-        assert ours[key].shape == tensor.shape
-        assert same_bits(ours[key][:old], tensor[:old]), key
+        assert found[key].shape == tensor.shape
+        assert same_bits(found[key][:old], tensor[:old]), key
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -127,7 +127,7 @@ def test_hub_style_again_is_the_same(made: Callable[..., Path], tmp_path: Path) 
                 assert path.read_bytes() == (again / path.name).read_bytes(), (name, path.name)
 
 
-STYLES = {  # facts: llava-hf 2.1; Hub name -> the name under which that style keeps it
+STYLES = {  # Hub name -> the name under which that style keeps it
     "S2": lambda name: "lm_head.weight" if "lm_head" in name else f"model.{name.replace('language_model.model.', 'language_model.')}",
     "S3": lambda name: STYLES["S2"](name).replace(".vision_model.", "."),
     "S4": lambda name: name.replace(".vision_model.", "."),
@@ -156,10 +156,10 @@ def test_what_transformers_5_saves_is_repaired(made: Callable[..., Path], tmp_pa
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "saved")
     again = write(convert(open_checkpoint(tmp_path / "saved"), "llava-hf"), tmp_path / "again")
     assert (again / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
-    mine, theirs = (json.loads((folder / "config.json").read_text()) for folder in (again, source))
-    for config in (mine, theirs):
+    found, expected = (json.loads((folder / "config.json").read_text()) for folder in (again, source))
+    for config in (found, expected):
         config["vision_config"].pop("_name_or_path", None)
-    assert mine == theirs
+    assert found == expected
 
 
 def test_one_pass_is_step_by_step(fixtures: Path, tmp_path: Path) -> None:
@@ -292,11 +292,11 @@ def test_options(fixtures: Path, tmp_path: Path) -> None:
 
 def test_the_tower_of_the_checkpoint_wins(fixtures: Path, made: Callable[..., Path]) -> None:
     """D's tower is tuned: every tensor differs from the CLIP that was given."""
-    ours, original = tensors_of(made("D")), tensors_of(fixtures / SOURCES["D"][0])
+    found, original = tensors_of(made("D")), tensors_of(fixtures / SOURCES["D"][0])
     prefix = "model.vision_tower.vision_tower."
     for name in original:
         if name.startswith(prefix):
-            assert same_bits(ours[f"vision_tower.{name.removeprefix(prefix)}"], original[name])
+            assert same_bits(found[f"vision_tower.{name.removeprefix(prefix)}"], original[name])
     assert "the checkpoint itself" in (made("D") / "README.md").read_text()
 
 

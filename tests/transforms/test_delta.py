@@ -1,4 +1,4 @@
-"""apply-delta and make-delta against what the original programs wrote, and everything a tired user may hand over instead."""
+"""apply-delta and make-delta against what the original programs wrote, and the wrong inputs that users give by mistake."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_integer_delta_on_another_base_is_refused(reference: Path, tmp_path: Pat
 def apply_delta_unexamined(base: Checkpoint, delta: Checkpoint) -> Checkpoint:
     """With the check of small tensors passed over, as for a model whose tensors are all large."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llava_weights.transforms.base_check.SMALL", 0)
+        patch.setattr("llava_weights.transforms.base_check.SMALL_TENSOR", 0)
         return apply_delta(base, delta)
 
 
@@ -263,7 +263,7 @@ def test_zero_weights_are_not_judged(tmp_path: Path, reference: Path) -> None:
     assert not apply_delta(open_checkpoint(base), open_checkpoint(delta)).history[-1].warnings
 
 
-def test_repairs_and_summary_are_told(reference: Path) -> None:
+def test_repairs_and_summary_are_listed(reference: Path) -> None:
     merged = apply_delta(open_checkpoint(reference / "base-hf-bin"), open_checkpoint(reference / "delta-307-apr17"))
     step = merged.history[-1]
     assert step.summary["add"] == "21 tensors; embed_tokens and lm_head grow from 304 to 307 rows"

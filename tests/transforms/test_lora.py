@@ -56,11 +56,11 @@ def test_llavas_own_merges(fixtures: Path, tmp_path: Path, expected: str) -> Non
     adapter, arithmetic = LLAVA[expected]
     folder = fixtures / "B-lora"
     merge(folder / "base-vicuna-tiny", tmp_path / "out", folder / adapter, arithmetic=to_arithmetic(arithmetic))
-    theirs = {name: tensor for name, tensor in tensors_of(folder / expected).items() if "vision_tower" not in name}
-    assert different(tensors_of(tmp_path / "out"), theirs) == []
-    ours, original = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "out", folder / expected))
+    original_tensors = {name: tensor for name, tensor in tensors_of(folder / expected).items() if "vision_tower" not in name}
+    assert different(tensors_of(tmp_path / "out"), original_tensors) == []
+    found, original = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "out", folder / expected))
     for key in ("architectures", "vocab_size", "mm_hidden_size", "mm_use_im_start_end", "mm_vision_tower", "hidden_size", "eos_token_id"):
-        assert ours[key] == original[key]
+        assert found[key] == original[key]
     if "imstartend" in adapter:
         tokens = json.loads((folder / expected / "added_tokens.json").read_text())
         assert json.loads((tmp_path / "out/added_tokens.json").read_text()) == tokens
@@ -160,11 +160,11 @@ def test_an_adapter_finds_its_base_in_another_layout(fixtures: Path, tmp_path: P
     save_file(renamed, tmp_path / "renamed/model.safetensors")
     for name in ("original", "renamed"):
         merge(tmp_path / name, tmp_path / f"{name}-out", folder / "llava-v1.5-tiny-lora")
-    ours = {canonical(name): tensor for name, tensor in tensors_of(tmp_path / "renamed-out").items()}
-    theirs = {canonical(name): tensor for name, tensor in tensors_of(tmp_path / "original-out").items()}
-    assert different(ours, theirs) == []
+    found = {canonical(name): tensor for name, tensor in tensors_of(tmp_path / "renamed-out").items()}
+    expected = {canonical(name): tensor for name, tensor in tensors_of(tmp_path / "original-out").items()}
+    assert different(found, expected) == []
     assert set(tensors_of(tmp_path / "renamed-out")) == set(renamed)
-    assert len(different(theirs, {canonical(name): tensor for name, tensor in base.items()})) == 18  # 14 modules, 4 of the projector
+    assert len(different(expected, {canonical(name): tensor for name, tensor in base.items()})) == 18  # 14 modules, 4 of the projector
 
 
 def test_canonical_names_are_one_to_one(fixtures: Path) -> None:

@@ -1,4 +1,4 @@
-"""The run around the shards: preflight, resume, lock, publish. Same work, same bytes, whatever happened on the way."""
+"""The run around the shards: preflight, resume, lock, publish. Same work, same bytes, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -399,7 +399,7 @@ def test_a_header_that_changes_before_the_first_byte_is_read(source: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-# --- what is said to be kept -----------------------------------------------------------------------------------------
+# --- what the message says is kept -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync"])

@@ -1,4 +1,4 @@
-"""Shards on other people's pools, in portions and on Ray: the same bytes as locally, whatever is lost on the way."""
+"""Shards in pools, in portions and on Ray: the same bytes as in threads of one process, whatever worker is lost."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def chained(error: Exception) -> Exception:
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, Wrapped, chained], ids=["bare", "cause", "chained"])
-def test_a_damaged_input_is_told_as_itself(plan: Plan, expected: dict[str, str], tmp_path: Path, wrap: Any) -> None:
+def test_a_damaged_input_is_named(plan: Plan, expected: dict[str, str], tmp_path: Path, wrap: Any) -> None:
     """Only the others' shards are kept, each that was finished, and the same command continues once the input is whole."""
     source = tmp_path / "source" / "model.safetensors"
     whole, times = source.read_bytes(), os.stat(source)
@@ -225,13 +225,13 @@ def test_a_dead_worker_process_is_no_traceback(plan: Plan, expected: dict[str, s
 
 
 def test_a_worker_that_does_not_share_the_file_system(plan: Plan, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    unseen = tmp_path / "unseen"
+    unseen.mkdir()
 
     class Far(ThreadPoolExecutor):
         def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Future[Any]:
             shard, _, settings = function.args
-            return super().submit(write_shard, shard, elsewhere, settings)
+            return super().submit(write_shard, shard, unseen, settings)
 
     with Far(2) as pool, pytest.raises(OutputError, match="does not see it"):
         execute(plan, tmp_path / "out", pool=pool)
@@ -273,7 +273,7 @@ def test_what_is_inside_an_error() -> None:
     inner = InputError("x")
     assert unwrapped(Wrapped(chained(inner))) is inner
     assert isinstance(unwrapped(BrokenExecutor("gone")), OutputError)
-    other = ValueError("a defect of ours")
+    other = ValueError("a defect")
     assert unwrapped(other) is other
 
 
@@ -362,11 +362,11 @@ def test_a_portion_that_died_is_taken_up(plan: Plan, expected: dict[str, str], t
     out, folder = tmp_path / "out", tmp_path / "out.partial" / "out"
     with pytest.raises(RuntimeError):
         execute_portion(plan, out, Portion(1, 4), on_event=stop)
-    mine, others = f".{plan.shards[4].name}.0123abcd.part", f".{plan.shards[5].name}.0123abcd.part"
-    for name in (mine, others, plan.shards[8].name, plan.shards[1].name):
+    own, others = f".{plan.shards[4].name}.0123abcd.part", f".{plan.shards[5].name}.0123abcd.part"
+    for name in (own, others, plan.shards[8].name, plan.shards[1].name):
         (folder / name).write_text("half")
     assert execute_portion(plan, out, Portion(1, 4)).resumed == 2
-    assert not (folder / mine).exists()
+    assert not (folder / own).exists()
     assert (folder / others).read_text() == (folder / plan.shards[1].name).read_text() == "half"  # perhaps being written
     for number in (2, 3, 4):
         execute_portion(plan, out, Portion(number, 4))
@@ -423,7 +423,7 @@ def test_portions_that_are_none(text: str) -> None:
 # --- Ray ----------------------------------------------------------------------------------------------------------
 
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-STORE = 80 << 20  # bytes; nothing of ours goes through Ray's object store
+STORE = 80 << 20  # bytes; nothing of this package goes through Ray's object store
 
 
 def on_ray(test: Callable[..., None]) -> Callable[..., None]:
@@ -519,7 +519,7 @@ def test_one_two_and_four_workers(nodes: Nodes, plan: Plan, expected: dict[str, 
 @on_ray
 @pytest.mark.parametrize("victim", ["worker", "node"])
 def test_a_lost_one_costs_its_own_shard(victim: str, nodes: Nodes, plan: Plan, expected: dict[str, str], tmp_path: Path) -> None:
-    """Killed in the middle of a file. Its shard is written again elsewhere, every other shard once; nothing of it is left."""
+    """Killed in the middle of a file. Its shard is written again on another node, every other shard once; nothing of it is left."""
     nodes.grow(3)
     killed: list[str] = []
     with open_executor("ray", nodes.cluster.address, cpus=plan.settings.jobs) as pool:
@@ -605,12 +605,12 @@ def test_portions_by_command_then_finish(fixtures: Path, tmp_path: Path) -> None
     assert convert(fixtures, tmp_path / "whole")[0] == 0
     out = tmp_path / "out"
     for number in (3, 1):
-        code, said = convert(fixtures, out, "--shards", f"{number}/3")
-        assert code == 0, said
-        assert f"Portion {number}/3 is finished" in said
-    code, said = convert(fixtures, out, "--finish")
-    assert (code, out.exists()) == (5, False), said
-    assert "2/3" in said
+        code, output = convert(fixtures, out, "--shards", f"{number}/3")
+        assert code == 0, output
+        assert f"Portion {number}/3 is finished" in output
+    code, output = convert(fixtures, out, "--finish")
+    assert (code, out.exists()) == (5, False), output
+    assert "2/3" in output
     assert convert(fixtures, out, "--shards", "2/3")[0] == 0
     assert convert(fixtures, out, "--finish")[0] == 0
     assert content(out) == content(tmp_path / "whole")
@@ -628,7 +628,7 @@ def test_portions_by_command_then_finish(fixtures: Path, tmp_path: Path) -> None
     ],
 )
 def test_options_that_do_not_go_together(fixtures: Path, tmp_path: Path, options: list[str], named: str) -> None:
-    code, said = convert(fixtures, tmp_path / "out", *options)
-    assert code == 2, said
-    assert named in said
+    code, output = convert(fixtures, tmp_path / "out", *options)
+    assert code == 2, output
+    assert named in output
     assert list(tmp_path.iterdir()) == []

@@ -59,18 +59,18 @@ def tensors() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("settings", [Settings(1, 64), Settings(2, 1000), Settings(3, 1 << 20), Settings(2, 16, drop_cache=False)])
 def test_bytes_and_digests(tmp_path: Path, tensors: dict[str, torch.Tensor], settings: Settings) -> None:
-    safetensors.torch.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
     written: list[int] = []
-    shard = Shard("ours.safetensors", tuple(on_disk(tmp_path, tensors).items()))
+    shard = Shard("found.safetensors", tuple(on_disk(tmp_path, tensors).items()))
     result = write_shard(shard, tmp_path, settings, on_bytes=written.append)
-    ours = (tmp_path / "ours.safetensors").read_bytes()
-    assert ours == (tmp_path / "theirs").read_bytes()
-    assert result.sha256 == hashlib.sha256(ours).hexdigest()
-    assert result.nbytes == len(ours)
+    found = (tmp_path / "found.safetensors").read_bytes()
+    assert found == (tmp_path / "expected").read_bytes()
+    assert result.sha256 == hashlib.sha256(found).hexdigest()
+    assert result.nbytes == len(found)
     assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
     raw = {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
     assert result.tensors == {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
-    assert sorted(os.listdir(tmp_path)) == ["ours.safetensors", "theirs", "weights.raw"]
+    assert sorted(os.listdir(tmp_path)) == ["expected", "found.safetensors", "weights.raw"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9), st.sampled_from([1, 2, 4])), min_size=1, max_size=8), st.integers(1, 200))

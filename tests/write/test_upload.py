@@ -1,4 +1,4 @@
-"""Outputs that go elsewhere while they are made: moto's S3 and a Hub on the loopback interface, against the same output on disk."""
+"""Outputs that are uploaded while they are made: moto's S3 and a Hub on the loopback interface, against the same output on disk."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_bucket_gets_the_same_bytes_in_order(bucket: Bucket, pair: Path) -> No
 
 
 def test_a_large_object_goes_up_in_parts(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(destinations, "PART", 5 << 20)  # the smallest that S3 takes
+    monkeypatch.setattr(destinations, "PART_BYTES", 5 << 20)  # the smallest that S3 takes
     data = os.urandom(1 << 20) * 12
     (tmp_path / "large").write_bytes(data)
     bucket.faults = {r"PUT models/out/large\?.*partNumber=2.*": ["500", "reset"]}
@@ -412,15 +412,15 @@ def test_work_for_another_place_is_refused(bucket: Bucket, pair: Path) -> None:
 def test_a_repository(hub: UploadHub, pair: Path, address: str, branch: str, folder: str) -> None:
     plan, events = plan_of(pair), list[Event]()
     most: list[int] = []
-    hub.watch = lambda: most.append(used(partial_of(address) / "out")) or theirs()
+    hub.watch = lambda: most.append(used(partial_of(address) / "out")) or add_file()
 
-    def theirs() -> None:  # somebody else adds a file meanwhile
+    def add_file() -> None:  # somebody else adds a file meanwhile
         if len(most) == 2:
-            hub.commit("owner/out", branch, {f"{folder}theirs.txt": b"x"})
+            hub.commit("owner/out", branch, {f"{folder}other.txt": b"x"})
 
     upload(plan, address, events.append)
     found = {name.removeprefix(folder): data for name, data in hub.files("owner/out", branch).items() if name != ".gitattributes"}
-    assert found == contents(pair / "out") | {"theirs.txt": b"x"}
+    assert found == contents(pair / "out") | {"other.txt": b"x"}
     assert set(hub.repos["owner/out"].refs) == {"main", branch}
     assert hub.private == {"owner/out"}
     assert any("a new private repository" in str(event) for event in events)

@@ -1,4 +1,4 @@
-"""What is the user's stays: a work folder is ours by its marker alone, inputs lie in no path that is written or deleted, however they are
+"""What is the user's stays: a work folder is known by its marker alone, no input lies in a path that is written or deleted, however it is
 spelled, and what would fail at the end is refused at the beginning."""
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ WAYS: dict[str, Callable[..., Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_folder_with_a_lock_is_not_ours(tmp_path: Path, way: str) -> None:
+def test_a_folder_with_a_lock_alone_is_no_work_folder(tmp_path: Path, way: str) -> None:
     """An input that is called like a work folder, and holds a file `lock` as one does."""
     source = make_source(tmp_path / "m.partial")
     (source / "lock").write_text("12345\n")
@@ -113,11 +113,11 @@ def spelled(name: str, tmp_path: Path) -> Path:
     elif name == "a link to a link":
         (tmp_path / "first").symlink_to(real)
         link.symlink_to("first")
-    elif name == "links inside":  # the weights lie elsewhere, their names here
+    elif name == "links inside":  # the weights lie in another folder, their names here
         link = real
-        elsewhere = tmp_path / "elsewhere"
-        real.rename(elsewhere)
-        real.symlink_to(elsewhere)
+        moved = tmp_path / "moved"
+        real.rename(moved)
+        real.symlink_to(moved)
     return link
 
 
@@ -177,7 +177,7 @@ def test_what_the_user_put_into_a_work_folder_stays(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 3
 
 
-def test_hard_links_and_neighbours_are_no_matter(tmp_path: Path) -> None:
+def test_hard_links_and_neighbours_do_not_count(tmp_path: Path) -> None:
     """An old output that shares files with the input, as `cp -l` makes it, may be replaced; names that only look alike may be used."""
     source = make_source(tmp_path / "source")
     (tmp_path / "out").mkdir()
@@ -228,7 +228,7 @@ def test_a_lock_that_a_power_cut_left(tmp_path: Path, lock: bytes) -> None:
 
 @pytest.mark.parametrize("lock", ["held by another program\n", "\n\nx", "link"])
 def test_a_lock_of_another_program(tmp_path: Path, lock: str) -> None:
-    """A folder of that name with nothing but a lock that is not of ours."""
+    """A folder of that name with nothing but a lock that no run made."""
     (tmp_path / "out.partial").mkdir()
     if lock == "link":
         (tmp_path / "out.partial/lock").symlink_to("/dev/null")
@@ -272,7 +272,7 @@ def mounts() -> None:
     ],
 )
 def test_a_mount_point_can_not_be_replaced(mounts: None, tmp_path: Path, place: str, mount: str) -> None:
-    """EBUSY and EXDEV, which came when all was written: said before the first byte, though a bind mount is of the same file system."""
+    """EBUSY and EXDEV, which came at the end, are reported before the first byte, even for a bind mount of the same file system."""
     make_source(tmp_path / "source")
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / "other").mkdir()
@@ -285,15 +285,15 @@ def test_a_mount_point_can_not_be_replaced(mounts: None, tmp_path: Path, place: 
 
 
 def test_an_input_on_another_mount_is_the_same(mounts: None, tmp_path: Path) -> None:
-    """`n.partial/base` seen through a mount elsewhere."""
+    """`n.partial/base` seen through another mount."""
     partial = half_done(make_source(tmp_path / "source"), tmp_path / "n")
     make_source(partial / "base")
-    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "other").mkdir()
     text = (
-        'import llava_weights as lw\ntry:\n    lw.execute(lw.make_plan(lw.open_checkpoint("elsewhere")), "n", restart=True)\n'
+        'import llava_weights as lw\ntry:\n    lw.execute(lw.make_plan(lw.open_checkpoint("other")), "n", restart=True)\n'
         "except lw.OutputError as error:\n    print(error.what)"
     )
-    inside = 'mount --bind n.partial/base elsewhere && exec "$0" -c "$1"'
+    inside = 'mount --bind n.partial/base other && exec "$0" -c "$1"'
     words = ["unshare", "-m", "--propagation", "private", "bash", "-c", inside, sys.executable, text]
     done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert done.stdout == "the work folder `n.partial` is, holds or lies inside an input\n", done.stderr
@@ -311,7 +311,7 @@ def test_a_read_only_parent_with_a_work_folder_that_is_not(mounts: None, tmp_pat
 
 
 def test_an_old_output_of_a_container_image(mounts: None, tmp_path: Path) -> None:
-    """overlayfs moves no folder of a lower layer: said in plain words, everything is kept, and without the old one the rest is a moment."""
+    """overlayfs moves no folder of a lower layer: the message says so, and once the old one is deleted only the rename is left."""
     make_source(tmp_path / "source")
     for name in ("lower/out", "upper", "here"):
         (tmp_path / name).mkdir(parents=True)
