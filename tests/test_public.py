@@ -170,7 +170,7 @@ def test_a_path_is_as_good_as_a_checkpoint(tmp_path: Path) -> None:
         checked = lw.verify(tmp_path / "e", base=VICUNA, lora=lora)
         assert checked.exit_code == 0
     assert lw.verify(tmp_path / "e", base=VICUNA, lora=LORA).exit_code == 4
-    assert lw.inspect(opened(BASE)).document() == lw.inspect(str(BASE)).document()
+    assert lw.inspect(opened(BASE), given=str(BASE)).document() == lw.inspect(str(BASE)).document()
     assert root(lw.make_plan(str(BASE)), "h") == root(lw.make_plan(opened(BASE)), "i")
 
 

@@ -396,7 +396,7 @@ def _weights() -> Iterator[tuple[str, Wrong]]:
     yield wrong("projector's second layer transposed", each(PROJECTOR + "linear_2.weight", lambda t: t.T))
     yield wrong("image_newline of other values", each("image_newline", noise), good="next")
     yield wrong("image_newline zero", each("image_newline", torch.zeros_like), "rules", good="next")
-    yield wrong("other weights in a file beside the shards", _stale_file, "rules")
+    yield wrong("other weights in a file beside the shards", _stale_file, "rules", records=("stale", "none"))
     yield wrong("an adapter's config beside the weights", _adapter, "rules")
     yield wrong("a delta that was never applied", weights(unapplied), "rules", good="original", records=("rewritten", "none"))
     yield wrong("delta not applied in one matrix", from_base("layers.1.mlp.up_proj"), good="original")

@@ -9,14 +9,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, UsageError
 from ..families.decoders import size_name
-from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES
+from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, WEIGHT_SUFFIXES
 from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY
+from ..families.unsupported import unsupported
 from ..formats.folder import index_file, index_folder, member, optional
 from ..storage.hub import HubSource, fetch, parse_source, source_text
 from ..storage.reading import SourceFile, unreadable
@@ -24,6 +26,7 @@ from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
 from ..text import brief, legible, listed, redact, redacted, scheme_of, size
+from .stored_names import model_names
 
 LARGEST_OBJECT = 1 << 20  # bytes of a small file, where no other limit is given
 
@@ -89,6 +92,7 @@ class Checkpoint:
     history: tuple[Step, ...] = ()
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
     notes: tuple[str, ...] = ()
+    wrapped: str = ""  # what a wrapper put into the names in its files, which `tensors` leaves out
 
     def __repr__(self) -> str:
         done = f", by {brief(', '.join(step.operation for step in self.history))}" if self.history else ""
@@ -215,21 +219,39 @@ def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
 
 
 def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
-    found = index_folder(path) if path.is_dir() else index_file(path)
     folder = path if path.is_dir() else path.parent
+    try:
+        found = index_folder(path) if path.is_dir() else index_file(path)
+    except InputError as error:
+        if (told := _of_parts(path, name, error)) is error:
+            raise
+        raise told from error
     config = found.config or _read_config(folder if path.is_dir() else None)
     remote = found.files[0].remote
     files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
     if remote:  # the shadow may be deleted before the plan is executed
         files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
+    tensors, wrapped, renamed = model_names(found.tensors, config)
     return Checkpoint(
-        tensors=found.tensors,
+        tensors=tensors,
         config=config,
         origin=Origin(redact(legible(name)), path.absolute(), found.container, found.files, revision),
         files=files,
         metadata=found.metadata,
-        notes=(*found.notes, *notes),
+        notes=(*found.notes, *renamed, *notes),
+        wrapped=wrapped,
     )
+
+
+def _of_parts(path: Path, name: str, error: InputError) -> InputError:
+    """The error for a folder whose weights lie in folders below it, where its config tells a family for which there is no class."""
+    with suppress(InputError, OSError):
+        weights = path.is_dir() and any(entry.endswith(tuple(WEIGHT_SUFFIXES)) for entry in os.listdir(path))
+        if path.is_dir() and not weights and (found := unsupported(_read_config(path), ())):
+            row, evidence = found
+            facts = {"why it can't be used": row.why, "recognised by": evidence, **error.facts}
+            return InputError(f"`{name}` is {row.name}", facts=facts, hint=row.hint)
+    return error
 
 
 def _read_config(folder: Path | None) -> Mapping[str, Any]:

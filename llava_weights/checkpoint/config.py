@@ -197,6 +197,8 @@ def check_structure(config: Mapping[str, Any], shapes: Shapes, *, vocabulary_row
     facts = {label: text for label, text in facts.items() if text}
     if facts:
         hint = "check that all of its shards are there and that config.json belongs to them"
+        if facts == {"missing": VOCABULARY[1]}:
+            hint = "give the shard with the head; or, if the head is the embedding table, set `tie_word_embeddings` to true in config.json"
         raise InputError("the tensors are not those that config.json describes", facts=facts, hint=hint)
 
 

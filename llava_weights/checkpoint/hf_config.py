@@ -17,6 +17,7 @@ from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
 from ..text import listed, shown
 from .config import REFUSED, decoder_of
+from .images import read_pinpoints
 from .rope import plain_rope
 from .small_files import RIGHT_CONFIG
 from .tower import VisionTower
@@ -46,10 +47,10 @@ def pinpoints(config: Mapping[str, Any], size: int) -> list[list[int]]:
     Without the swap, transformers would choose another grid where two fit an image equally well, and so other image tokens and logits.
     Raises InputError where they are not pairs of multiples of `size`, in pixels.
     """
-    found = config.get("image_grid_pinpoints")
+    found = read_pinpoints(config.get("image_grid_pinpoints"), size)
     pairs = isinstance(found, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in found)
     if not found or not pairs or not all(type(side) is int and 0 < side <= 1 << 16 and side % size == 0 for pair in found for side in pair):
-        facts = {"image_grid_pinpoints": str(found)[:200], "image size": size}
+        facts = {"image_grid_pinpoints": str(config.get("image_grid_pinpoints"))[:200], "image size": size}
         raise InputError(
             "`image_grid_pinpoints` is not a list of (width, height) in multiples of the tower's image size", facts=facts, hint=RIGHT_CONFIG
         )

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import InputError, UsageError
 from ..families.deltas import KnownDelta, known_delta
-from ..families.layouts import LAYOUTS, MULTIMODAL, VOCABULARY, canonical
+from ..families.layouts import LAYOUTS, canonical
 from ..families.originals import fitting
-from ..families.projectors import NORM, projector_type, projector_weights
-from ..families.targets import DEFAULT_PARTS, TARGET_BY_TYPE
+from ..families.projectors import NORM, projector_type
+from ..families.targets import TARGET_BY_TYPE
 from ..families.towers import TOWER_BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..storage.reading import SourceFile
 from ..tensors.lazy import LazyTensor
 from ..text import brief, fold_names, redact, shown, size, two_columns, visible
+from . import describe
 from .checkpoint import Checkpoint, Source, opened, to_place
 from .config import known_decoder
 from .diagnose import State, bf16_damaged, state
+from .hf_config import flat_config
+from .kinds import Kind, kind_of
 from .tokenizer import read_special_ids
 from .tower import named_tower, published, row_of
 
@@ -31,12 +33,15 @@ class Inspection:
     """What a checkpoint is. `str` of it is the report that `llava-weights inspect` prints.
 
     `what` says it in a sentence, `evidence` why, `next` the command that comes next, "" where nothing has to be done. `family` is the
-    published family of an original LLaVA, with the reason; `weights`, `vocabulary`, `projector`, `tower` and `tokenizer` are a line of the
-    report each, "" where the checkpoint has no such thing. `notes` are what opening it found worth knowing.
+    published family of an original LLaVA, with the reason, or of a model for which there is no class; `model_class` is the class that
+    config.json names. `decoder`, `weights`, `vocabulary`, `projector`, `tower` and `tokenizer` are a line of the report each, and so are
+    `adapter` (rank, modules, base) and `beside` (weight files beside an adapter), "" where the checkpoint has no such thing. `notes` are
+    what opening it found worth knowing.
 
-    `layout` is "llava", "llava-hf", "llama", "clip", "projector", "mpt", "adapter", "loha" or "unknown", `container` the form of its files:
-    "safetensors", "torch" or "meta". `nbytes` counts the bytes of all values, without headers; `dtypes` says how many tensors have each
-    dtype, spelled as safetensors does ("F16"). `tensors` are in the order of the files; of a lossless delta they are those that it packs.
+    `layout` is "llava", "llava-hf", "llama", "clip", "projector", "mpt", "adapter", "mlx-adapter", "loha" or "unknown", `container` the
+    form of its files: "safetensors", "torch" or "meta". `nbytes` counts the bytes of all values, without headers; `dtypes` says how many
+    tensors have each dtype, spelled as safetensors does ("F16"). `tensors` are in the order of the files; of a lossless delta they are
+    those that it packs.
     """
 
     name: str
@@ -47,6 +52,10 @@ class Inspection:
     is_delta: bool
     evidence: tuple[str, ...]
     family: str
+    model_class: str
+    decoder: str
+    adapter: str
+    beside: str
     weights: str
     vocabulary: str
     projector: str
@@ -95,6 +104,10 @@ class Inspection:
             "what": self.what,
             "evidence": "; ".join(self.evidence),
             "family": self.family,
+            "class": self.model_class,
+            "decoder": self.decoder,
+            "adapter": self.adapter,
+            "beside": self.beside,
             "weights": self.weights,
             "vocabulary": self.vocabulary,
             "projector": self.projector,
@@ -121,7 +134,9 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
     if is_integer_delta(checkpoint.metadata):
         described = index_integer_delta(checkpoint.tensors, checkpoint.metadata)
         checkpoint = replace(checkpoint, tensors={name: LazyTensor(dtype=d.dtype, shape=d.shape) for name, d in described.items()})
-    what, is_delta, evidence, following = _verdict(checkpoint, redact(given))
+    kind = kind_of(checkpoint)
+    what, is_delta, evidence, following = _verdict(checkpoint, redact(given), kind)
+    parts = describe.parts_of(checkpoint)
     dtypes = dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values()))
     return Inspection(
         name=checkpoint.origin.name,
@@ -131,11 +146,15 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
         what=what,
         is_delta=is_delta,
         evidence=tuple(evidence),
-        family=_family(checkpoint),
+        family=f"{kind.name}: {kind.why}" if kind and not kind.quantised else _family(checkpoint),
+        model_class=describe.model_class(checkpoint.config),
+        decoder=describe.decoder(checkpoint, parts),
+        adapter=describe.adapter(checkpoint, describe.adapter_config(checkpoint)),
+        beside=describe.beside(checkpoint),
         weights=_weights(checkpoint, dtypes),
-        vocabulary=_vocabulary(checkpoint),
-        projector=_projector(checkpoint.tensors),
-        tower=_tower(checkpoint),
+        vocabulary=describe.vocabulary(checkpoint, parts),
+        projector=describe.projector(checkpoint, parts),
+        tower=describe.tower(checkpoint, parts),
         tokenizer=", ".join(name for name in checkpoint.files if "token" in name),
         notes=checkpoint.notes,
         next=following,
@@ -146,19 +165,19 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
     )
 
 
-def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, bool, list[str], str]:
+def _verdict(checkpoint: Checkpoint, given: str, kind: Kind | None) -> tuple[str, bool, list[str], str]:
     """What it is in a sentence, whether that is an unapplied delta, why, and the command that comes next."""
     layout = checkpoint.layout
     apply = f"llava-weights apply-delta --base {{}} --delta {given or checkpoint.origin.name} -o OUT"
     if is_integer_delta(checkpoint.metadata):
         return "integer-difference delta (lossless)", True, ["safetensors metadata"], apply.format("BASE")
     title = next((entry.title for entry in LAYOUTS if entry.name == layout), "tensors of an unknown layout")
-    if layout == "llava-hf":
-        kind = checkpoint.config.get("model_type")
-        target, evidence = TARGET_BY_TYPE.get(str(kind)), ["tensor names", *([f"config says model_type {kind}"] if kind else [])]
-        return title + (f", {target.architecture}" if target else ""), False, evidence, ""
+    if kind:
+        what = f"{title}, {kind.name}" if kind.quantised else f"{kind.name}, which nothing here converts"
+        return what, False, [kind.evidence], kind.hint
+    following = describe.next_command(checkpoint, given or checkpoint.origin.name)
     if layout not in ("llama", "llava"):
-        return title, False, ["tensor names"], ""
+        return title, False, ["tensor names"], following
     found = state(checkpoint.parameters())
     evidence = [*_family_evidence(checkpoint), *found.evidence]
     if found.verdict == "delta":
@@ -167,18 +186,15 @@ def _verdict(checkpoint: Checkpoint, given: str) -> tuple[str, bool, list[str], 
         evidence += [f"shapes and tokens of {known.repo}"] if known else []
         return f"unapplied delta of a {'LLaVA' if layout == 'llava' else 'LLaMA'}, {checkpoint.size}", True, evidence, apply.format(base)
     place = " in Meta's layout" if checkpoint.origin.container == "meta" else ""
-    return f"{title}{place}, {checkpoint.size}{_damage(checkpoint, found)}", False, evidence, ""
+    return f"{title}{place}, {checkpoint.size}{_damage(checkpoint, found)}", False, evidence, following
 
 
 def _family(checkpoint: Checkpoint) -> str:
     """The families that an original LLaVA fits: more than one where its tower is not known; the classes that a llava-hf is of; empty for
     other checkpoints."""
     config, names = checkpoint.config, set(map(canonical, checkpoint.tensors))
-    if checkpoint.layout == "llava-hf" and config:
-        text, vision = (inner.get("model_type") if isinstance(inner := config.get(part), dict) else None for part in DEFAULT_PARTS)
-        kinds = (str(text or DEFAULT_PARTS["text_config"]), str(vision or DEFAULT_PARTS["vision_config"]).removesuffix("_vision_model"))
-        known = str(config.get("model_type")) in TARGET_BY_TYPE
-        return f"{'' if known else 'none that is known: '}{shown(str(config.get('model_type')))[1:-1]} of {' and '.join(kinds)}"
+    if checkpoint.layout == "llava-hf":
+        return _hub_family(config)
     decoder = known_decoder(config)
     if checkpoint.layout != "llava" or decoder is None or not config:
         return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
@@ -186,16 +202,25 @@ def _family(checkpoint: Checkpoint) -> str:
     named = published(named_tower(config))
     tower = row_of(inside).kind if inside else TOWER_BY_TYPE[named.model_type].kind if named else None
     config = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
-    specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
-    rows = [
-        row
-        for row in fitting(config, decoder=decoder.model_type, tower=tower, norm=NORM[0] in names)
-        if not row.token or row.token in specials
-    ]
+    try:
+        specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
+    except InputError:  # what the line on the vocabulary says
+        specials = {}
+    every = fitting(config, decoder=decoder.model_type, tower=tower, norm=NORM[0] in names)
+    rows = [row for row in every if not row.token or row.token in specials]
     if not rows:
         return f"none that is known: {decoder.model_type} with {tower or 'an unknown tower'}, {_images(config)}"
     first = [row for row in rows if row.evidence == rows[0].evidence]
     return f"{' or '.join(row.name for row in first)}: {first[0].evidence}"
+
+
+def _hub_family(config: Mapping[str, Any]) -> str:
+    """The class of a llava-hf checkpoint with what stands in it, as far as rows describe them."""
+    kind, decoder = str(config.get("model_type")), known_decoder(flat_config(config))
+    if kind not in TARGET_BY_TYPE:
+        return f"none that is known: {shown(kind)}"
+    text = decoder.model_type if decoder else f"a decoder that is not known, {shown(str(flat_config(config)['model_type']))}"
+    return f"{kind} on {text}"
 
 
 def _images(config: Mapping[str, Any]) -> str:
@@ -226,35 +251,6 @@ def _weights(checkpoint: Checkpoint, dtypes: Mapping[str, int]) -> str:
     files = f"{count} {'file' if count == 1 else 'files'} ({checkpoint.origin.container})"
     kinds = ", ".join(f"{dtype} x {number}" for dtype, number in dtypes.items())
     return f"{len(checkpoint.tensors)} tensors, {checkpoint.nbytes:,} bytes in {files}; {kinds}"
-
-
-def _vocabulary(checkpoint: Checkpoint) -> str:
-    if not checkpoint.vocabulary:
-        return ""
-    head = checkpoint.tensors.get(VOCABULARY[1])
-    text = f"{checkpoint.vocabulary} rows" + ("" if head else ", no lm_head (tied)")
-    added = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
-    return text + (
-        f"; added {', '.join(f'{token} {number}' for token, number in sorted(added.items(), key=lambda x: x[1]))}" if added else ""
-    )
-
-
-def _projector(tensors: Mapping[str, LazyTensor]) -> str:
-    found = {canonical(name): tensor for name, tensor in tensors.items() if canonical(name).startswith("projector.")}
-    weights = [found[name] for name in projector_weights(found)] or [tensor for name, tensor in found.items() if name.endswith("weight")]
-    if not weights:
-        return ""
-    kind = projector_type(found) or "of a kind that is not known"
-    (*_, narrow), (wide, *_) = weights[0].shape or (1,), weights[-1].shape or (1,)
-    return f"{kind}{' behind a LayerNorm' if NORM[0] in found else ''}, {narrow} to {wide}"
-
-
-def _tower(checkpoint: Checkpoint) -> str:
-    inside = sum("vision_tower" in name or name.startswith("vision_model.") for name in checkpoint.tensors)
-    if inside:
-        return f"inside, {inside} tensors"
-    named = checkpoint.config.get("mm_vision_tower")
-    return f"not inside; config names {named}" if named and any(re.fullmatch(MULTIMODAL, name) for name in checkpoint.tensors) else ""
 
 
 def _listing(tensors: Mapping[str, LazyTensor]) -> list[str]:

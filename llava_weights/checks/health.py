@@ -22,11 +22,13 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.diagnose import LONGEST_NORM, MODELS, bf16_damaged, is_llama1, role_of, state
+from ..checkpoint.kinds import kind_of
 from ..checkpoint.small_files import small_text
 from ..errors import InputError
 from ..families.decoders import ACTIVATIONS
 from ..families.files import STANDARD
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
+from ..families.quantised import EVERY_NAME
 from ..findings import Finding
 from ..formats.folder import member
 from ..storage.reading import Workspace, present
@@ -44,6 +46,7 @@ RULES_OF_LAYOUT: Mapping[str, tuple[Rule, ...]] = {
     "llava": rules_original.LLAVA_RULES,
     "llava-hf": rules_llava_hf.LLAVA_HF_RULES,
 }
+SHAPES = ("config/structure", "config/tower", "config/projector")  # which compare shapes
 MORE_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
 TEMPLATES_FROM = "take the template from the authors of the model"
 CODE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")  # the last: CVE-2026-4372
@@ -76,7 +79,7 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     Reads headers, small files and samples of the values, some MB. Raises nothing for what is damaged: that is a finding.
     """
     small_files, findings = read_small_files(checkpoint)
-    findings += check(RULES_OF_LAYOUT.get(checkpoint.layout, ()), small_files)
+    findings += check(_rules(checkpoint), small_files)
     findings += _or_ok("L0", "weight files", "weight-files", _containers(checkpoint), "one container of safetensors, whole by its index")
     findings += _ruled("other-weights", _other_weights(checkpoint, folder))
     findings += _or_ok("L0", "code", "code", _code(checkpoint, small_files, folder), "no file that a program would execute")
@@ -85,6 +88,14 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     except InputError as error:
         findings.append(Finding("L1", "failed", checkpoint.origin.name, refused(error, "").text, MAKE_AGAIN))
     return tuple(findings)
+
+
+def _rules(checkpoint: Checkpoint) -> Iterable[Rule]:
+    """The rules that fit: of a quantised checkpoint those that compare no shape, of an unsupported family those on tokens alone."""
+    rules, kind = RULES_OF_LAYOUT.get(checkpoint.layout, ()), kind_of(checkpoint)
+    if kind is None:
+        return rules
+    return [rule for rule in rules if (rule.name not in SHAPES if kind.quantised else rule in rules_original.SHARED_RULES)]
 
 
 def _ruled(rule: str, findings: Iterable[Finding]) -> Iterator[Finding]:
@@ -220,18 +231,20 @@ def _keys(value: Any) -> Iterator[str]:
 
 
 def _values(checkpoint: Checkpoint, small_files: SmallFiles) -> list[Finding]:
-    tensors = checkpoint.parameters()
-    samples = _samples(tensors)
+    kind_known = kind_of(checkpoint) is None
+    packed = re.compile(rf".*({EVERY_NAME})", re.DOTALL)
+    samples = _samples({name: tensor for name, tensor in checkpoint.parameters().items() if not packed.fullmatch(name)})
     read = f"{len(samples):,} tensors, {size(sum(sample.nbytes for sample in samples.values()))} of them read"
     findings = [*_non_finite(samples), *_holes(checkpoint)]
-    kind = list(_ruled("state", _state(checkpoint))) if checkpoint.layout in MODELS else []
+    model = checkpoint.layout in MODELS and kind_known
+    kind = list(_ruled("state", _state(checkpoint))) if model else []
     if any(finding.verdict == "failed" for finding in kind):  # in a delta zeros and equal rows are usual
         return findings + kind
     findings += chain(
         _ruled("constant", _constant(samples)), _ruled("equal-layers", _equal_layers(samples)), _ruled("layer-sizes", _layer_sizes(samples))
     )
     findings = findings or [Finding("L1", "ok", "values", f"{read}: finite, none constant, no two layers equal, no holes", part="samples")]
-    if checkpoint.layout in MODELS:
+    if model:
         findings += kind
         findings += _or_ok(
             "L1", "precision", "bfloat16", _bfloat16(checkpoint), "no matrix of the text model went through bfloat16 into another dtype"
@@ -289,7 +302,7 @@ def watch_over(checkpoint: Checkpoint) -> Watch:
 
 def _constant(samples: Mapping[str, Sample]) -> Iterator[Finding]:
     """Zeros and constants, but in biases, where they are usual: LayerNorm's of an untrained tower, those of an identity projector."""
-    constant = {name: x.constant for name, x in samples.items() if x.constant is not None and not name.endswith(".bias")}
+    constant = {name: x.constant for name, x in samples.items() if x.constant is not None and not name.endswith("bias")}
     if second := [name for name, value in constant.items() if value == 0 and re.fullmatch(r".*\.lora_(embedding_)?B\b.*", name)]:
         yield _warning(
             "L1", second[0], f"every sampled value is 0 in {few(second)}: this adapter changes nothing there", "train it further"

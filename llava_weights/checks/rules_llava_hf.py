@@ -70,6 +70,8 @@ def _projector(s: SmallFiles) -> Iterator[str]:
     if s.target and s.target.layernorm:
         expected |= {"norm.weight": (width,), "norm.bias": (width,)}
     found = {name.removeprefix("projector."): tensor.shape for name, tensor in s.tensors.items() if name.startswith("projector.")}
+    if s.of(CONFIG).get("multimodal_projector_bias") is False and not any(name.endswith("bias") for name in found):
+        expected = {name: shape for name, shape in expected.items() if not name.endswith("bias")}
     for name in sorted({*expected, *found}):
         if expected.get(name) != found.get(name):
             full = spelled(f"projector.{name}", "llava-hf") if name in expected else f"projector.{name}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ..checkpoint.images import reads_newline
 from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, SPECIAL, TOKENIZER_CONFIG, token_text
 from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
@@ -140,6 +141,12 @@ def _tower_replaced(s: SmallFiles) -> Iterator[str]:
         )
 
 
+def _newline(s: SmallFiles) -> Iterator[str]:
+    if reads_newline(s.of(CONFIG)) and "newline" not in s.tensors:
+        kinds = ", ".join(f"`{key}` {as_json(s.of(CONFIG).get(key))}" for key in ("image_aspect_ratio", "mm_patch_merge_type"))
+        yield f"{kinds}: LLaVA's code joins the tiles of an image with `model.image_newline`, which is in no file, and makes a random one"
+
+
 def _old_keys(s: SmallFiles) -> Iterator[str]:
     if "max_sequence_length" in s.of(CONFIG) and "max_position_embeddings" not in s.of(CONFIG):
         yield "`max_sequence_length` is the name before transformers 4.28 of `max_position_embeddings`, which is missing"
@@ -166,6 +173,7 @@ LLAVA_RULES = (
     Rule(CONFIG, "vision tower", _tower_name, remedy="name the CLIP that it was trained with in `mm_vision_tower`"),
     Rule(CONFIG, "vision tower", _tower_path, "warning", "convert with `--vision-tower`, or name the CLIP's repository there"),
     Rule(CONFIG, "vision tower", _tower_replaced, "warning", REPAIR_ORIGINAL),
+    Rule(CONFIG, "image_newline", _newline, remedy="take the weights with it, or merge a LoRA onto the LLaVA that it was trained from"),
     Rule(CONFIG, "keys of 2023", _old_keys, "warning", REPAIR_ORIGINAL),
     *rules_values.ANY_CONFIG,
     *rules_values.ORIGINAL_CONFIG,

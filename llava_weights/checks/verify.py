@@ -16,6 +16,7 @@ from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint, Source, need_files, open_checkpoint, opened, place_of
 from ..checkpoint.config import check_structure, known_decoder
+from ..checkpoint.kinds import kind_of
 from ..checkpoint.manifest import (
     MANIFEST,
     SUMS,
@@ -445,6 +446,10 @@ def _structure(subject: Subject) -> Iterator[Finding]:
     if subject.manifest:
         yield from _headers(subject.tensors, subject.manifest.tensors)
     yield from (Finding("L0", "unchecked", subject.place.name, note) for note in subject.checkpoint.notes)
+    if subject.checkpoint.wrapped:
+        text = f"the names in its files have {subject.checkpoint.wrapped} in them: no program finds a tensor of the model by these names"
+        remedy = "`llava-weights convert PATH --to llava-hf -o OUT`, or `--to llava`, writes the model's own names"
+        yield Finding("L0", "failed", subject.place.name, text, remedy)
     if not subject.packed:
         yield from _config(subject.checkpoint)
 
@@ -478,7 +483,11 @@ def _headers(found: Mapping[str, Any], recorded: Mapping[str, TensorEntry]) -> I
 
 def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Whether the tensors are those that config.json describes."""
-    if checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config and known_decoder(checkpoint.config) is None:
+    if kind := kind_of(checkpoint):
+        part = "a family that is not known" if not kind.quantised else "shapes of quantised weights"
+        text = f"it is {kind.name}, by {kind.evidence}: {kind.why}; names and shapes were not compared with a config"
+        yield Finding("L0", "unchecked", "config.json", text, kind.hint, part=f"{part} (nothing to compare them with)")
+    elif checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config and known_decoder(checkpoint.config) is None:
         why = f"no decoder is known by `model_type` {shown(str(checkpoint.config.get('model_type')))}"
         yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: {why}")
     elif checkpoint.layout in CHECKED_STRUCTURE and checkpoint.config:

@@ -26,14 +26,21 @@ INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 WEIGHT_SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter
+TRAINED_FILES = (TRAINED_BESIDE, "non_lora_state_dict.bin")  # the second is what trainers of other models took over from LLaVA's
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
-SIDE_FILES = (*ADAPTER_FILES, *PROJECTOR_FILES, TRAINED_BESIDE)
+# Rows of added tokens, which vLLM and mergekit keep beside an adapter, to be put behind the base's.
+NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")
+MLX_FILES = ("adapters.safetensors", "adapters.npz")  # an adapter of mlx-lm or mlx-vlm
+BESIDE_ADAPTER = (*TRAINED_FILES, *PROJECTOR_FILES, *NEW_ROWS)
+SIDE_FILES = (*ADAPTER_FILES, *PROJECTOR_FILES, *TRAINED_FILES, *NEW_ROWS)
+# What a Trainer leaves of its own state: no part of a model, though some have the suffix of weights.
+TRAINER_STATE = r"(optimizer|scheduler|scaler|sampler|rng_state.*|random_states.*|training_args|.*_optim_states)\.(pt|pth|bin|pkl)"
 META_PARAMS, META_FILE, META_MOST = "params.json", r"consolidated\.\d+\.pth", 8  # Meta's own layout: files of one model at most
 META_FILES = tuple(f"consolidated.{number:02}.pth" for number in range(META_MOST))
 
 # Of a repository, the first line whose first pattern matches a file is downloaded: no weights in two formats, no projector beside a model.
 DOWNLOADS = (
-    *((name, TRAINED_BESIDE) for name in ADAPTER_FILES),
+    *((name, *BESIDE_ADAPTER) for name in ADAPTER_FILES),
     ("model.safetensors",),
     ("model-*-of-*.safetensors", "model.safetensors.index.json"),
     ("*.safetensors", "*.safetensors.index.json"),

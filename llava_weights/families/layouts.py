@@ -41,13 +41,14 @@ class Layout:
 # Tried in order, the first that fits wins.
 LAYOUTS = (
     Layout("adapter", "LoRA adapter", (r".*\.lora_(A|B|embedding_A|embedding_B)\b.*",)),
+    Layout("mlx-adapter", "LoRA adapter of MLX", (r".*\.lora_(a|b)",)),
     Layout("loha", "PEFT adapter that is not a LoRA", (r"base_model\..*\.(hada_|lokr_|vera_|ia3_|oft_|boft_).*",)),
     Layout("mpt", "LLaVA-MPT", (r"transformer\.blocks\..*",)),
     Layout("llava-hf", "LLaVA in the llava-hf layout", (r"(model\.)?language_model\..*", r"(model\.)?multi_modal_projector\..*")),
     Layout("llava", "LLaVA in the original layout", (ATTENTION, PROJECTOR)),
     Layout("llama", "LLaMA", (ATTENTION,)),
     Layout("projector", "LLaVA projector only", (r"(base_model\.model\.)?model\.mm_projector\..*",), (r".*self_attn.*",)),
-    Layout("clip", "CLIP", (r"(vision_model\.|vision_tower\.).*",)),
+    Layout("clip", "vision tower (a CLIP or a SigLIP)", (r"(vision_model\.|vision_tower\.).*",)),
 )
 
 # Each `quant_method` of transformers that stores weights packed, with scales: plain weights do not belong to a `quantization_config` of
@@ -57,6 +58,11 @@ QUANTIZERS = ("aqlm", "auto-round", "awq", "bitsandbytes", "eetq", "fbgemm_fp8",
 QUANTIZED_NAMES = (
     r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state[\w.]*|weight_scale(_inv)?|weight_packed|codebooks|codes)$"
 )
+
+# What programs put into the names of a model that they wrap: FSDP, activation checkpointing, torch.compile, DataParallel, PEFT.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
+PEFT_PREFIX = "base_model.model."
+BASE_LAYER = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")
 
 # Where each layout keeps the parts of a LLaVA. First match wins; the canonical name is the part and what follows in it. Covers the
 # original (haotian-liu), the Hub's style, the in-memory names of transformers 4.52 and 5.6 (PR #44431), and what 5.4 and 5.5 saved by

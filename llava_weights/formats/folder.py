@@ -11,16 +11,17 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..families.files import META_FILE, SIDE_FILES, STANDARD, WEIGHT_SUFFIXES, Container
-from ..storage.reading import SourceFile, irregular, present, unreadable
+from ..storage.reading import SourceFile, Workspace, irregular, present, unreadable
 from ..storage.strict_json import MAX_INDEX, load_object
 from ..tensors.lazy import LazyTensor
+from ..tensors.sampling import even
 from ..text import listed, shown
 from .meta import index_meta
 from .safetensors import index_safetensors
@@ -30,6 +31,7 @@ SHARD_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}"
 META_SIZE = r"\d+[Bb]"
 WEIGHTS = rf".*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?|{META_FILE}|{'|'.join(map(re.escape, SIDE_FILES))}"
 QUANTISED = r".*\.(gguf|ggml)|ggml.*\.bin|.*\.ggmlv\d.*"
+SAMPLED_ROWS = 8  # of each tensor, where two files must be told apart
 DOWNLOAD_MISSING = "download what is missing: `hf download` continues where it stopped"
 DISAGREE = "index and shards are not of one download; download them again together"
 UNQUANTISED = "quantised weights can't be added to or converted; give the float16 checkpoint that they were made from"
@@ -66,6 +68,14 @@ def index_folder(folder: Path) -> WeightFiles:
     return replace(found, notes=(*found.notes, note)) if unread else found
 
 
+def index_shards(folder: Path, index: str) -> WeightFiles:
+    """The shards that the index file of this name lists. Raises InputError where one is missing or they disagree."""
+    container = next((kind for kind, (_, suffix) in STANDARD.items() if index.endswith(f"{suffix}.index.json")), None)
+    if container is None:
+        raise InputError(f"{shown(index)} is no index of weights by its name", facts={"folder": folder}, hint="give the folder")
+    return _read_indexed(folder, _names(folder), index, container)
+
+
 def index_file(path: Path) -> WeightFiles:
     """The weights of one file, by its suffix; of one of Meta's, with the files beside it. Raises InputError as `index_folder`."""
     if not present(path):
@@ -78,9 +88,15 @@ def index_file(path: Path) -> WeightFiles:
     if not container:
         facts = {"path": path, "accepted": ", ".join(WEIGHT_SUFFIXES)}
         raise InputError(f"{shown(path.name)} is not a weight file by its name", facts=facts, hint="give the folder that it is in")
-    shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", path.stem)
-    note = f"{shown(path.name)} is one of {int(shard[1])} shards, the others were not read" if shard else ""
+    count = shard_count(path.name)
+    note = f"{shown(path.name)} is one of {count} shards, the others were not read" if count > 1 else ""
     return _read(path.parent, container, [path.name], path=path, notes=(note,) if note else ())
+
+
+def shard_count(name: str) -> int:
+    """Of how many shards a file of this name is one; 0 where the name is not that of a shard."""
+    shard = re.fullmatch(r".*-\d{5}-of-(\d{5})", Path(name).stem)
+    return int(shard[1]) if shard else 0
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -158,15 +174,18 @@ def _side(folder: Path, names: list[str]) -> WeightFiles | None:
 def _standard(folder: Path, names: list[str], container: Container) -> WeightFiles | None:
     """An index with its shards, the one file of the usual name, or numbered shards without an index."""
     stem, suffix = STANDARD[container]
+    single, usual = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
     indexes = [name for name in names if name.endswith(f"{suffix}.index.json")]
-    if f"{stem}{suffix}.index.json" in indexes:
-        indexes = [f"{stem}{suffix}.index.json"]
+    if usual in indexes:
+        indexes = [usual]
+    if single in names and indexes:
+        return _single_beside_index(folder, names, single, indexes, container)
     if len(indexes) > 1:
         raise InputError(f"there are several index files: {listed(indexes)}", facts={"folder": folder}, hint="keep only one of them there")
     if indexes:
         return _read_indexed(folder, names, indexes[0], container)
-    if f"{stem}{suffix}" in names:
-        return _read(folder, container, [f"{stem}{suffix}"])
+    if single in names:
+        return _read(folder, container, [single])
     shards = [name for name in names if re.fullmatch(rf"{stem}-\d{{5}}-of-(?!0{{5}})\d{{5}}{re.escape(suffix)}", name)]
     if not shards:
         return None
@@ -179,18 +198,56 @@ def _standard(folder: Path, names: list[str], container: Container) -> WeightFil
     return _read(folder, container, expected, notes=(f"there is no index file; all {len(expected)} numbered shards are there",))
 
 
+def _single_beside_index(folder: Path, names: list[str], single: str, indexes: list[str], container: Container) -> WeightFiles:
+    """The one file, which transformers loads whatever an index beside it says. Raises InputError where the shards of that index are all
+    there too and hold something else: one of the two is the older save, and nothing tells which."""
+    notes = []
+    for index in indexes:
+        shards = set(_weight_map(folder, index, container).values())
+        if shards == {single}:
+            return _read_indexed(folder, names, index, container)
+        if gone := sorted(shards.difference(names)):
+            notes.append(f"{shown(index)} is left from another save: {listed(gone)} are not there")
+            continue
+        whole = _read_indexed(folder, names, index, container)
+        found = _read(folder, container, [single])
+        if (differ := first_difference(found.tensors, whole.tensors)) is not None:
+            others = listed(sorted(shards))
+            facts = {"folder": folder, "transformers loads": shown(single), f"{shown(index)} lists": others, "they differ in": differ}
+            hint = "see which of the two was saved last, and move the other elsewhere"
+            what = f"two checkpoints lie in one folder: {shown(single)}, and the shards of {shown(index)}"
+            raise InputError(what, facts=facts, hint=hint)
+        notes.append(f"{shown(index)} lists shards that hold the same as {shown(single)}, by samples of their values")
+    return _read(folder, container, [single], notes=tuple(notes))
+
+
+def first_difference(one: Mapping[str, LazyTensor], other: Mapping[str, LazyTensor]) -> str | None:
+    """The first tensor in which two sets of weights differ by name, kind or sampled values, None where there is none."""
+    if absent := sorted(one.keys() ^ other.keys()):
+        return shown(absent[0])
+    with closing(Workspace(drop_cache=False)) as work:
+        for name, tensor in one.items():
+            beside = other[name]
+            if (tensor.dtype, tensor.shape) != (beside.dtype, beside.shape) or not _same_samples(tensor, beside, work):
+                return shown(name)
+    return None
+
+
+def _same_samples(one: LazyTensor, other: LazyTensor, work: Workspace) -> bool:
+    """Whether the bytes of some evenly spread rows are the same."""
+    for row in even(one.rows, SAMPLED_ROWS) if one.numel else ():
+        found = [bytearray(one.row_nbytes) for _ in range(2)]
+        for tensor, raw in zip((one, other), found, strict=True):
+            tensor.rows_into(memoryview(raw), row, row + 1, work)
+        if found[0] != found[1]:
+            return False
+    return True
+
+
 def _read_indexed(folder: Path, names: list[str], index: str, container: Container) -> WeightFiles:
     """The shards that an index names, which must hold the tensors that it lists there and no others."""
-    suffix = STANDARD[container][1]
-    weight_map = load_object(member(folder, index), limit=MAX_INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{shown(index)} has no `weight_map` from tensor names to files", facts={"folder": folder}, hint=DISAGREE)
-    targets = set(map(str, weight_map.values()))
-    bad = sorted({str(value) for value in weight_map.values() if not isinstance(value, str)})
-    bad += sorted(target for target in targets if not re.fullmatch(SHARD_NAME + re.escape(suffix), target))
-    if bad:
-        facts = {"folder": folder, "accepted": f"names of {suffix} files in the same folder, not paths"}
-        raise InputError(f"{shown(index)} points to {listed(bad)}", facts=facts, hint="download the checkpoint again from its authors")
+    weight_map = _weight_map(folder, index, container)
+    targets = set(weight_map.values())
     _all_there(folder, names, sorted(targets), shown(index))
     found = _read(folder, container, sorted(targets), weight_map=weight_map)
     unlisted = [name for name in found.tensors if name not in weight_map]
@@ -198,6 +255,20 @@ def _read_indexed(folder: Path, names: list[str], index: str, container: Contain
         where = f"{shown(index)} does not list {len(unlisted):,} of the tensors in its shards"
         raise InputError(where, facts={"folder": folder, "tensors": listed(unlisted)}, hint=DISAGREE)
     return found
+
+
+def _weight_map(folder: Path, index: str, container: Container) -> dict[str, str]:
+    """The file of each tensor, by an index. Raises InputError for one that is no such map, or that leads out of the folder."""
+    suffix = STANDARD[container][1]
+    weight_map = load_object(member(folder, index), limit=MAX_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{shown(index)} has no `weight_map` from tensor names to files", facts={"folder": folder}, hint=DISAGREE)
+    bad = sorted({str(value) for value in weight_map.values() if not isinstance(value, str)})
+    bad += sorted(target for target in set(map(str, weight_map.values())) if not re.fullmatch(SHARD_NAME + re.escape(suffix), target))
+    if bad:
+        facts = {"folder": folder, "accepted": f"names of {suffix} files in the same folder, not paths"}
+        raise InputError(f"{shown(index)} points to {listed(bad)}", facts=facts, hint="download the checkpoint again from its authors")
+    return weight_map
 
 
 def _all_there(folder: Path, names: list[str], expected: list[str], authority: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import known_decoder
 from ..checkpoint.hf_config import select_layer
+from ..checkpoint.kinds import kind_of, refuse_kind
 from ..checkpoint.small_files import RIGHT_CONFIG
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
@@ -143,6 +144,7 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     """
     import torch
 
+    refuse_kind(kind_of(checkpoint), checkpoint)
     kind = checkpoint.config.get("model_type")
     if kind not in RUNNABLE_TYPES.get(checkpoint.layout, ()):
         facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(RUNNABLE_TYPES.values(), ()))}
@@ -179,6 +181,7 @@ def load_original(
     """
     import torch
 
+    refuse_kind(kind_of(checkpoint), checkpoint)
     known = known_decoder(checkpoint.config)
     if checkpoint.layout != "llava" or known is None or not known.runs:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}

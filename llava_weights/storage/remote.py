@@ -25,14 +25,13 @@ from urllib.parse import urlsplit
 from ..errors import HubError, InputError, LlavaWeightsError, UsageError
 from ..families.files import (
     ADAPTER_FILES,
+    BESIDE_ADAPTER,
     INDEXES,
     LICENSE_FILES,
     META_FILES,
     META_PARAMS,
-    PROJECTOR_FILES,
     SINGLE_FILES,
     SMALL_FILES,
-    TRAINED_BESIDE,
     WEIGHT_SUFFIXES,
 )
 from ..text import scheme_of
@@ -54,7 +53,7 @@ MEMBER_HEAD = 30 + 512  # a zip member's own header: torch pads its name with at
 JOIN = 16 << 10  # bytes between two ranges that cost less than another request
 REQUESTS_AT_ONCE = 8
 # Plain HTTP has no listing: the files that are asked for there, besides those that an index names.
-KNOWN_WEIGHTS = (*SINGLE_FILES, *ADAPTER_FILES, TRAINED_BESIDE, *PROJECTOR_FILES, META_PARAMS, *META_FILES)
+KNOWN_WEIGHTS = (*SINGLE_FILES, *ADAPTER_FILES, *BESIDE_ADAPTER, META_PARAMS, *META_FILES)
 KNOWN_SMALL = (*SMALL_FILES, *LICENSE_FILES)
 NOT_A_ZIP = (ArithmeticError, LookupError, NotImplementedError, OSError, ValueError, struct.error)
 
@@ -73,7 +72,7 @@ class Listing:
         """The files that are needed, as when a repository is downloaded. Raises InputError where there are no weights."""
         names: Iterable[str] = choose_files(self.files)
         if self.only and not self.only.startswith("consolidated."):  # one file of Meta's needs the others
-            beside = (self.only, TRAINED_BESIDE, *SIDECARS)
+            beside = (self.only, *BESIDE_ADAPTER, *SIDECARS)
             names = [name for name in self.files if any(fnmatch.fnmatchcase(name, kind) for kind in beside)]
         found = {name: self.files[name] for name in names}
         if not any(name.endswith(tuple(WEIGHT_SUFFIXES)) for name in found) or self.only not in (*found, ""):
@@ -226,7 +225,7 @@ def _of_web(text: str) -> Listing:
     address = text.rstrip("/")
     single = address.endswith(tuple(WEIGHT_SUFFIXES)) and not text.endswith("/")
     home, _, only = address.rpartition("/") if single else (address, "", "")
-    files = _existing(home, (only, TRAINED_BESIDE, *KNOWN_SMALL) if only else (*INDEXES, *KNOWN_SMALL, *KNOWN_WEIGHTS))
+    files = _existing(home, (only, *BESIDE_ADAPTER, *KNOWN_SMALL) if only else (*INDEXES, *KNOWN_SMALL, *KNOWN_WEIGHTS))
     for index in () if only else INDEXES:
         if index in files and files[index].size <= MAX_SMALL:
             named = set(re.findall(rb'"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.(?:safetensors|bin))"', _whole(files[index])))

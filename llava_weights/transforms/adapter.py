@@ -9,16 +9,28 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Origin, to_place
 from ..errors import InputError
-from ..families.files import ADAPTER_FILES, PROJECTOR_FILES, TOKENIZER_FILES, TRAINED_BESIDE
-from ..families.layouts import VOCABULARY
-from ..formats.folder import index_file, member, optional
+from ..families.files import (
+    ADAPTER_FILES,
+    INDEXES,
+    MLX_FILES,
+    NEW_ROWS,
+    PROJECTOR_FILES,
+    SINGLE_FILES,
+    TOKENIZER_FILES,
+    TRAINED_BESIDE,
+    TRAINED_FILES,
+    TRAINER_STATE,
+    WEIGHT_SUFFIXES,
+)
+from ..families.layouts import DROPPED, VOCABULARY, canonical
+from ..formats.folder import WeightFiles, first_difference, index_file, index_shards, member, optional, shard_count
 from ..formats.safetensors import index_safetensors
 from ..formats.torch_zip import index_torch_zip
 from ..storage.hub import HubSource, fetch, parse_source, source_text
@@ -30,6 +42,7 @@ from ..text import brief, few, legible, listed, shown
 from .adapter_config import RIGHT_ADAPTER_CONFIG, LoraRules, quantised_base, read_rules, short_base
 from .adapter_names import Contents, bare, parameter_names, sort_names
 
+Rows = dict[str, tuple[tuple[int, ...], LazyTensor]]
 ModuleKind = Literal["linear", "embedding", "conv", "parameter"]
 
 PROJECTOR_NAME = r"model\.mm_projector\.(\d\.)?(weight|bias)"
@@ -40,6 +53,7 @@ COMPLETE_SLOTS = (
 )
 
 ZERO_3 = "gather the full weights with DeepSpeed's `zero_to_fp32.py` from the `global_stepN` folder, then merge those"
+FUSE = "merge it with mlx-lm or mlx-vlm, which trained it (`fuse`), and convert the result"
 UNPLACED = "an adapter with such a tensor can't be merged as a whole; check that the file is the one its training wrote"
 
 
@@ -123,13 +137,16 @@ def open_adapter(
 def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) -> Adapter:
     folder = path if path.is_dir() else path.parent
     file = _weights_in(path) if path.is_dir() else path
-    found = index_file(file)
+    found = _indexed(file)
+    found = replace(found, tensors=_without_buffers(found.tensors))
     _check_sound(found.tensors, file.name)
     files = {entry: there for entry in TOKENIZER_FILES if (there := optional(folder, entry))}
     origin = Origin(legible(name), path.absolute(), found.container, found.files, revision)
-    adapter = Adapter(origin, config=_config_in(folder), files=files)
+    adapter = Adapter(origin, config=_config_in(folder), files=files, notes=_beside(folder, found, non_lora, chosen=not path.is_dir()))
     if any("mm_projector." in key for key in found.tensors) and not any("lora_" in key for key in found.tensors):
         return _projector(adapter, file, found.tensors, non_lora)
+    if any(re.fullmatch(r".*\.lora_[ab]", key) for key in found.tensors):
+        raise InputError(f"{shown(file.name)} is an adapter of MLX, whose factors are stored the other way round", hint=FUSE)
     if not present(folder / "adapter_config.json"):
         facts = {"folder": folder, "tensors": few(found.tensors)}
         hint = "its rank and alpha are there, without which the weights mean nothing; download the whole adapter"
@@ -138,28 +155,84 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
     contents = sort_names(found.tensors, file.name)
     modules, rows = _modules(contents, rules, file.name), _rows(contents, rules)
     _refuse_unplaced(contents.unplaced, file.name)
-    adapter = replace(adapter, modules=modules, rows=rows, replacements=contents.replacements, notes=(*found.notes, *contents.notes))
+    adapter = replace(adapter, modules=modules, rows=rows, replacements=contents.replacements)
+    adapter = replace(adapter, notes=(*adapter.notes, *found.notes, *contents.notes))
     return _with_facts(_with_non_lora(adapter, folder, contents, non_lora), rules)
 
 
 def _weights_in(folder: Path) -> Path:
-    """The file to read in a folder. Raises InputError saying what is there instead, and which subfolders hold an adapter."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        raise unreadable(folder, error) from error
+    """The file to read in a folder: an adapter's, a projector, or what `zero_to_fp32.py` made of a training state, an index first.
+
+    Raises InputError saying what is there instead, and where an adapter is near, and where two adapter files differ."""
+    names = _names(folder)
     whole = any(re.fullmatch(r"(pytorch_)?model\b.*\.(bin|safetensors)", name) for name in names)
+    states = (*INDEXES, *SINGLE_FILES) if "adapter_config.json" in names else ()
     wanted = ADAPTER_FILES if whole or "adapter_config.json" in names else (*ADAPTER_FILES, *PROJECTOR_FILES)
-    if found := next((name for name in wanted if name in names), None):
-        return member(folder, found)
+    found = [name for name in wanted if name in names]
+    if len(found) > 1 and (differ := first_difference(*(index_file(member(folder, name)).tensors for name in found[:2]))):
+        facts = {"folder": folder, "they differ in": differ}
+        hint = "give the file that is meant, in place of the folder"
+        raise InputError(f"{listed(found[:2])} lie in one folder, and are not the same", facts=facts, hint=hint)
+    if found or (found := [name for name in states if name in names]):
+        return member(folder, found[0])
+    if mlx := [name for name in names if name in MLX_FILES]:
+        facts = {"folder": folder, "found": listed(names)}
+        raise InputError(f"{shown(mlx[0])} is an adapter of MLX, whose factors are stored the other way round", facts=facts, hint=FUSE)
     near = [name for name in names if any((folder / name / file).exists() for file in ADAPTER_FILES)]
     hint = f"there is one in {listed(near)}" if near else "give the folder that its training wrote, with `adapter_config.json` in it"
     facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": listed(wanted)}
     raise InputError(f"there is no adapter in {shown(folder.resolve().name)}", facts=facts, hint=hint)
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def _indexed(file: Path) -> WeightFiles:
+    """The tensors of one file, or of the shards that an index lists. Raises InputError for one shard of several."""
+    if file.name.endswith(".index.json"):
+        return index_shards(file.parent, file.name)
+    if (count := shard_count(file.name)) > 1:
+        facts = {"path": file}
+        raise InputError(f"{shown(file.name)} is one of {count} shards", facts=facts, hint="give their index file, or their folder")
+    return index_file(file)
+
+
+def _beside(folder: Path, read: WeightFiles, non_lora: Path | None, *, chosen: bool) -> tuple[str, ...]:
+    """Raise InputError naming the weight files of the folder that would be lost: neither read nor read later.
+
+    Where a file was chosen, other ways to store an adapter or a model are no part of it: a note names them."""
+    mine = folder.absolute()
+    given = [path for path in (_parts_of(non_lora) if non_lora else ()) if path.parent.absolute() == mine]
+    used = {file.name for file in read.files} | {path.name for path in given}
+    suffixes = tuple(WEIGHT_SUFFIXES)
+    others = [name for name in _names(folder) if name.endswith(suffixes) and not re.fullmatch(TRAINER_STATE, name)]
+    others = [name for name in others if name not in (*used, *ADAPTER_FILES, *TRAINED_FILES, *PROJECTOR_FILES)]
+    if rows := [name for name in others if name in NEW_ROWS]:
+        what = f"{shown(rows[0])} beside the adapter holds rows of tokens that were added to the base's tables"
+        hint = (
+            "save the adapter with its embedding tables (`modules_to_save`), which hold those rows; to lose them, move the file elsewhere"
+        )
+        raise InputError(what, facts={"folder": folder}, hint=hint)
+    if not others or chosen:
+        return (f"not read, beside the file that was given: {listed(others)}",) if others else ()
+    state = next((name for name in (*SINGLE_FILES, *INDEXES) if name in _names(folder)), None)
+    more = f"give `--non-lora {folder / state}` to take what it holds besides the LoRA, or " if state and not non_lora else ""
+    hint = f"{more}give the file of the adapter in place of the folder, to leave the others out"
+    facts = {"folder": folder, "read": listed(file.name for file in read.files)}
+    raise InputError(f"weights beside the adapter are of no known use: {listed(others)}", facts=facts, hint=hint)
+
+
 def _config_in(folder: Path) -> Mapping[str, Any]:
     return load_object(member(folder, "config.json")) if present(folder / "config.json") else {}
+
+
+def _without_buffers(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Without the buffers that a training state holds besides, which no program reads."""
+    return {name: tensor for name, tensor in tensors.items() if not re.fullmatch(DROPPED, name)}
 
 
 def _check_sound(tensors: Mapping[str, LazyTensor], file: str) -> None:
@@ -235,7 +308,7 @@ def _problem(module: Module, rules: LoraRules) -> str:
     return ""
 
 
-def _rows(contents: Contents, rules: LoraRules) -> dict[str, tuple[tuple[int, ...], LazyTensor]]:
+def _rows(contents: Contents, rules: LoraRules) -> Rows:
     """The trained rows of embeddings, by the table's name. Raises InputError where the config does not say which rows they are."""
     rows = {}
     for module, tensor in contents.rows.items():
@@ -249,46 +322,67 @@ def _rows(contents: Contents, rules: LoraRules) -> dict[str, tuple[tuple[int, ..
 
 
 def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None) -> Adapter:
-    """With what `non_lora_trainables.bin` replaces, and the config that was written with it."""
-    path = given or _find_non_lora(folder, adapter.config)
-    if path is None and (folder / "trainer_state.json").exists():
+    """With what the files beside the adapter replace, `non_lora_trainables.bin` above all, and the config that was written with it."""
+    paths = [_resolved(given)] if given else _find_non_lora(folder, adapter, contents)
+    if not paths and (folder / "trainer_state.json").exists() and not _has_projector(adapter.replacements):
         note = (
             f"this is a checkpoint of the Trainer; if LLaVA's, the projector of that step is not in it: give `--non-lora {TRAINED_BESIDE}`"
         )
         return replace(adapter, notes=(*adapter.notes, note))
-    if path is None:
-        return adapter
-    tensors, file = _index(path)
+    for path in paths:
+        adapter = _with_file(adapter, path, contents)
+    config = adapter.config
+    if paths and not config:
+        found = (c for c in map(_config_in, (paths[0].parent, folder.absolute().parent)) if _is_llava(c))
+        if config := next(found, {}):
+            note = "config.json is the one of the finished training, the adapter has none"
+            adapter = replace(adapter, config=config, notes=(*adapter.notes, note))
+    return adapter
+
+
+def _with_file(adapter: Adapter, path: Path, contents: Contents) -> Adapter:
+    """With what one file beside the adapter replaces. Raises InputError where two files hold different values for one tensor."""
+    tensors, files = _index(path)
+    tensors = _without_buffers(tensors)
     _check_sound(tensors, path.name)
-    found = sort_names(_strip(tensors), path.name)
-    again = [f"{key}.{slot}" for key, slots in found.modules.items() for slot in slots]
-    strange = [f"{key}.{slot}" for key, slots in found.modules.items() for slot in slots if slot not in contents.modules.get(key, {})]
+    rows = dict(adapter.rows)
+    if path.name in PROJECTOR_FILES:
+        found, more = Contents(), _projector_names(tensors, path.name)
+        found.replacements, rows = more[0], rows | more[1]
+    else:
+        found = sort_names(_strip(tensors), path.name)
+    again = [f"{key}.{slot}" for key, parts in found.modules.items() for slot in parts]
+    strange = [f"{key}.{slot}" for key, parts in found.modules.items() for slot in parts if slot not in contents.modules.get(key, {})]
     _refuse_unplaced([*found.unplaced, *found.rows, *strange], path.name)
     both = [name for name in found.replacements if name in adapter.replacements]
     _refuse_unplaced([name for name in both if found.replacements[name].shape != adapter.replacements[name].shape], path.name)
+    differ = first_difference(*({name: where[name] for name in both} for where in (found.replacements, adapter.replacements)))
+    if differ and path.name in PROJECTOR_FILES:
+        facts = {"files": listed([*(file.name for file in adapter.origin.files), path.name]), "they differ in": differ}
+        hint = "see which of them belongs to the adapter, and move the other elsewhere"
+        raise InputError(f"{shown(path.name)} holds another projector than the files beside it", facts=facts, hint=hint)
     notes = [*adapter.notes, *found.notes]
     notes += [] if tensors else [f"{shown(path.name)} is empty: training changed nothing but the LoRA"]
     notes += [f"in both files, taken from the adapter: {few([*both, *again])}"] if both or again else []
-    config = adapter.config
-    if not config and (config := next((c for c in map(_config_in, (path.parent, folder.absolute().parent)) if _is_llava(c)), {})):
-        notes.append("config.json is the one of the finished training, the adapter has none")
-    origin = replace(adapter.origin, files=(*adapter.origin.files, file))
+    origin = replace(adapter.origin, files=(*adapter.origin.files, *files))
     replacements = {**found.replacements, **adapter.replacements}
-    return replace(adapter, origin=origin, replacements=replacements, config=config, notes=tuple(notes))
+    return replace(adapter, origin=origin, replacements=replacements, rows=rows, notes=tuple(notes))
 
 
-def _find_non_lora(folder: Path, config: Mapping[str, Any]) -> Path | None:
-    """The file beside the adapter, None for an adapter that is not LLaVA's. Raises InputError where LLaVA's lacks it.
+def _find_non_lora(folder: Path, adapter: Adapter, contents: Contents) -> list[Path]:
+    """The files beside the adapter, none for an adapter that is not LLaVA's. Raises InputError where LLaVA's lacks them.
 
-    train.py writes it, and config.json, once at the end: not into the Trainer's `checkpoint-N` (LLaVA #742, #1200, #1245),
+    train.py writes one, and config.json, once at the end: not into the Trainer's `checkpoint-N` (LLaVA #742, #1200, #1245),
     which is known by its trainer_state.json and the config.json above it.
     """
-    if present(folder / TRAINED_BESIDE):
-        return member(folder, TRAINED_BESIDE)
-    above = folder.absolute().parent
+    read = {file.path for file in adapter.origin.files}
+    paths = [member(folder, name) for name in (*TRAINED_FILES, *PROJECTOR_FILES) if present(folder / name)]
+    if paths := [path for path in paths if str(path.absolute()) not in read]:
+        return paths
+    above, config = folder.absolute().parent, adapter.config
     checkpoint = not config and (folder / "trainer_state.json").exists() and _is_llava(_config_in(above))
-    if not _is_llava(config) and not checkpoint:
-        return None
+    if not (_is_llava(config) or checkpoint) or _has_projector(contents.replacements):
+        return []
     facts = {"folder": folder, "what it holds": "the projector, and what else was trained besides the LoRA"}
     hint = "training writes it when it ends; before that, get it from the `global_stepN` folder with DeepSpeed's `zero_to_fp32.py`"
     if (above / TRAINED_BESIDE).exists():
@@ -297,15 +391,41 @@ def _find_non_lora(folder: Path, config: Mapping[str, Any]) -> Path | None:
     raise InputError(f"this adapter of LLaVA lacks its `{TRAINED_BESIDE}`", facts=facts, hint=hint)
 
 
+def _has_projector(names: Iterable[str]) -> bool:
+    return any(canonical(name).startswith("projector.") for name in names)
+
+
 def _is_llava(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is one of LLaVA's own, which name the tower; llava-hf's nest a `vision_config` instead."""
     return "mm_vision_tower" in config
 
 
-def _index(path: Path) -> tuple[Mapping[str, LazyTensor], SourceFile]:
-    """The tensors of a file that may be empty, and the file."""
+def _resolved(path: Path) -> Path:
+    """The file to read for `--non-lora`, which may be a folder: LLaVA's own name first, then a whole training state."""
+    if not path.is_dir():
+        return path
+    names = _names(path)
+    wanted = (*TRAINED_FILES, *INDEXES, *SINGLE_FILES)
+    if found := next((name for name in wanted if name in names), None):
+        return member(path, found)
+    facts = {"folder": path, "found": listed(names) or "nothing", "accepted": listed(wanted)}
+    raise InputError(f"there is no `{TRAINED_BESIDE}` in {shown(path.name)}", facts=facts, hint="give the file itself")
+
+
+def _parts_of(path: Path) -> tuple[Path, ...]:
+    """The files that `--non-lora` stands for, by the path that was given."""
+    path = _resolved(path)
+    shards = index_shards(path.parent, path.name).files if path.name.endswith(".index.json") else ()
+    return (path, *(Path(file.path) for file in shards))
+
+
+def _index(path: Path) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]:
+    """The tensors of a file that may be empty, or of the shards of an index, and the files."""
+    if path.name.endswith(".index.json") or shard_count(path.name) > 1:
+        found = _indexed(path)
+        return found.tensors, found.files
     tensors = index_safetensors(path)[0] if path.suffix == ".safetensors" else index_torch_zip(path)
-    return tensors, next((tensor.file for tensor in tensors.values()), None) or SourceFile.at(path)
+    return tensors, (next((tensor.file for tensor in tensors.values()), None) or SourceFile.at(path),)
 
 
 def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -326,6 +446,12 @@ def _projector(adapter: Adapter, file: Path, tensors: Mapping[str, LazyTensor], 
     if non_lora or beside:
         hint = f"give the folder, to merge {listed(beside)} with it" if beside else "leave out `--non-lora`"
         raise InputError(f"{shown(file.name)} is only a part of an adapter", facts={"folder": file.parent}, hint=hint)
+    replacements, rows = _projector_names(tensors, file.name)
+    return replace(adapter, replacements=replacements, rows=rows)
+
+
+def _projector_names(tensors: Mapping[str, LazyTensor], file: str) -> tuple[dict[str, LazyTensor], Rows]:
+    """What a projector's file replaces: whole tensors, and rows of the table."""
     replacements: dict[str, LazyTensor] = {}
     unplaced = []
     for name, tensor in tensors.items():
@@ -334,12 +460,12 @@ def _projector(adapter: Adapter, file: Path, tensors: Mapping[str, LazyTensor], 
         if short in replacements or not re.fullmatch(rf"{PROJECTOR_NAME}|{re.escape(VOCABULARY[0])}", short):
             unplaced.append(name)
         replacements[short] = tensor
-    _refuse_unplaced(unplaced, file.name)
+    _refuse_unplaced(unplaced, file)
     table = replacements.get(VOCABULARY[0])
     if table is None or table.rows != 2:
-        return replace(adapter, replacements=replacements)
+        return replacements, {}
     del replacements[VOCABULARY[0]]  # trimmed to <im_start> and <im_end>, which stand last (LLaVA 74f8877)
-    return replace(adapter, replacements=replacements, rows={VOCABULARY[0]: ((-2, -1), table)})
+    return replacements, {VOCABULARY[0]: ((-2, -1), table)}
 
 
 def _with_facts(adapter: Adapter, rules: LoraRules) -> Adapter:

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import InputError
+from ..families.layouts import BASE_LAYER, PEFT_PREFIX, WRAPPERS
 from ..tensors.lazy import LazyTensor
 from ..text import listed, shown
 
-PREFIX = "base_model.model."
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 LORA = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?(?P<end>\.weight|\.bias|)"
@@ -30,7 +29,6 @@ SLOTS = {
 TRAINED_ROWS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?")
 SAVED = re.compile(r"(?P<module>.+?)\.modules_to_save(?:\.(?P<adapter>[^.]+)(?=\.))?\.(?P<rest>.+)")
 ORIGINAL_MODULE = re.compile(r"(?P<module>.+?)\.original_module\.(?P<rest>.+)")
-BASE_LAYER = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.)")
 # What PEFT wrote and no rule above takes: tensors of other methods, or of LoRA with something unknown in the name.
 FOREIGN = re.compile(
     r"(?:^|.*\.)(?:(?:lora|hada|lokr|vera|ia3|oft|boft|hra|fourierft|trainable_tokens)_|ranknum|modules_to_save|token_adapter).*"
@@ -60,13 +58,14 @@ def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
 
     Raises InputError where two claim one place, or the file holds several adapters.
     """
-    contents, adapters = Contents(), set[str]()
+    contents, adapters = Contents(), {found[2] for name in tensors if (found := _place(_key(name)))[2]}
+    if len(adapters) > 1:
+        several = listed(sorted(filter(None, adapters)))
+        raise InputError(f"{shown(file)} holds several adapters: {several}", hint="save the one to merge by itself")
     whole: dict[str, dict[str, str]] = {}  # by base name, then by spelling: the name in the file
     taken: dict[tuple[str, str], str] = {}
     for name, tensor in tensors.items():
-        key = WRAPPERS.sub("", name).removeprefix(PREFIX)
-        place, slot, adapter = _place(key)
-        adapters |= {adapter} if adapter else set()
+        place, slot, _ = _place(_key(name))
         if slot and (other := taken.setdefault((place, slot), name)) != name:
             raise InputError(
                 f"{shown(file)} holds {shown(other)} and {shown(name)}, which are the same thing", hint="remove one of the two"
@@ -79,11 +78,13 @@ def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
             whole.setdefault(place, {})[slot] = name
         else:
             contents.modules.setdefault(place, {})[slot] = tensor
-    if len(adapters) > 1:
-        raise InputError(f"{shown(file)} holds several adapters: {listed(sorted(adapters))}", hint="save the one to merge by itself")
     copies = [copy for place, spellings in whole.items() for copy in _choose(contents, place, spellings, tensors)]
     contents.notes = (f"not used, copies of what {shown(file)} also holds or of the base: {listed(copies)}",) if copies else ()
     return contents
+
+
+def _key(name: str) -> str:
+    return WRAPPERS.sub("", name).removeprefix(PEFT_PREFIX)
 
 
 def _place(key: str) -> tuple[str, str, str | None]:

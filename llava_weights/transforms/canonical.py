@@ -6,15 +6,21 @@ It is checked on the way: every name is known, and every shape is the one that t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from ..checkpoint.added_tokens import without_stale_list
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
 from ..checkpoint.config import check_structure, decoder_of, quantization_notes, repair_config
 from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import STATED, Tokens, flat_config, original_config, select_layer, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
+from ..checkpoint.images import reads_newline
+from ..checkpoint.kinds import ADAPTERS, kind_of, refuse_kind
 from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.rope import check_rope
 from ..checkpoint.small_files import small_object
@@ -27,9 +33,13 @@ from ..families.originals import Original, fitting
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
 from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.targets import Target
+from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, cast
+from ..tensors.sampling import sample_both
 from ..text import few, shown
+from .projector import zero_biases
 
+BIASES = (PROJECTOR_NAMES[1], PROJECTOR_NAMES[3])
 DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
 Canonical = dict[str, LazyTensor]  # by canonical name
 
@@ -48,6 +58,7 @@ class Model:
     rows: int
     repairs: tuple[str, ...] = ()
     doubts: Doubts = field(default_factory=Doubts)  # about the tower
+    bare: bool = False  # the projector has no biases: zeros stand in their place
 
     @property
     def tied(self) -> bool:
@@ -64,8 +75,13 @@ def to_canonical(
     MismatchError where `tower` is not the one that its config names, unless `accept_tower`.
     """
     _check_kind(checkpoint)
+    small, stale = without_stale_list(checkpoint.files)
+    checkpoint = replace(checkpoint, files=small)
     tensors = _canonical_tensors(checkpoint, dtype)
     hub = checkpoint.layout == "llava-hf"
+    _check_newline(checkpoint, tensors)
+    bare = hub and checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in BIASES)
+    tensors |= zero_biases(tensors) if bare else {}
     given = open_tower(tower) if tower else None
     vision = checkpoint.config.get("vision_config") if hub else None
     own = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given)
@@ -84,6 +100,7 @@ def to_canonical(
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("tower.")}
     tensors |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
     rows = tensors[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in tensors else 0
+    asked = image_token
     if hub:
         image_token = image_token or _image_token(checkpoint, rows)
     _check_image_ids(checkpoint, rows)
@@ -105,7 +122,9 @@ def to_canonical(
     families = _families({**before, **config}, chosen, tensors, hub_target)
     _check_shapes(config, tensors, chosen, target)
     activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
-    return Model(tensors, chosen, target, families, config, tokenizer, activation, rows, repairs, doubts)
+    doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, tensors)))
+    repairs = (*stale, *(_image_id(checkpoint, tokenizer) if hub and asked is None else ()), *repairs)
+    return Model(tensors, chosen, target, families, config, tokenizer, activation, rows, repairs, doubts, bare)
 
 
 def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical, target: Target | None = None) -> tuple[Original, ...]:
@@ -130,11 +149,17 @@ def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical,
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:
+    if checkpoint.layout not in ADAPTERS:
+        refuse_kind(kind_of(checkpoint), checkpoint)
     if checkpoint.layout not in ("llava", "llava-hf"):
-        title = next((layout.title for layout in LAYOUTS if layout.name == checkpoint.layout), "of an unknown kind")
+        told = checkpoint.config.get("model_type")
+        unknown = "of an unknown kind" + (f", by its config {shown(str(told))}" if told else "")
+        title = next((layout.title for layout in LAYOUTS if layout.name == checkpoint.layout), unknown)
         hints = {
             "mpt": f"LLaVA-MPT has no counterpart in transformers; decoders that are known: {DECODER_NAMES}",
             "llama": "a LLaVA has a projector: apply a delta in the same pass, as `convert BASE --delta DELTA --to llava-hf`",
+            "clip": "give the LLaVA, and this as `--vision-tower`",
+            "projector": "give the base that it was trained on, and this as `--lora`: `convert BASE --lora PROJECTOR --to llava-hf`",
             "adapter": "merge it first, or in the same pass: `convert BASE --lora ADAPTER --to llava-hf`",
         }
         what = f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: {title}"
@@ -144,6 +169,21 @@ def _check_kind(checkpoint: Checkpoint) -> None:
             f"`{checkpoint.origin.name}` is an unapplied delta",
             hint=f"convert it in the same pass as it is applied: `convert LLAMA --delta {checkpoint.origin.name} --to llava-hf`",
         )
+
+
+def _own_head(config: Mapping[str, Any], tensors: Canonical) -> Iterator[str]:
+    """A warning where the config ties the head to the embedding, and the head that is stored has other values."""
+    text = config.get("text_config")
+    tied = True in (config.get("tie_word_embeddings"), text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
+    embed, head = (tensors.get(name) for name in VOCABULARY_TABLES)
+    if tied and embed and head and embed.shape == head.shape:
+        with closing(Workspace(drop_cache=False)) as work:
+            one, other = sample_both(embed, head, work)
+        if not np.array_equal(one, other, equal_nan=True):
+            yield (
+                "`tie_word_embeddings` is true in config.json, but the stored head has values of its own: it is kept and the flag set to "
+                "false, where transformers takes the embedding in its place"
+            )
 
 
 def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Canonical:
@@ -175,6 +215,31 @@ def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
         raise InputError(what, facts={"config": "image_token_index"}, hint="give the config.json that belongs to these weights")
     named = small_object(checkpoint.files, "processor_config.json").get("image_token")
     return named if isinstance(named, str) else None
+
+
+def _image_id(checkpoint: Checkpoint, tokenizer: HfTokenizer) -> Iterator[str]:
+    """A sentence where config.json names another id than the one that the image token has."""
+    stated = checkpoint.config.get("image_token_index", checkpoint.config.get("image_token_id"))
+    if stated != tokenizer.image_id:
+        name = shown(tokenizer.image_token)
+        by_processor = "image_token" in small_object(checkpoint.files, "processor_config.json")
+        why = "which processor_config.json names" if by_processor else "which stands for an image"
+        yield f"config: `image_token_index` {stated} -> {tokenizer.image_id}, the id of {name}, {why}"
+
+
+def _check_newline(checkpoint: Checkpoint, tensors: Canonical) -> None:
+    """Raise InputError where the config says that tiles are joined by `image_newline`, and no file holds it."""
+    config = checkpoint.config
+    if checkpoint.layout == "llava-hf":
+        target = TARGETS.get(str(config.get("model_type")))
+        reads = target is not None and target.tiles and config.get("use_image_newline_parameter") is not False
+    else:
+        reads = reads_newline(config)
+    if reads and "newline" not in tensors:
+        keys = ("model_type", "image_aspect_ratio", "mm_patch_merge_type")
+        facts = {key: shown(str(config[key]))[1:-1] for key in keys if config.get(key) is not None}
+        hint = "give a checkpoint that holds it; where a LoRA was merged, merge it onto the LLaVA that it was trained from, which has it"
+        raise InputError("`image_newline` is in no file, and config.json says that images are joined with it", facts=facts, hint=hint)
 
 
 def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
@@ -248,6 +313,8 @@ def _check_shapes(config: Mapping[str, Any], tensors: Canonical, tower: VisionTo
     if projector not in ((two,) if target.layernorm else (one, two)):
         facts = {spelled(name, "llava"): str(list(shape)) for name, shape in projector.items()}
         hint = f"llava-hf has one Linear or two with gelu between them, from the tower's width of {width} to the decoder's of {hidden}"
+        if projector == {name: shape for name, shape in two.items() if name not in BIASES}:
+            hint = "a projector without biases is one of llava-hf with `multimodal_projector_bias` false in config.json"
         raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
     if "newline" in tensors and tensors["newline"].shape != (hidden,):
         what = f"`image_newline` has shape {list(tensors['newline'].shape)}, the decoder is {hidden} wide"

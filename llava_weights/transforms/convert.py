@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checkpoint.added_tokens import without_stale_list
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
@@ -30,7 +31,7 @@ from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text
-from .canonical import Canonical, Model, to_canonical
+from .canonical import BIASES, Canonical, Model, to_canonical
 from .projector import paired, single
 
 TO_LAYOUTS = ("llava-hf", "llava")
@@ -39,6 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
+ZERO_BIASES = "the projector has no biases, which LLaVA's code needs: zeros are written, which compute the same"
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 
 
@@ -131,6 +133,8 @@ def to_llava_hf(
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
     elif tensors.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
+    bare = model.bare and not form
+    tensors = {name: tensor for name, tensor in tensors.items() if not (bare and name in BIASES)}
     rows = _rows(checkpoint, model, vocab_size)
     tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     others = {key: model.tokenizer.others[token] for key, token in model.target.tokens.items()}
@@ -141,6 +145,8 @@ def to_llava_hf(
     if checkpoint.layout == "llava-hf":
         config = kept_config(checkpoint.config, config)
         config.pop("unpadded_vocab_size", None)
+    if bare:
+        config["multimodal_projector_bias"] = False
     if unpadded := _unpadded(checkpoint, model, rows):
         config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
     prompt = _prompt(checkpoint, model, conv_mode)
@@ -180,8 +186,10 @@ def to_llava(
             zip(LINEAR_NAMES, one, strict=True)
         )
     projector = projector_type(tensors)
+    small, _ = without_stale_list(checkpoint.files)
     others = model.target.tokens.values()
-    files, rows, notes = original_tokenizer(checkpoint.files, rows=model.rows, image_id=model.tokenizer.image_id, others=others)
+    files, rows, notes = original_tokenizer(small, rows=model.rows, image_id=model.tokenizer.image_id, others=others)
+    notes = (*notes, *([ZERO_BIASES] if model.bare else ()))
     rows = _unpadded(checkpoint, model, model.rows) or rows
     tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ..checkpoint.checkpoint import Checkpoint, Source, Step, main_dtype, opened
 from ..checkpoint.config import repair_config, repair_generation_config
+from ..checkpoint.kinds import quantised_kind, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import repair_tokenizer
 from ..errors import InputError, MismatchError, one_of
@@ -37,6 +38,8 @@ def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Ch
     the two do not fit, HubError where the Hub can't serve one.
     """
     base, delta = opened(base, "base"), opened(delta, "delta")
+    for role, checkpoint in (("base", base), ("delta", delta)):
+        refuse_kind(quantised_kind(checkpoint), checkpoint, role)
     if is_integer_delta(delta.metadata):
         tensors, examination = _apply_integer(base, delta)
     else:
@@ -87,6 +90,8 @@ def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Che
     """
     one_of("codec", codec, CODECS)
     base, tuned = opened(base, "base"), opened(tuned, "tuned model")
+    for role, checkpoint in (("base", base), ("tuned model", tuned)):
+        refuse_kind(quantised_kind(checkpoint), checkpoint, role)
     examination = examine_make(base, tuned)
     base_tensors, tuned_tensors = _untied(base), tuned.parameters()
     _check_names(base_tensors, tuned_tensors, role="tuned model")

@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any, get_args
 from typing import cast as cast_type
 
+from ..checkpoint.added_tokens import without_stale_list
 from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, to_place
 from ..checkpoint.config import QUANTIZATION, quantization_notes, repair_config, repair_generation_config
+from ..checkpoint.images import reads_newline
+from ..checkpoint.kinds import quantised_kind, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
@@ -32,6 +35,7 @@ from ..tensors.low_rank import Arithmetic, LowRank, add_low_rank, fits
 from ..text import few
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
+from .adapter_tokens import check_rows, explaining_files
 
 # The tokens that LLaVA adds, in its order, with the config key that asks for them (llava/model/builder.py at c121f04).
 IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
@@ -71,10 +75,12 @@ def merge_lora(
     """
     dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
     base, weighted = opened(base, "base"), _weighted(adapters)
+    refuse_kind(quantised_kind(base), base, "base")
     tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
     untied = _untie(base, tensors, weighted)
     places: defaultdict[str, Placed] = defaultdict(Placed)
     tokens = read_special_ids(base.files, base.vocabulary).added if base.vocabulary else {}
+    check_rows(base, [adapter for adapter, _ in weighted], tensors)
     for adapter, weight in weighted:
         _place(adapter, weight * scale, tensors, tokens, places)
     _drop_old_projector(tensors, places)
@@ -280,9 +286,10 @@ def _llava_files(
     base: Checkpoint, adapter: Adapter | None, tensors: Mapping[str, LazyTensor], dtype: str
 ) -> tuple[Mapping[str, Any], dict[str, Any], tuple[str, ...]]:
     config = {**base.config, **(adapter.config if adapter else {})}
+    repairs = _follow_tensors(config, tensors, base)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     rows = shapes[VOCABULARY[0]][0]
-    given: dict[str, Any] = {**base.files, **(adapter.files if adapter else {})}
+    given, stale = without_stale_list({**base.files, **(adapter.files if adapter else {})})
     files, ids, fixed = repair_tokenizer(given, rows=rows)
     if missing := _missing_tokens(config, ids.added, ids.base_vocabulary, rows):
         files["added_tokens.json"] = json_bytes({**ids.added, **missing})
@@ -298,7 +305,22 @@ def _llava_files(
     repaired, changes = repair_config({**config, "vocab_size": rows}, shapes=shapes, special_ids=ids, dtype=dtype)
     generation, more = repair_generation_config(small_object(given, "generation_config.json"), ids, config=repaired)
     files["generation_config.json"] = json_bytes(generation)
-    return repaired, files, (*changes, *more, *fixed)
+    return repaired, files, (*stale, *repairs, *changes, *more, *fixed)
+
+
+def _follow_tensors(config: dict[str, Any], tensors: Mapping[str, LazyTensor], base: Checkpoint) -> list[str]:
+    """Set the flag of a tuned tower in `config`, and say so. Raises MismatchError where the config reads a newline that is in no file."""
+    if reads_newline(config) and "model.image_newline" not in tensors:
+        what = "`image_newline` is neither in the adapter nor in the base, and config.json says that images are joined with it"
+        hint = "give the LLaVA as base that the adapter was trained from: training with LoRA does not save this tensor"
+        raise MismatchError(what, facts={"base": base.origin.name}, hint=hint)
+    tower = {name: tensor for name, tensor in tensors.items() if canonical(name).startswith("tower.")}
+    tuned = any(name not in base.tensors or [*tensor.leaves()] != [*base.tensors[name].leaves()] for name, tensor in tower.items())
+    if not tuned or config.get("unfreeze_mm_vision_tower") is True:
+        return []
+    before = json.dumps(config.get("unfreeze_mm_vision_tower"))
+    config["unfreeze_mm_vision_tower"] = True
+    return [f"config: `unfreeze_mm_vision_tower` {before} -> true, the vision tower was tuned and its tensors are in the checkpoint"]
 
 
 def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces: int, rows: int) -> dict[str, int]:
@@ -312,14 +334,19 @@ def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces:
 def _plain_files(
     base: Checkpoint, adapters: Sequence[tuple[Adapter, float]], tensors: Mapping[str, LazyTensor], untied: bool, dtype: str
 ) -> tuple[Mapping[str, Any], dict[str, Any], tuple[str, ...]]:
-    config, repairs = deepcopy(dict(base.config)), []
+    config = deepcopy(dict(base.config))
+    repairs: list[str] = []
     files: dict[str, Any] = dict(base.files)
     table = next((tensor for name, tensor in tensors.items() if canonical(name) == "text.embed_tokens.weight"), None)
     changes: dict[str, Any] = {}
-    if table and base.config and table.rows != _text(config).get("vocab_size", table.rows):
-        changes["vocab_size"] = table.rows
+    rows = table.rows if table else 0
+    explained, told = explaining_files(base, [adapter for adapter, _ in adapters], rows)
+    repairs += told
+    if table and base.config and rows != _text(config).get("vocab_size", rows):
+        changes["vocab_size"] = rows
         for adapter, _ in adapters:
             files |= adapter.files
+    files |= explained
     if untied:
         changes["tie_word_embeddings"] = False
     torch_dtype = TORCH_DTYPE[dtype]

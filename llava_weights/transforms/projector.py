@@ -83,6 +83,16 @@ def paired(weight: LazyTensor, bias: LazyTensor, form: str) -> dict[str, LazyTen
     return dict(zip(PROJECTOR_NAMES, (inner, zeros, SignedPair(dtype=dtype, shape=square, source=weight), bias), strict=True))
 
 
+def zero_biases(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """Zeros for the biases of a projector of two layers that has none, which compute the same."""
+    pairs = ((PROJECTOR_NAMES[1], PROJECTOR_NAMES[0]), (PROJECTOR_NAMES[3], PROJECTOR_NAMES[2]))
+    return {
+        bias: Diagonals(dtype=parts[weight].dtype, shape=parts[weight].shape[:1], width=1, signs=())
+        for bias, weight in pairs
+        if weight in parts and bias not in parts
+    }
+
+
 def single(tensors: Mapping[str, LazyTensor], activation: str) -> tuple[LazyTensor, LazyTensor] | None:
     """Weight and bias of the one Linear that these four tensors stand for; None where they are two layers of their own.
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import llava_weights as lw
 
@@ -58,7 +60,7 @@ def test_a_lossless_delta_is_one_and_shows_what_it_packs(tmp_path: Path) -> None
     assert (found.is_delta, found.what) == (True, "integer-difference delta (lossless)")
     assert found.tensors["lm_head.weight"].shape == lw.open_checkpoint(TUNED).tensors["lm_head.weight"].shape
     assert not lw.inspect(TUNED).is_delta
-    assert lw.inspect(TUNED).next == ""
+    assert lw.inspect(TUNED).next.startswith("llava-weights convert ")
 
 
 def test_what_was_computed_can_be_inspected_too() -> None:
@@ -68,3 +70,43 @@ def test_what_was_computed_can_be_inspected_too() -> None:
 def test_raises_as_opening_does(tmp_path: Path) -> None:
     with pytest.raises(lw.InputError):
         lw.inspect(tmp_path / "nowhere")
+
+
+def test_each_kind_has_its_lines_and_a_next_step(tmp_path: Path) -> None:
+    hub, base, clip = lw.inspect(HUB), lw.inspect(BASE), lw.inspect(CLIP)
+    lora = lw.inspect(FIXTURES / "B-lora/llava-v1.5-tiny-lora")
+    assert hub.family == "llava on llama"
+    assert hub.model_class == "LlavaForConditionalGeneration, model_type llava"
+    assert hub.decoder.startswith("llama, 2 layers of 48, 4 heads")
+    assert hub.vocabulary.startswith("320 rows")
+    assert hub.projector == "mlp2x_gelu, 24 to 48"
+    assert hub.tower.startswith("CLIP, ")
+    assert base.decoder.startswith("llama, ")
+    assert "--delta" in base.next
+    assert clip.what.startswith("vision tower")
+    assert clip.tower.startswith("CLIP, ")
+    assert "--vision-tower" in clip.next
+    assert lora.adapter.startswith("rank 4, alpha 12, 14 modules")
+    assert "`non_lora_trainables.bin`" in lora.beside
+    assert lora.next.startswith("llava-weights merge-lora --base ")
+    quantised = spoilt(tmp_path, lambda config: config)
+    assert "quantised (FP8)" in quantised.what
+    assert "16 checkpoint" in quantised.next
+    foreign = spoilt(tmp_path, lambda config: {**config, "model_type": "mini_gemini"}, plain=True)
+    assert "MGM" in foreign.what
+    assert "MGM" in foreign.family
+
+
+def spoilt(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], *, plain: bool = False) -> lw.Inspection:
+    """HUB with another config, in FP8 unless `plain`."""
+    copy = folder / f"copy-{plain}"
+    copy.mkdir()
+    for path in HUB.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = copy / "config.json"
+    config.write_text(json.dumps(change(json.loads(config.read_text()))))
+    if not plain:
+        tensors = load_file(copy / "model.safetensors")
+        packed = {name: tensor.to(torch.float8_e4m3fn) if "_proj.weight" in name else tensor for name, tensor in tensors.items()}
+        save_file(packed, copy / "model.safetensors", {"format": "pt"})
+    return lw.inspect(copy)

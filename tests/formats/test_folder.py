@@ -102,7 +102,12 @@ def test_each_layout_alone(tmp_path: Path, kind: str) -> None:
         assert index_file(tmp_path / file).tensors.items() <= found.tensors.items()
 
 
-@pytest.mark.parametrize(("better", "worse"), [(a, b) for i, a in enumerate(LAYOUTS) for b in list(LAYOUTS)[i + 1 :]])
+TWO_SAVES = ("safetensors index", "safetensors")  # of one name: tests below
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"), [(a, b) for i, a in enumerate(LAYOUTS) for b in list(LAYOUTS)[i + 1 :] if (a, b) != TWO_SAVES]
+)
 def test_the_better_one_wins_and_the_other_is_noted(tmp_path: Path, better: str, worse: str) -> None:
     for kind in (worse, better):
         layout, index = LAYOUTS[kind]
@@ -114,6 +119,41 @@ def test_the_better_one_wins_and_the_other_is_noted(tmp_path: Path, better: str,
     weights_beside = [name for name in LAYOUTS[worse][0] if not re.match("adapter|mm_|non_lora", name)]
     assert [f"not read: `{name}`" in found.notes[-1] for name in weights_beside] == [True] * len(weights_beside)
     assert len(found.notes) == len(weights_beside)
+
+
+@pytest.mark.parametrize(
+    ("single", "shard"), [("model.safetensors", "model-{}.safetensors"), ("pytorch_model.bin", "pytorch_model-{}.bin")]
+)
+@pytest.mark.parametrize("left", [(), ("00002-of-00002",)], ids=["no shard is left", "one shard is left"])
+def test_an_index_without_its_shards_gives_way_to_the_one_file(tmp_path: Path, single: str, shard: str, left: tuple[str, ...]) -> None:
+    shards = {shard.format(number): names for number, names in (("00001-of-00002", ["a"]), ("00002-of-00002", ["b"]))}
+    write(tmp_path, {single: ["a", "b"], **{shard.format(number): ["b"] for number in left}})
+    write_index(tmp_path, f"{single}.index.json", {name: file for file, names in shards.items() for name in names})
+    found = index_folder(tmp_path)
+    assert [file.name for file in found.files] == [single]
+    assert f"{single}.index.json" in found.notes[0]
+    assert shard.format("00001-of-00002") in found.notes[0]
+
+
+def test_two_saves_in_one_folder_are_refused_by_both_names_unless_they_are_the_same(tmp_path: Path) -> None:
+    index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write(tmp_path, {"model.safetensors": ["a", "b"], **{file: [name] for name, file in index.items()}})
+    write_index(tmp_path, "model.safetensors.index.json", index)
+    same = index_folder(tmp_path)
+    assert [file.name for file in same.files] == ["model.safetensors"]
+    assert "hold the same" in same.notes[0]
+    safetensors.torch.save_file({"a": torch.tensor([NUMBERS["a"] + 1])}, tmp_path / index["a"])
+    with pytest.raises(InputError) as refused:
+        index_folder(tmp_path)
+    told = str(refused.value)
+    assert all(name in told for name in ("`model.safetensors`", "`model.safetensors.index.json`", "`a`", *index.values()))
+
+
+def test_an_index_that_lists_the_one_file_is_believed(tmp_path: Path) -> None:
+    write(tmp_path, {"model.safetensors": ["a"]})
+    write_index(tmp_path, "model.safetensors.index.json", {"a": "model.safetensors", "b": "model.safetensors"})
+    with pytest.raises(InputError, match="lacks 1 of the tensors"):
+        index_folder(tmp_path)
 
 
 def test_order_is_shard_by_shard_then_as_in_the_file(sharded: Path) -> None:

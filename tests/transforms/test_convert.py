@@ -228,14 +228,14 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], Any], str]] = 
     "OneVision": (
         "C-tower",
         lambda t, c: c.update(image_aspect_ratio="anyres_max_9", mm_patch_merge_type="spatial_unpad"),
-        "images in tiles",
+        "`image_newline` is in no file",
     ),
     "tiles side by side": (
         "C-tower",
         lambda t, c: c.update(image_aspect_ratio="anyres", mm_patch_merge_type="flat"),
         "images in tiles",
     ),
-    "NeXT without newline": ("D", lambda t, c: t.pop("model.image_newline"), "images in tiles"),
+    "NeXT without newline": ("D", lambda t, c: t.pop("model.image_newline"), "`image_newline` is in no file"),
     "pinpoints": ("D", lambda t, c: c.update(image_grid_pinpoints=[[84, 41]]), "image_grid_pinpoints"),
     "MPT": ("C-tower", lambda t, c: (t.clear(), t.update({"transformer.blocks.0.attn.Wqkv.weight": torch.zeros(2, 2)})), "LLaVA-MPT"),
     "plain LLaMA": ("C-tower", lambda t, c: [t.pop(name) for name in list(t) if "mm_" in name or "vision" in name], "is not a LLaVA"),

@@ -1,0 +1,63 @@
+"""Quantised weights: what each method stores beside or in place of a weight, and what `quantization_config` calls it.
+
+Sources: bitsandbytes, AutoAWQ, AutoGPTQ and GPTQModel, compressed-tensors (llm-compressor), EETQ, HQQ, AQLM as transformers 4.37 to 5.23
+save and load them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """A method. `names` is how the name of a tensor ends that only this method stores, `methods` what `quant_method` may say of it."""
+
+    title: str
+    names: str
+    methods: tuple[str, ...] = ()
+
+
+# The first whose tensors are there wins; of two that store the same names, what `quantization_config` says decides.
+QUANTISATIONS = (
+    Quantisation("bitsandbytes, 4 bits", r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state[\w.]*)", ("bitsandbytes",)),
+    Quantisation("bitsandbytes, 8 bits", r"\.(SCB|weight_format)", ("bitsandbytes",)),
+    Quantisation("GPTQ", r"\.g_idx", ("gptq",)),
+    Quantisation("AWQ", r"\.(qweight|qzeros|scales)", ("awq", "gptq", "auto-round", "intel/auto-round")),
+    Quantisation(
+        "compressed-tensors", r"\.(weight_packed|weight_shape|weight_scale|weight_zero_point|input_scale)", ("compressed-tensors",)
+    ),
+    Quantisation("FP8 in blocks", r"\.weight_scale_inv", ("fp8",)),
+    Quantisation("EETQ", r"\.weight_scales", ("eetq",)),
+    Quantisation("AQLM", r"\.(codebooks|codes)", ("aqlm", "vptq")),
+    Quantisation("HQQ", r"\.W_q", ("hqq",)),
+)
+TITLES = {
+    "awq": "AWQ", "gptq": "GPTQ", "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "compressed-tensors": "compressed-tensors",
+    "fp8": "FP8", "fbgemm_fp8": "FP8", "modelopt": "ModelOpt", "hqq": "HQQ", "aqlm": "AQLM", "vptq": "VPTQ", "eetq": "EETQ",
+    "quanto": "Quanto", "torchao": "torchao", "higgs": "HIGGS", "spqr": "SpQR", "mxfp4": "MXFP4", "bitnet": "BitNet",
+}  # fmt: skip
+# dtypes in which no layer of a model is trained, and what a matrix of them is.
+PACKED = {
+    "U8": "packed bytes", "I8": "8-bit integers", "I16": "16-bit integers", "I32": "packed integers", "I64": "integers", "U16": "integers",
+    "U32": "integers", "U64": "integers", "F8_E4M3": "FP8", "F8_E5M2": "FP8", "F8_E8M0": "FP8 scales", "F4": "FP4",
+}  # fmt: skip
+EVERY_NAME = "|".join(row.names for row in QUANTISATIONS)
+
+
+def quantisation(dtypes: Mapping[str, str], method: str) -> tuple[str, list[str]] | None:
+    """How these tensors (dtype by name) are quantised, and those that tell it; None where all hold plain floats.
+
+    `method` is `quant_method` of their config, empty where it says nothing."""
+    ends = re.compile(rf".*(?:{EVERY_NAME})", re.DOTALL)
+    named = [name for name in dtypes if ends.fullmatch(name)]
+    rows = [row for row in QUANTISATIONS if any(re.fullmatch(rf".*(?:{row.names})", name, re.DOTALL) for name in named)]
+    packed = [name for name, dtype in dtypes.items() if dtype in PACKED and re.search(r"(weight|qweight|_packed)$", name)]
+    if not rows and not packed:
+        return None
+    told = [row for row in rows if method in row.methods] or rows
+    by_dtype = f"{PACKED[dtypes[packed[0]]]}" if packed else ""
+    title = told[0].title if told and (method in ("", "bitsandbytes") or method not in TITLES) else TITLES.get(method, by_dtype)
+    return title or by_dtype, [*named, *packed]

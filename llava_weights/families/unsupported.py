@@ -1,0 +1,266 @@
+"""Models that look like a LLaVA and that nothing here can convert: how each is recognised, and why there is no class for it.
+
+Sources: the config.json and the modelling code that each of these repositories publishes, and the classes of transformers up to 5.24.
+A decoder or a tower that no row describes is refused by its own name and needs none here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .targets import TARGET_BY_TYPE as TARGETS
+
+OWN_CODE = "run it with the program of its authors"
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A family without a class that could hold it. One of these is enough to recognise it: `model_type` or a class of `architectures` is as
+    one of the patterns, every pattern of `tensors` is the whole name of some tensor, every key of `says` has a value as its pattern.
+
+    `why` says in a sentence what has no place, `hint` what can be done with it. `until` is the model_type of the target that holds this
+    family: once `targets` has it, the row no longer counts. With `unknown` the row counts only where no row describes the decoder.
+    """
+
+    name: str
+    why: str
+    model_types: str = ""
+    architectures: str = ""
+    tensors: tuple[str, ...] = ()
+    says: Mapping[str, str] = field(default_factory=dict)
+    hint: str = OWN_CODE
+    until: str = ""
+    unknown: bool = False
+
+    def evidence(self, config: Mapping[str, Any], names: Iterable[str]) -> str:
+        """What speaks for this family, empty where nothing does."""
+        given = config.get("architectures")
+        named = [str(name) for name in given] if isinstance(given, list) else []
+        if self.model_types and re.fullmatch(self.model_types, str(config.get("model_type")), re.IGNORECASE):
+            return f"`model_type` {config['model_type']}"
+        if self.architectures and (found := next((name for name in named if re.fullmatch(self.architectures, name)), None)):
+            return f"the class {found}"
+        told = {key: _value(config, key) for key in self.says}
+        if self.says and all(re.fullmatch(pattern, str(told[key]), re.IGNORECASE) for key, pattern in self.says.items()):
+            return ", ".join(f"`{key}` {told[key]}" for key in self.says)
+        first = [next((name for name in names if re.fullmatch(pattern, name)), None) for pattern in self.tensors]
+        return f"the tensor `{first[0]}`" if first and all(first) else ""
+
+
+def _value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key, or of `part.key` in a nested config."""
+    part, _, rest = key.rpartition(".")
+    inner = config.get(part, {}) if part else config
+    return inner.get(rest) if isinstance(inner, Mapping) else None
+
+
+TWO_TOWERS = "its two towers have no place in a class that takes one"
+
+# Tried in order, the first that fits wins: those that a name tells before those that a part tells.
+UNSUPPORTED = (
+    Unsupported(
+        "Llama 3.2 Vision (mllama)",
+        "images enter by cross-attention inside the text model, not as tokens of a LLaVA",
+        model_types="mllama",
+        architectures="Mllama.*",
+        tensors=(r"(?:model\.)?language_model\.(?:model\.)?layers\.\d+\.cross_attn.*",),
+        hint="load it as it is with transformers: MllamaForConditionalGeneration",
+    ),
+    Unsupported(
+        "Pixtral",
+        "its tower is neither a CLIP nor a SigLIP: no size, position table or class token of one fits it",
+        says={"vision_config.model_type": "pixtral"},
+        tensors=(r"(?:model\.)?vision_tower\.patch_conv\.weight", r"(?:model\.)?vision_tower\.ln_pre\.weight"),
+        hint="load it as it is with transformers: LlavaForConditionalGeneration",
+    ),
+    Unsupported(
+        "FastVLM",
+        "its tower is a FastViT (MobileCLIP), of which no row describes the tensors",
+        model_types="fast_?vlm",
+        architectures="FastVlm.*",
+        says={"mm_vision_tower": ".*mobileclip.*"},
+        tensors=(r"model\.vision_tower\.vision_tower\.model\.patch_embed\..*",),
+        hint="transformers 5 has a class for it, FastVlmForConditionalGeneration: take the conversion of its authors",
+    ),
+    Unsupported(
+        "MobileVLM",
+        "its projector (LDP) has convolutions, which no class holds",
+        model_types="mobile_?vlm.*",
+        architectures="MobileLlama.*|MobileVLM.*",
+        says={"mm_projector_type": "ldpnet.*"},
+        tensors=(r"model\.mm_projector\.peg\..*",),
+    ),
+    Unsupported(
+        "Yi-VL",
+        "its projector has a LayerNorm behind each Linear, which no class holds",
+        model_types="yi_?vl",
+        says={"mm_projector_type": "mlp.*norm"},
+        tensors=(r"model\.mm_projector\.1\.weight", r"model\.mm_projector\.4\.weight"),
+    ),
+    Unsupported(
+        "LLaVA with S2 (several scales of an image)",
+        "features of several scales are put side by side, which no class computes",
+        says={"s2": "True"},
+    ),
+    Unsupported(
+        "LLaVA with S2 (several scales of an image)",
+        "features of several scales are put side by side, which no class computes",
+        says={"s2_scales": r".*\d.*"},
+    ),
+    Unsupported(
+        "LongVA (`unires`)",
+        "tiles of `unires` are pooled and joined in a way that no class computes",
+        says={"mm_patch_merge_type": "unires.*"},
+    ),
+    Unsupported(
+        "LLaVA with features of several layers in slices",
+        "features of several layers, each cut, are put side by side, which no class computes",
+        says={"mm_vision_select_feature": "slice.*"},
+    ),
+    Unsupported(
+        "LLaVA-OneVision-1.5",
+        "its tower (RICE) and its merger are other modules than those of LLaVA-OneVision",
+        model_types=r"llava_?onevision_?1[._]?5.*",
+        architectures=r"LLaVAOneVision1_5.*",
+        tensors=(r"(?:model\.)?visual\.merger\..*",),
+    ),
+    Unsupported(
+        "LLaVA-OneVision-2",
+        "its tower and its merger are other modules than those of LLaVA-OneVision",
+        model_types=r"llava_?onevision_?2.*",
+        architectures=r"LLaVAOneVision2.*",
+    ),
+    Unsupported(
+        "VILA or NVILA",
+        "it keeps text model, tower and projector as three models, whose projectors downsample",
+        architectures=r"(LlavaLlama|LlavaMistral|LlavaMixtral|LlavaTopDown.*)Model|VILA.*",
+        model_types=r"n?vila.*",
+        tensors=(r"llm\..*", r"mm_projector\.layers\..*"),
+    ),
+    Unsupported(
+        "TinyLLaVA",
+        "it stands on phi-2 or another small decoder, whose `lm_head.bias` has no place in a class of a LLaVA",
+        model_types=r"tiny_?llava.*",
+        architectures=r"TinyLlava.*",
+        tensors=(r"connector\._connector\..*",),
+    ),
+    Unsupported(
+        "LLaVA-MPT",
+        "no class of a LLaVA holds an MPT, whose attention is one fused matrix with ALiBi",
+        model_types="llava_mpt",
+        architectures="LlavaMPT.*|LlavaMpt.*",
+        tensors=(r"transformer\.blocks\.\d+\..*",),
+    ),
+    Unsupported(
+        "MoE-LLaVA",
+        "its layers are a mixture of experts of DeepSpeed, which no class holds",
+        model_types=r"moe_llava.*",
+        architectures=r"MoELLaVA.*",
+        tensors=(r"(?:.*\.)?deepspeed_moe\..*",),
+    ),
+    Unsupported(
+        "LISA",
+        "its segmentation model (SAM) and the layers in front of it have no place in a class of a LLaVA",
+        architectures=r"LISA.*",
+        tensors=(r"model\.visual_model\..*", r"model\.text_hidden_fcs\..*"),
+    ),
+    Unsupported(
+        "GLaMM",
+        "its grounding encoder and region encoder have no place in a class of a LLaVA",
+        architectures=r"GLaMM.*",
+        tensors=(r"model\.(grounding_encoder|region_encoder)\..*",),
+    ),
+    Unsupported(
+        "MGM (Mini-Gemini)",
+        "a second tower and the attention between the two have no place in a class of a LLaVA",
+        model_types=r"(mini_gemini|mgm).*",
+        architectures=r"(MiniGemini|MGM).*",
+        tensors=(r"model\.vision_tower_aux\..*",),
+    ),
+    Unsupported(
+        "MMVP (features of CLIP and DINOv2 interleaved)",
+        TWO_TOWERS,
+        tensors=(r"model\.vision_tower_dino.*|model\.dino_tower\..*",),
+    ),
+    Unsupported(
+        "Cambrian",
+        "its several towers and the sampler that joins them have no place in a class of a LLaVA",
+        model_types="cambrian.*",
+        architectures="Cambrian.*",
+        tensors=(r"model\.(vision_tower_aux_list|mm_projector_aux_\d+|vision_sampler_.*|vision_query)(\..*)?",),
+    ),
+    Unsupported(
+        "LLaMA-VID",
+        "the attention that makes two tokens of an image has no place in a class of a LLaVA",
+        tensors=(r"model\.vlm_att_.*",),
+    ),
+    Unsupported(
+        "Ferret",
+        "its encoder of regions has no place in a class of a LLaVA",
+        model_types="ferret.*",
+        architectures="Ferret.*",
+        tensors=(r"model\.region_(fea_adapter|geo_sampler)\..*",),
+    ),
+    Unsupported(
+        "Video-LLaVA",
+        "it has a tower for images and another for videos",
+        tensors=(r"(?:model\.)?(?:image_tower\.)+.*", r"(?:model\.)?(?:video_tower\.)+.*"),
+        hint="transformers has a class for it, VideoLlavaForConditionalGeneration: take the conversion of its authors",
+        until="video_llava",
+    ),
+    Unsupported(
+        "Video-LLaVA",
+        "it has a tower for images and another for videos",
+        says={"mm_image_tower": ".+", "mm_video_tower": "LanguageBind.*"},
+        hint="transformers has a class for it, VideoLlavaForConditionalGeneration: take the conversion of its authors",
+        until="video_llava",
+    ),
+    Unsupported(
+        "ViP-LLaVA",
+        "its projector has a LayerNorm in front and takes the features of five layers",
+        says={"mm_vision_tower": r"clip_4layers.*"},
+        tensors=(r"model\.mm_projector\.clip_layernorm\.weight|(?:model\.)?multi_modal_projector\.projector_layernorm\.weight",),
+        hint="transformers has a class for it, VipLlavaForConditionalGeneration: take the conversion of its authors",
+        until="vipllava",
+    ),
+    Unsupported(
+        "LLaVA-Video with `faster_token`",
+        "`model.faster_token` stands between the frames of a video, and no class reads it",
+        tensors=(r"model\.faster_token",),
+    ),
+    Unsupported(
+        "a LLaVA with two vision towers",
+        TWO_TOWERS,
+        tensors=(r"(?:model\.)?vision_tower_(?!config).*|(?:model\.)?(?:second|other|aux)_vision_tower\..*",),
+    ),
+    Unsupported(
+        "a LLaVA with two vision towers",
+        TWO_TOWERS,
+        tensors=(r"(?:model\.)?(?:image_tower\.)+.*", r"(?:model\.)?(?:vision_tower\.)+.*"),
+    ),
+    Unsupported(
+        "a LLaVA on phi-1.5 or phi-2",
+        "the bias of its head has no place in a class of a LLaVA",
+        model_types=r"bunny-phi",
+        architectures="BunnyPhiForCausalLM",
+        tensors=(r"(?:language_model\.)?lm_head\.bias", r"(?:.*\.)?layers\.0\.mlp\.fc1\.weight"),
+    ),
+    Unsupported(
+        "a mixture of experts",
+        "no row describes its decoder, whose layers hold several experts and a gate",
+        tensors=(r"(?!.*(?:vision|visual)).*\.experts\.(?:\d+\.)?.*",),
+        unknown=True,
+    ),
+)
+
+
+def unsupported(config: Mapping[str, Any], names: Iterable[str], *, known: bool = False) -> tuple[Unsupported, str] | None:
+    """The first family that config or tensors are of, with what speaks for it; None where no row fits.
+
+    `known` says whether a row describes the decoder."""
+    every = list(names)
+    rows = (row for row in UNSUPPORTED if row.until not in TARGETS and not (row.unknown and known))
+    return next(((row, told) for row in rows if (told := row.evidence(config, every))), None)
