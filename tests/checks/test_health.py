@@ -165,7 +165,7 @@ HF_FAULTS = {  # name: (model, change, verdict, subject, part of the text)
     ),
     "pad beyond": ("C", setting("config.json", "pad_token_id", to=400), "failed", "config.json", "`pad_token_id` is 400"),
     "pad of another": ("C", setting("config.json", "pad_token_id", to=3), "warning", "config.json", "the tokenizer pads with id 305"),
-    "model type": ("C", setting("config.json", "model_type", to="mllama"), "warning", "config.json", '"mllama", not llava or'),
+    "model type": ("C", setting("config.json", "model_type", to="made_up"), "warning", "config.json", '"made_up", not llava or'),
     "architectures": ("C", setting("config.json", "architectures"), "warning", "config.json", "`architectures` is missing"),
     "newline": ("D", lacking("image_newline"), "failed", "config.json", "no tensor `image_newline`"),
     "pinpoints missing": (
