@@ -151,3 +151,9 @@ def test_a_value_that_tensors_or_tokens_contradict_is_replaced_and_said(tmp_path
     (said,) = (repair for repair in made.history[-1].repairs if repair.startswith("config: "))
     assert "`image_seq_length` 576 -> 4" in said
     assert "`text_config.eos_token_id` 7 -> 2" in said
+
+
+def test_a_decoder_that_smoke_cannot_run_is_named(tmp_path: Path) -> None:
+    source = saved(tmp_path, "mixtral")
+    with pytest.raises(lw.InputError, match="no forward pass is known for a `mixtral`"):
+        lw.smoke_test(source, original=tmp_path / "llava")
