@@ -4,8 +4,9 @@ mlx-vlm takes rms_norm_eps 1e-6 where it is missing, candle needs pad_token_id. 
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
-from ..text import listed, shown
+from ..text import listed, shown, unquoted
 from .config import REFUSED, decoder_of
 from .images import read_pinpoints
 from .rope import plain_rope
@@ -164,21 +165,39 @@ def text_config(config: Mapping[str, Any], *, tokens: Tokens, dtype: str) -> dic
 TOLD = r"architectures|model_type|(torch_)?dtype|\w+_token_(index|id)|vocab_size|tie_word_embeddings|image_seq_length|projector_hidden_act"
 # Those under names that are not written, and those that only transformers' own save needs.
 RENAMED = r"(image|video)_token_id|rope_parameters|transformers_version"
+SAID_ELSEWHERE = r"(torch_)?dtype|vocab_size|projector_hidden_act|tie_word_embeddings"  # by options, and with the rows of the tables
 # What a text config may leave out and no tensor tells, without a change of what is computed.
 HARMLESS = (
     r"\w+_token_id|\w+_dropout|\w+_pdrop|initializer_range|use_cache|pretraining_tp|output_router_logits|router_\w+|max_window_layers"
 )
 
 
-def kept_config(given: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
-    """`made`, the llava-hf config that follows from the llava-hf config `given`, with every value of the latter that is not to change."""
-    parts = {key: value for key, value in made.items() if isinstance(value, Mapping)}
-    new = {**made, **{key: value for key, value in _may_stay(given).items() if key not in parts and not re.fullmatch(TOLD, key)}}
-    new = {**{key: value for key, value in _may_stay(given).items() if key not in made}, **new}
-    for key, part in parts.items():
-        inner = given.get(key)
-        new[key] = dict(sorted({**(_may_stay(inner) if isinstance(inner, Mapping) else {}), **part}.items()))
-    return dict(sorted(new.items()))
+def kept_config(given: Mapping[str, Any], made: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """`made`, the llava-hf config that follows from the llava-hf config `given`, with every value of the latter that is not to change.
+
+    Also a sentence on the values that others replace: ids of tokens, and what tensors tell otherwise.
+    """
+    new = _merged(given, made, TOLD)
+    replaced = list(_replaced("", given, new))
+    for key, part in made.items():
+        if isinstance(part, Mapping):
+            inner = given[key] if isinstance(given.get(key), Mapping) else {}
+            new[key] = _merged(inner, part, r".*")
+            replaced += _replaced(f"{key}.", inner, new[key])
+    return new, (f"config: {', '.join(replaced)}, by tokenizer and tensors",) if replaced else ()
+
+
+def _merged(given: Mapping[str, Any], made: Mapping[str, Any], told: str) -> dict[str, Any]:
+    """Both, the value of `made` for a key in both that `told` matches, else that of `given`."""
+    own = _may_stay(given)
+    return dict(sorted({**own, **made, **{key: value for key, value in own.items() if not re.fullmatch(told, key)}}.items()))
+
+
+def _replaced(prefix: str, given: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in _may_stay(given).items():
+        if value is not None and new[key] != value and not re.fullmatch(SAID_ELSEWHERE, key):
+            before, after = (unquoted(json.dumps(each, ensure_ascii=False)) for each in (value, new[key]))
+            yield f"`{prefix}{key}` {before} -> {after}"
 
 
 def _may_stay(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..checkpoint.small_files import RIGHT_CONFIG
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
 from ..errors import InputError
-from ..families.decoders import CLASSES, RUNNABLE_PART_TYPES, RUNNABLE_TYPES, Decoder
+from ..families.decoders import CLASSES, DECODER_BY_TYPE, RUNNABLE_PART_TYPES, RUNNABLE_TYPES, Decoder
 from ..families.layouts import canonical
 from ..families.originals import fitting
 from ..families.projectors import NORM
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 
+NOT_RUN = "`verify` and `diff` check what can't be run"
 # Keys of a config that change no computed value, only which code runs, how weights are stored or what is returned.
 DROPPED_KEYS = re.compile(
     r"_.*|mm_.*|auto_map|architectures|model_type|transformers_version|quantization_config|(torch_)?dtype|attn_implementation"
@@ -148,9 +149,7 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     kind = checkpoint.config.get("model_type")
     if kind not in RUNNABLE_TYPES.get(checkpoint.layout, ()):
         facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(RUNNABLE_TYPES.values(), ()))}
-        raise InputError(
-            f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint="`verify` and `diff` check what can't be run"
-        )
+        raise InputError(f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint=NOT_RUN)
     stream = Streamed(dtype=dtype, device=device, resident=resident)
     tensors = _canonical_tensors(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
@@ -183,7 +182,9 @@ def load_original(
 
     refuse_kind(kind_of(checkpoint), checkpoint)
     known = known_decoder(checkpoint.config)
-    if checkpoint.layout != "llava" or known is None or not known.runs:
+    if checkpoint.layout == "llava" and known is not None and not known.runs:
+        raise InputError(f"no forward pass is known for a `{known.model_type}`", hint=NOT_RUN)
+    if checkpoint.layout != "llava" or known is None:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
         what = f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout"
         raise InputError(what, facts=facts, hint="give a LLaVA as haotian-liu's code writes it, or convert it first")
@@ -271,7 +272,10 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
     settings = _plain(config)
     for part, kinds in RUNNABLE_PART_TYPES.items():
         inner = settings.get(part, {})
-        if not isinstance(inner, dict) or inner.setdefault("model_type", DEFAULT_PARTS[part]) not in kinds:
+        named = inner.setdefault("model_type", DEFAULT_PARTS[part]) if isinstance(inner, dict) else None
+        if isinstance(named, str) and named in DECODER_BY_TYPE and named not in kinds:
+            raise InputError(f"no forward pass is known for a `{named}`", facts={"known": ", ".join(kinds)}, hint=NOT_RUN)
+        if named not in kinds:
             raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT_CONFIG)
     layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in RUNNABLE_PART_TYPES))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):

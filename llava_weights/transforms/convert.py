@@ -142,8 +142,9 @@ def to_llava_hf(
     config = llava_hf_config(
         model.config, target=model.target, tower=model.tower, tokens=tokens, activation=activation, dtype=main_dtype(tensors), tiles=tiles
     )
+    changed: tuple[str, ...] = ()
     if checkpoint.layout == "llava-hf":
-        config = kept_config(checkpoint.config, config)
+        config, changed = kept_config(checkpoint.config, config)
         config.pop("unpadded_vocab_size", None)
     if bare:
         config["multimodal_projector_bias"] = False
@@ -157,7 +158,7 @@ def to_llava_hf(
         _inputs(checkpoint, model),
         _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect),
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
-        repairs=(*model.repairs, *model.tokenizer.notes),
+        repairs=(*model.repairs, *changed, *model.tokenizer.notes),
         notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *notes, *model.doubts.notes, *_remarks(model)),
         warnings=(*model.doubts.warnings, *prompt.warnings),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),

@@ -139,3 +139,21 @@ def test_a_rope_for_each_kind_of_layer_is_refused(tmp_path: Path) -> None:
     for layout in ("llava-hf", "llava"):
         with pytest.raises(lw.InputError, match="differs from layer to layer"):
             lw.convert(source, layout)
+
+
+def test_a_value_that_tensors_or_tokens_contradict_is_replaced_and_said(tmp_path: Path) -> None:
+    source = saved(tmp_path, "llama")
+    config = config_of(source)
+    config["image_seq_length"] = 576
+    config["text_config"]["eos_token_id"] = 7
+    (source / "config.json").write_text(json.dumps(config))
+    made = lw.convert(source, "llava-hf")
+    (said,) = (repair for repair in made.history[-1].repairs if repair.startswith("config: "))
+    assert "`image_seq_length` 576 -> 4" in said
+    assert "`text_config.eos_token_id` 7 -> 2" in said
+
+
+def test_a_decoder_that_smoke_cannot_run_is_named(tmp_path: Path) -> None:
+    source = saved(tmp_path, "mixtral")
+    with pytest.raises(lw.InputError, match="no forward pass is known for a `mixtral`"):
+        lw.smoke_test(source, original=tmp_path / "llava")
