@@ -103,7 +103,7 @@ def llava_hf_config(
     if "video_seq_length" in target.defaults:
         made["video_seq_length"] = tower.patches // 2  # 288 for the 576 patches of an image: two frames
     for word, (key, usual) in target.words.items():
-        if config.get(word) is not None and (key != word or config[word] != usual):  # a key of the original's own is kept for the way back
+        if word in config and (key != word or config[word] != usual):  # a key of the original's own is kept for the way back
             made[key] = config[word]
     if target.layernorm:
         made["projector_layernorm_eps"] = config.get("projector_layernorm_eps", target.defaults["projector_layernorm_eps"])

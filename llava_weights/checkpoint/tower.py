@@ -121,7 +121,7 @@ def open_tower(checkpoint: Checkpoint) -> VisionTower:
     config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
     notes = (NO_HEAD,) if any(map(_is_head, checkpoint.tensors)) else ()
-    known = _same_widths(config["model_type"], config)
+    known = same_widths(config["model_type"], config)
     layers = known[0].layers if known else config["num_hidden_layers"]
     return VisionTower(_fitted(named, config, name), config, _preprocessor(checkpoint), checkpoint.origin, notes, layers)
 
@@ -151,7 +151,7 @@ def own_tower(
         config, note, layers = _look_up(sizes, model, reference)
     else:
         config, note, layers = complete_config(vision_config, source=f"the `vision_config` of {shown(name)}"), "", None
-        if known := _same_widths(config["model_type"], config):
+        if known := same_widths(config["model_type"], config):
             layers = known[0].layers
         _check_sizes(config, sizes, source=f"the `vision_config` of {shown(name)}")
     notes = (f"vision tower: the checkpoint's own, {len(own):,} tensors", note, NO_HEAD if len(own) < len(inside) else "")
@@ -423,12 +423,12 @@ def _borrowed(config: Mapping[str, Any], found: TowerSizes, source: str) -> tupl
 
 def _known(found: TowerSizes, named: str) -> KnownTower | None:
     """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
-    fitting = _same_widths(found.model_type, found.sizes)
+    fitting = same_widths(found.model_type, found.sizes)
     theirs = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
     return next(theirs, fitting[0] if fitting else None)
 
 
-def _same_widths(model_type: str, sizes: Mapping[str, Any]) -> list[KnownTower]:
+def same_widths(model_type: str, sizes: Mapping[str, Any]) -> list[KnownTower]:
     """The published towers of these widths, which have the same number of layers."""
     wanted = (model_type, sizes["hidden_size"], sizes["intermediate_size"])
     return [known for known in KNOWN_TOWERS if (known.model_type, known.hidden, known.intermediate) == wanted]

@@ -19,14 +19,14 @@ from ..checkpoint.sentencepiece import read_sentencepiece
 from ..checkpoint.small_files import small_bytes, small_text
 from ..checkpoint.tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, TOKENIZER_CONFIG, is_length, token_text
 from ..checkpoint.tokenizer_json import added_token, added_tokens
-from ..checkpoint.tower import complete_config
+from ..checkpoint.tower import complete_config, same_widths
 from ..errors import InputError, UsageError
 from ..families.decoders import DECODERS, LLAVA_DEFAULTS
 from ..families.files import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
 from ..families.layouts import canonical
 from ..families.projectors import PROJECTOR_FORMS
 from ..families.targets import TARGET_DEFAULTS
-from ..families.towers import TOWERS
+from ..families.towers import TOWER_BY_TYPE, TOWERS
 from ..findings import Finding
 from ..smoke.probes import table_rows
 from ..text import listed, shown
@@ -180,18 +180,28 @@ def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None,
         result.open.append(("the tower's settings", text))
     try:
         try:
-            return convert(original, "llava-hf", tower=tower, accept_tower=True, **options)
+            found = convert(original, "llava-hf", tower=tower, accept_tower=True, **options)
+            return _as_deep(found, like, result) if result.open else found
         except InputError:  # the tower that it holds may need a config
             if tower is not None or (tower := _tower_of(like)) is None:
                 raise
             found = convert(original, "llava-hf", tower=tower, accept_tower=True, **options)
             result.open.append(("the tower's settings", f"`vision_config`: nothing in {name} tells it"))
-            return found
+            return _as_deep(found, like, result)
     except (InputError, UsageError) as error:
         what = "all but the text model's config"
         result.open.append((what, f"{what}: {name} can't be converted, {error.what}"))
         result.text_only = True
         return original
+
+
+def _as_deep(found: Checkpoint, like: Checkpoint, result: _Comparison) -> Checkpoint:
+    """`found`, which has the tower of `like`, with its feature layer too where nobody knows whether that tower has all of its layers."""
+    layer, vision = like.config.get("vision_feature_layer"), found.config["vision_config"]
+    if not TOWER_BY_TYPE[vision["model_type"]].select or same_widths(vision["model_type"], vision) or layer not in (-1, -2):
+        return found
+    result.open.append(("the feature layer", f"`vision_feature_layer`: nothing in {result.label} tells how many layers its tower has"))
+    return replace(found, config={**found.config, "vision_feature_layer": layer})
 
 
 def _tower_of(checkpoint: Checkpoint) -> Checkpoint | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from ..checkpoint.config import check_structure
 from ..checkpoint.hf_config import pinpoints
-from ..checkpoint.processor import read_image_settings
+from ..checkpoint.processor import VIDEO_PREPROCESSOR, read_image_settings
 from ..checkpoint.small_files import small_text
 from ..checkpoint.tokenizer import FAST, RIGHT_TOKENIZER, TOKENIZER_CONFIG
 from ..checkpoint.tower import own_tower
@@ -280,6 +280,14 @@ def _preprocessor(s: SmallFiles) -> Iterator[str]:
         yield f"`image_grid_pinpoints` {differ}: the processor and the model cut images differently"
 
 
+def _video_pixels(s: SmallFiles) -> Iterator[str]:
+    """Frames of a video go through the same tower as images."""
+    frames, images = s.of(VIDEO_PREPROCESSOR), image_settings(s)
+    for key in ("image_mean", "image_std", "rescale_factor"):
+        if key in frames and key in images and frames[key] != images[key]:
+            yield f"`{key}` is {as_json(frames[key])}, for images it is {as_json(images[key])}"
+
+
 def _template(s: SmallFiles) -> Iterator[str]:
     inside = s.of(TOKENIZER_CONFIG).get("chat_template")
     if not s.has(CHAT_TEMPLATE):
@@ -350,6 +358,7 @@ LLAVA_HF_RULES = (
     Rule(PROCESSOR, "patches, class token and strategy of the tower", _processor, remedy=REPAIR),
     Rule(PREPROCESSOR, "image size and pinpoints of the model", _preprocessor, remedy=REPAIR),
     *rules_values.IMAGES,
+    Rule(VIDEO_PREPROCESSOR, "mean, deviation and scale of images", _video_pixels, remedy=REPAIR),
     Rule(PREPROCESSOR, "place", _nested, "warning", REPAIR),
     Rule(CHAT_TEMPLATE, "there, with the image token", _template, "warning", REPAIR),
     Rule(CHAT_TEMPLATE, "the same as chat_template.jinja", _templates_differ, remedy=REPAIR),

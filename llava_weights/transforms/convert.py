@@ -330,6 +330,8 @@ def _other_layer(model: Model, config: Mapping[str, Any]) -> Iterator[str]:
     """A warning where LLaVA's code takes another hidden state of the tower than the llava-hf config says. Raises InputError where it takes
     another number of them, so that the projector does not fit."""
     layer, count = model.config.get(STATED[0]), model.tower.config["num_hidden_layers"]
+    if model.tower.row.select and model.tower.whole_layers is None and layer in (-1, -2):
+        return  # nobody knows how many layers this tower has elsewhere: one more than here, or as many
     own = select_layer(config, model.tower, model.target)
     layers, wanted = (
         [number % (count + 1) for number in (x if isinstance(x, list) else [x])] for x in (own if layer is None else layer, own)

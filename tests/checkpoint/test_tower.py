@@ -14,9 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_weights.checkpoint.checkpoint import Checkpoint, Origin, open_checkpoint
+from llava_weights.checkpoint.hf_config import select_layer
 from llava_weights.checkpoint.tower import VisionTower, complete_config, open_tower, own_tower, tower_shapes
 from llava_weights.errors import InputError, MismatchError
-from llava_weights.families.towers import TOWER_BY_TYPE
+from llava_weights.families.targets import TARGET_BY_TYPE
+from llava_weights.families.towers import TOWER_BY_KIND, TOWER_BY_TYPE
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor, read_rows
 from llava_weights.transforms.convert import convert
@@ -561,3 +563,15 @@ def test_the_hint_names_the_tower_of_the_config(cli: Callable[..., Any], publish
     assert code == 3
     assert OPENAI in err
     assert "336" not in err
+
+
+@pytest.mark.parametrize(("stored", "layer"), [(27, -2), (26, -1)])
+def test_the_layer_of_a_siglip_is_counted_from_the_published_one(stored: int, layer: int) -> None:
+    """LLaVA-NeXT's code stores 26 of so400m's 27 and takes the last, Bunny's and nanoLLaVA's keep 27 and take the last but one."""
+    row = TOWER_BY_KIND["siglip"]
+    config = {**row.defaults, "model_type": row.model_type, "num_hidden_layers": stored}
+    tower = VisionTower({}, config, None, None, (), whole_layers=27)
+    assert select_layer({"mm_vision_select_layer": -2}, tower, TARGET_BY_TYPE["llava"]) == layer
+    assert select_layer({"vision_feature_layer": -3}, tower, TARGET_BY_TYPE["llava"]) == -3
+    with pytest.raises(InputError):
+        select_layer({}, replace(tower, config={**config, "num_hidden_layers": 25}), TARGET_BY_TYPE["llava"])

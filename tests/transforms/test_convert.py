@@ -316,6 +316,15 @@ def test_key_styles_of_other_classes(tmp_path: Path, family: str, style: str) ->
     assert len(names) == len(renamed)
 
 
+def test_a_tensor_without_a_place_is_refused_by_its_name(tmp_path: Path) -> None:
+    """LLaVA-Video-72B's token behind fast frames."""
+    make_llava(tmp_path, next(row for row in ORIGINALS if row.name == "LLaVA-Video"))
+    tensors = torch.load(tmp_path / "llava" / "pytorch_model.bin", weights_only=True)
+    torch.save({**tensors, "model.faster_token": torch.ones(64).half()}, tmp_path / "llava" / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"model\.faster_token"):
+        convert(tmp_path / "llava", "llava-hf")
+
+
 def test_names_are_total_injective_and_inverse(fixtures: Path, made: Callable[..., Path]) -> None:
     for layout, names in (("llava-hf", tensors_of(made("D"))), ("llava", tensors_of(fixtures / SOURCES["D"][0]))):
         assert [spelled(canonical(name), layout) for name in names] == list(names)
