@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hub_server import HubServer
-from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -307,16 +306,6 @@ def test_records_that_name_only_a_config_prove_no_weights(model: Path) -> None:
         found = verify(model, deep=deep)
         assert found.exit_code == 3
         assert "nothing recorded of 1 weight file" in headline(found)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
 
 
 def test_a_repository_with_other_weight_files_proves_none(good: Path, model: Path, tmp_path: Path, hub: HubServer) -> None:

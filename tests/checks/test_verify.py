@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from hub_server import HubServer
-from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -457,16 +455,6 @@ def test_a_bad_list_is_an_input_error(made: Path, tmp_path: Path, content: str) 
 def test_a_list_of_nothing_here_is_not_success(made: Path, tmp_path: Path) -> None:
     (tmp_path / "LIST").write_text(f"{'0' * 64}  other/model.bin\n")
     assert verify(made, against=tmp_path / "LIST").exit_code == 3
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with HubServer() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        yield server
 
 
 def test_against_a_revision_on_the_hub(model: Path, made: Path, hub: HubServer) -> None:
