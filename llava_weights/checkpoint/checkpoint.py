@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import InputError, UsageError
 from ..families.decoders import size_name
 from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, WEIGHT_SUFFIXES
-from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY
+from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY, canonical
 from ..families.unsupported import unsupported
 from ..formats.folder import index_file, index_folder, member, optional
 from ..storage.hub import HubSource, fetch, parse_source, source_text
@@ -25,7 +25,7 @@ from ..storage.reading import SourceFile, unreadable
 from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
-from ..text import brief, legible, listed, redact, redacted, scheme_of, size
+from ..text import brief, legible, listed, redact, redacted, scheme_of, shown, size
 from .stored_names import model_names
 
 LARGEST_OBJECT = 1 << 20  # bytes of a small file, where no other limit is given
@@ -124,6 +124,16 @@ class Checkpoint:
     def parameters(self) -> dict[str, LazyTensor]:
         """The tensors without the buffers that no program reads, such as `rotary_emb.inv_freq`."""
         return {name: tensor for name, tensor in self.tensors.items() if not re.fullmatch(DROPPED, name)}
+
+    def by_canonical_name(self) -> dict[str, LazyTensor]:
+        """The parameters by their canonical names. Raises InputError where two names mean one tensor."""
+        found: dict[str, LazyTensor] = {}
+        for name, tensor in self.parameters().items():
+            if canonical(name) in found:
+                what, facts = f"{shown(name)} is there twice, under the names of two layouts", {"checkpoint": self.origin.name}
+                raise InputError(what, facts=facts, hint="remove one of the two, or make the checkpoint again")
+            found[canonical(name)] = tensor
+        return found
 
 
 def layout_of(tensors: Iterable[str]) -> str:

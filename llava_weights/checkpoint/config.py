@@ -225,7 +225,7 @@ def quantization_notes(config: Mapping[str, Any]) -> list[str]:
     for prefix, part in (("", config), *((f"{key}.", config.get(key)) for key in ("text_config", "vision_config"))):
         if isinstance(part, Mapping) and (found := part.get(QUANTIZATION)) is not None:
             method = found.get("quant_method") if isinstance(found, Mapping) else None
-            named = f" ({shown(method)[1:-1]})" if isinstance(method, str) else ""
+            named = f" ({unquoted(method)})" if isinstance(method, str) else ""
             notes.append(f"config: `{prefix}{QUANTIZATION}`{named} left out, the weights are plain numbers")
     return notes
 

@@ -17,7 +17,7 @@ from ..families.towers import PATCH, TOWER_BY_TYPE
 from ..formats.folder import member
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
-from ..text import few, listed, shown
+from ..text import few, listed, unquoted
 from .checkpoint import Checkpoint
 from .config import known_decoder
 from .hf_config import flat_config
@@ -42,7 +42,7 @@ def model_class(config: Mapping[str, Any]) -> str:
     given, kind = config.get("architectures"), config.get("model_type")
     named = [str(name) for name in given] if isinstance(given, list) else []
     texts = [", ".join(named), f"model_type {kind}" if kind else ""]
-    return ", ".join(_clean(text) for text in texts if text)
+    return ", ".join(unquoted(text) for text in texts if text)
 
 
 def decoder(checkpoint: Checkpoint, parts: Parts) -> str:
@@ -60,12 +60,12 @@ def decoder(checkpoint: Checkpoint, parts: Parts) -> str:
     kind = known.model_type if known else config.get("model_type")
     heads, grouped, wide = (config.get(key) for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
     texts = [
-        _clean(str(kind)) if kind else "",
+        unquoted(str(kind)) if kind else "",
         f"{layers} layers of {hidden}" if layers and hidden else "",
         f"{heads} heads" + (f" ({grouped} of keys and values)" if grouped and grouped != heads else "") if heads else "",
         f"{wide} wide inside" if wide else "",
     ]
-    return ", ".join(_clean(text) for text in texts if text)
+    return ", ".join(unquoted(text) for text in texts if text)
 
 
 def vocabulary(checkpoint: Checkpoint, parts: Parts) -> str:
@@ -94,7 +94,7 @@ def projector(checkpoint: Checkpoint, parts: Parts) -> str:
     kind += " behind a LayerNorm" if NORM[0] in parts else ""
     act = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION))
     bias = "" if any(name.endswith("bias") for name in found) else ", without biases"
-    between = f" with {_clean(act)} between the layers" if act != PROJECTOR_ACTIVATION and checkpoint.layout == "llava-hf" else ""
+    between = f" with {unquoted(act)} between the layers" if act != PROJECTOR_ACTIVATION and checkpoint.layout == "llava-hf" else ""
     widths = f", {weights[0].shape[1]} to {weights[-1].shape[0]}" if weights else ""
     return f"{kind}{widths}{between}{bias}"
 
@@ -117,7 +117,7 @@ def _tower_kind(checkpoint: Checkpoint, inside: Parts) -> str:
     config = vision if isinstance(vision, Mapping) else {}
     kind = config.get("model_type")
     if PATCH not in inside or (kind is not None and kind not in TOWER_BY_TYPE):
-        return f"{UNKNOWN}" + (f" ({_clean(str(kind))})" if kind else "")
+        return f"{UNKNOWN}" + (f" ({unquoted(str(kind))})" if kind else "")
     patches = inside[PATCH].shape
     numbers = [int(found[1]) for name in inside if (found := re.match(r"encoder\.layers\.(\d{1,6})\.", name))]
     sizes = f"{max(numbers, default=-1) + 1} layers of {patches[0]}, patches of {patches[-1]}" if patches else ""
@@ -149,9 +149,9 @@ def adapter(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
         f"rank {', '.join(map(str, ranks))}" if ranks else "",
         f"alpha {config['lora_alpha']}" if config.get("lora_alpha") is not None else "",
         f"{len(found)} modules ({', '.join(kinds[:8])}{', …' if len(kinds) > 8 else ''})" if found else "",
-        _clean(str(config["peft_type"])) if config.get("peft_type") not in (None, "LORA") else "",
+        unquoted(str(config["peft_type"])) if config.get("peft_type") not in (None, "LORA") else "",
         *(key for key in ("use_dora", "use_rslora") if config.get(key) is True),
-        f"for {_clean(base_name(config))}" if base_name(config) else f"no {ADAPTER_CONFIG} says for which base" * (not config),
+        f"for {unquoted(base_name(config))}" if base_name(config) else f"no {ADAPTER_CONFIG} says for which base" * (not config),
     ]
     return ", ".join(text for text in texts if text)
 
@@ -207,7 +207,3 @@ def next_command(checkpoint: Checkpoint, given: str) -> str:
         "mlx-adapter": "merge it with mlx-lm or mlx-vlm, which trained it (`fuse`)",
     }
     return commands.get(checkpoint.layout, "")
-
-
-def _clean(text: str) -> str:
-    return shown(text)[1:-1]

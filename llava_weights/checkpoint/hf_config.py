@@ -284,10 +284,10 @@ def original_config(
     }
     told = {word: config.get(key, usual) for word, (key, usual) in target.words.items()}
     made |= {word: value for word, value in told.items() if value is not None}
-    if tiles := config.get("image_grid_pinpoints"):
+    if config.get("image_grid_pinpoints"):
         size = tower.image_size
         ratio = config.get("vision_aspect_ratio", target.defaults["vision_aspect_ratio"]) if target.capped else "anyres"
-        made |= {"image_aspect_ratio": ratio, "image_grid_pinpoints": pinpoints(config, size) if tiles else None}
+        made |= {"image_aspect_ratio": ratio, "image_grid_pinpoints": pinpoints(config, size)}
         made |= {"image_crop_resolution": size, "image_split_resolution": size, "mm_patch_merge_type": "spatial_unpad"}
     return dict(sorted(made.items()))
 

@@ -17,7 +17,7 @@ from ..families.towers import TOWER_BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..storage.reading import SourceFile
 from ..tensors.lazy import LazyTensor
-from ..text import brief, fold_names, redact, shown, size, two_columns, visible
+from ..text import brief, fold_names, redact, shown, size, two_columns, unquoted, visible
 from . import describe
 from .checkpoint import Checkpoint, Source, opened, to_place
 from .config import known_decoder
@@ -224,7 +224,7 @@ def _hub_family(config: Mapping[str, Any]) -> str:
 
 
 def _images(config: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{key}` {shown(str(config.get(key)))[1:-1]}" for key in ("image_aspect_ratio", "mm_patch_merge_type"))
+    return ", ".join(f"`{key}` {unquoted(str(config.get(key)))}" for key in ("image_aspect_ratio", "mm_patch_merge_type"))
 
 
 def _known(checkpoint: Checkpoint) -> KnownDelta | None:

@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..families.decoders import ACTIVATIONS
 from ..families.files import STANDARD
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
-from ..families.quantised import EVERY_NAME
+from ..families.quantised import PACKED_NAME
 from ..findings import Finding
 from ..formats.folder import member
 from ..storage.reading import Workspace, present
@@ -232,8 +232,7 @@ def _keys(value: Any) -> Iterator[str]:
 
 def _values(checkpoint: Checkpoint, small_files: SmallFiles) -> list[Finding]:
     kind_known = kind_of(checkpoint) is None
-    packed = re.compile(rf".*({EVERY_NAME})", re.DOTALL)
-    samples = _samples({name: tensor for name, tensor in checkpoint.parameters().items() if not packed.fullmatch(name)})
+    samples = _samples({name: tensor for name, tensor in checkpoint.parameters().items() if not PACKED_NAME.fullmatch(name)})
     read = f"{len(samples):,} tensors, {size(sum(sample.nbytes for sample in samples.values()))} of them read"
     findings = [*_non_finite(samples), *_holes(checkpoint)]
     model = checkpoint.layout in MODELS and kind_known

@@ -26,7 +26,7 @@ from ..families.targets import TARGET_DEFAULTS, Target
 from ..findings import Finding, Verdict
 from ..storage.strict_json import JsonObject
 from ..tensors.lazy import LazyTensor
-from ..text import shown
+from ..text import unquoted
 
 CONFIG, GENERATION_CONFIG, VOCAB = "config.json", "generation_config.json", "vocab.json"
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
@@ -195,7 +195,7 @@ def refused(error: InputError, subject: str, remedy: str = CORRECT) -> Finding:
 
 def as_json(value: Any) -> str:
     """A JSON value for a message."""
-    return "missing" if value is None else shown(json.dumps(value, ensure_ascii=False))[1:-1]
+    return "missing" if value is None else unquoted(json.dumps(value, ensure_ascii=False))
 
 
 def _special_ids(checkpoint: Checkpoint, objects: Mapping[str, JsonObject], rows: int) -> tuple[dict[str, int], int]:

@@ -18,7 +18,7 @@ from ..checkpoint.processor import LARGEST_SETTING
 from ..checkpoint.tokenizer import TOKENIZER_CONFIG
 from ..checkpoint.tower import row_of
 from ..families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, ROPE_TYPES
-from ..families.layouts import QUANTIZED_NAMES, QUANTIZERS
+from ..families.quantised import PACKED_NAME, QUANTIZERS
 from ..families.targets import TARGETS
 from ..families.towers import KNOWN_TOWERS, TOWER_ACTIVATIONS, TOWERS, KnownTower, Pixels, Tower
 from ..families.towers import TOWER_BY_TYPE as TOWERS_BY_TYPE
@@ -54,16 +54,13 @@ def _nested(config: Mapping[str, Any]) -> Iterator[tuple[str, JsonObject]]:
 def _quantizers(s: SmallFiles) -> Iterator[tuple[str, str]]:
     """(key, method) of every `quantization_config`, where all tensors are plain numbers of 16 bits or more."""
     names = s.checkpoint.tensors
-    if any(t.dtype not in FLOATS or t.dtype.startswith("F8") for t in names.values()) or any(map(QUANTIZED.search, names)):
+    if any(t.dtype not in FLOATS or t.dtype.startswith("F8") for t in names.values()) or any(map(PACKED_NAME.fullmatch, names)):
         return
     for prefix, config in _nested(s.of(CONFIG)):
         if (found := config.get("quantization_config")) is not None:
             inner = found if isinstance(found, dict) else {}
             method = str(inner.get("quant_method") or "bitsandbytes") if inner else "of no known form"
             yield f"{prefix}quantization_config", method
-
-
-QUANTIZED = re.compile(QUANTIZED_NAMES)
 
 
 def _quantized(s: SmallFiles) -> Iterator[str]:

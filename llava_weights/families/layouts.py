@@ -15,8 +15,6 @@ from functools import lru_cache
 DROPPED = r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids"
 # What LLaVA adds to a LLaMA. These exist in no base, so a delta holds them whole.
 MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\..*|model\.faster_token|model\.vision_resampler\..*"
-# Tensors of a LLaVA that no class of transformers has a place for, and what they are.
-HOMELESS = ((r"model\.faster_token", "the token behind each fast frame of LLaVA-Video's slow and fast frames (`add_faster_video`)"),)
 PROJECTOR = r"model\.mm_projector\..*"
 ATTENTION = r"model\.layers\.\d+\.self_attn\.(q|qkv)_proj\.weight"  # which every decoder of the table has
 # The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
@@ -49,14 +47,6 @@ LAYOUTS = (
     Layout("llama", "LLaMA", (ATTENTION,)),
     Layout("projector", "LLaVA projector only", (r"(base_model\.model\.)?model\.mm_projector\..*",), (r".*self_attn.*",)),
     Layout("clip", "vision tower (a CLIP or a SigLIP)", (r"(vision_model\.|vision_tower\.).*",)),
-)
-
-# Each `quant_method` of transformers that stores weights packed, with scales: plain weights do not belong to a `quantization_config` of
-# one of these. Others (torchao, quanto, bitnet, compressed-tensors, mxfp4) may quantise while loading.
-QUANTIZERS = ("aqlm", "auto-round", "awq", "bitsandbytes", "eetq", "fbgemm_fp8", "fp8", "gptq", "higgs", "hqq", "spqr", "vptq")
-# What they store beside or in place of a weight.
-QUANTIZED_NAMES = (
-    r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|quant_state[\w.]*|weight_scale(_inv)?|weight_packed|codebooks|codes)$"
 )
 
 # What programs put into the names of a model that they wrap: FSDP, activation checkpointing, torch.compile, DataParallel, PEFT.

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .decoders import DECODERS
 from .targets import ANYRES_MAX
 from .targets import TARGET_BY_TYPE as TARGETS
 
@@ -56,7 +57,7 @@ def _among(value: Any, values: tuple[Any, ...]) -> bool:
 
 
 QWEN = ("qwen2", "qwen3")
-ANY_DECODER = ("llama", *QWEN, "gemma", "gemma2", "phi3", "mixtral", "stablelm", "granite")  # a Mistral has rows of its own
+ANY_DECODER = tuple(row.model_type for row in DECODERS if row.model_type != "mistral")  # which has rows of its own
 WHOLE_IMAGES = {"image_aspect_ratio": ("pad", "square", None)}
 # Images in tiles, joined with an `image_newline` behind each row: LLaVA-NeXT. With `anyres_max_N`, of which many tiles are shrunk to
 # the features of N: LLaVA-OneVision, which has one newline at the end of a video (`one_token`, what its code does without the key).
@@ -219,12 +220,11 @@ def fitting(
     tower: str | None = None,
     newline: bool | None = None,
     norm: bool = False,
-    rows: Sequence[Original] | None = None,
 ) -> Iterator[Original]:
     """The families that config and rows fit, the more certain ones first, for each tower all of one target; which one it is, its tokens
     then tell."""
     targets: dict[str, str] = {}
-    for row in ORIGINALS if rows is None else rows:
+    for row in ORIGINALS:
         if not row.fits(config, decoder=decoder, tower=tower, newline=newline, norm=norm):
             continue
         if any(targets.setdefault(kind, row.target) == row.target for kind in row.towers):

@@ -44,15 +44,17 @@ PACKED = {
     "U8": "packed bytes", "I8": "8-bit integers", "I16": "16-bit integers", "I32": "packed integers", "I64": "integers", "U16": "integers",
     "U32": "integers", "U64": "integers", "F8_E4M3": "FP8", "F8_E5M2": "FP8", "F8_E8M0": "FP8 scales", "F4": "FP4",
 }  # fmt: skip
-EVERY_NAME = "|".join(row.names for row in QUANTISATIONS)
+PACKED_NAME = re.compile(rf".*(?:{'|'.join(row.names for row in QUANTISATIONS)})", re.DOTALL)
+# Each `quant_method` of transformers that stores weights packed, with scales: plain weights do not belong to a `quantization_config` of
+# one of these. Others (torchao, quanto, bitnet, compressed-tensors, mxfp4) may quantise while loading.
+QUANTIZERS = ("aqlm", "auto-round", "awq", "bitsandbytes", "eetq", "fbgemm_fp8", "fp8", "gptq", "higgs", "hqq", "spqr", "vptq")
 
 
 def quantisation(dtypes: Mapping[str, str], method: str) -> tuple[str, list[str]] | None:
     """How these tensors (dtype by name) are quantised, and those that tell it; None where all hold plain floats.
 
     `method` is `quant_method` of their config, empty where it says nothing."""
-    ends = re.compile(rf".*(?:{EVERY_NAME})", re.DOTALL)
-    named = [name for name in dtypes if ends.fullmatch(name)]
+    named = [name for name in dtypes if PACKED_NAME.fullmatch(name)]
     rows = [row for row in QUANTISATIONS if any(re.fullmatch(rf".*(?:{row.names})", name, re.DOTALL) for name in named)]
     packed = [name for name, dtype in dtypes.items() if dtype in PACKED and re.search(r"(weight|qweight|_packed)$", name)]
     if not rows and not packed:

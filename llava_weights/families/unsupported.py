@@ -219,14 +219,6 @@ UNSUPPORTED = (
         until="video_llava",
     ),
     Unsupported(
-        "ViP-LLaVA",
-        "its projector has a LayerNorm in front and takes the features of five layers",
-        says={"mm_vision_tower": r"clip_4layers.*"},
-        tensors=(r"model\.mm_projector\.clip_layernorm\.weight|(?:model\.)?multi_modal_projector\.projector_layernorm\.weight",),
-        hint="transformers has a class for it, VipLlavaForConditionalGeneration: take the conversion of its authors",
-        until="vipllava",
-    ),
-    Unsupported(
         "LLaVA-Video with `faster_token`",
         "`model.faster_token` stands between the frames of a video, and no class reads it",
         tensors=(r"model\.faster_token",),

@@ -301,16 +301,10 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _canonical_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
     """Tensors by their canonical name. Raises InputError for one name twice, and for values that are no floats."""
-    found: dict[str, LazyTensor] = {}
     for name, tensor in checkpoint.parameters().items():
-        if canonical(name) in found:
-            raise InputError(
-                f"{shown(name)} is there twice, under names of two layouts", hint="remove one of the two, or make the checkpoint again"
-            )
         if tensor.dtype not in FLOATS:
             raise InputError(f"{shown(name)} is stored as {tensor.dtype}", hint="give a checkpoint that is not quantised")
-        found[canonical(name)] = tensor
-    return found
+    return checkpoint.by_canonical_name()
 
 
 def _numpy(value: torch.Tensor) -> np.ndarray:

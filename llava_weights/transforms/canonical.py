@@ -28,7 +28,7 @@ from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
 from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
-from ..families.layouts import HOMELESS, LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
+from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
 from ..families.originals import Original, fitting
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
 from ..families.targets import TARGET_BY_TYPE as TARGETS
@@ -36,7 +36,7 @@ from ..families.targets import Target
 from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, cast
 from ..tensors.sampling import sample_both
-from ..text import few, shown
+from ..text import few, shown, unquoted
 from .projector import zero_biases
 
 BIASES = (PROJECTOR_NAMES[1], PROJECTOR_NAMES[3])
@@ -117,7 +117,8 @@ def to_canonical(
         checkpoint.files, rows=rows, image_token=image_token, processor_class=target.processor, model_max_length=limit,
         before=others if first else (), behind=() if first else others,
     )  # fmt: skip
-    config, repairs, before = *_repaired(config, tensors, tokenizer, main), config
+    before = config
+    config, repairs = _repaired(before, tensors, tokenizer, main)
     repairs = (*quantization_notes(checkpoint.config), *repairs) if hub else repairs
     families = _families({**before, **config}, chosen, tensors, hub_target)
     _check_shapes(config, tensors, chosen, target)
@@ -139,8 +140,8 @@ def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical,
     if not found:
         facts = {
             "decoder, tower": f"{decoder.model_type}, {tower.kind}",
-            "image_aspect_ratio": shown(str(config.get("image_aspect_ratio")))[1:-1],
-            "mm_patch_merge_type": shown(str(config.get("mm_patch_merge_type") or "flat"))[1:-1],
+            "image_aspect_ratio": unquoted(str(config.get("image_aspect_ratio"))),
+            "mm_patch_merge_type": unquoted(str(config.get("mm_patch_merge_type") or "flat")),
             "image_newline": "there" if "newline" in tensors else "missing",
         }
         hint = "`anyres` (LLaVA-NeXT) and `anyres_max_N` on a SigLIP (LLaVA-OneVision) come with `spatial_unpad` and an `image_newline`"
@@ -188,22 +189,12 @@ def _own_head(config: Mapping[str, Any], tensors: Canonical) -> Iterator[str]:
 
 def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Canonical:
     """Every parameter by its canonical name. Raises InputError for an unknown name, and where two names mean one tensor."""
-    found: Canonical = {}
-    stored = checkpoint.parameters()
-    for pattern, meaning in HOMELESS:
-        if homeless := next((name for name in stored if re.fullmatch(pattern, name)), None):
-            what = f"`{homeless}` has no place in any class of transformers: it is {meaning}"
-            raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="run this model with the code of its authors")
-    unknown = [name for name in stored if not re.match(LLAVA_PART, canonical(name))]
+    unknown = [name for name in checkpoint.parameters() if not re.match(LLAVA_PART, canonical(name))]
     if unknown:
         what = f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}"
         raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="give a LLaVA without other weights beside it")
-    for name, tensor in stored.items():
-        if canonical(name) in found:
-            what = f"`{name}` is there twice, under the names of two layouts"
-            raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="remove one of the two, or make the checkpoint again")
-        found[canonical(name)] = cast(tensor, dtype) if dtype else tensor
-    return found
+    found = checkpoint.by_canonical_name()
+    return {name: cast(tensor, dtype) for name, tensor in found.items()} if dtype else found
 
 
 def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
@@ -211,7 +202,7 @@ def _image_token(checkpoint: Checkpoint, rows: int) -> str | None:
     config = checkpoint.config
     image = config.get("image_token_index", config.get("image_token_id"))
     if type(image) is not int or not 0 <= image < rows:
-        what = f"the image token's id is {shown(str(image))[1:-1]}, the vocabulary has {rows:,} rows"
+        what = f"the image token's id is {unquoted(str(image))}, the vocabulary has {rows:,} rows"
         raise InputError(what, facts={"config": "image_token_index"}, hint="give the config.json that belongs to these weights")
     named = small_object(checkpoint.files, "processor_config.json").get("image_token")
     return named if isinstance(named, str) else None
@@ -237,7 +228,7 @@ def _check_newline(checkpoint: Checkpoint, tensors: Canonical) -> None:
         reads = reads_newline(config)
     if reads and "newline" not in tensors:
         keys = ("model_type", "image_aspect_ratio", "mm_patch_merge_type")
-        facts = {key: shown(str(config[key]))[1:-1] for key in keys if config.get(key) is not None}
+        facts = {key: unquoted(str(config[key])) for key in keys if config.get(key) is not None}
         hint = "give a checkpoint that holds it; where a LoRA was merged, merge it onto the LLaVA that it was trained from, which has it"
         raise InputError("`image_newline` is in no file, and config.json says that images are joined with it", facts=facts, hint=hint)
 
