@@ -169,7 +169,11 @@ class Handler(BaseHTTPRequestHandler):
     def body(self, status: int, data: bytes, headers: dict[str, str], fault: str) -> None:
         if fault == "long":
             data += b"x" * 100
-        if fault in ("reset", "short", "stall"):
+        cut = fault in ("reset", "short", "stall")
+        if self.command != "HEAD":
+            with self.server.turn:  # before the answer: who has read it must find it counted
+                self.server.sent += len(data) // 2 if cut else len(data)
+        if cut:
             self.answer(status, data, headers, cut=len(data) // 2)
             if fault == "stall":
                 time.sleep(1)
@@ -178,9 +182,6 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self.answer(status, data, headers)
-        if self.command != "HEAD":
-            with self.server.turn:
-                self.server.sent += len(data) // 2 if fault in ("reset", "short", "stall") else len(data)
 
     def refused(self, status: int, code: str, message: str = "", headers: dict[str, str] | None = None) -> None:
         self.answer(status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})})
