@@ -32,7 +32,7 @@ from ..families.targets import DEFAULT_PARTS, TARGET_BY_TYPE, TARGETS, Target
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import brief, shown
 from .image_features import IMAGE_INDEX, InputEmbeddings
-from .streaming import Streamed
+from .streaming import MOST, Kept, Most, Streamed, register_attention
 
 if TYPE_CHECKING:
     import torch
@@ -70,12 +70,24 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Which places of a sequence of T are kept, int64, rising: of the logits for T, and of each hidden state for its name and length."""
+
+    logits: Callable[[int], np.ndarray]
+    hidden: Kept
+
+
+EVERY = Places(np.arange, lambda _, length: np.arange(length))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """`hidden`: "vision" (features behind the projector, all tiles, [N, H]), "embeddings" (what enters the decoder), "layer.0",
-    ... (what each layer gives), float32 [T, H]."""
+    ... (what each layer gives), float32 [T, H]; of the logits and of each hidden state the places that are kept. `length`: T."""
 
     logits: np.ndarray  # float32 [T, V]
     hidden: Mapping[str, np.ndarray]
+    length: int
 
 
 class Runner:
@@ -88,17 +100,18 @@ class Runner:
         self._stream, self._model, self._enter = stream, model, enter
         self._mark = mark  # the id that stands for an image and has no row
         decoder = getattr(model.model, "language_model", model.model)
-        self._vocabulary: int = decoder.embed_tokens.num_embeddings
+        self.vocabulary: int = decoder.embed_tokens.num_embeddings
         stream.watch("embeddings", decoder.layers[0], entering=True)
         for number, layer in enumerate(decoder.layers):
             stream.watch(f"layer.{number}", layer)
+            stream.in_blocks(layer.mlp, decoder.config.intermediate_size)
 
-    def __call__(self, probe: Probe) -> Outcome:
-        """Logits and hidden states of one probe. Raises InputError for a probe that does not fit the model, and where the
+    def __call__(self, probe: Probe, places: Places = EVERY) -> Outcome:
+        """Logits and hidden states of one probe, at `places`. Raises InputError for a probe that does not fit the model, and where the
         checkpoint's files changed or a `.bin` record is damaged."""
-        with self._stream.session() as hidden:
-            output = self._run(probe, use_cache=False)
-            return Outcome(_numpy(output.logits), {name: _numpy(value) for name, value in hidden.items()})
+        with self._stream.session(places.hidden) as hidden:
+            output, length = self._run(probe, places.logits, use_cache=False)
+            return Outcome(_numpy(output.logits), {name: _numpy(value) for name, value in hidden.items()}, length)
 
     def generate(
         self, ids: np.ndarray, *, pixel_values: np.ndarray | None = None, image_sizes: np.ndarray | None = None, new_tokens: int, eos: int
@@ -108,7 +121,7 @@ class Runner:
 
         chosen: list[int] = []
         with self._stream.session():
-            output = self._run(Probe("prompt", ids, pixel_values, image_sizes), use_cache=True)
+            output, _ = self._run(Probe("prompt", ids, pixel_values, image_sizes), lambda length: np.array([length - 1]), use_cache=True)
             while True:
                 chosen.append(int(output.logits[0, -1].float().argmax()))
                 if chosen[-1] == eos or len(chosen) >= new_tokens:
@@ -116,18 +129,25 @@ class Runner:
                 latest = torch.tensor([chosen[-1:]], device=self.device)
                 output = self._model(input_ids=latest, past_key_values=output.past_key_values, use_cache=True)
 
-    def _run(self, probe: Probe, **options: Any) -> Any:
+    def _run(self, probe: Probe, kept: Callable[[int], np.ndarray], **options: Any) -> tuple[Any, int]:
+        """What the model gives, with logits at the `kept` places, and how many places there were."""
+        import torch
+
         ids = probe.ids
-        wrong = ids[((ids < 0) | (ids >= self._vocabulary)) & (ids != self._mark)]
+        wrong = ids[((ids < 0) | (ids >= self.vocabulary)) & (ids != self._mark)]
         if ids.ndim != 1 or not ids.size or wrong.size:
-            facts = {"ids": f"shape {list(ids.shape)}", "without a row": wrong[:5].tolist(), "rows": f"{self._vocabulary:,}"}
+            facts = {"ids": f"shape {list(ids.shape)}", "without a row": wrong[:5].tolist(), "rows": f"{self.vocabulary:,}"}
             raise InputError(
                 f"the ids of probe {shown(probe.name)} do not fit the model",
                 facts=facts,
                 hint="give a recording of the same model, with the same tokens",
             )
         try:
-            return self._model(**self._enter(probe), **options)
+            inputs = self._enter(probe)
+            length = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[1]
+            if len(places := kept(length)) < length:
+                options["logits_to_keep"] = torch.from_numpy(places).to(self.device)
+            return self._model(**inputs, **options), length
         except (ValueError, IndexError, TypeError, RuntimeError) as error:  # transformers' own: image tokens and features do not match
             if "memory" in str(error):
                 raise
@@ -137,7 +157,7 @@ class Runner:
             ) from error
 
 
-def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", resident: bool = False) -> Runner:
+def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", resident: bool = False, most: Most = MOST) -> Runner:
     """A text model of a known decoder or a llava-hf model, computing in `dtype` whatever its weights are stored in.
 
     Raises InputError where config and tensors are not exactly those of a model that transformers can build, UsageError for a
@@ -150,7 +170,7 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     if kind not in RUNNABLE_TYPES.get(checkpoint.layout, ()):
         facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(RUNNABLE_TYPES.values(), ()))}
         raise InputError(f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint=NOT_RUN)
-    stream = Streamed(dtype=dtype, device=device, resident=resident)
+    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most)
     tensors = _canonical_tensors(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
     tiles = any(row.model_type == kind and row.tiles for row in TARGETS)
@@ -172,7 +192,13 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
 
 
 def load_original(
-    checkpoint: Checkpoint, *, tower: Checkpoint | None = None, dtype: str = "F32", device: str = "cpu", resident: bool = False
+    checkpoint: Checkpoint,
+    *,
+    tower: Checkpoint | None = None,
+    dtype: str = "F32",
+    device: str = "cpu",
+    resident: bool = False,
+    most: Most = MOST,
 ) -> Runner:
     """A LLaVA in the original layout; its vision tower from the checkpoint, else from the CLIP repository `tower`.
 
@@ -188,7 +214,7 @@ def load_original(
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
         what = f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout"
         raise InputError(what, facts=facts, hint="give a LLaVA as haotian-liu's code writes it, or convert it first")
-    stream = Streamed(dtype=dtype, device=device, resident=resident)
+    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most)
     groups: dict[str, dict[str, LazyTensor]] = {"tower": {}, "projector": {}, "newline": {}}
     for place, tensor in _canonical_tensors(checkpoint).items():
         first = place.partition(".")[0]
@@ -265,10 +291,11 @@ def _projector(tensors: Mapping[str, LazyTensor]) -> Any:
 
 
 def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
-    """transformers' model of `kind` on the meta device, with eager attention. Raises InputError where it can't be built."""
+    """transformers' model of `kind` on the meta device, with eager attention (`attend`). Raises InputError where it can't be built."""
     import torch
 
     transformers = _transformers()
+    attention = register_attention()
     settings = _plain(config)
     for part, kinds in RUNNABLE_PART_TYPES.items():
         inner = settings.get(part, {})
@@ -283,7 +310,7 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
     config_class, model_class = (getattr(transformers, name) for name in CLASSES[kind])
     try:
         built = config_class(**settings)
-        built._attn_implementation = "eager"
+        built._attn_implementation = attention
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # which is drawn from although nothing is filled
             return model_class(built).eval()
     except Exception as error:  # transformers and its validators raise a dozen kinds

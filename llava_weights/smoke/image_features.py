@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 
+TILES_AT_ONCE = 4  # through the tower, whose states of every layer are in memory meanwhile: 90 MiB a tile of SigLIP so400m
 IMAGE_INDEX = -200  # LLaVA's IMAGE_TOKEN_INDEX: one for each image, replaced by its features
 
 CONFIG_HINT = "give the config.json that its authors published"
@@ -100,10 +101,12 @@ class InputEmbeddings:
         """[N, patches, width of the tower] for tiles [N, 3, S, S]."""
         import torch
 
-        states = self.vision(pixels, output_hidden_states=True).hidden_states
         whole = not self.class_token or self.config.get("mm_vision_select_feature") == "cls_patch"
-        layers = self.layer if isinstance(self.layer, list) else [self.layer]
-        return torch.cat([states[layer] if whole else states[layer][:, 1:] for layer in layers], dim=-1)
+        layers, seen = self.layer if isinstance(self.layer, list) else [self.layer], []
+        for some in torch.split(pixels, TILES_AT_ONCE):
+            states = self.vision(some, output_hidden_states=True).hidden_states
+            seen.append(torch.cat([states[layer] if whole else states[layer][:, 1:] for layer in layers], dim=-1))
+        return torch.cat(seen)
 
     def _video(self, frames: torch.Tensor) -> torch.Tensor:
         """[features, H] of one video of frames [N, 3, S, S]: `spatial_pool` of LLaVA-NeXT-Video's release, `get_2dPool` of OneVision's."""

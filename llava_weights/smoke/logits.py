@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError, VerificationError, finite
 from ..events import Listener, Note, check_listener
 from ..findings import Finding
 from ..text import brief, shown
-from .forward import Outcome, Runner
+from .forward import Outcome, Places, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
 from .recording import Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
 
@@ -190,12 +190,13 @@ def _compare_one(
         return Finding("L5", "failed", one.probe.name, text, ABOUT[layer.partition(".")[0]])
 
     probe = one.probe if recording.layout == checkpoint.layout else in_layout(one.probe, one.image, checkpoint)
+    places = Places(lambda length: _inside(one.positions, length), lambda key, length: _inside(_sketched(one, key), length))
     try:
-        outcome = runner(probe)
+        outcome = runner(probe, places)
     except InputError as error:
         return failed(f"{name} can't be run: {error.what}", "embeddings"), [], "", "different"
-    if len(outcome.logits) != len(one.image):
-        text = f"{name} became {len(outcome.logits):,} places, in the reference {len(one.image):,}: images have other numbers of features"
+    if outcome.length != len(one.image):
+        text = f"{name} became {outcome.length:,} places, in the reference {len(one.image):,}: images have other numbers of features"
         return failed(text, "embeddings"), [], "embeddings", "different"
     rows = measure(one, outcome, limits)
     verdict = judge(rows, limits, half, atol)
@@ -214,10 +215,10 @@ def _compare_one(
 
 
 def measure(one: Recorded, outcome: Outcome, limits: Limits) -> list[Row]:
-    """One row for the places of text and one for those of images, as far as there are any."""
+    """One row for the places of text and one for those of images, as far as there are any; `outcome` has the places of `one`."""
     width = min(one.logits.shape[1], outcome.logits.shape[1])
     expected = one.logits[:, :width].astype(np.float64)
-    found = outcome.logits[one.positions, :width].astype(np.float64)
+    found = outcome.logits[:, :width].astype(np.float64)
     spread = float(expected.std()) or 1.0
     inside = one.image[one.positions]
     kinds: tuple[tuple[Where, np.ndarray], ...] = (("text", ~inside), ("image", inside))
@@ -282,13 +283,22 @@ def _first_wrong(one: Recorded, outcome: Outcome, limits: Limits) -> str:
         value = outcome.hidden.get(key)
         if value is None:
             continue
-        if expected[:, 0].max() >= len(value):
+        if len(value) != len(expected):
             return key
-        found = sketch(value, expected[:, 0])[:, 2:].astype(np.float64)
+        found = sketch(value, _sketched(one, key))[:, 2:].astype(np.float64)
         scale = np.maximum((expected[:, 2:].astype(np.float64) ** 2).sum(axis=1), np.finfo(float).tiny)
         if not (((found - expected[:, 2:]) ** 2).sum(axis=1) / scale <= limits.hidden).all():
             return key
     return ""
+
+
+def _sketched(one: Recorded, key: str) -> np.ndarray:
+    """The places of a hidden state that were recorded."""
+    return one.hidden[key][:, 0].astype(int) if key in one.hidden else np.zeros(0, int)
+
+
+def _inside(places: np.ndarray, length: int) -> np.ndarray:
+    return places[places < length]
 
 
 def _has_layers(one: Recorded) -> bool:

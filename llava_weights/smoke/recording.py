@@ -24,11 +24,11 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from ..storage.reading import Workspace
 from ..tensors.dtypes import to_dtype
 from ..tensors.lazy import LazyTensor, Stored
 from ..text import brief, shown
-from .forward import Outcome, Probe, Runner, load_forward, load_original
+from .forward import Places, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
 
 RECORDING_SCHEMA = "llava-weights smoke 1"
@@ -167,18 +167,20 @@ def make_recording(
     device: str = "cpu",
     dtype: str = "F32",
     resident: bool = False,
+    values: int = MOST_LOGITS,
     on_event: Listener = lambda event: None,
 ) -> Recording:
-    """As `record`, in memory. Raises InputError too where logits are not finite: such a model is no reference."""
+    """As `record`, in memory; of a long probe the logits of some places are kept, as many as have `values`. Raises InputError too
+    where logits are not finite: such a model is no reference."""
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
     made = []
     for probe in probes:
-        outcome = runner(probe)
-        if wrong := int((~np.isfinite(outcome.logits)).sum()):
+        one = _record(runner, probe, partial(image_places, checkpoint, probe, tower=tower), values)
+        if wrong := int((~np.isfinite(one.logits)).sum()):
             what = f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers"
             raise InputError(what, facts={"probe": probe.name}, hint="`llava-weights verify --deep` names the tensors that are damaged")
-        made.append(recorded(probe, outcome, image_places(checkpoint, probe, len(outcome.logits), tower)))
-        on_event(Note(f"{probe.name}: ran {len(outcome.logits):,} places, kept the logits of {len(made[-1].positions):,}"))
+        made.append(one)
+        on_event(Note(f"{probe.name}: ran {len(one.image):,} places, kept the logits of {len(one.positions):,}"))
     manifest = find_manifest(checkpoint.origin.path)
     root = {"root.tensors": root_of_tensors(manifest.tensors.values())} if manifest else {}
     metadata = {
@@ -213,15 +215,21 @@ def load_runner(checkpoint: Checkpoint, *, tower: Checkpoint | None, device: str
     return load_forward(checkpoint, dtype=dtype, device=device, resident=resident)
 
 
-def recorded(probe: Probe, outcome: Outcome, image: np.ndarray, *, values: int = MOST_LOGITS) -> Recorded:
-    """The part of an outcome that is kept: all places, or some of the text and some of the images: as many as have
-    `values` logits together, and at least LEAST_POSITIONS.
-    """
-    positions = _chosen(image, max(LEAST_POSITIONS, values // outcome.logits.shape[1]))
-    hidden = {
-        key: sketch(value, np.unique(np.linspace(0, len(value) - 1, SKETCHED_PLACES).round())) for key, value in outcome.hidden.items()
-    }
-    return Recorded(probe, image, positions, outcome.logits[positions], hidden)
+def _record(runner: Runner, probe: Probe, image: Callable[[int], np.ndarray], values: int) -> Recorded:
+    """What is kept of a probe: all places, or some of the text and some of the images, `image` of so many in all: as many as have
+    `values` logits together, and at least LEAST_POSITIONS."""
+
+    def positions(length: int) -> np.ndarray:
+        return _chosen(image(length), max(LEAST_POSITIONS, values // runner.vocabulary))
+
+    def few(name: str, length: int) -> np.ndarray:
+        sketched[name] = np.unique(np.linspace(0, length - 1, SKETCHED_PLACES).round().astype(int))
+        return sketched[name]
+
+    sketched: dict[str, np.ndarray] = {}
+    outcome = runner(probe, Places(positions, few))
+    hidden = {key: sketch(value, sketched[key]) for key, value in outcome.hidden.items()}
+    return Recorded(probe, image(outcome.length), positions(outcome.length), outcome.logits, hidden)
 
 
 def _chosen(image: np.ndarray, most: int) -> np.ndarray:
@@ -232,11 +240,12 @@ def _chosen(image: np.ndarray, most: int) -> np.ndarray:
     return np.unique(np.concatenate([places[np.linspace(0, len(places) - 1, share).round().astype(int)] for places in kinds]))
 
 
-def sketch(value: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """float32 [n, 66] of `value` [T, H]: place, root mean square, projections. Distances between rows survive projection."""
-    rows = value[places.astype(int)].astype(np.float64)
+def sketch(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """float32 [n, 66] of the `rows` [n, H] of a hidden state at `places`: place, root mean square, projections. Distances between rows
+    survive projection."""
+    rows = rows.astype(np.float64)
     size = np.sqrt(np.mean(rows**2, axis=1))
-    return np.column_stack((places, size, rows @ signs(value.shape[1]))).astype(np.float32)
+    return np.column_stack((places, size, rows @ signs(rows.shape[1]))).astype(np.float32)
 
 
 @cache

@@ -1,33 +1,57 @@
 """Run a model that is larger than memory: each leaf module has its parameters only while it computes.
 
 The model is built on the meta device, where tensors have shapes and no values. Hooks read each leaf's parameters just before
-its forward and let them go right after, so memory is that of the largest leaf (lm_head of a 13B: 656 MB in float32), and
-the arithmetic is the model's own.
+its forward and let them go right after, and the arithmetic is the model's own: bit for bit while neither weights nor values
+are larger than `Most`. What is larger is computed in pieces (a head by its rows, attention by its queries, a feed-forward by its places),
+which may add in another order: a few units in the last place.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import InputError, MismatchError, UsageError
 from ..storage.reading import Workspace, check_crcs
 from ..tensors.dtypes import TORCH_DTYPE, all_threads
 from ..tensors.lazy import LazyTensor
-from ..tensors.windows import WINDOW_BYTES, row_ranges
+from ..tensors.windows import WINDOW_BYTES, MiB, row_ranges
 from ..text import listed, shown
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+ATTENTION = "llava_weights_eager"  # transformers' eager attention, query by query where the scores would be larger
+Kept = Callable[[str, int], np.ndarray]  # name and length of a hidden state -> int64, the places of it that are kept
+
+
+@dataclass(frozen=True)
+class Most:
+    """Bytes in memory at a time, in the dtype of the computation: of the `weights` of a leaf, of which the head of a 7B with 32,000 rows is
+    less, and of the `values` between two leaves: scores of attention, of which 32 heads have these for 1,000 places, or inside a
+    feed-forward."""
+
+    weights: int = 512 * MiB
+    values: int = 128 * MiB
+
+
+MOST = Most()
+_most_values: ContextVar[int] = ContextVar("_most_values", default=MOST.values)
+
 
 class Streamed:
     """Gives every leaf of a model its parameters just before its forward, and takes them away after it unless `resident`."""
 
-    def __init__(self, *, dtype: str, device: str, resident: bool) -> None:
+    def __init__(self, *, dtype: str, device: str, resident: bool, most: Most = MOST) -> None:
         import torch
 
         if dtype not in ("F32", "F16", "BF16"):
@@ -36,15 +60,19 @@ class Streamed:
             raise UsageError(f"there is no device {shown(device)} here", hint="compute on `cpu`")
         self.dtype, self.device, self.resident = dtype, device, resident
         self.kind: torch.dtype = getattr(torch, TORCH_DTYPE[dtype])
+        self._most = most
         self._work = Workspace()
         self._hidden: dict[str, torch.Tensor] = {}
+        self._kept: Kept | None = None
 
     @contextmanager
-    def session(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Inside, weights are read and values computed, in true float32; yields the dict of the watched values."""
+    def session(self, kept: Kept | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside, weights are read and values computed, in true float32; yields the dict of the watched values, [places, width]: the places
+        that `kept` tells, none without it."""
         import torch
 
-        self._work, self._hidden = Workspace(), {}
+        self._work, self._hidden, self._kept = Workspace(), {}, kept
+        most = _most_values.set(self._most.values)
         precision, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")  # also `torch.backends.cuda.matmul.allow_tf32 = False`
         torch.backends.cudnn.allow_tf32 = False
@@ -54,18 +82,24 @@ class Streamed:
                 self._work.recheck_sources()
                 check_crcs([self._work])
         finally:
-            self._hidden = {}
+            self._hidden, self._kept = {}, None
+            _most_values.reset(most)
             torch.set_float32_matmul_precision(precision)
             torch.backends.cudnn.allow_tf32 = convolution
 
     def watch(self, name: str, module: nn.Module, *, entering: bool = False) -> None:
         """Keep what enters or leaves `module` in the session's dict."""
 
+        def keep(value: torch.Tensor) -> None:
+            if self._kept is not None:
+                rows = value.flatten(0, -2)
+                self._hidden[name] = _places(rows, self._kept(name, len(rows)))
+
         def enters(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._hidden[name] = given[0] if given else named["hidden_states"]
+            keep(given[0] if given else named["hidden_states"])
 
         def leaves(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self._hidden[name] = output[0] if isinstance(output, tuple) else output
+            keep(output[0] if isinstance(output, tuple) else output)
 
         if entering:
             module.register_forward_pre_hook(enters, with_kwargs=True)
@@ -99,6 +133,20 @@ class Streamed:
             elif own:
                 self._hook(module, own, rows=path.endswith("embed_tokens") and not self.resident)
 
+    def in_blocks(self, module: Any, width: int) -> None:
+        """Let `module`, which takes [N, T, H] and computes each of T alone with up to `width` values, take no more of them at a time than
+        have `most.values`; each time it reads its weights again."""
+        import torch
+
+        whole = module.forward
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            size = _block(hidden.shape[1], len(hidden) * width * hidden.element_size())
+            blocks = [whole(part) for part in torch.split(hidden, size, 1)]
+            return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+        module.forward = forward
+
     def _hook(self, module: Any, own: Mapping[str, LazyTensor], *, rows: bool) -> None:
         import torch
 
@@ -118,6 +166,11 @@ class Streamed:
             return (positions,)
 
         take()
+        large = sum(parameter.nbytes for parameter in blank.values()) > self._most.weights
+        in_pieces = large and isinstance(module, torch.nn.Linear) and not self.resident
+        if in_pieces:
+            module.forward = lambda hidden: self._linear(hidden, **own)
+            return
         if rows:
             module.padding_idx = None  # matters only to a gradient, and may lie beyond the few rows
         module.register_forward_pre_hook(give_rows if rows else give)
@@ -133,14 +186,29 @@ class Streamed:
 
         return nn.Parameter(value, requires_grad=False)
 
-    def values(self, tensor: LazyTensor) -> torch.Tensor:
-        """All of `tensor` on the device, in the dtype of the computation, read in windows."""
+    def values(self, tensor: LazyTensor, windows: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
+        """`tensor` on the device, in the dtype of the computation, read in windows: all of it, or the rows of `windows` that follow on
+        each other."""
         import torch
 
-        out = torch.empty(tensor.shape, dtype=self.kind, device=self.device)
-        for start, stop in row_ranges(tensor, WINDOW_BYTES):
+        windows = windows or list(row_ranges(tensor, WINDOW_BYTES))
+        first, last = windows[0][0], windows[-1][1]
+        out = torch.empty((last - first, *tensor.shape[1:]), dtype=self.kind, device=self.device)
+        for start, stop in windows:
             with self._work.scratch((stop - start) * tensor.row_nbytes) as raw:
-                out[start:stop].copy_(self._window(tensor, start, stop, raw))
+                out[start - first : stop - first].copy_(self._window(tensor, start, stop, raw))
+        return out
+
+    def _linear(self, hidden: torch.Tensor, weight: LazyTensor, bias: LazyTensor | None = None) -> torch.Tensor:
+        """What a Linear makes of [.., H], [.., rows], with about `most_weights` of its weights in memory at a time."""
+        from torch.nn.functional import linear
+
+        out, added = hidden.new_empty(*hidden.shape[:-1], weight.rows), self.values(bias) if bias else None
+        size, windows = math.prod(weight.shape) * self.kind.itemsize, list(row_ranges(weight, WINDOW_BYTES))
+        pieces = min(len(windows), -(-size // self._most.weights))
+        for part in np.array_split(windows, pieces):  # of like size: for a rest of few rows another kernel adds in another order
+            rows = slice(part[0][0], part[-1][1])
+            out[..., rows] = linear(hidden, self.values(weight, part.tolist()), None if added is None else added[rows])
         return out
 
     def _rows(self, tensor: LazyTensor, numbers: list[int]) -> torch.Tensor:
@@ -163,6 +231,40 @@ class Streamed:
 
         tensor.rows_into(raw, start, stop, self._work)
         return torch.frombuffer(raw, dtype=getattr(torch, TORCH_DTYPE[tensor.dtype])).view(stop - start, *tensor.shape[1:])
+
+
+def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    """The eager attention of the file that `module` is from, for no more queries at a time than have scores of `MOST.values`; [N, T, heads,
+    width] for a query [N, heads, T, width]."""
+    import torch
+
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    size = _block(query.shape[2], len(query) * query.shape[1] * key.shape[2] * query.element_size())
+    starts = range(0, query.shape[2], size)
+    masks = [None if attention_mask is None else attention_mask[:, :, start : start + size] for start in starts]
+    parts = [eager(module, part, key, value, mask, **options)[0] for part, mask in zip(torch.split(query, size, 2), masks, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1), None
+
+
+def register_attention() -> str:
+    """The name under which transformers finds `attend`; its masks are those of eager attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, eager_mask)
+    return ATTENTION
+
+
+def _block(places: int, size: int) -> int:
+    """How many of `places` are computed at a time where each has values of `size` bytes: all, or parts of like size."""
+    return -(-places // max(1, min(places, -(-places * size // _most_values.get()))))
+
+
+def _places(rows: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+    import torch
+
+    return rows if len(places) == len(rows) else rows[torch.from_numpy(places).to(rows.device)]
 
 
 def _owner(model: nn.Module, path: str) -> Any:

@@ -25,15 +25,13 @@ from llava_weights.families.layouts import canonical
 from llava_weights.smoke.forward import Probe
 from llava_weights.smoke.generate import PARAGRAPH, generate
 from llava_weights.smoke.logits import Smoke, compare, compare_original, smoke_test
-from llava_weights.smoke.probes import built_in_probes, find_sight, image_places, pattern, table_ids
+from llava_weights.smoke.probes import built_in_probes, find_sight, pattern, table_ids
 from llava_weights.smoke.recording import (
     Recorded,
     Recording,
-    load_runner,
     make_recording,
     read_recording,
     record,
-    recorded,
     sketch,
     write_recording,
 )
@@ -454,8 +452,7 @@ def test_a_recording_is_run_again_as_it_was(world: World, tmp_path: Path) -> Non
 def test_long_probes_keep_some_places_of_text_and_images(world: World) -> None:
     model = world.good("D")
     probe = next(probe for probe in built_in_probes(model) if probe.name == "image")
-    outcome = load_runner(model, tower=None, device="cpu", dtype="F32", resident=False)(probe)
-    one = recorded(probe, outcome, image_places(model, probe, len(outcome.logits)), values=1)
+    (one,) = make_recording(model, [probe], values=1).probes
     assert len(one.positions) == len(one.logits) == 16
     assert one.image[one.positions].sum() == 8
     assert one.positions[-1] == len(one.image) - 1
