@@ -283,6 +283,8 @@ def _preprocessor(s: SmallFiles) -> Iterator[str]:
 def _video_pixels(s: SmallFiles) -> Iterator[str]:
     """Frames of a video go through the same tower as images."""
     frames, images = s.of(VIDEO_PREPROCESSOR), image_settings(s)
+    if s.tower and frames:
+        read_image_settings(frames, tower=s.tower.row, size=s.tower.image_size, patch=s.tower.patch_size)
     for key in ("image_mean", "image_std", "rescale_factor"):
         if key in frames and key in images and frames[key] != images[key]:
             yield f"`{key}` is {as_json(frames[key])}, for images it is {as_json(images[key])}"

@@ -261,6 +261,10 @@ def _image_unusual(s: SmallFiles) -> Iterator[str]:
     if row and row.resample is not None and settings.get("resample", row.resample) != row.resample:
         yield f"`resample` is {as_json(settings['resample'])}, every {row.title} was trained with {row.resample} (PIL's bicubic)"
 
+    named = settings.get("image_processor_type")
+    if isinstance(named, str) and not named.startswith(PROCESSORS):
+        yield f"`image_processor_type` is {as_json(named)}: no published LLaVA has it, and it may resize and crop in another way"
+
 
 def _image_class(s: SmallFiles) -> Iterator[str]:
     """The image processor's class and its crop, against the model's."""
@@ -274,6 +278,15 @@ def _image_class(s: SmallFiles) -> Iterator[str]:
         yield "`do_center_crop` is false: images that are not square become inputs that the tower does not take"
 
 
+# What the names of image processors begin with, `CLIPFeatureExtractor` and those that end in `Fast` too.
+PROCESSORS = tuple(
+    str(name).removesuffix("ImageProcessor")
+    for name in (
+        *(row.image_processor for row in TOWERS),
+        *(each for row in TARGETS for each in (row.padding_processor, row.image_processor)),
+    )
+    if name
+)
 # What the names of image processors that cut tiles begin with: `LlavaNextImageProcessorFast`, `LlavaNextVideoImageProcessor` too.
 TILING = tuple(str(row.image_processor).removesuffix("ImageProcessor") for row in TARGETS if row.tiles)
 

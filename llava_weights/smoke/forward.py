@@ -104,6 +104,7 @@ class Runner:
         stream.watch("embeddings", decoder.layers[0], entering=True)
         for number, layer in enumerate(decoder.layers):
             stream.watch(f"layer.{number}", layer)
+            stream.trim(layer)
             stream.in_blocks(layer.mlp, decoder.config.intermediate_size)
 
     def __call__(self, probe: Probe, places: Places = EVERY) -> Outcome:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, cast
 
 import numpy as np
@@ -93,6 +93,12 @@ class Sight:
             fitting = (size for size in shrunk if self._shrinks(size) and self._clear(size) and self.features(size) <= MOST_FEATURES)
             if size := next(fitting, None):
                 yield "image-shrunk", size
+
+    def many_sizes(self) -> Iterator[tuple[int, int]]:
+        """(height, width) of images of every kind of grid, up to larger ones than any."""
+        longest = max(map(max, self.pinpoints)) if self.pinpoints else self.side
+        edges = range(self.side // 2, longest + self.side, -(-self.side // 2))
+        yield from product(edges, edges)
 
     def _first(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         return next(filter(self._clear, sizes), sizes[0])
