@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.errors import InputError, MismatchError, UsageError
-from llava_weights.smoke.forward import Probe, Runner, load_forward, load_original
+from llava_weights.smoke.forward import Places, Probe, Runner, load_forward, load_original
 from llava_weights.smoke.image_features import best_grid, unpad
+from llava_weights.smoke.streaming import Most, Streamed
 from llava_weights.tensors.lazy import Stored
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 97}
@@ -226,6 +228,56 @@ def test_only_one_leaf_has_values_at_a_time(tmp_path: Path) -> None:
     assert all(len(leaf) <= 1 for leaf in leaves)
     assert len(leaves - {()}) == len({name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)})
     assert not real_parameters(runner)
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_large_weights_and_values_are_computed_in_pieces(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head by its rows, attention by its queries, a feed-forward by its places: the same but for the order of sums."""
+    monkeypatch.setitem(TEXT, kind, (TEXT[kind][0], TEXT[kind][1] | {"vocab_size": 150_000, "tie_word_embeddings": False}))
+    text_model(kind, tmp_path)
+    whole = load_forward(open_checkpoint(tmp_path))(Probe("text", IDS))
+    sizes: dict[str, list[int]] = {"weights": [], "queries": [], "places": []}
+    read, file = Streamed.values, importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    eager = file.eager_attention_forward
+
+    def reading(self: Streamed, *given: Any) -> torch.Tensor:
+        value = read(self, *given)
+        sizes["weights"].append(value.nbytes)
+        return value
+
+    def attending(module: Any, query: torch.Tensor, *given: Any, **named: Any) -> Any:
+        sizes["queries"].append(query.shape[2])
+        return eager(module, query, *given, **named)
+
+    monkeypatch.setattr(Streamed, "values", reading)
+    monkeypatch.setattr(file, "eager_attention_forward", attending)
+    runner = load_forward(open_checkpoint(tmp_path), most=Most(weights=17_000_000, values=600))
+    for layer in runner._model.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda _, given, __: sizes["places"].append(given[0].shape[1]))
+    pieces = runner(Probe("text", IDS))
+    np.testing.assert_allclose(pieces.logits, whole.logits, rtol=0, atol=1e-4)
+    assert max(sizes["weights"]) < 17_000_000 < 150_000 * 32 * 4 <= sum(sizes["weights"])
+    assert set(sizes["queries"]) == {3}  # 4 heads x 12 keys x 4 bytes, of 600
+    assert set(sizes["places"]) == {2}  # 64 x 4 bytes
+
+
+def test_images_in_pieces_are_the_same(fixtures: Path) -> None:
+    checkpoint = open_checkpoint(fixtures / "C-v1.5/hf-by-tf4.47.1")
+    probe = next(probe for probe in cases(fixtures / "E-logits/C-v1.5", hf=True) if probe.sees)
+    whole, pieces = (load_forward(checkpoint, most=most)(probe) for most in (Most(), Most(values=1000)))
+    np.testing.assert_allclose(pieces.hidden["vision"], whole.hidden["vision"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pieces.logits, whole.logits, rtol=0, atol=1e-5)
+
+
+def test_only_the_places_that_are_asked_for_are_kept(tmp_path: Path) -> None:
+    text_model("qwen2", tmp_path)
+    runner = load_forward(open_checkpoint(tmp_path))
+    whole = runner(Probe("text", IDS))
+    some = runner(Probe("text", IDS), Places(lambda length: np.array([1, length - 2]), lambda name, length: np.array([0, length - 1])))
+    assert (some.length, some.hidden.keys()) == (len(IDS), whole.hidden.keys())
+    np.testing.assert_allclose(some.logits, whole.logits[[1, -2]], rtol=0, atol=1e-4)
+    for name, value in some.hidden.items():
+        assert np.array_equal(value, whole.hidden[name][[0, -1]]), name
 
 
 def test_only_the_rows_of_the_ids_are_read(tmp_path: Path) -> None:
