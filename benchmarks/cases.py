@@ -16,7 +16,7 @@ Command = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do a case's job. The first of a case is ours, to which the others are compared."""
+    """One way to do a case's job. The first of a case is llava-weights, to which the others are compared."""
 
     name: str
     commands: tuple[Command, ...]
@@ -43,7 +43,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             "LLaMA + LLaVA's delta",
             ("base", "delta"),
             (
-                *ours(out, "apply-delta", "--base", base, "--delta", delta),
+                *llava_weights_pair(out, "apply-delta", "--base", base, "--delta", delta),
                 Contender("`cp` base, `cat` delta", (shell(copy(base, out), f"cat {files(delta)} > /dev/null"),), warm=True),
                 Contender("`dd`, O_DIRECT: the limit", (shell(direct(base, out), direct(delta)),)),
                 Contender("`safe_open`, add, `save_file`", ((*OTHERS, "add", f"{base}", f"{delta}", f"{out}/result"),), slow=True),
@@ -54,7 +54,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             "LLaMA + a delta of the same shapes, as Vicuna's",
             ("base", "plain", "base-bin", "plain-bin", "recipe"),
             (
-                replace(ours(out, "apply-delta", "--base", base, "--delta", plain)[0], slow=True, warm=False),
+                replace(llava_weights_pair(out, "apply-delta", "--base", base, "--delta", plain)[0], slow=True, warm=False),
                 Contender("LLaVA's algorithm, transformers", ((*OTHERS, "llava", f"{base}", f"{plain}", f"{out}/result"),), slow=True),
                 Contender("FastChat 0.2.36", (fastchat(base, plain, out),), slow=True),
                 Contender(
@@ -70,7 +70,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             f"LLaMA + LoRA of rank {inputs.rank} on all projections",
             ("base", "lora"),
             (
-                *ours(out, "merge-lora", "--base", base, "--lora", lora),
+                *llava_weights_pair(out, "merge-lora", "--base", base, "--lora", lora),
                 Contender("`cp` base, `cat` adapter", (shell(copy(base, out), f"cat {files(lora)} > /dev/null"),), warm=True),
                 Contender("`dd`, O_DIRECT: the limit", (shell(direct(base, out), direct(lora)),)),
                 Contender("PEFT, merge and save", ((*OTHERS, "peft", f"{base}", f"{lora}", f"{out}/result"),), slow=True),
@@ -81,7 +81,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             "llava-hf to llava-hf: names only",
             ("llava-hf",),
             (
-                *ours(out, "convert", hub),
+                *llava_weights_pair(out, "convert", hub),
                 Contender("`cp`", (shell(copy(hub, out)),), warm=True),
                 Contender("`dd`, O_DIRECT: the limit", (shell(direct(hub, out)),)),
                 Contender("`safe_open`, `save_file`", ((*OTHERS, "rename", f"{hub}", f"{out}/result"),), slow=True),
@@ -92,7 +92,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             "original layout to llava-hf: names and new vocabulary rows",
             ("llava",),
             (
-                *ours(out, "convert", llava),
+                *llava_weights_pair(out, "convert", llava),
                 Contender("`cp`", (shell(copy(llava, out)),), warm=True),
                 Contender("`dd`, O_DIRECT: the limit", (shell(direct(llava, out)),)),
             ),
@@ -102,7 +102,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             "every byte against the recorded digests, NaN and inf",
             ("llava-hf",),
             (
-                Contender("ours", (llava_weights("verify", hub, "--deep"),), warm=True),
+                Contender("llava-weights", (llava_weights("verify", hub, "--deep"),), warm=True),
                 Contender("`sha256sum -c`", (shell(f"cd {quote(str(hub))}", "sha256sum --quiet -c SHA256SUMS"),), warm=True),
                 Contender("`cat` > /dev/null", (shell(f"cat {files(hub)} > /dev/null"),), warm=True),
                 Contender("`dd`, O_DIRECT: the limit", (shell(direct(hub)),)),
@@ -113,8 +113,12 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             "LLaMA + delta + LoRA to llava-hf: one command, or three with folders between",
             ("base", "delta", "lora", "clip"),
             (
-                replace(ours(out, "convert", base, "--delta", delta, "--lora", lora, "--vision-tower", clip)[0], slow=True, warm=False),
-                Contender("ours, three steps", three_steps(base, delta, lora, clip, out), slow=True),
+                replace(
+                    llava_weights_pair(out, "convert", base, "--delta", delta, "--lora", lora, "--vision-tower", clip)[0],
+                    slow=True,
+                    warm=False,
+                ),
+                Contender("llava-weights, three steps", three_steps(base, delta, lora, clip, out), slow=True),
             ),
         ),
     ]
@@ -124,9 +128,11 @@ def llava_weights(*arguments: str | Path) -> Command:
     return (sys.executable, "-m", "llava_weights", *map(str, arguments), "-q")
 
 
-def ours(out: Path, *arguments: str | Path) -> tuple[Contender, Contender]:
+def llava_weights_pair(out: Path, *arguments: str | Path) -> tuple[Contender, Contender]:
     command = llava_weights(*arguments, "-o", out / "result")
-    return Contender("ours", (command,), warm=True), Contender("ours --no-reread", ((*command, "--no-reread"),), warm=True)
+    return Contender("llava-weights", (command,), warm=True), Contender(
+        "llava-weights --no-reread", ((*command, "--no-reread"),), warm=True
+    )
 
 
 def three_steps(base: Path, delta: Path, lora: Path, clip: Path, out: Path) -> tuple[Command, ...]:

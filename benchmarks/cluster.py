@@ -31,7 +31,7 @@ from llava_weights.write.execute import execute
 from llava_weights.write.executors import open_executor
 from llava_weights.write.plan import Plan, make_plan
 
-STORE = 80 << 20  # bytes of Ray's object store, which nothing of ours goes through
+STORE = 80 << 20  # bytes of Ray's object store, which nothing of llava-weights goes through
 SHARDS = 16
 
 # --- measured -----------------------------------------------------------------------------------------------------

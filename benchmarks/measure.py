@@ -135,6 +135,6 @@ def forget(path: Path) -> None:
 
 
 def last_words(text: str) -> str:
-    """The last line that is not a hint or empty: the error itself in a traceback, and `error: ...` of ours."""
+    """The last line that is not a hint or empty: the error itself in a traceback, and `error: ...` of llava-weights."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return next((line for line in lines if line.startswith("error:")), lines[-1] if lines else "")[:200]

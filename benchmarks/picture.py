@@ -20,7 +20,7 @@ STYLE = "font-family='sans-serif' font-size='12'"
 def draw(figures: Figures) -> str:
     """Bars of the cold runs above, one panel per axis of growth below."""
     bars, height = list(ratio_bars(figures["cases"].values())), 50
-    body = [text(LEFT, 20, "wall time / ours, cold cache; median, lowest to highest (log scale)", bold=True)]
+    body = [text(LEFT, 20, "wall time / llava-weights, cold cache; median, lowest to highest (log scale)", bold=True)]
     if bars:
         highest = max(2.0, *(high for *_, high in bars if high))
         lowest = min(0.5, *(low for _, _, low, _ in bars if low))

@@ -30,13 +30,13 @@ INTRODUCTION = """\
 
 Made by `make bench`; everything above "Earlier figures" is overwritten by the next run. Seconds hold for one machine only; ratios and
 memory travel better. Every run is a fresh process, start-up and imports included, and its output is deleted before it. All contenders
-of a case run in rounds, each round beginning with the next one; ratios are taken within a round, so 2.00 means twice as long as ours
-in the same minute. Figures are medians, in brackets the lowest and the highest. Cold: the inputs are dropped from the page cache; warm:
-read once before. Some slow ones run in fewer rounds.
+of a case run in rounds, each round beginning with the next one; ratios are taken within a round, so 2.00 means twice as long as
+llava-weights in the same minute. Figures are medians, in brackets the lowest and the highest. Cold: the inputs are dropped from
+the page cache; warm: read once before. Some slow ones run in fewer rounds.
 
-`then sync` is how long a `sync` takes afterwards: what a program left in memory to be written, which ours has on the disk when it ends.
-`peak` is the largest resident size of all its processes together; anonymous and file have peaks of their own. Disk bytes are those of the
-block layer: a cached read is not among them.
+`then sync` is how long a `sync` takes afterwards: what a program left in memory to be written; llava-weights has
+it on the disk when it ends. `peak` is the largest resident size of all its processes together; anonymous and file have peaks of
+their own. Disk bytes are those of the block layer: a cached read is not among them.
 """
 
 
@@ -72,7 +72,7 @@ def case_text(case: Figures) -> Iterator[str]:
 
 def contenders_table(runs: Mapping[str, Rounds]) -> str:
     """One row per contender; the first is what the others are compared with."""
-    titles = ["", "runs", *(title for title, *_ in COLUMNS), "wall / ours", "wall and sync / ours"]
+    titles = ["", "runs", *(title for title, *_ in COLUMNS), "wall / llava-weights", "wall and sync / llava-weights"]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     first = next(iter(runs.values()))
     for name, rounds in runs.items():
@@ -105,8 +105,8 @@ def unable(cases: Any) -> Iterator[str]:
 def growth_text(growth: Figures) -> Iterator[str]:
     yield "## Growth"
     yield (
-        "One run of ours per row, default options. Inputs are sparse files of true shapes, so reading them costs no disk; outputs are "
-        "real. The slopes are of a straight line fitted by least squares; beside them the largest distance of a point from the line."
+        "One run of llava-weights per row, default options. Inputs are sparse files of true shapes, so reading them costs no disk; outputs "
+        "are real. The slopes are of a straight line fitted by least squares; beside them the largest distance of a point from the line."
     )
     for (axis, command), group in groupby(growth["rows"], lambda row: (row["axis"], row["command"])):
         yield f"### {command}, by {axis}"

@@ -1,4 +1,4 @@
-"""Measure ours and everything else that does the job, on synthetic checkpoints, and write docs/benchmarks.md and its picture.
+"""Measure llava-weights and everything else that does the job, on synthetic checkpoints, and write docs/benchmarks.md and its picture.
 
     python -m benchmarks.run                        # all cases, then the growth
     python -m benchmarks.run --only merge-lora --gigabytes 4 --pairs 7 --folder /data/bench
@@ -110,7 +110,7 @@ def trial(case: Case, tiny: Inputs, out: Path) -> Iterator[tuple[str, str]]:
 def give_up(case: Case, contender: Contender, error: Exception) -> None:
     """Others that fail are listed; without the first of a case there is nothing to compare with."""
     if contender is case.contenders[0]:
-        raise SystemExit(f"{case.name}: ours failed: {error}")
+        raise SystemExit(f"{case.name}: llava-weights failed: {error}")
     say(f"  not run: {contender.name}: {error}")
 
 

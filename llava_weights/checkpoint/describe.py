@@ -23,7 +23,7 @@ from .config import known_decoder
 from .hf_config import flat_config
 from .kinds import ADAPTERS
 from .tokenizer import read_special_ids
-from .tower import named_tower, row_of
+from .tower import named_tower, row_of, tower_place
 
 UNKNOWN = "of a kind that is not known"
 # What projectors and towers are called in any layout, where no row gives their canonical names.
@@ -192,7 +192,7 @@ def _folder(checkpoint: Checkpoint) -> Path | None:
 def next_command(checkpoint: Checkpoint, given: str) -> str:
     """The command that usually follows for a checkpoint of this kind, empty where nothing can be done with it."""
     base = base_name(adapter_config(checkpoint)) or "BASE"
-    named = named_tower(checkpoint.config)
+    named = tower_place(checkpoint.config)
     whole = any(canonical(name).startswith("tower.") for name in checkpoint.tensors)
     to_hub = f"llava-weights convert {given} --to llava-hf -o OUT"
     merge = f"llava-weights merge-lora --base {base} --lora {given} -o OUT"

@@ -124,7 +124,7 @@ def select_layer(config: Mapping[str, Any], tower: VisionTower, target: Target) 
     if target.layers:
         count = int(tower.config["num_hidden_layers"])
         if not all(-count - 1 <= number <= count for number in target.layers):
-            what = f"the vision tower has {count} layers, of which the model takes {listed(map(str, target.layers))}"
+            what = f"the vision tower has {count} layers, too few for a {target.model_type}, which takes {listed(map(str, target.layers))}"
             raise InputError(what, hint="give the tower that it was trained with")
         return list(target.layers)
     if tower.row.select:

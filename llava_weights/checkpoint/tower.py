@@ -29,6 +29,7 @@ from ..families.towers import (
     TOWER_ACTIVATIONS,
     TOWER_BY_REPOSITORY,
     TOWER_BY_TYPE,
+    TOWER_NAMES,
     TOWERS,
     KnownTower,
     Tower,
@@ -169,9 +170,15 @@ def named_tower(config: Mapping[str, Any]) -> str:
     return next((str(config[key]) for key in ("mm_vision_tower", "vision_tower") if isinstance(config.get(key), str)), "")
 
 
+def tower_place(config: Mapping[str, Any]) -> str:
+    """The repository or folder of the tower that an original LLaVA's config.json names, empty where it names none."""
+    named = named_tower(config)
+    return TOWER_NAMES.get(named, named)
+
+
 def tower_hint(config: Mapping[str, Any]) -> str:
     """What to do where an original LLaVA holds no tower: give the one that its config names."""
-    named = named_tower(config)
+    named = tower_place(config)
     if not named:
         return f"give the {TOWER_TITLES} that it was trained with as `--vision-tower`: its repository or folder"
     return f"give the tower that it was trained with, by its config {shown(named)}: `--vision-tower` with that repository, or its folder"
@@ -179,6 +186,7 @@ def tower_hint(config: Mapping[str, Any]) -> str:
 
 def published(name: str) -> KnownTower | None:
     """The published tower of this repository; None for a folder, and for a repository that families/towers.py does not list."""
+    name = TOWER_NAMES.get(name, name)
     repo = name.strip().removeprefix("hf://").partition("@")[0].rstrip("/").lower()
     return next((known for known in KNOWN_TOWERS if known.repo.lower() == repo), None)
 
@@ -244,9 +252,10 @@ def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bo
 
 
 def _may_be_named(model: Checkpoint, wanted: Mapping[str, Any]) -> bool:
-    """Whether the projector fits the width of the named tower's features; if not, the model was trained with another tower."""
+    """Whether the projector fits the width of the named tower's features, of one layer or several; if not, the model was trained
+    with another tower."""
     widths = {tensor.shape[1] for full, tensor in model.tensors.items() if canonical(full) in INTO_PROJECTOR and len(tensor.shape) == 2}
-    return not widths or wanted["hidden_size"] in widths
+    return not widths or any(width % wanted["hidden_size"] == 0 for width in widths)
 
 
 def _lost_training(model: Checkpoint, given: VisionTower) -> tuple[str, ...]:

@@ -110,8 +110,8 @@ LLAMA_BIASES = (
 EXPERT = "block_sparse_moe.experts.*"
 # transformers 4.38 to 4.57 multiply what enters the layers, 5.x only the rows of the table: 5.23's modeling_gemma.py.
 SCALED = (
-    "Gemma of transformers up to 4.57 multiplies image features by the root of `hidden_size`, as in training; that of 5.23 does not, "
-    "and sees images too faintly"
+    "Gemma of transformers up to 4.57 multiplies image features by the root of `hidden_size`, as in training; those of 5.23 and 5.24 do "
+    "not, and see images too faintly"
 )
 
 # The keys that any reader of a text config asks for; readers differ in what they take where one is left out.

@@ -152,6 +152,8 @@ HUB_TOWERS = {
     ("clip", 1024, 336): "openai/clip-vit-large-patch14-336",
     ("siglip", 1152, 384): "google/siglip-so400m-patch14-384",
 }
+# Names in configs that are none of a repository: the code of ViP-LLaVA (clip_4layer_encoder.py) knows which it loads for them.
+TOWER_NAMES = {"clip_4layers_336": "openai/clip-vit-large-patch14-336"}
 
 
 @dataclass(frozen=True)

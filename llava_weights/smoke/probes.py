@@ -32,7 +32,7 @@ TEXT_TOKENS, TOKENS_AROUND = 32, 12  # tokens of the text probe; before and afte
 LAST_ROWS, MOST_ADDED = 8, 64
 FRAMES = 2  # of the video probe
 TABLE_PARTS = 256  # equal parts of the vocabulary table, of 125 rows for LLaMA's; about as many places as an image takes
-MOST_FEATURES = 1024  # of the image that is shrunk: at the size of published models it would be one of 7,000, gigabytes of attention
+MOST_FEATURES = 1024  # of the image that is shrunk: at the size of published models it would be one of 7,000, an hour of computing
 CLIP_PIXELS = TOWERS[0].pixels[0]  # the range of pixels of the images that are made
 
 

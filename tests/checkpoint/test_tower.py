@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from llava_weights.checkpoint.checkpoint import Checkpoint, Origin, open_checkpoint
 from llava_weights.checkpoint.hf_config import select_layer
-from llava_weights.checkpoint.tower import VisionTower, complete_config, open_tower, own_tower, tower_shapes
+from llava_weights.checkpoint.tower import VisionTower, complete_config, open_tower, own_tower, tower_hint, tower_shapes
 from llava_weights.errors import InputError, MismatchError
 from llava_weights.families.targets import TARGET_BY_TYPE
 from llava_weights.families.towers import TOWER_BY_KIND, TOWER_BY_TYPE
@@ -575,3 +575,26 @@ def test_the_layer_of_a_siglip_is_counted_from_the_published_one(stored: int, la
     assert select_layer({"vision_feature_layer": -3}, tower, TARGET_BY_TYPE["llava"]) == -3
     with pytest.raises(InputError):
         select_layer({}, replace(tower, config={**config, "num_hidden_layers": 25}), TARGET_BY_TYPE["llava"])
+
+
+VIP_TOWER = "clip_4layers_336"  # what ViP-LLaVA's configs call OpenAI's at 336 pixels, of which it takes five layers
+
+
+def test_a_name_that_only_the_original_code_knows_stands_for_its_repository(cli: Callable[..., Any], tmp_path: Path) -> None:
+    assert OPENAI_336 in tower_hint({"mm_vision_tower": VIP_TOWER})
+    with pytest.raises(MismatchError) as caught:
+        convert(blind(5 * 1024, mm_vision_tower=VIP_TOWER), "llava-hf", tower=clip(LARGE_224, "clip"))
+    assert all(words in f"{caught.value}" for words in (VIP_TOWER, OPENAI, f"`--vision-tower {OPENAI_336}`"))
+    shutil.copytree(BLIND, tmp_path / "vip")
+    config = json.loads((BLIND / "config.json").read_text()) | {"mm_vision_tower": VIP_TOWER}
+    (tmp_path / "vip/config.json").write_text(json.dumps(config))
+    assert f"--vision-tower {OPENAI_336}" in cli("inspect", "vip", cwd=tmp_path)[1]
+
+
+def test_a_tower_with_too_few_layers_for_its_model_is_refused() -> None:
+    row = TOWER_BY_KIND["clip"]
+    tower = VisionTower({}, {**row.defaults, "num_hidden_layers": 3}, None, None, ())
+    with pytest.raises(InputError, match="has 3 layers") as caught:
+        select_layer({}, tower, TARGET_BY_TYPE["vipllava"])
+    assert all(text in caught.value.what for text in ("vipllava", "-11"))
+    assert select_layer({}, replace(tower, config={**tower.config, "num_hidden_layers": 10}), TARGET_BY_TYPE["vipllava"])[-1] == 6
