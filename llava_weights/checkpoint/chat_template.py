@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, UsageError
@@ -13,6 +14,7 @@ from ..families.prompts import CONVERSATIONS, Conversation, Turn
 from ..text import shown
 
 QUESTION = "What is shown in this image?"
+NO_SYSTEM = "this model was trained without a system text"
 
 # For each message: images first, whatever their place in the list, then its texts. The loops are over `messages` and
 # `message["content"]` by name, since vLLM looks for these to learn that content may be a list. No `generation` tag: readers
@@ -63,7 +65,7 @@ def chat_template(conversation: Conversation, image: str, video: str = "") -> st
     A first message with the role `system` replaces the family's own system text. Content is a text or a list of `{"type": "image"}` and
     `{"type": "text", "text": ...}`; several texts are joined by blanks.
     """
-    system = _around(conversation.system_turn)
+    system = _around(conversation.system_turn) if conversation.system_turn else f"raise_exception({_literal(NO_SYSTEM)})"
     user = _around(conversation.user_turn)
     if conversation.inside:
         system = f'{_literal(conversation.inside)} + ({system} if state.text else "")'
@@ -80,22 +82,57 @@ def chat_template(conversation: Conversation, image: str, video: str = "") -> st
     return re.sub("|".join(pieces), lambda found: pieces[found[0]], TEMPLATE.replace(TEXTS, VIDEOS + TEXTS) if video else TEMPLATE)
 
 
-def example(conversation: Conversation, image: str) -> str:
-    """The prompt for one image and one question, as `chat_template` renders it."""
+LITERAL = re.compile(r'set state\.text = state\.text \+ ("(?:[^"\\]|\\.)*")')
+
+
+def written_as(template: str) -> Conversation | None:
+    """The conversation of which `chat_template` made this text, None where another program did. The template is not rendered."""
+    marks = [str(json.loads(text)).removesuffix("\n") for text in LITERAL.findall(template)[:2]]
+    if not marks:
+        return None
+    image, video = marks[0], marks[1] if len(marks) > 1 else ""
+    plain = template.rstrip("\n")
+    return next((row for row in CONVERSATIONS.values() if chat_template(row, image, video).rstrip("\n") == plain), None)
+
+
+def example(conversation: Conversation, image: str, question: str = QUESTION) -> str:
+    """The prompt for one image and one question, as `chat_template` renders it; without an image where its text is empty."""
     before, after = conversation.user_turn
     opened = _opening(conversation) + ("" if conversation.inside else before)
-    return f"{opened}{image}\n{QUESTION}{after}{conversation.generation}"
+    return f"{opened}{image}{chr(10) if image else ''}{question}{after}{conversation.generation}"
 
 
 def bare_prompt(conversation: Conversation) -> str:
     """A prompt without system message and image."""
     before, after = conversation.user_turn
-    return f"{conversation.system_turn[1]}{before}<question>{after}{conversation.generation}".strip()
+    opened = conversation.system_turn[1] if conversation.system_turn else ""
+    return f"{opened}{before}<question>{after}{conversation.generation}".strip()
 
 
-def choose(
-    config: Mapping[str, Any], specials: Collection[str], families: Sequence[Original], *, name: str | None = None
-) -> tuple[Conversation, str]:
+@dataclass(frozen=True)
+class Choice:
+    """The conversation that a checkpoint was trained with, why it is taken, and the names of those that fit as well: none where it is
+    certain."""
+
+    conversation: Conversation
+    evidence: str
+    rivals: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.conversation.title} ({self.evidence})"
+
+    @property
+    def doubt(self) -> str:
+        """What was possible and what decided, in a sentence; empty where the prompt is certain."""
+        if not self.rivals:
+            return ""
+        named = [f"`{name}` ({CONVERSATIONS[name].title})" for name in self.rivals]
+        every = len(named) + 1 == len(CONVERSATIONS)
+        others = "no published LLaVA is like this one, so that any other fits as well" if every else f"{_or(named)} fits as well"
+        return f"prompt not certain: `{self.conversation.name}` is taken, since {self.evidence}; {others}"
+
+
+def choose(config: Mapping[str, Any], specials: Collection[str], families: Sequence[Original], *, name: str | None = None) -> Choice:
     """The conversation that a checkpoint was trained with, and the evidence as a short sentence.
 
     `families` are the rows that its config fits, `specials` the texts of its added tokens; the folder's name does not matter. `name`
@@ -105,17 +142,21 @@ def choose(
     if name is not None:
         if name not in CONVERSATIONS:
             raise UsageError(f"there is no conversation {shown(name)}", hint=f"name one of {_known()}")
-        return CONVERSATIONS[name], "named by the caller"
+        return Choice(CONVERSATIONS[name], "named by the caller")
     recorded = config.get("conv_mode")
     if recorded is not None:
         if not isinstance(recorded, str) or recorded not in CONVERSATIONS:
             what = f"`conv_mode` in config.json is {shown(str(recorded))}, which is not a known conversation"
             raise InputError(what, hint=f"known are {_known()}")
-        return CONVERSATIONS[recorded], "`conv_mode` in config.json names it"
+        return Choice(CONVERSATIONS[recorded], "`conv_mode` in config.json names it")
     family = of_tokens(families, specials)
     if family is None:
         raise InputError("nothing tells how this model is prompted", hint=f"name the conversation with `--conv-mode`: {_known()}")
-    return CONVERSATIONS[family.prompt], family.evidence
+    return Choice(CONVERSATIONS[family.prompt], family.evidence, tuple(name for name in family.rivals if name != family.prompt))
+
+
+def _or(texts: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
 
 
 def _known() -> str:
@@ -124,7 +165,7 @@ def _known() -> str:
 
 def _opening(conversation: Conversation) -> str:
     """What a prompt begins with where no system message is given."""
-    before, after = conversation.system_turn
+    before, after = conversation.system_turn or ("", "")
     wanted = conversation.system or not (conversation.inside or conversation.optional)
     return conversation.inside + (f"{before}{conversation.system}{after}" if wanted else "")
 

@@ -9,23 +9,21 @@ from typing import Any
 
 from ..errors import InputError, UsageError
 from ..families.deltas import KnownDelta, known_delta
-from ..families.layouts import LAYOUTS, canonical
-from ..families.originals import fitting
-from ..families.projectors import NORM, projector_type
+from ..families.layouts import LAYOUTS
 from ..families.targets import TARGET_BY_TYPE
-from ..families.towers import TOWER_BY_TYPE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..storage.reading import SourceFile
 from ..tensors.lazy import LazyTensor
 from ..text import brief, fold_names, redact, shown, size, two_columns, unquoted, visible
 from . import describe
+from .chat_template import written_as
 from .checkpoint import Checkpoint, Source, opened, to_place
 from .config import known_decoder
 from .diagnose import State, bf16_damaged, state
 from .hf_config import flat_config
 from .kinds import Kind, kind_of
+from .prompt import likely_families, likely_prompt, own_template, special_texts, tower_kind
 from .tokenizer import read_special_ids
-from .tower import named_tower, published, row_of
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,10 @@ class Inspection:
     """What a checkpoint is. `str` of it is the report that `llava-weights inspect` prints.
 
     `what` says it in a sentence, `evidence` why, `next` the command that comes next, "" where nothing has to be done. `family` is the
-    published family of an original LLaVA, with the reason, or of a model for which there is no class; `model_class` is the class that
-    config.json names. `decoder`, `weights`, `vocabulary`, `projector`, `tower` and `tokenizer` are a line of the report each, and so are
-    `adapter` (rank, modules, base) and `beside` (weight files beside an adapter), "" where the checkpoint has no such thing. `notes` are
-    what opening it found worth knowing.
+    published family of an original LLaVA, with the reason, or of a model for which there is no class; `prompt` says how a LLaVA is prompted
+    and whether that is certain; `model_class` is the class that config.json names. `decoder`, `weights`, `vocabulary`, `projector`,
+    `tower` and `tokenizer` are a line of the report each, and so are `adapter` (rank, modules, base) and `beside` (weight files beside an
+    adapter), "" where the checkpoint has no such thing. `notes` are what opening it found worth knowing.
 
     `layout` is "llava", "llava-hf", "llama", "clip", "projector", "mpt", "adapter", "mlx-adapter", "loha" or "unknown", `container` the
     form of its files: "safetensors", "torch" or "meta". `nbytes` counts the bytes of all values, without headers; `dtypes` says how many
@@ -52,6 +50,7 @@ class Inspection:
     is_delta: bool
     evidence: tuple[str, ...]
     family: str
+    prompt: str
     model_class: str
     decoder: str
     adapter: str
@@ -104,6 +103,7 @@ class Inspection:
             "what": self.what,
             "evidence": "; ".join(self.evidence),
             "family": self.family,
+            "prompt": self.prompt,
             "class": self.model_class,
             "decoder": self.decoder,
             "adapter": self.adapter,
@@ -153,6 +153,7 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
         beside=describe.beside(checkpoint),
         weights=_weights(checkpoint, dtypes),
         vocabulary=describe.vocabulary(checkpoint, parts),
+        prompt="" if kind else _prompt(checkpoint),
         projector=describe.projector(checkpoint, parts),
         tower=describe.tower(checkpoint, parts),
         tokenizer=", ".join(name for name in checkpoint.files if "token" in name),
@@ -192,26 +193,44 @@ def _verdict(checkpoint: Checkpoint, given: str, kind: Kind | None) -> tuple[str
 def _family(checkpoint: Checkpoint) -> str:
     """The families that an original LLaVA fits: more than one where its tower is not known; the classes that a llava-hf is of; empty for
     other checkpoints."""
-    config, names = checkpoint.config, set(map(canonical, checkpoint.tensors))
+    config = checkpoint.config
     if checkpoint.layout == "llava-hf":
         return _hub_family(config)
     decoder = known_decoder(config)
     if checkpoint.layout != "llava" or decoder is None or not config:
         return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
-    inside = {name.removeprefix("tower.") for name in names if name.startswith("tower.")}
-    named = published(named_tower(config))
-    tower = row_of(inside).kind if inside else TOWER_BY_TYPE[named.model_type].kind if named else None
-    config = {**config, "mm_projector_type": projector_type(names) or config.get("mm_projector_type")}
-    try:
-        specials = read_special_ids(checkpoint.files, checkpoint.vocabulary).added
-    except InputError:  # what the line on the vocabulary says
-        specials = {}
-    every = fitting(config, decoder=decoder.model_type, tower=tower, norm=NORM[0] in names)
-    rows = [row for row in every if not row.token or row.token in specials]
+    specials = _specials(checkpoint)
+    rows = [row for row in likely_families("llava", config, checkpoint.tensors) if not row.token or row.token in specials]
     if not rows:
+        tower = tower_kind(checkpoint.tensors, config)
         return f"none that is known: {decoder.model_type} with {tower or 'an unknown tower'}, {_images(config)}"
     first = [row for row in rows if row.evidence == rows[0].evidence]
     return f"{' or '.join(row.name for row in first)}: {first[0].evidence}"
+
+
+def _specials(checkpoint: Checkpoint) -> frozenset[str]:
+    try:
+        return special_texts(checkpoint.files)
+    except InputError:  # what the line on the vocabulary says
+        return frozenset()
+
+
+def _prompt(checkpoint: Checkpoint) -> str:
+    """How a LLaVA is prompted, and whether that is certain; empty for other checkpoints."""
+    if checkpoint.layout not in ("llava", "llava-hf"):
+        return ""
+    try:
+        choice = likely_prompt(checkpoint.layout, checkpoint.config, checkpoint.tensors, _specials(checkpoint))
+        template = own_template(checkpoint.files) if checkpoint.layout == "llava-hf" else ""
+    except InputError as error:
+        return error.what
+    written = written_as(template)
+    if template and not written:
+        return "its own chat template"
+    if choice is None:
+        return ""
+    told = choice.doubt or f"{choice.conversation.name}, {choice}"
+    return f"its chat template is that of `{written.name}`; {told}" if written and written != choice.conversation else told
 
 
 def _hub_family(config: Mapping[str, Any]) -> str:

@@ -68,7 +68,9 @@ def remake(
         how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower}
         result = convert(result, "llava-hf", vocab_size=table_rows(made) or None, image_aspect=options.image_aspect, **how)
     elif options.to == "llava":
-        result = convert(result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, accept_tower=accept_tower)
+        result = convert(
+            result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, conv_mode=options.conv_mode, accept_tower=accept_tower
+        )
     elif tower:
         raise UsageError(f"`{made.origin.name}` was not converted, so no vision tower went into it", hint="leave `--vision-tower` out")
     return result

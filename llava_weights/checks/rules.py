@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..checkpoint.chat_template import Choice
 from ..checkpoint.checkpoint import LARGEST_OBJECT, Checkpoint
 from ..checkpoint.hf_config import flat_config
-from ..checkpoint.sentencepiece import Vocabulary, read_sentencepiece
+from ..checkpoint.prompt import likely_prompt
+from ..checkpoint.sentencepiece import CONTROL, USER_DEFINED, Vocabulary, read_sentencepiece
 from ..checkpoint.small_files import small_bytes, small_object
 from ..checkpoint.tokenizer import ADDED, FAST, FAST_LIMIT, MODEL, MODEL_LIMIT, SPECIAL, TOKENIZER_CONFIG, read_special_ids, token_text
 from ..checkpoint.tokenizer_json import added_tokens
@@ -93,6 +95,17 @@ class SmallFiles:
     def tokens(self) -> dict[str, int]:
         """Ids by text: those of tokenizer.json, and the added tokens of every file."""
         return {**_vocab(self.objects), **added_ids(self.objects)}
+
+    @property
+    def specials(self) -> frozenset[str]:
+        """The texts of the added tokens, and of the pieces of tokenizer.model that are found in a text as a whole."""
+        kinds = self.pieces.kinds if self.pieces else {}
+        return frozenset({*added_ids(self.objects), *(name for name, kind in kinds.items() if kind in (CONTROL, USER_DEFINED))})
+
+    @property
+    def prompt(self) -> Choice | None:
+        """How it is prompted, by config and tokens; None where they do not tell. Raises InputError for an unknown `conv_mode`."""
+        return likely_prompt(self.checkpoint.layout, self.of(CONFIG), self.checkpoint.parameters(), self.specials)
 
     @property
     def is_llama(self) -> bool:

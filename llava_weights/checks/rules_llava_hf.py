@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ..checkpoint.chat_template import written_as
 from ..checkpoint.config import check_structure
 from ..checkpoint.hf_config import pinpoints
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, read_image_settings
+from ..checkpoint.prompt import own_template
 from ..checkpoint.small_files import small_text
 from ..checkpoint.tokenizer import FAST, RIGHT_TOKENIZER, TOKENIZER_CONFIG
 from ..checkpoint.tower import own_tower
@@ -18,12 +20,13 @@ from ..families.decoders import ACTIVATIONS
 from ..families.decoders import DECODER_BY_TYPE as DECODERS
 from ..families.layouts import DROPPED, LLAVA_PART, STYLES, canonical, spelled
 from ..families.projectors import PROJECTOR_ACTIVATION
+from ..families.prompts import CONVERSATIONS, marks
 from ..families.targets import ANYRES_MAX, DEFAULT_RATIO, STRATEGIES
 from ..families.targets import TARGET_BY_TYPE as TARGETS
-from ..text import few, shown
+from ..text import few, listed, shown
 from . import rules_values
 from .rules import CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, JINJA, PREPROCESSOR, PROCESSOR, Rule, SmallFiles, as_json, vision
-from .rules_original import REPAIR, SHARED_RULES, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
+from .rules_original import REPAIR, SETTLE, SHARED_RULES, generation_ids, ids_in_table, misnamed_pad, tokenizer_missing
 from .rules_tokenizer import odd_form
 from .rules_values import image_settings
 
@@ -308,6 +311,27 @@ def _templates_differ(s: SmallFiles) -> Iterator[str]:
         yield "it differs from chat_template.jinja: the processor reads one, the tokenizer the other"
 
 
+def _prompt(s: SmallFiles) -> Iterator[str]:
+    """The template beside the prompts that a model like this one is trained with. One that another program wrote is believed, if it has
+    their turns at least; one of this tool is as certain as config and tokens are. No template is rendered."""
+    template, choice = own_template(s.checkpoint.files), s.prompt
+    if choice is None:
+        return
+    written, names = written_as(template), (choice.conversation.name, *choice.rivals)
+    there, turns = marks(template), {mark for name in names for mark in CONVERSATIONS[name].marks}
+    if "conv_mode" in s.of(CONFIG):
+        if (template and (written or choice.conversation) != choice.conversation) or (there and not there & turns):
+            other = f"that of `{written.name}`" if written else f"one with {listed(sorted(there))}"
+            yield f"`conv_mode` is {choice.conversation.name} in config.json, but the chat template is {other}"
+    elif written and names != (written.name,):
+        others = listed(name for name in names if name != written.name)
+        yield f"prompt not certain: the chat template is that of `{written.name}`, but config and tokens fit {others} as well"
+    elif choice.rivals and not template:
+        yield choice.doubt
+    elif there and not there & turns:
+        yield f"the chat template has {listed(sorted(there))}, but {choice.evidence}, which speaks for {listed(names)}"
+
+
 def _third_template(s: SmallFiles) -> Iterator[str]:
     text, inside = (
         s.of(CHAT_TEMPLATE).get("chat_template") or small_text(s.checkpoint.files, JINJA),
@@ -365,6 +389,7 @@ LLAVA_HF_RULES = (
     Rule(CHAT_TEMPLATE, "there, with the image token", _template, "warning", REPAIR),
     Rule(CHAT_TEMPLATE, "the same as chat_template.jinja", _templates_differ, remedy=REPAIR),
     Rule(TOKENIZER_CONFIG, "chat template", _third_template, "warning", REPAIR),
+    Rule(CONFIG, "prompt", _prompt, "warning", SETTLE),
     Rule("tensors", "key style", _style, "warning", REPAIR),
     Rule("tensors", "no stray buffers", _buffers, "warning", REPAIR),
 )

@@ -17,6 +17,7 @@ from . import rules_tokenizer, rules_values
 from .rules import CONFIG, GENERATION_CONFIG, Rule, SmallFiles, as_json, listings
 
 REPAIR = "`llava-weights convert PATH --to llava-hf -o OUT` writes this anew"
+SETTLE = "convert it with the right `--conv-mode`, which config.json then records"
 REPAIR_ORIGINAL = "`llava-weights convert PATH --to llava -o OUT` repairs this"
 
 
@@ -154,6 +155,12 @@ def _old_keys(s: SmallFiles) -> Iterator[str]:
         yield "`mm_use_im_patch_token` is missing, which LLaVA's code takes for true: it adds a token and a row"
 
 
+def _prompt(s: SmallFiles) -> Iterator[str]:
+    """Other published families have a config like this one, and other prompts."""
+    if (choice := s.prompt) and choice.rivals:
+        yield choice.doubt
+
+
 LLAMA_RULES = (
     Rule(CONFIG, "vocabulary", _vocabulary),
     Rule(CONFIG, "special ids", ids_in_table),
@@ -175,6 +182,7 @@ LLAVA_RULES = (
     Rule(CONFIG, "vision tower", _tower_replaced, "warning", REPAIR_ORIGINAL),
     Rule(CONFIG, "image_newline", _newline, remedy="take the weights with it, or merge a LoRA onto the LLaVA that it was trained from"),
     Rule(CONFIG, "keys of 2023", _old_keys, "warning", REPAIR_ORIGINAL),
+    Rule(CONFIG, "prompt", _prompt, "warning", SETTLE),
     *rules_values.ANY_CONFIG,
     *rules_values.ORIGINAL_CONFIG,
     Rule(GENERATION_CONFIG, "special ids", generation_ids, remedy=REPAIR_ORIGINAL),

@@ -15,6 +15,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ..families.prompts import PROMPTS
+
 Output = Annotated[
     str,
     typer.Option(
@@ -69,7 +71,22 @@ ProjectorForm = Annotated[
 ]
 ImageToken = Annotated[str | None, typer.Option("--image-token", help="Text of the image token in llava-hf.")]
 VocabSize = Annotated[int | None, typer.Option("--vocab-size", min=1, help="Rows of the vocabulary tables in llava-hf.")]
-ConvMode = Annotated[str | None, typer.Option("--conv-mode", help="Prompt family of the chat template, by LLaVA's name, as llava_v1.")]
+
+
+def complete_conv_mode(incomplete: str) -> list[tuple[str, str]]:
+    """The names that begin so, for the shell, each with its family."""
+    return [(row.name, row.title) for row in PROMPTS if row.name.startswith(incomplete)]
+
+
+ConvMode = Annotated[
+    str | None,
+    typer.Option(
+        "--conv-mode",
+        metavar="NAME",
+        autocompletion=complete_conv_mode,
+        help=f"The prompt it was trained with, recorded in config.json: {', '.join(row.name for row in PROMPTS)}.",
+    ),
+]
 ImageAspect = Annotated[
     str | None, typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later.")
 ]

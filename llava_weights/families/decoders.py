@@ -225,8 +225,8 @@ DECODERS = (
         model_type="phi3",
         architecture="Phi3ForCausalLM",
         config_class="Phi3Config",
-        original_types=("llava_phi", "llava_phi3", "llava"),
-        original_architectures=("LlavaPhiForCausalLM", "LlavaPhi3ForCausalLM"),
+        original_types=("llava_phi", "llava_phi3", "bunny-phi3", "llava"),
+        original_architectures=("LlavaPhiForCausalLM", "LlavaPhi3ForCausalLM", "BunnyPhi3ForCausalLM"),
         layer=(
             Parameter("self_attn.qkv_proj.weight", ("num_attention_heads * head_dim + 2 * num_key_value_heads * head_dim", "hidden_size")),
             Parameter("self_attn.o_proj.weight", ("hidden_size", "num_attention_heads * head_dim")),

@@ -6,18 +6,19 @@ then its tensors get the names of the other layout, in one fixed order: how the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.added_tokens import without_stale_list
+from ..checkpoint.added_tokens import listed_tokens, without_stale_list
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
 from ..checkpoint.hf_config import STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
 from ..checkpoint.hf_tokenizer import original_tokenizer
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings
-from ..checkpoint.small_files import small_object, small_text
+from ..checkpoint.prompt import likely_prompt, own_template
+from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds, read_special_ids
 from ..checkpoint.tower import check_tower, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
@@ -35,7 +36,7 @@ from .canonical import BIASES, Canonical, Model, to_canonical
 from .projector import paired, single
 
 TO_LAYOUTS = ("llava-hf", "llava")
-# The options of llava-hf, with the values of those that have a few.
+# The options of llava-hf, with the values of those that have a few; those of the original layout.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (),
@@ -65,8 +66,9 @@ def convert(
     `dtype` is that of the output ("F16", "BF16", "F32"), by default that of each tensor. Only with "llava-hf": `projector_form` is how a
     projector of one layer becomes one of two, "identity" (exact in transformers, the default), "relu" (for vLLM) or "gelu" (for llama.cpp
     and MLX); `image_token` is the text of the image token; `vocab_size` is the number of rows of the vocabulary tables, the new ones being
-    the mean of the old; `conv_mode` is LLaVA's name of the prompt that the chat template writes, such as "llava_v1"; `image_aspect` is
-    "square" or "pad", how an image becomes a square. Only with "llava": `tower_name` is the tower that the config names then.
+    the mean of the old; `image_aspect` is "square" or "pad", how an image becomes a square. Only with "llava": `tower_name` is the tower
+    that the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained with, such as "llava_v1": the chat
+    template of llava-hf writes it, and config.json records it.
 
     Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
     tensors that are unknown or missing, for shapes that contradict the config and for an image token without a row, MismatchError where
@@ -84,13 +86,13 @@ def convert(
     model, clip = opened(checkpoint, "checkpoint"), opened(tower, "tower") if tower is not None else None
     if to == "llava-hf":
         return to_llava_hf(model, tower=clip, dtype=dtype, accept_tower=accept_tower, **given)  # type: ignore[arg-type]
-    return to_llava(model, tower=clip, tower_name=tower_name, dtype=dtype, accept_tower=accept_tower)
+    return to_llava(model, tower=clip, tower_name=tower_name, conv_mode=conv_mode, dtype=dtype, accept_tower=accept_tower)
 
 
 def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str | None:
     """`dtype` as safetensors spells it. Raises UsageError where `convert` could not take these options, without a look at a checkpoint."""
     one_of("layout", to, TO_LAYOUTS)
-    own = {"llava-hf": set(CHOICES), "llava": {"tower_name"}}[to]
+    own = {"llava-hf": set(CHOICES), "llava": {"tower_name", "conv_mode"}}[to]
     given = {key: value for key, value in given.items() if value is not None}
     if foreign := sorted(given.keys() - own):
         names = ", ".join(f"`--{key.replace('_', '-')}`" for key in foreign)
@@ -151,7 +153,13 @@ def to_llava_hf(
     if unpadded := _unpadded(checkpoint, model, rows):
         config = dict(sorted({**config, "unpadded_vocab_size": unpadded}.items()))
     prompt = _prompt(checkpoint, model, conv_mode)
-    files = dict(model.tokenizer.files) | _generation(checkpoint, tokens, config["text_config"])
+    files = dict(model.tokenizer.files) | _generation(
+        checkpoint, tokens, config["text_config"], listed_tokens(model.tokenizer.files).get(prompt.stop)
+    )
+    names = tuple(spelled(name, "llava-hf") for name in tensors)
+    retold = _retold(prompt.name, config, names, model.tokenizer.specials)
+    if prompt.name and not prompt.doubts and (conv_mode or not retold):
+        config = dict(sorted({**config, "conv_mode": prompt.name}.items()))
     files |= _processor(checkpoint, model, config, image_aspect, prompt.template)
     step = Step(
         "convert",
@@ -159,9 +167,16 @@ def to_llava_hf(
         _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect),
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *changed, *model.tokenizer.notes),
-        notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *notes, *model.doubts.notes, *_remarks(model)),
-        warnings=(*model.doubts.warnings, *prompt.warnings),
-        checks=_given(prompt_text=prompt.example, stop=prompt.stop, projector_form=form),
+        notes=(
+            *_first_notes(checkpoint),
+            *_left_out(checkpoint),
+            *notes,
+            *model.doubts.notes,
+            *_remarks(model),
+            *(() if retold else prompt.doubts),
+        ),
+        warnings=(*model.doubts.warnings, *prompt.warnings, *(prompt.doubts if retold else ())),  # which `verify` can't find out
+        checks=_given(prompt_text=prompt.example, stop=prompt.stop, prompt_doubt=" ".join(prompt.doubts), projector_form=form),
     )
     return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)
 
@@ -171,6 +186,7 @@ def to_llava(
     *,
     tower: Checkpoint | None = None,
     tower_name: str | None = None,
+    conv_mode: str | None = None,
     dtype: str | None = None,
     accept_tower: bool = False,
 ) -> Checkpoint:
@@ -195,13 +211,15 @@ def to_llava(
     tensors |= {name: resized(tensors[name], rows) for name in VOCABULARY_TABLES if name in tensors}
     files = {name: data for name, data in files.items() if name not in PROCESSOR_FILES}
     config = _back_config(model, tower_name, projector, rows, main_dtype(tensors), pad=read_special_ids(files, rows).pad)
+    if recorded := conv_mode or checkpoint.config.get("conv_mode"):
+        config = dict(sorted({**config, "conv_mode": recorded}.items()))
     pad = config["pad_token_id"]
     files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows), config)
     named = config.get("mm_vision_tower")
     step = Step(
         "convert",
         _inputs(checkpoint, model),
-        _given(to="llava", dtype=dtype, tower_name=tower_name),
+        _given(to="llava", dtype=dtype, tower_name=tower_name, conv_mode=conv_mode),
         _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
         notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *doubts.notes),
@@ -262,22 +280,29 @@ class Prompt:
     example: str = ""
     stop: str = ""
     warnings: tuple[str, ...] = ()  # of the family that it is
+    doubts: tuple[str, ...] = ()  # what else was possible
 
 
 def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prompt:
-    if checkpoint.layout == "llava-hf" and conv_mode is None:
-        listed = small_object(checkpoint.files, "chat_template.json").get("chat_template")
-        if kept := small_text(checkpoint.files, "chat_template.jinja") or listed:
-            return Prompt("", str(kept), "its own chat template")
-    conversation, evidence = choose(model.config, model.tokenizer.specials, model.families, name=conv_mode)
+    if checkpoint.layout == "llava-hf" and conv_mode is None and (kept := own_template(checkpoint.files)):
+        return Prompt("", kept, "its own chat template")
+    recorded = {key: checkpoint.config[key] for key in ("conv_mode",) if key in checkpoint.config}
+    choice = choose({**model.config, **recorded}, model.tokenizer.specials, model.families, name=conv_mode)
+    conversation = choice.conversation
     token = model.tokenizer.image_token
     image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
-    told = f"{conversation.title} ({evidence})"
     video = model.target.video.token if model.target.video else ""
     template = chat_template(conversation, image, video)
     family = of_tokens(model.families, model.tokenizer.specials)
     warnings = (family.warning,) if family and family.warning else ()
-    return Prompt(conversation.name, template, told, example(conversation, image), conversation.stop, warnings)
+    doubts = (f"{choice.doubt}: `--conv-mode` settles it",) if choice.rivals else ()
+    return Prompt(conversation.name, template, str(choice), example(conversation, image), conversation.stop, warnings, doubts)
+
+
+def _retold(name: str, config: Mapping[str, Any], names: tuple[str, ...], specials: Collection[str]) -> bool:
+    """Whether a llava-hf checkpoint of this config says by itself, for certain, that its prompt is `name`."""
+    choice = likely_prompt("llava-hf", {key: value for key, value in config.items() if key != "conv_mode"}, names, specials)
+    return choice is not None and (choice.conversation.name, choice.rivals) == (name, ())
 
 
 def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
@@ -356,10 +381,14 @@ def _back_config(model: Model, name: str | None, projector: str, rows: int, dtyp
     return dict(sorted(config.items()))
 
 
-def _generation(checkpoint: Checkpoint, tokens: Tokens, text: Mapping[str, Any]) -> dict[str, bytes]:
-    """generation_config.json for a decoder whose config is `text`."""
+def _generation(checkpoint: Checkpoint, tokens: Tokens, text: Mapping[str, Any], stop: int | None = None) -> dict[str, bytes]:
+    """generation_config.json for a decoder whose config is `text`. An answer ends with the token `stop` too."""
     ids, name = SpecialIds(tokens.bos, tokens.eos, tokens.pad, 0, {}, 0), "generation_config.json"
-    return {name: json_bytes(repair_generation_config(small_object(checkpoint.files, name), ids, config=text)[0])}
+    made = repair_generation_config(small_object(checkpoint.files, name), ids, config=text)[0]
+    ends = made["eos_token_id"] if isinstance(made.get("eos_token_id"), list) else [made.get("eos_token_id", tokens.eos)]
+    if stop is not None and stop not in ends:
+        made["eos_token_id"] = [*ends, stop]
+    return {name: json_bytes(made)}
 
 
 def _inputs(checkpoint: Checkpoint, model: Model) -> tuple[tuple[str, Origin], ...]:

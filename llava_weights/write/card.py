@@ -75,7 +75,7 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_
 The template writes this prompt; whoever writes one by hand has to write it so, no program adds a part of it. Generation stops at {stop}.
 
 {prompt}
-"""
+{doubt}"""
 
 
 def _use(plan: Plan) -> str:
@@ -85,7 +85,8 @@ def _use(plan: Plan) -> str:
         return ""
     model, stop = str(plan.config["architectures"][0]), f"`{checks['stop']}`"
     model = model if model.isidentifier() else "AutoModelForImageTextToText"
-    return USE.format(model=model, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]))
+    doubt = f"\n{markdown_text(checks['prompt_doubt'])}\n" if checks.get("prompt_doubt") else ""
+    return USE.format(model=model, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]), doubt=doubt)
 
 
 def _block(text: str) -> str:

@@ -12,7 +12,7 @@ from jinja2 import Template
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from llava_weights.checkpoint.chat_template import QUESTION, chat_template, choose, example
+from llava_weights.checkpoint.chat_template import QUESTION, chat_template, choose, example, written_as
 from llava_weights.checkpoint.config import decoder_of
 from llava_weights.errors import InputError, UsageError
 from llava_weights.families.originals import fitting
@@ -33,7 +33,8 @@ HELPFUL = (
 )
 
 # What `get_prompt` of LLaVA's conversation.py (c121f04; LLaVA-NeXT's for the last two) returns for an image with "Who?", and for the same
-# with the answer "Ann." and the question "Why?"; for LLaVA-OneVision the template of transformers' converter.
+# with the answer "Ann." and the question "Why?"; for LLaVA-OneVision the template of transformers' converter. Those behind `llama_3` are
+# by LLaVA-pp's and Bunny's conversation.py, xtuner's templates.py, nanoLLaVA's card, HuatuoGPT-Vision's cli.py, for Gemma LLaVA-NeXT's.
 ONE_TURN = {
     "llava_v0": f"{HUMAN}###Human: <image>\nWho?###Assistant:",
     "llava_v1": f"{HUMAN} USER: <image>\nWho? ASSISTANT:",
@@ -49,6 +50,18 @@ ONE_TURN = {
         f"<|start_header_id|>system<|end_header_id|>\n\n{HELPFUL}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWho?"
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
+    "llama3": (
+        f"<|start_header_id|>system<|end_header_id|>\n\n{USER}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWho?"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "phi3_instruct": "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n<image>\nWho?<|end|>\n<|assistant|>\n",
+    "llama3_chat": ("<|start_header_id|>user<|end_header_id|>\n\n<image>\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "phi3_chat": "<|user|>\n<image>\nWho?<|end|>\n<|assistant|>\n",
+    "bunny": f"{USER} USER: <image>\nWho? ASSISTANT:",
+    "bunny_llama": f"{USER} USER: <image>\nWho? ASSISTANT:",
+    "nanollava": "<|im_start|>system\nAnswer the question<|im_end|><|im_start|>user\n<image>\nWho?<|im_end|><|im_start|>assistant\n",
+    "huatuo": "<|user|>\n<image>\nWho?\n<|assistant|>\n",
+    "gemma_instruct": "<start_of_turn>user\n<image>\nWho?<end_of_turn>\n<start_of_turn>model\n",
 }
 TWO_TURNS = {
     "llava_v0": f"{HUMAN}###Human: <image>\nWho?###Assistant: Ann.###Human: Why?###Assistant:",
@@ -73,10 +86,36 @@ TWO_TURNS = {
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nAnn.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?"
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
+    "llama3": (
+        f"<|start_header_id|>system<|end_header_id|>\n\n{USER}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nWho?"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nAnn.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhy?"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "phi3_instruct": (
+        "<|system|>\nYou are a helpful AI assistant.<|end|>\n<|user|>\n<image>\nWho?<|end|>\n<|assistant|>\nAnn.<|end|>\n"
+        "<|user|>\nWhy?<|end|>\n<|assistant|>\n"
+    ),
+    "llama3_chat": (
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nAnn.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "phi3_chat": "<|user|>\n<image>\nWho?<|end|>\n<|assistant|>\nAnn.<|end|>\n<|user|>\nWhy?<|end|>\n<|assistant|>\n",
+    "bunny": f"{USER} USER: <image>\nWho? ASSISTANT: Ann.<|endoftext|>USER: Why? ASSISTANT:",
+    "bunny_llama": f"{USER} USER: <image>\nWho? ASSISTANT: Ann.<|end_of_text|>USER: Why? ASSISTANT:",
+    "nanollava": (
+        "<|im_start|>system\nAnswer the question<|im_end|><|im_start|>user\n<image>\nWho?<|im_end|><|im_start|>assistant\nAnn.<|im_end|>"
+        "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n"
+    ),
+    "huatuo": "<|user|>\n<image>\nWho?\n<|assistant|>\nAnn. \n<|user|>\nWhy?\n<|assistant|>\n",
+    "gemma_instruct": (
+        "<start_of_turn>user\n<image>\nWho?<end_of_turn>\n<start_of_turn>model\nAnn.<end_of_turn>\n"
+        "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
+    ),
 }
 DEFAULT_SYSTEM = {
     "llava_v0": HUMAN, "llava_v1": HUMAN, "vicuna_v1": USER, "llava_llama_2": HELPFUL, "chatml_direct": "Answer the questions.",
-    "qwen": "You are a helpful assistant.", "llama_3": HELPFUL,
+    "qwen": "You are a helpful assistant.", "llama_3": HELPFUL, "llama3": USER, "phi3_instruct": "You are a helpful AI assistant.",
+    "bunny": USER, "bunny_llama": USER, "nanollava": "Answer the question",
 }  # fmt: skip
 
 
@@ -127,6 +166,10 @@ def test_a_system_message_for_mistral_and_none_for_llama_2() -> None:
     expected = "[INST] <<SYS>>\nBe short.\n<</SYS>>\n\n<image>\nWho? [/INST] Ann. </s>[INST] Why? [/INST]"
     assert render("mistral_instruct", [system, *SECOND]) == expected
     assert render("llava_llama_2", [say("system", ""), FIRST]) == "[INST] <image>\nWho? [/INST]"
+    assert render("phi3_chat", [system, FIRST]) == f"<|system|>\nBe short.<|end|>\n{ONE_TURN['phi3_chat']}"
+    for name in ("huatuo", "gemma_instruct"):  # trained without any
+        with pytest.raises(TemplateError):
+            render(name, [system, FIRST])
 
 
 def test_images_come_first_whatever_their_place() -> None:
@@ -145,12 +188,23 @@ def test_the_image_can_be_any_text() -> None:
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_an_answered_conversation_ends_with_the_stop(name: str) -> None:
     prompt = render(name, [FIRST, say("assistant", "Ann.")], ask=False)
+    if name == "huatuo":  # the tokenizer's own end, which no later turn has before it
+        assert prompt.endswith("Ann. \n")
+        return
     assert prompt.rstrip("\n").endswith(f"Ann.{' ' if '[INST]' in prompt else ''}{CONVERSATIONS[name].stop}")
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_the_example_is_what_the_template_renders(name: str) -> None:
     assert example(CONVERSATIONS[name], "<im>") == render(name, [say("user", IMAGE, QUESTION)], image="<im>")
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_template_of_ours_is_recognised_and_no_other(name: str) -> None:
+    text = chat_template(CONVERSATIONS[name], '<im_start><i"m><im_end>', "<video>")
+    assert written_as(text) == written_as(chat_template(CONVERSATIONS[name], "<image>") + "\n") == CONVERSATIONS[name]
+    assert written_as(text.replace("state.opened = true", "state.opened = false")) is None
+    assert written_as(f"{ONE_TURN[name]} {{{{ messages }}}}") is None
 
 
 @given(name=st.sampled_from(list(CONVERSATIONS)), texts=st.lists(st.text(min_size=1), min_size=1, max_size=5))
@@ -194,11 +248,28 @@ QWEN = {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"], "mm_pr
             "anyres",
         ),
         ("mistral_instruct", {**V15, "model_type": "llava_mistral"}, [], "Mistral"),
+        ("vicuna_v1", {**V15, "model_type": "llava_mistral", "sliding_window": 4096}, [], "BakLLaVA"),
+        ("bunny_llama", {**V15, "model_type": "bunny-llama"}, {"<|start_header_id|>"}, "Bunny"),
+        ("bunny", {**V15, "model_type": "bunny-qwen2"}, {"<|im_start|>"}, "Bunny"),
+        ("bunny", {**V15, "model_type": "bunny-phi3", "rms_norm_eps": 1e-5}, {"<|end|>"}, "Bunny"),
+        ("llama3_chat", {**V15, "unfreeze_mm_vision_tower": True}, {"<|start_header_id|>"}, "xtuner"),
+        ("phi3_chat", V15, {"<|end|>"}, "xtuner"),
+        ("phi3_instruct", {**V15, "model_type": "llava_phi", "rms_norm_eps": 1e-5}, {"<|end|>"}, "Phi-3"),
+        ("llava_llama_2", {"model_type": "llava", "_name_or_path": "./checkpoints/llama-2-7b-chat"}, [], "Llama 2 chat"),
+        ("llava_v1", {"model_type": "llava", "_name_or_path": "meta-llama/Llama-2-13b-hf"}, [], "nothing"),
+        ("gemma_instruct", {**V15, "model_type": "llava_gemma"}, [], "Gemma"),
+        ("huatuo", {**V15, "model_type": "llava_qwen2"}, {"<|im_start|>"}, "HuatuoGPT"),
         ("mistral_instruct", {"model_type": "llava", "architectures": ["LlavaMistralForCausalLM"]}, [], "Mistral"),
         ("chatml_direct", V15, {"<|im_start|>", "<|im_end|>"}, "not a Qwen"),
         ("qwen", QWEN, {"<|im_start|>", "<|im_end|>"}, "a Qwen"),
         ("qwen", {**V15, "model_type": "llava_qwen"}, {"<|im_start|>"}, "a Qwen"),
-        ("llama_3", V15, {"<|start_header_id|>"}, "start_header_id"),
+        ("llama3", V15, {"<|start_header_id|>"}, "start_header_id"),
+        (
+            "llama_3",
+            {**V15, "image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"},
+            {"<|start_header_id|>"},
+            "start_header_id",
+        ),
         ("llava_v1", {"model_type": "llava"}, [], "nothing"),
         ("llava_v1", {"model_type": "llava", "architectures": 7, "mm_projector_type": {}, "text_config": []}, [], "nothing"),
         ("llava_llama_2", {**V15, "conv_mode": "llava_llama_2"}, {"<|im_start|>"}, "conv_mode"),
@@ -206,10 +277,12 @@ QWEN = {"model_type": "llava", "architectures": ["LlavaQwenForCausalLM"], "mm_pr
 )
 def test_the_family_is_chosen_by_evidence(expected: str, config: dict[str, Any], specials: Any, because: str) -> None:
     families = tuple(fitting(config, decoder=decoder_of(config).model_type))
-    conversation, evidence = choose(config, specials, families)
-    assert conversation.name == expected
-    assert because in evidence
-    assert choose(config, specials, families, name="qwen")[0].name == "qwen"  # a name given wins over everything
+    choice = choose(config, specials, families)
+    assert choice.conversation.name == expected
+    assert because in choice.evidence
+    assert choice.rivals == () or "prompt not certain" in choice.doubt
+    named = choose(config, specials, families, name="qwen")  # a name given wins over everything
+    assert (named.conversation.name, named.doubt) == ("qwen", "")
 
 
 def test_unknown_names_are_refused() -> None:
