@@ -21,7 +21,7 @@ from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY, canonical
 from ..families.unsupported import unsupported
 from ..formats.folder import index_file, index_folder, member, optional
 from ..storage.hub import HubSource, fetch, parse_source, source_text
-from ..storage.reading import SourceFile, unreadable
+from ..storage.reading import SourceFile, present, unreadable
 from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
@@ -279,7 +279,7 @@ def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]
     names = [name for name in sorted(os.listdir(folder)) if name in small or name.startswith(LICENSE_PREFIXES)]
     files: dict[str, Path | bytes] = {name: path for name in names if (path := optional(folder, name))}
     others = [name for name in names if name not in files]
-    if "tokenizer.model" not in names and (folder / "params.json").exists() and (above := optional(folder.parent, "tokenizer.model")):
+    if "tokenizer.model" not in names and present(folder / "params.json") and (above := optional(folder.parent, "tokenizer.model")):
         files["tokenizer.model"] = above
     return files, (f"not read, since no regular files: {listed(others)}",) if others else ()
 

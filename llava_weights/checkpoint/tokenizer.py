@@ -29,6 +29,9 @@ MODEL_LIMIT, FAST_LIMIT = 16 << 20, 20 << 20
 # meta-llama/llama PR #87 and llama.cpp's SHA256SUMS; Llama-2 has the same file.
 LLAMA_TOKENIZER = "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
 RIGHT_TOKENIZER = "give the tokenizer that belongs to these weights"
+# A table that was padded to a multiple (`resize_token_embeddings(pad_to_multiple_of=64)`) before tokens were added leaves a gap in front
+# of them, and the fast tokenizers number the tokens without it. Names for its rows, as Gemma has them, keep the ids.
+PADDED_TO, UNUSED = (8, 16, 32, 64, 128), "<unused_{}>"
 NO_LIMIT = 10**9  # a larger model_max_length is none: transformers writes 10^30 where it knows no limit
 
 # What is kept of tokenizer_config.json besides the tokens: no paths, no `auto_map`, nothing unknown.
@@ -79,8 +82,8 @@ def repair_tokenizer(
 
     Other files and those without fault are returned as given, tokenizer.json too, which is not looked at but for tokens that no other file
     lists. A missing tokenizer.model is taken from `fallback` (the base's files); `model_max_length` is written where tokenizer_config.json
-    gives no usable limit. Raises InputError for damaged files, tokens with two ids, a gap between ids, and a table too small for the pieces
-    of tokenizer.model.
+    gives no usable limit. Raises InputError for damaged files, tokens with two ids, a gap between ids that no padding explains, and a table
+    too small for the pieces of tokenizer.model.
     """
     model = files.get(MODEL, (fallback or {}).get(MODEL))
     if model is None:
@@ -174,6 +177,9 @@ def _added_tokens(files: SmallFiles, vocabulary: Vocabulary, rows: int) -> tuple
                 what = f"`{source}` gives {shown(name)} the id {i}, which contradicts the other tokens"
                 raise InputError(what, facts=facts, hint=RIGHT_TOKENIZER)
     added = {name: i for name, i in sorted(ids.items()) if base <= i < rows}
+    first = min(added.values(), default=base)
+    if first in (-(-base // multiple) * multiple for multiple in PADDED_TO):
+        added |= {name: i for i in range(base, first) if (name := UNUSED.format(i)) not in ids}
     if sorted(added.values()) != list(range(base, base + len(added))):
         raise InputError(
             f"the added tokens do not follow the {base:,} pieces of `{MODEL}` without a gap",
@@ -214,9 +220,12 @@ def token_text(value: Any) -> str | None:
 
 def _repair_added(old: Mapping[str, Any], vocabulary: Vocabulary, added: Mapping[str, int]) -> Repair:
     pieces = [name for name in old if name in vocabulary.ids]
-    missing = [name for name in added if name not in old]
+    missing = [name for name, i in added.items() if name not in old and name != UNUSED.format(i)]
+    unused = [i for name, i in added.items() if name not in old and name == UNUSED.format(i)]
     sentences = [f"{ADDED}: dropped {listed(pieces)}, already pieces of {MODEL}"] * bool(pieces)
     sentences += [f"{ADDED}: {listed(missing)} taken from {TOKENIZER_CONFIG}"] * bool(missing)
+    if unused:
+        sentences.append(f"{ADDED}: {UNUSED.format(unused[0])} to {unused[-1]} added, rows of padding in front of the added tokens")
     return Repair(ADDED, added, tuple(sentences))
 
 

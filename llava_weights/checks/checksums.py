@@ -20,6 +20,8 @@ from ..families.files import CONFIG_FILES, WEIGHT_SUFFIXES
 from ..families.layouts import DROPPED, VOCABULARY_TABLES, BaseNames, canonical
 from ..families.projectors import PROJECTOR_NAMES
 from ..families.published import recognise
+from ..families.targets import TARGET_BY_TYPE
+from ..families.towers import BESIDE_TOWER
 from ..findings import Finding, Verdict
 from ..formats.folder import member
 from ..storage.http import endpoint
@@ -240,12 +242,15 @@ def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Find
     compared = {**alike, **grown, **{name: other for name, other in shorter.items() if other in expected_heads}}
     within = source and not any(canonical(name).startswith("tower.") for name in found)  # named there, and not held
     towers = [name for name in there if within and canonical(name).startswith("tower.") and name not in buffers]
+    config = subject.checkpoint.config if subject.checkpoint else {}
+    made_of = layouts == ("llava-hf", "llava")
+    unread = [name for name in there if made_of and name not in buffers and _has_no_place(canonical(name), config)]
 
     def wrong() -> Iterator[Finding]:
         for name, other in unlike.items():
             if name not in (*buffers, *grown, *shorter):
                 yield failed("against", name, f"{shown(name)} is {kind(found[name])}, in {label} it is {kind(expected[other])}")
-        if lacking := [name for name in there if name not in buffers and name not in towers]:
+        if lacking := [name for name in there if name not in (*buffers, *towers, *unread)]:
             yield failed("against", lacking[0], f"{counted(len(lacking), 'tensor')} only in {label}: {few(lacking)}")
         yield from differing("against", {**found, **heads}, {**expected, **expected_heads}, compared, f"{label} has")
 
@@ -272,7 +277,18 @@ def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Find
             f"the {counted(len(towers), 'tensor')} of a vision tower in {label} were not compared: the original layout only names its tower"
         )
         yield Finding("against", "unchecked", label, text, part=f"unchecked: the vision tower of {label}")
+    if unread:
+        text = f"{counted(len(unread), 'tensor')} of {label} that the class of a conversion does not read: {few(unread)}"
+        yield Finding("against", "unchecked", label, text, part=f"unchecked: {counted(len(unread), 'tensor')} of {label}")
     yield from _without_counterpart([name for name in alone if name not in buffers], subject.explained, label)
+
+
+def _has_no_place(part: str, config: Mapping[str, Any]) -> bool:
+    """Whether the class of a llava-hf `config` does not read the tensor `part`, by its canonical name: the pooling head of a SigLIP, or
+    the newline of tiles where images are whole."""
+    target = TARGET_BY_TYPE.get(str(config.get("model_type")))
+    whole = target is not None and not target.tiles
+    return re.fullmatch(rf"tower\.({BESIDE_TOWER})", part) is not None or (part == "newline" and whole)
 
 
 def _in_form_of(subject: Side, expected: Mapping[str, TensorEntry], jobs: int) -> Mapping[str, TensorEntry]:

@@ -178,7 +178,7 @@ def _weights_in(folder: Path) -> Path:
     if mlx := [name for name in names if name in MLX_FILES]:
         facts = {"folder": folder, "found": listed(names)}
         raise InputError(f"{shown(mlx[0])} is an adapter of MLX, whose factors are stored the other way round", facts=facts, hint=FUSE)
-    near = [name for name in names if any((folder / name / file).exists() for file in ADAPTER_FILES)]
+    near = [name for name in names if any(present(folder / name / file) for file in ADAPTER_FILES)]
     hint = f"there is one in {listed(near)}" if near else "give the folder that its training wrote, with `adapter_config.json` in it"
     facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": listed(wanted)}
     raise InputError(f"there is no adapter in {shown(folder.resolve().name)}", facts=facts, hint=hint)
@@ -324,7 +324,7 @@ def _rows(contents: Contents, rules: LoraRules) -> Rows:
 def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None) -> Adapter:
     """With what the files beside the adapter replace, `non_lora_trainables.bin` above all, and the config that was written with it."""
     paths = [_resolved(given)] if given else _find_non_lora(folder, adapter, contents)
-    if not paths and (folder / "trainer_state.json").exists() and not _has_projector(adapter.replacements):
+    if not paths and present(folder / "trainer_state.json") and not _has_projector(adapter.replacements):
         note = (
             f"this is a checkpoint of the Trainer; if LLaVA's, the projector of that step is not in it: give `--non-lora {TRAINED_BESIDE}`"
         )
@@ -380,12 +380,12 @@ def _find_non_lora(folder: Path, adapter: Adapter, contents: Contents) -> list[P
     if paths := [path for path in paths if str(path.absolute()) not in read]:
         return paths
     above, config = folder.absolute().parent, adapter.config
-    checkpoint = not config and (folder / "trainer_state.json").exists() and _is_llava(_config_in(above))
+    checkpoint = not config and present(folder / "trainer_state.json") and _is_llava(_config_in(above))
     if not (_is_llava(config) or checkpoint) or _has_projector(contents.replacements):
         return []
     facts = {"folder": folder, "what it holds": "the projector, and what else was trained besides the LoRA"}
     hint = "training writes it when it ends; before that, get it from the `global_stepN` folder with DeepSpeed's `zero_to_fp32.py`"
-    if (above / TRAINED_BESIDE).exists():
+    if present(above / TRAINED_BESIDE):
         facts["there is one above"] = f"{above / TRAINED_BESIDE}, of the end of the training"
         hint = f"if that one will do, give `--non-lora {above / TRAINED_BESIDE}`"
     raise InputError(f"this adapter of LLaVA lacks its `{TRAINED_BESIDE}`", facts=facts, hint=hint)
@@ -442,7 +442,7 @@ def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 def _projector(adapter: Adapter, file: Path, tensors: Mapping[str, LazyTensor], non_lora: Path | None) -> Adapter:
     """An adapter that is only a projector. FSDP and ZeRO-3 put prefixes before its names, so LLaVA looks for `mm_projector.` in them."""
-    beside = [name for name in ADAPTER_FILES if (file.parent / name).exists()]
+    beside = [name for name in ADAPTER_FILES if present(file.parent / name)]
     if non_lora or beside:
         hint = f"give the folder, to merge {listed(beside)} with it" if beside else "leave out `--non-lora`"
         raise InputError(f"{shown(file.name)} is only a part of an adapter", facts={"folder": file.parent}, hint=hint)

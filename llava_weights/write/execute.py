@@ -334,7 +334,7 @@ def _check_inputs(plan: Plan, job: Job) -> None:
     given = [origin.path for origin in origins if not origin.remote]
     sources = [*given, *map(Path, sorted(read)), *(data for data in plan.files.values() if isinstance(data, Path))]
     for place in job.places:
-        source = meets(place, sources) or next((path for path in given if path.is_dir() and lies_in(place, path)), None)
+        source = meets(place, sources) or next((path for path in given if lies_in(place, path)), None)
         if source is not None:
             what = "output" if place == job.out else "work folder"
             facts = {"input": source, what: place}
@@ -345,7 +345,7 @@ def _check_small_files(plan: Plan) -> None:
     """Raise InputError for a name that no manifest can hold, and for files that take more memory than the plan allows for them."""
     if odd := [name for name in plan.files if not is_text(name)]:
         raise InputError(f"the name {shown(odd[0])} is not UTF-8", hint="rename that file: a manifest holds text only")
-    sizes = {name: data.stat().st_size if isinstance(data, Path) else len(data) for name, data in plan.files.items()}
+    sizes = {name: SourceFile.at(data).size if isinstance(data, Path) else len(data) for name, data in plan.files.items()}
     if (total := sum(sizes.values())) > LARGEST_SMALL_FILE:
         largest = max(sizes, key=lambda name: sizes[name])
         what = f"the small files have {size(total)} together, at most {size(LARGEST_SMALL_FILE)} are copied"

@@ -29,6 +29,7 @@ from typing import Any
 
 from ..errors import OutputError
 from ..storage.atomic import NOT_SUPPORTED, make_folder, naming, put_file, remove, sync_folder, write_file
+from ..storage.reading import unreadable
 
 MARKER = ".llava-weights-work"
 MARK = b"Work in progress of `llava-weights`, which deletes this folder when the output beside it is complete.\n"
@@ -336,13 +337,25 @@ def meets(place: Path, sources: Iterable[Path]) -> Path | None:
                 status = os.lstat(os.path.join(folder, name))
                 if stat.S_ISDIR(status.st_mode) or status.st_nlink == 1:
                     inside.add((status.st_dev, status.st_ino))
-    return next((source for source in sources if not inside.isdisjoint(map(_itself, _on_path(source)))), None)
+    return next((source for source in sources if not inside.isdisjoint(_trace(source))), None)
+
+
+def _trace(source: Path) -> set[tuple[int, int]]:
+    """What the path of an input leads through. Raises InputError where the disk refuses to say."""
+    try:
+        return {*map(_itself, _on_path(source))}
+    except OSError as error:
+        raise unreadable(source, error) from error
 
 
 def lies_in(place: Path, folder: Path) -> bool:
-    """Whether `place`, which need not exist, lies in `folder` or is it."""
-    status = os.stat(folder)
-    return any((status.st_dev, status.st_ino) == _itself(part) for part in _on_path(place))
+    """Whether `place`, which need not exist, lies in the input `folder` or is it; not in a file. Raises InputError where that can't be
+    read."""
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return stat.S_ISDIR(status.st_mode) and any((status.st_dev, status.st_ino) == _itself(part) for part in _on_path(place))
 
 
 def _on_path(path: Path) -> set[Path]:

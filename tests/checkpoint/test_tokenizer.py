@@ -237,10 +237,23 @@ def test_pieces_repeated_as_added_tokens_are_dropped() -> None:
     assert "added_tokens.json: dropped `</s>`, `<s>`, already pieces of tokenizer.model" in notes
 
 
+def test_rows_padded_in_front_of_added_tokens_keep_the_ids(tmp_path: Path) -> None:
+    """A table padded to a multiple of 64 before tokens were added: by themselves the fast tokenizers would number these from 304."""
+    files, ids, notes = repaired({"added_tokens.json": dump({"<a>": 320, "<b>": 321})}, 322)
+    assert sorted(ids.added.values()) == [*range(304, 322)]
+    assert ids.added["<b>"] == 321
+    assert "added_tokens.json: <unused_304> to 319 added, rows of padding in front of the added tokens" in notes
+    assert repaired(files, 322)[2] == ()
+    assert loaded(files, tmp_path / "folder")("<b>", add_special_tokens=False).input_ids == [321]
+
+
 @pytest.mark.parametrize(
     ("added", "rows", "words"),
     [
         ({"<a>": 304, "<b>": 306}, 310, "gap"),
+        ({"<a>": 311}, 312, "gap"),
+        ({"<a>": 640}, 641, "gap"),
+        ({"<a>": 320, "<unused_304>": 321}, 322, "gap"),
         ({"<a>": 304, "<b>": 304}, 310, "contradicts"),
         ({"<s>": 304}, 310, "contradicts"),
         ({"<a>": 7}, 310, "contradicts"),

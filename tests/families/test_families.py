@@ -109,6 +109,24 @@ def test_each_row_is_reached(tmp_path: Path, row: Original, decoder: str, tower:
     assert choose(config, {row.token}, rows)[0].name == row.prompt
 
 
+def test_what_a_class_does_not_read_is_no_difference(tmp_path: Path) -> None:
+    """The pooling head of a SigLIP, and the newline of a model that takes whole images, lie in published checkpoints."""
+    row = next(row for row in ORIGINALS if row.name == "LLaVA on Qwen, SigLIP")
+    make_llava(tmp_path, row)
+    weights = torch.load(tmp_path / "llava" / "pytorch_model.bin", weights_only=True)
+    weights |= {
+        "model.image_newline": weights["model.norm.weight"],
+        "model.vision_tower.vision_tower.vision_model.head.probe": torch.ones(1),
+    }
+    torch.save(weights, tmp_path / "llava" / "pytorch_model.bin")
+    made = write(lw.convert(tmp_path / "llava", "llava-hf"), tmp_path / "made")
+    found = lw.verify(made, against=tmp_path / "llava", deep=True)
+    assert not [each.text for each in found.findings if each.verdict == "failed"]
+    assert "2 tensors of `llava` that the class of a conversion does not read" in "\n".join(each.text for each in found.findings)
+    torch.save({**weights, "model.image_newline.extra": torch.ones(1)}, tmp_path / "llava" / "pytorch_model.bin")
+    assert lw.verify(made, against=tmp_path / "llava", deep=True).exit_code == 4
+
+
 def test_a_new_family_takes_one_row_and_contributing_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The row of a made-up family that "Add a family" shows, and no other change."""
     text = CONTRIBUTING.read_text(encoding="utf-8")
