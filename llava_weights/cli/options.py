@@ -71,7 +71,12 @@ ImageToken = Annotated[str | None, typer.Option("--image-token", help="Text of t
 VocabSize = Annotated[int | None, typer.Option("--vocab-size", min=1, help="Rows of the vocabulary tables in llava-hf.")]
 ConvMode = Annotated[str | None, typer.Option("--conv-mode", help="Prompt family of the chat template, by LLaVA's name, as llava_v1.")]
 ImageAspect = Annotated[
-    str | None, typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later.")
+    str | None,
+    typer.Option(
+        "--image-aspect",
+        metavar="square|pad",
+        help="How an image becomes a square, by default as the original does it. pad needs transformers 4.49.",
+    ),
 ]
 Pool = Annotated[str | None, typer.Option("--executor", metavar="ray", help="Send the shards to a cluster; by default threads write them.")]
 Address = Annotated[
