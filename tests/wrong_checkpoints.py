@@ -553,15 +553,19 @@ def _tokenizers() -> Iterator[tuple[str, Wrong]]:
     yield wrong("no fallback on bytes in the decoder", edited("tokenizer.json", lambda v: v["decoder"]["decoders"].pop(1) and None))
     yield wrong("model_max_length", config("model_max_length", to=512, file=TOK))
     yield wrong("clean_up_tokenization_spaces", config("clean_up_tokenization_spaces", to=True, file=TOK))
-    yield wrong("original: tokenizer.model rotated", pieces(lambda p: [*p[1:], p[0]]), good="original")
+    yield wrong("original: tokenizer.model rotated", pieces(lambda p: [*p[1:], p[0]]), "rules", good="original")
     yield wrong(
         "original: ids of added tokens exchanged",
         edited("added_tokens.json", lambda v: {**v, "<im_start>": v["<im_end>"], "<im_end>": v["<im_start>"]}),
+        "rules",
         good="original",
     )
     yield wrong(
         "original: an added token missing",
-        edited("added_tokens.json", lambda v: {k: i for k, i in v.items() if k != "<im_end>"}),
+        both(
+            edited("added_tokens.json", lambda v: {k: i for k, i in v.items() if k != "<im_end>"}),
+            edited("tokenizer.json", lambda v: v.update(added_tokens=[e for e in v["added_tokens"] if e["content"] != "<im_end>"])),
+        ),
         good="original",
     )
 

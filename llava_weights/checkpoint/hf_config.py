@@ -27,6 +27,9 @@ from .tower import VisionTower
 STATED = ("vision_feature_layer", "vision_feature_select_strategy", "projector_layernorm_eps")
 
 
+REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # a name on the Hub, no path
+# Keys of the original alone that its code reads: a llava-hf config keeps them for the way back.
+KEPT_BACK = ("image_crop_resolution", "image_split_resolution", "tokenizer_model_max_length", "tokenizer_padding_side")
 USUAL_LAYER = -2  # `mm_vision_select_layer` of every published one, also where the code takes several
 
 
@@ -77,7 +80,7 @@ def llava_hf_config(
         what = f"`mm_vision_select_feature` is {shown(str(config['mm_vision_select_feature']))} in config.json, not patch or cls_patch"
         raise InputError(what, hint=RIGHT_CONFIG)
     vision = dict(tower.config)
-    if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+    if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(REPOSITORY, given):
         vision["_name_or_path"] = given  # `original_config` writes it back as `mm_vision_tower`
     made: dict[str, Any] = {
         "architectures": [target.architecture],
@@ -289,6 +292,7 @@ def original_config(
         ratio = config.get("vision_aspect_ratio", target.defaults["vision_aspect_ratio"]) if target.capped else "anyres"
         made |= {"image_aspect_ratio": ratio, "image_grid_pinpoints": pinpoints(config, size)}
         made |= {"image_crop_resolution": size, "image_split_resolution": size, "mm_patch_merge_type": "spatial_unpad"}
+    made |= {key: config[key] for key in KEPT_BACK if key in config}
     return dict(sorted(made.items()))
 
 

@@ -37,6 +37,7 @@ from .tokenizer import (
     list_at,
     repair_tokenizer,
     token_text,
+    with_listed,
 )
 
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
@@ -44,6 +45,8 @@ IM_PATCH, IMAGE, PAD, END_OF_TEXT = "<im_patch>", "<image>", "<pad>", "<|endofte
 LLAVA_TOKENS = (IM_PATCH, "<im_start>", "<im_end>")
 STRIPPED, ROLES = {"lstrip": True, "rstrip": True}, ("bos", "eos", "pad", "unk")
 ROW_1 = {"legacy": True, "tokenizer_class": "LlamaTokenizer", "clean_up_tokenization_spaces": False}
+# Where the settings of the original stand that llava-hf has other values for, and what they are called there.
+BACK = {"original_legacy": "legacy", "original_padding_side": "padding_side"}
 
 Entries = dict[int, JsonObject]  # added tokens by id
 
@@ -72,7 +75,8 @@ class HfTokenizer:
 @dataclass(frozen=True)
 class _Tokenizer:
     """A tokenizer of either kind: `core` is tokenizer.json without its added tokens, `entries` are these by id, `settings` are those of
-    tokenizer_config.json, `roles` the token of each role, `ids` the id of every token. `llama`: it is a LLaMA's, not byte-level."""
+    tokenizer_config.json, `roles` the token of each role, `ids` the id of every token. `llama`: it is a LLaMA's, not byte-level;
+    `verbatim`: its tokenizer.model changes nothing of a text but blanks; `slow`: `core` gives the ids of the slow class."""
 
     files: SmallFiles
     core: JsonObject
@@ -81,6 +85,8 @@ class _Tokenizer:
     entries: Entries
     llama: bool
     notes: tuple[str, ...] = ()
+    verbatim: bool = True
+    slow: bool = False
     ids: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +123,9 @@ def hf_tokenizer(
         raise UsageError("the image token is empty", hint="leave `--image-token` out for `<image>`")
     count = len(tokenizer.ids)
     tokenizer = _with_image(tokenizer, name, rows, (*before, name, *behind))
-    settings = {**tokenizer.settings, "padding_side": "left", "processor_class": processor_class, **(ROW_1 if tokenizer.llama else {})}
+    own = {"padding_side": "left", "processor_class": processor_class, **(ROW_1 if tokenizer.llama else {})}
+    replaced = {key: old for key, name in BACK.items() if (old := tokenizer.settings.get(name)) not in (None, own.get(name, old))}
+    settings = {**tokenizer.settings, **own, **replaced}
     written, notes = _written(replace(tokenizer, settings=settings), files, fast=True)
     end = END_OF_TEXT if END_OF_TEXT in tokenizer.ids else tokenizer.roles["eos"]
     bos, eos, pad = (tokenizer.ids[tokenizer.roles.get(role, end)] for role in ("bos", "eos", "pad"))
@@ -149,13 +157,42 @@ def original_tokenizer(
 
     roles = {role: name for role, name in tokenizer.roles.items() if name not in gone}
     roles.setdefault("pad", roles["unk"] if tokenizer.llama else END_OF_TEXT if END_OF_TEXT in tokenizer.ids else roles["eos"])
-    settings = {key: value for key, value in tokenizer.settings.items() if key != "processor_class"}
+    settings = {key: value for key, value in tokenizer.settings.items() if key != "processor_class" and key not in BACK}
+    settings |= {name: tokenizer.settings[key] for key, name in BACK.items() if key in tokenizer.settings}
     if isinstance(extra := settings.get("additional_special_tokens"), list):
         settings["additional_special_tokens"] = [token for token in extra if token_text(token) not in gone]
     entries = {i: entry for i, entry in tokenizer.entries.items() if i not in doomed}
     tokenizer = replace(tokenizer, settings=settings, roles=roles, entries=entries, notes=tuple(notes))
-    result, changes = _written(tokenizer, files, fast=MODEL not in files)
+    result, changes = _written(_as_slow(tokenizer) if tokenizer.llama else tokenizer, files, fast=tokenizer.verbatim)
     return result, tokenizer.base + len(kept) if tokenizer.llama else rows, changes
+
+
+def with_fast(files: SmallFiles, *, rows: int) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+    """The repaired files of the original layout with a tokenizer.json, for readers that ask for no slow tokenizer, and what changed.
+
+    One that gives the same ids as tokenizer.model is kept. There is none where tokenizer.model is no BPE or changes texts. The flags that
+    tokenizer_config.json has for added tokens become those of tokenizer.json, in whose place readers take them.
+    """
+    if MODEL not in files:
+        return dict(files), ()
+    kept: dict[str, Path | bytes] = {name: content for name, content in files.items() if name != FAST}
+    try:
+        tokenizer = _as_slow(_read(kept, rows, None))
+    except InputError as error:
+        return kept, (f"{FAST}: {'dropped' if FAST in files else 'not written'}, {error}",)
+    if not tokenizer.verbatim:
+        return kept, (f"{FAST}: {'dropped' if FAST in files else 'not written'}, {MODEL} normalizes texts",)
+    settings = small_object(files, TOKENIZER_CONFIG)
+    decoder = [entry for entry in settings.get("added_tokens_decoder", {}).values() if entry.get("special")]
+    special = {*map(token_text, (*decoder, *list_at(settings, "additional_special_tokens")))}  # of LLaVA's, those of which a file says so
+    entries = {i: {**e, "special": e["special"] and e["content"] not in {*LLAVA_TOKENS} - special} for i, e in tokenizer.entries.items()}
+    written, notes = _written(replace(tokenizer, entries=entries, notes=()), files, fast=True)
+    new = {key: value for key, value in settings.items() if key != "add_prefix_space" or value is False}
+    if "added_tokens_decoder" in settings:
+        new["added_tokens_decoder"] = small_object(written, TOKENIZER_CONFIG)["added_tokens_decoder"]
+    if new != settings:
+        kept[TOKENIZER_CONFIG] = json_bytes(new)
+    return {**kept, FAST: written[FAST]}, tuple(note for note in notes if note.startswith(FAST))
 
 
 def _with_image(tokenizer: _Tokenizer, name: str, rows: int, tokens: Sequence[str]) -> _Tokenizer:
@@ -195,13 +232,9 @@ def _read(files: SmallFiles, rows: int, model_max_length: object) -> _Tokenizer:
 
 
 def _from_pieces(files: SmallFiles, rows: int, model_max_length: object) -> _Tokenizer:
-    """A SentencePiece tokenizer, repaired. Added tokens are read from tokenizer.json too: transformers 5 writes no other list of them."""
-    given, source = {name: content for name, content in files.items() if name != FAST}, small_object(files, TOKENIZER_CONFIG)
-    if FAST in files and ADDED not in files and not source.get("added_tokens_decoder"):
-        source["added_tokens_decoder"] = {
-            str(i): entry for i, entry in tokenizer_json.added_tokens(small_object(files, FAST, limit=FAST_LIMIT)).items()
-        }
-        given[TOKENIZER_CONFIG] = json_bytes(source)
+    """A SentencePiece tokenizer, repaired."""
+    given = {name: content for name, content in with_listed(files).items() if name != FAST}
+    source = small_object(given, TOKENIZER_CONFIG)
     repaired, ids, notes = repair_tokenizer(given, rows=rows, model_max_length=model_max_length)
     vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT))
     if vocabulary.model_type != BPE:
@@ -218,8 +251,9 @@ def _from_pieces(files: SmallFiles, rows: int, model_max_length: object) -> _Tok
     settings.pop("add_prefix_space", None)  # it makes transformers 4.45 ignore tokenizer.json and make its own
     if not vocabulary.prefix:
         settings["add_prefix_space"] = False
-    core = _llama(vocabulary.ids, tokenizer_json.bpe_merges(vocabulary), roles, ids.added, settings, prefix=vocabulary.prefix)
-    return _Tokenizer(repaired, core, settings, roles, entries, llama=True, notes=notes)
+    blank: tokenizer_json.Blank = "every" if vocabulary.prefix else "none"
+    core = _llama(vocabulary.ids, tokenizer_json.bpe_merges(vocabulary), roles, ids.added, settings, blank=blank)
+    return _Tokenizer(repaired, core, settings, roles, entries, llama=True, notes=notes, verbatim=vocabulary.verbatim)
 
 
 def _entries(vocabulary: Vocabulary, added: Mapping[str, int], decoder: Entries, special: set[str | None]) -> Entries:
@@ -254,7 +288,7 @@ def _from_fast(files: SmallFiles, core: JsonObject, rows: int, model_max_length:
         roles = _roles(files, ids, {"bos": "<s>", "eos": "</s>", "pad": unk, "unk": unk})
         settings.pop("add_prefix_space", None)
         settings = {"add_bos_token": tokenizer_json.starts_with_bos(core), "add_eos_token": False, **settings}
-        core = _llama(vocabulary, merges, roles, ids, settings, prefix=tokenizer_json.has_prefix(core))
+        core = _llama(vocabulary, merges, roles, ids, settings, blank="every" if tokenizer_json.has_prefix(core) else "none")
         entries = {ids[name]: tokenizer_json.added_token(name) for name in roles.values()} | entries
         entries = {i: {**e, "normalized": False, "special": e["special"] or e["content"] in roles.values()} for i, e in entries.items()}
     else:
@@ -320,13 +354,16 @@ def _written(tokenizer: _Tokenizer, given: SmallFiles, *, fast: bool) -> tuple[d
     for name, content in contents.items():
         before = json.dumps(small_object(given, name, limit=FAST_LIMIT), sort_keys=True)
         same = name in given and before == json.dumps(content, sort_keys=True)
+        same = same or (
+            tokenizer.slow and name == FAST and name in given and _same_ids(small_object(given, name, limit=FAST_LIMIT), content)
+        )
         if content:
             result[name] = given[name] if same else json_bytes(content)
     if fast and result[FAST] is not given.get(FAST):
         notes.append(f"{FAST}: written" + " anew" * (FAST in given) + f" from {MODEL}" * (MODEL in given))
     if changes := list(_changes(small_object(tokenizer.files, TOKENIZER_CONFIG), contents[TOKENIZER_CONFIG])):
         notes.append(f"{TOKENIZER_CONFIG}: {', '.join(changes)}")
-    notes += [f"{FAST}: dropped, LLaVA's own code reads {MODEL}"] * (FAST in given and not fast)
+    notes += [f"{FAST}: dropped, {MODEL} normalizes texts"] * (FAST in given and not fast)
     return result, tuple(notes)
 
 
@@ -337,11 +374,35 @@ def _llama(
     added: Mapping[str, int],
     settings: JsonObject,
     *,
-    prefix: bool,
+    blank: tokenizer_json.Blank,
 ) -> JsonObject:
     ids = {**vocabulary, **added}
     start, end = ({roles[role]: ids[roles[role]]} if settings.get(f"add_{role}_token") else {} for role in ("bos", "eos"))
-    return tokenizer_json.llama_json(vocabulary, merges, roles["unk"], start=start, end=end, prefix=prefix)
+    return tokenizer_json.llama_json(vocabulary, merges, roles["unk"], start=start, end=end, blank=blank)
+
+
+def _as_slow(tokenizer: _Tokenizer) -> _Tokenizer:
+    """The tokenizer, a LLaMA's, with the tokenizer.json of the original layout: the ids are those of the slow LlamaTokenizer, which LLaVA's
+    own code uses, for the `legacy` of its settings. With `legacy` false a blank stands before the first piece of text alone."""
+    model = tokenizer.core["model"]
+    blank: tokenizer_json.Blank = "every" if tokenizer_json.has_prefix(tokenizer.core) else "none"
+    if not tokenizer.settings.get("legacy", True):
+        blank = "none" if tokenizer.settings.get("add_prefix_space") is False else "first"
+    core = _llama(model["vocab"], model["merges"], tokenizer.roles, tokenizer.ids, tokenizer.settings, blank=blank)
+    return replace(tokenizer, core=tokenizer_json.taken_as_it_is(core), slow=True)
+
+
+def _same_ids(given: JsonObject, made: JsonObject) -> bool:
+    """Whether two tokenizer.json of LLaMAs give the same ids, by all that they say of the way from a text to ids."""
+    try:
+        same = tokenizer_json.bpe_model(given) == tokenizer_json.bpe_model(made)
+    except InputError:
+        return False
+    settings = ("unk_token", "fuse_unk", "byte_fallback", "dropout", "ignore_merges")
+    model, other = ([core["model"].get(key) or None for key in settings] for core in (given, made))
+    steps = all(given.get(key) == made.get(key) for key in ("normalizer", "pre_tokenizer", "truncation"))
+    (tokens, around), more = ((tokenizer_json.added_tokens(core), tokenizer_json.template_of(core)) for core in (given, made))
+    return same and model == other and steps and (tokens, around) == more
 
 
 def _changes(old: JsonObject, new: JsonObject) -> Iterator[str]:

@@ -18,6 +18,7 @@ from ..storage.strict_json import json_bytes
 from ..text import listed, shown
 from .sentencepiece import Vocabulary, read_sentencepiece
 from .small_files import SmallFiles, small_bytes, small_object
+from .tokenizer_json import added_tokens
 
 MODEL, TOKENIZER_CONFIG, SPECIAL, ADDED, FAST = (
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json",
@@ -36,10 +37,10 @@ NO_LIMIT = 10**9  # a larger model_max_length is none: transformers writes 10^30
 # What is kept of tokenizer_config.json besides the tokens: no paths, no `auto_map`, nothing unknown.
 TOKENIZER_SETTINGS = {
     "add_bos_token": bool, "add_eos_token": bool, "add_prefix_space": bool, "chat_template": str, "clean_up_tokenization_spaces": bool,
-    "legacy": bool, "model_max_length": int, "processor_class": str, "spaces_between_special_tokens": bool, "tokenizer_class": str,
-    "use_default_system_prompt": bool,
+    "legacy": bool, "model_max_length": int, "original_legacy": bool, "processor_class": str, "spaces_between_special_tokens": bool,
+    "tokenizer_class": str, "use_default_system_prompt": bool,
 }  # fmt: skip
-SIDES = ("padding_side", "truncation_side")
+SIDES = ("padding_side", "truncation_side", "original_padding_side")
 # With `legacy: true` there is a blank before every piece of text, as the slow tokenizer of 2023 put it; 5.x adds `<s>` only where asked.
 EXPLICIT = {"legacy": True, "add_bos_token": True, "add_eos_token": False}
 TOKEN_FIELDS = {"lstrip", "normalized", "rstrip", "single_word", "special"}
@@ -47,12 +48,11 @@ TOKEN_FIELDS = {"lstrip", "normalized", "rstrip", "single_word", "special"}
 
 @dataclass(frozen=True)
 class Repair:
-    """The new content of a JSON file, what changed in it, and whether a token that it named was wrong."""
+    """The new content of a JSON file, and what changed in it."""
 
     name: str
     content: Mapping[str, Any]
     sentences: tuple[str, ...]
-    wrong: bool
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,16 @@ def repair_tokenizer(
 ) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
     """`files` with repaired tokenizer files, the true special ids, and a sentence for each thing changed or noticed.
 
-    Other files and those without fault are returned as given. A missing tokenizer.model is taken from `fallback` (the base's files);
-    `model_max_length` is written where tokenizer_config.json gives no usable limit. Raises InputError for damaged files, tokens with
-    two ids, a gap between ids that no padding explains, and a table too small for the pieces of tokenizer.model.
+    Other files and those without fault are returned as given, tokenizer.json too, which is not looked at but for tokens that no other file
+    lists. A missing tokenizer.model is taken from `fallback` (the base's files); `model_max_length` is written where tokenizer_config.json
+    gives no usable limit. Raises InputError for damaged files, tokens with two ids, a gap between ids that no padding explains, and a table
+    too small for the pieces of tokenizer.model.
     """
     model = files.get(MODEL, (fallback or {}).get(MODEL))
     if model is None:
         return _without_model(files, rows)
     data = small_bytes(MODEL, model, MODEL_LIMIT)
-    vocabulary = read_sentencepiece(data)
+    vocabulary, files = read_sentencepiece(data), with_listed(files)
     added, dropped = _added_tokens(files, vocabulary, rows)
     known = {**vocabulary.ids, **added}
     special, settings = small_object(files, SPECIAL), small_object(files, TOKENIZER_CONFIG)
@@ -98,7 +99,7 @@ def repair_tokenizer(
     notes += [f"{MODEL}: LLaMA's own, by its sha256"] if hashlib.sha256(data).hexdigest() == LLAMA_TOKENIZER else []
     notes += [f"tokenizer: {shown(name)} (id {i}) dropped, the table has {rows:,} rows" for name, i in dropped.items()]
     repairs = (
-        _repair_added(small_object(files, ADDED), vocabulary, added, dropped),
+        _repair_added(small_object(files, ADDED), vocabulary, added),
         _repair_map(special, tokens, known),
         _repair_settings(settings, tokens, known, added, model_max_length),
     )
@@ -108,12 +109,22 @@ def repair_tokenizer(
         notes += repair.sentences if repair.name in files else [f"{repair.name}: written, it was missing"] * bool(repair.content)
     if not added:
         del result[ADDED]
-    wrong = bool(dropped) or any(repair.wrong for repair in repairs)
-    if FAST in files and (reason := _reason_to_drop(small_object(files, FAST, limit=FAST_LIMIT), vocabulary, added, wrong)):
-        del result[FAST]
-        notes.append(f"{FAST}: dropped, {reason}; {MODEL} serves instead")
     ids = SpecialIds(**{role: known[token] for role, token in tokens.items()}, added=added, base_vocabulary=len(vocabulary.ids))
     return result, ids, tuple(notes)
+
+
+def with_listed(files: SmallFiles) -> SmallFiles:
+    """The files, with the added tokens of tokenizer.json in tokenizer_config.json where neither that nor added_tokens.json lists any:
+    transformers 5 writes no other list of them."""
+    settings = small_object(files, TOKENIZER_CONFIG)
+    if FAST not in files or ADDED in files or settings.get("added_tokens_decoder"):
+        return files
+    core = small_object(files, FAST, limit=FAST_LIMIT)
+    found, model = added_tokens(core), core.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict) or all(entry["content"] in vocabulary for entry in found.values()):
+        return files
+    return {**files, TOKENIZER_CONFIG: json_bytes({**settings, "added_tokens_decoder": {str(i): entry for i, entry in found.items()}})}
 
 
 def _without_model(files: SmallFiles, rows: int) -> tuple[dict[str, Path | bytes], SpecialIds, tuple[str, ...]]:
@@ -207,7 +218,7 @@ def token_text(value: Any) -> str | None:
 # --- the JSON files -------------------------------------------------------------------------------------------------
 
 
-def _repair_added(old: Mapping[str, Any], vocabulary: Vocabulary, added: Mapping[str, int], dropped: Mapping[str, int]) -> Repair:
+def _repair_added(old: Mapping[str, Any], vocabulary: Vocabulary, added: Mapping[str, int]) -> Repair:
     pieces = [name for name in old if name in vocabulary.ids]
     missing = [name for name, i in added.items() if name not in old and name != UNUSED.format(i)]
     unused = [i for name, i in added.items() if name not in old and name == UNUSED.format(i)]
@@ -215,7 +226,7 @@ def _repair_added(old: Mapping[str, Any], vocabulary: Vocabulary, added: Mapping
     sentences += [f"{ADDED}: {listed(missing)} taken from {TOKENIZER_CONFIG}"] * bool(missing)
     if unused:
         sentences.append(f"{ADDED}: {UNUSED.format(unused[0])} to {unused[-1]} added, rows of padding in front of the added tokens")
-    return Repair(ADDED, added, tuple(sentences), bool(dropped))
+    return Repair(ADDED, added, tuple(sentences))
 
 
 def _repair_map(old: Mapping[str, Any], tokens: Mapping[str, str], known: Mapping[str, int]) -> Repair:
@@ -223,7 +234,7 @@ def _repair_map(old: Mapping[str, Any], tokens: Mapping[str, str], known: Mappin
     extra = old.get("additional_special_tokens")
     if _all_known(extra, known):
         new["additional_special_tokens"] = extra
-    return Repair(SPECIAL, new, _sentences(SPECIAL, changes, old, new), _some_wrong(old, new))
+    return Repair(SPECIAL, new, _sentences(SPECIAL, changes, old, new))
 
 
 def _repair_settings(
@@ -250,7 +261,7 @@ def _repair_settings(
     if missing:
         changes.append("made explicit " + ", ".join(f"`{key}` {str(value).lower()}" for key, value in missing.items()))
     new |= missing
-    return Repair(TOKENIZER_CONFIG, new, _sentences(TOKENIZER_CONFIG, changes, old, new), _some_wrong(old, new))
+    return Repair(TOKENIZER_CONFIG, new, _sentences(TOKENIZER_CONFIG, changes, old, new))
 
 
 def _roles(old: Mapping[str, Any], tokens: Mapping[str, str], *, typed: bool) -> tuple[dict[str, Any], list[str]]:
@@ -302,31 +313,6 @@ def is_length(value: object) -> TypeGuard[int]:
 def _sentences(name: str, changes: list[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
     gone = [key for key in old if key not in new]
     return (f"{name}: {', '.join(changes)}",) * bool(changes) + (f"{name}: dropped {listed(gone)}",) * bool(gone)
-
-
-def _some_wrong(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a token that the file named is another one now."""
-    return any(old.get(key) is not None and token_text(old[key]) != token_text(new[key]) for key in TOKENS)
-
-
-def _reason_to_drop(fast: dict[str, Any], vocabulary: Vocabulary, added: Mapping[str, int], wrong: bool) -> str | None:
-    """Why tokenizer.json must be dropped; None where it says the same as the other files. LLaVA itself does not read it."""
-    if wrong:
-        return "its tokens were repaired in the other files"
-    model, steps, entries = fast.get("model"), fast.get("normalizer"), list_at(fast, "added_tokens")
-    if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("vocab") != vocabulary.ids:
-        return f"its vocabulary is not that of {MODEL}"
-    if not all(isinstance(entry, dict) for entry in entries):
-        return "its added tokens are unreadable"
-    behind = [entry for entry in entries if token_text(entry) not in vocabulary.ids]
-    if [(token_text(entry), entry.get("id")) for entry in behind] != sorted(added.items(), key=lambda item: item[1]):
-        return "its added tokens differ"
-    if any(entry.get("normalized") is not False for entry in behind):
-        return "it does not find added tokens inside a text"  # 4.28 wrote `normalized: true`, seen in tokenizers 0.23
-    kinds = [step.get("type") for step in list_at(steps, "normalizers") if isinstance(step, dict)]
-    if kinds != ["Prepend", "Replace"] or fast.get("pre_tokenizer") is not None:
-        return "it puts blanks where LLaVA's own tokenizer does not"
-    return None
 
 
 def list_at(value: Any, key: str) -> list[Any]:

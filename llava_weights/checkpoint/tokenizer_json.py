@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import InputError
 from ..storage.strict_json import JsonObject
@@ -15,6 +15,16 @@ from .sentencepiece import NORMAL, Vocabulary
 
 PUT_MODEL = "put the `tokenizer.model` of the model's base beside it"
 BLANK = "\u2581"
+Blank = Literal["every", "first", "none"]
+# A blank before the first piece of text, also where that begins with blanks: Metaspace puts none before its own sign, so that comes last.
+# tokenizers before 0.19 ask for `add_prefix_space`.
+FIRST = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Metaspace", "replacement": sign, "add_prefix_space": prefix, "prepend_scheme": scheme, "split": False}
+        for sign, prefix, scheme in ((" ", True, "first"), (BLANK, False, "never"))
+    ],
+}
 # Limits, since every way to cut each piece in two is tried: characters of a piece (SentencePiece's default is 16), the sum of their
 # squares, and merges (LLaMA has two for each piece).
 LONGEST_PIECE, MAX_CUTTING, MAX_MERGES = 1024, 1 << 26, 1_000_000
@@ -58,22 +68,33 @@ def bpe_merges(vocabulary: Vocabulary) -> list[str]:
 
 
 def llama_json(
-    vocabulary: Mapping[str, int], merges: list[Any], unk: str, *, start: Mapping[str, int], end: Mapping[str, int], prefix: bool
+    vocabulary: Mapping[str, int], merges: list[Any], unk: str, *, start: Mapping[str, int], end: Mapping[str, int], blank: Blank
 ) -> JsonObject:
-    """LLaMA's tokenizer.json without added tokens. `start` and `end` are the tokens put around every text, with their ids;
-    `prefix` puts a blank before every piece of text."""
-    blanks = [{"type": "Prepend", "prepend": BLANK}] * prefix + [{"type": "Replace", "pattern": {"String": " "}, "content": BLANK}]
+    """LLaMA's tokenizer.json without added tokens. `start` and `end` are the tokens put around every text, with their ids; `blank` says
+    which pieces of text between special tokens get a blank before them."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    blanks = [{"type": "Prepend", "prepend": BLANK}] * (blank == "every") + [replace]
     back: list[JsonObject] = [{"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix
+    back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * (blank != "none")
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": blanks}, "pre_tokenizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": blanks}, "pre_tokenizer": FIRST if blank == "first" else None,
         "post_processor": _template(start, end), "decoder": {"type": "Sequence", "decoders": back},
         "model": {
             "type": "BPE", "dropout": None, "unk_token": unk, "continuing_subword_prefix": None, "end_of_word_suffix": None,
             "fuse_unk": True, "byte_fallback": True, "vocab": dict(vocabulary), "merges": merges,
         },
     }  # fmt: skip
+
+
+def taken_as_it_is(core: JsonObject) -> JsonObject:
+    """A LLaMA's tokenizer.json with a last step that changes nothing.
+
+    AutoTokenizer of transformers 5.23 and 5.24 makes its own form of every LlamaTokenizer whose config has a `model_type` that it does not
+    know, as `llava_mistral`, which puts other blanks; but it takes a file in which this word stands.
+    """
+    nothing = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {**core, "post_processor": {"type": "Sequence", "processors": [core["post_processor"], nothing]}}
 
 
 def _template(start: Mapping[str, int], end: Mapping[str, int]) -> JsonObject:
@@ -118,10 +139,14 @@ def bpe_model(core: JsonObject) -> tuple[dict[str, int], list[Any]]:
     return vocabulary, [pair if any(" " in part for part in pair) else " ".join(pair) for pair in pairs]
 
 
+def template_of(core: JsonObject) -> JsonObject:
+    """The step of a tokenizer.json that puts tokens around a text; empty where there is none."""
+    return next((step for step in _steps(core.get("post_processor")) if "single" in step), {})
+
+
 def starts_with_bos(core: JsonObject) -> bool:
     """Whether a tokenizer.json puts a token before each text; True where it does not say."""
-    processor = core.get("post_processor")
-    single = processor.get("single") if isinstance(processor, dict) else None
+    single = template_of(core).get("single")
     return not (isinstance(single, list) and single and isinstance(single[0], dict) and "Sequence" in single[0])
 
 
@@ -145,8 +170,8 @@ def splits_as_qwen2(core: JsonObject) -> bool:
 
 
 def _steps(value: Any) -> list[JsonObject]:
-    """The steps of a normalizer, pre-tokenizer or decoder, which is one step or a sequence of them."""
+    """The steps of a normalizer, pre-tokenizer, post-processor or decoder, which is one step or a sequence of them."""
     if not isinstance(value, dict):
         return []
-    inner = next((value[key] for key in ("normalizers", "pretokenizers", "decoders") if key in value), [value])
+    inner = next((value[key] for key in ("normalizers", "pretokenizers", "decoders", "processors") if key in value), [value])
     return [step for step in inner if isinstance(step, dict)] if isinstance(inner, list) else []

@@ -388,7 +388,8 @@ def _templates(checked: SmallFiles, reference: SmallFiles, result: _Comparison) 
 def _tokenizer(checked: SmallFiles, reference: SmallFiles, result: _Comparison) -> None:
     slow = checked.has(MODEL) or all(map(checked.has, BYTE_LEVEL))
     if result.there(FAST, checked.has(FAST), reference.has(FAST), instead=slow):
-        _fast(checked.of(FAST), reference.of(FAST), result)
+        derived = checked.checkpoint.layout == reference.checkpoint.layout == "llava" and checked.has(MODEL) and reference.has(MODEL)
+        _fast(checked.of(FAST), reference.of(FAST), result, derived=derived)
     # LLaVA's own code asks for the slow tokenizer, transformers takes what there is.
     if result.there(MODEL, checked.has(MODEL), reference.has(MODEL), instead=checked.has(FAST) and checked.checkpoint.layout != "llava"):
         _pieces(checked.checkpoint, reference.checkpoint, result)
@@ -410,7 +411,7 @@ def _tokenizer(checked: SmallFiles, reference: SmallFiles, result: _Comparison) 
     meta = checked.checkpoint.origin.container == "meta"  # whose programs read none of these
     if result.there(TOKENIZER_CONFIG, checked.has(TOKENIZER_CONFIG), reference.has(TOKENIZER_CONFIG), instead=meta):
         result.values(TOKENIZER_CONFIG, _settings(checked), _settings(reference))
-        _flags(TOKENIZER_CONFIG, _decoder(checked, reference), _decoder(reference, checked), result)
+        _flags(TOKENIZER_CONFIG, _decoder(checked, reference), _decoder(reference, checked), result, result.wrong)
         result.common(TOKENIZER_CONFIG, _agreed_settings(checked), _agreed_settings(reference))
 
 
@@ -418,8 +419,10 @@ def _is_json_alike(checked: SmallFiles, reference: SmallFiles, name: str) -> boo
     return name in checked.objects and checked.objects[name] == reference.objects.get(name)
 
 
-def _fast(checked: Values, reference: Values, result: _Comparison) -> None:
-    """tokenizer.json: vocabulary, merges, and the steps before and after."""
+def _fast(checked: Values, reference: Values, result: _Comparison, *, derived: bool) -> None:
+    """tokenizer.json: vocabulary, merges, and the steps before and after. `derived`: it stands in for tokenizer.model, which LLaVA's own
+    code reads, and other programs make other steps of that one."""
+    told = result.open if derived else result.wrong
     found, expected = ({**value} if isinstance(value := core.get("model"), dict) else {} for core in (checked, reference))
     vocabularies = [_pairs(model.pop("vocab", None)) for model in (found, expected)]
     if vocabularies[0] != vocabularies[1]:
@@ -439,15 +442,17 @@ def _fast(checked: Values, reference: Values, result: _Comparison) -> None:
     )
     for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"):
         if not _same(checked.get(key), reference.get(key)):
-            result.wrong.append((FAST, f"`{key}` of {shown(FAST)} is not that of {result.label}"))
-    _flags(FAST, added_tokens(dict(checked)), added_tokens(dict(reference)), result)
+            told.append((FAST, f"`{key}` of {shown(FAST)} is not that of {result.label}"))
+    _flags(FAST, added_tokens(dict(checked)), added_tokens(dict(reference)), result, told)
 
 
-def _flags(file: str, checked: Mapping[int, Values], reference: Mapping[int, Values], result: _Comparison) -> None:
+def _flags(
+    file: str, checked: Mapping[int, Values], reference: Mapping[int, Values], result: _Comparison, told: list[tuple[str, str]]
+) -> None:
     """Added tokens by id, those of `reference`; new ones are for `_added`."""
     if odd := [i for i in reference if checked.get(i) != reference[i]]:
         names = listed(str(reference[i]["content"]) for i in odd)
-        result.wrong.append((file, f"{names} of {result.label}: missing in {shown(file)}, or with another name or other flags"))
+        told.append((file, f"{names} of {result.label}: missing in {shown(file)}, or with another name or other flags"))
 
 
 def _pairs(vocabulary: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.sentencepiece import BPE, NORMAL, Vocabulary
 from ..checkpoint.small_files import small_text
 from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, TOKENIZER_CONFIG, token_text
-from ..checkpoint.tokenizer_json import bpe_model
+from ..checkpoint.tokenizer_json import FIRST, bpe_model, has_prefix
 from ..storage.strict_json import JsonObject
 from ..text import shown
 from .rules import Rule, SmallFiles, as_json, listings
@@ -180,8 +180,13 @@ def odd_form(s: SmallFiles) -> str:
 
 
 def _blanks(s: SmallFiles) -> Iterator[str]:
-    """For the original layout, whose own code reads tokenizer.model."""
-    if s.pieces and s.of(FAST) and (form := odd_form(s)):
+    """For the original layout, whose own code reads tokenizer.model: with `legacy` false, a blank stands before the first piece alone."""
+    if not s.pieces or not s.of(FAST):
+        return
+    form = odd_form(s)
+    if s.of(TOKENIZER_CONFIG).get("legacy") is False:
+        form = "" if s.of(FAST).get("pre_tokenizer") == FIRST else form or "Prepend" * has_prefix(s.of(FAST))
+    if form:
         yield f"its form is {form}: it puts blanks where `{MODEL}`, which LLaVA's own code reads, does not"
 
 

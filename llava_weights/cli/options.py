@@ -88,7 +88,12 @@ ConvMode = Annotated[
     ),
 ]
 ImageAspect = Annotated[
-    str | None, typer.Option("--image-aspect", metavar="square|pad", help="pad: as LLaVA-1.5 did it, for transformers 4.49 and later.")
+    str | None,
+    typer.Option(
+        "--image-aspect",
+        metavar="square|pad",
+        help="How an image becomes a square, by default as the original does it. pad needs transformers 4.49.",
+    ),
 ]
 Pool = Annotated[str | None, typer.Option("--executor", metavar="ray", help="Send the shards to a cluster; by default threads write them.")]
 Address = Annotated[

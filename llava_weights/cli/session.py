@@ -217,9 +217,8 @@ def converted(
 
     given = conversion.given
     named = given.pop("vision_tower", None)
-    if to == "llava" and named and holds_tower(checkpoint):  # the original's config names its tower; a folder's config tells its heads
-        given["tower_name"] = named
-        named = named if Path(named).exists() else None
+    if to == "llava" and named and not Path(named).exists() and holds_tower(checkpoint):  # the original's config only names its tower
+        given["tower_name"], named = named, None
     tower = open_checkpoint(named, progress=progress) if named else None
     return convert(checkpoint, to, tower=tower, dtype=dtype, **given)
 

@@ -6,6 +6,8 @@ then its tensors get the names of the other layout, in one fixed order: how the 
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,7 @@ from ..checkpoint.added_tokens import listed_tokens, without_stale_list
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
-from ..checkpoint.hf_config import STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
+from ..checkpoint.hf_config import KEPT_BACK, REPOSITORY, STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
 from ..checkpoint.hf_tokenizer import original_tokenizer
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings
 from ..checkpoint.prompt import likely_prompt, own_template
@@ -31,7 +33,7 @@ from ..families.targets import VOCABULARY_MULTIPLE
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
-from ..text import is_text
+from ..text import is_text, shown
 from .canonical import BIASES, Canonical, Model, to_canonical
 from .projector import paired, single
 
@@ -42,6 +44,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "image_token": (), "vocab_size": (),
 }  # fmt: skip
 ZERO_BIASES = "the projector has no biases, which LLaVA's code needs: zeros are written, which compute the same"
+PADDED = (
+    "images are padded to squares in the mean colour, as the original does it (`image_aspect_ratio` pad): by LlavaImageProcessor, which "
+    "transformers has from 4.49 on, where older ones refuse the processor; `--image-aspect square` crops them instead, in every version"
+)
+CROPPED = (
+    "images are cropped to squares, where the original pads them (`image_aspect_ratio` pad): pictures that are not square give other pixels"
+)
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 
 
@@ -66,9 +75,9 @@ def convert(
     `dtype` is that of the output ("F16", "BF16", "F32"), by default that of each tensor. Only with "llava-hf": `projector_form` is how a
     projector of one layer becomes one of two, "identity" (exact in transformers, the default), "relu" (for vLLM) or "gelu" (for llama.cpp
     and MLX); `image_token` is the text of the image token; `vocab_size` is the number of rows of the vocabulary tables, the new ones being
-    the mean of the old; `image_aspect` is "square" or "pad", how an image becomes a square. Only with "llava": `tower_name` is the tower
-    that the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained with, such as "llava_v1": the chat
-    template of llava-hf writes it, and config.json records it.
+    the mean of the old; `image_aspect` is "square" (cropped) or "pad", how an image becomes a square, by default as in the checkpoint. Only
+    with "llava": `tower_name` is the tower that the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained
+    with, such as "llava_v1": the chat template of llava-hf writes it, and config.json records it.
 
     Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
     tensors that are unknown or missing, for shapes that contradict the config and for an image token without a row, MismatchError where
@@ -148,6 +157,8 @@ def to_llava_hf(
     if checkpoint.layout == "llava-hf":
         config, changed = kept_config(checkpoint.config, config)
         config.pop("unpadded_vocab_size", None)
+    else:
+        config = dict(sorted({**config, **{key: model.config[key] for key in KEPT_BACK if key in model.config}}.items()))
     if bare:
         config["multimodal_projector_bias"] = False
     if unpadded := _unpadded(checkpoint, model, rows):
@@ -160,7 +171,8 @@ def to_llava_hf(
     retold = _retold(prompt.name, config, names, model.tokenizer.specials)
     if prompt.name and not prompt.doubts and (conv_mode or not retold):
         config = dict(sorted({**config, "conv_mode": prompt.name}.items()))
-    files |= _processor(checkpoint, model, config, image_aspect, prompt.template)
+    aspect, squares = _aspect(checkpoint, model, image_aspect)
+    files |= _processor(checkpoint, model, config, aspect, prompt.template)
     step = Step(
         "convert",
         _inputs(checkpoint, model),
@@ -171,6 +183,7 @@ def to_llava_hf(
             *_first_notes(checkpoint),
             *_left_out(checkpoint),
             *notes,
+            *squares,
             *model.doubts.notes,
             *_remarks(model),
             *(() if retold else prompt.doubts),
@@ -196,6 +209,8 @@ def to_llava(
     the tower `tower_name`, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
     """
     model = to_canonical(checkpoint, tower, None, dtype, accept_tower=accept_tower)
+    place = _folder_of(model, tower) if tower and not tower_name else None
+    tower_name = tower_name or place
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
     tensors = dict(model.tensors)
     if PROJECTOR_NAMES[0] in tensors and (one := single(tensors, model.activation)) is not None:
@@ -222,7 +237,7 @@ def to_llava(
         _given(to="llava", dtype=dtype, tower_name=tower_name, conv_mode=conv_mode),
         _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
-        notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *doubts.notes),
+        notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *_named(named, place), *doubts.notes),
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,)), *_other_layer(model, config)),
     )
     return _assembled(checkpoint, model, tensors, "llava", config, files, step)
@@ -305,21 +320,39 @@ def _retold(name: str, config: Mapping[str, Any], names: tuple[str, ...], specia
     return choice is not None and (choice.conversation.name, choice.rivals) == (name, ())
 
 
-def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str | None, template: str) -> dict[str, bytes]:
-    if aspect is not None and model.target.tiles:
-        raise UsageError("images of this model are cut into tiles, so `--image-aspect` can change nothing", hint="leave it out")
-    tower, pads = model.tower, model.config.get("image_aspect_ratio") == "pad"
-    own = small_object(checkpoint.files, "preprocessor_config.json")
-    if aspect is None and str(own.get("image_processor_type")).startswith(model.target.padding_processor):
-        aspect = "pad"
+def _aspect(checkpoint: Checkpoint, model: Model, wished: str | None) -> tuple[str, tuple[str, ...]]:
+    """How images become squares: as the option says, else as they do in the checkpoint; and a sentence on it where the original pads.
+
+    Raises UsageError for an option that can change nothing."""
+    if model.target.tiles:
+        if wished is not None:
+            raise UsageError("images of this model are cut into tiles, so `--image-aspect` can change nothing", hint="leave it out")
+        return "square", ()
+    if checkpoint.layout == "llava-hf":
+        own = _image_processor(checkpoint)
+        pads = own.get("do_pad") is True and str(own.get("image_processor_type")).startswith(model.target.padding_processor)
+        return wished or ("pad" if pads else "square"), ()
+    if model.config.get("image_aspect_ratio") != "pad":
+        return wished or "square", ()
+    return (wished, (CROPPED,)) if wished == "square" else ("pad", (PADDED,))
+
+
+def _image_processor(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The settings of a folder's image processor, which transformers 5 has inside processor_config.json."""
+    nested = small_object(checkpoint.files, "processor_config.json").get("image_processor")
+    return small_object(checkpoint.files, "preprocessor_config.json") or (nested if isinstance(nested, Mapping) else {})
+
+
+def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str, template: str) -> dict[str, bytes]:
+    tower, own = model.tower, _image_processor(checkpoint)
     settings = read_image_settings(tower.preprocessor or own, tower=tower.row, size=tower.image_size, patch=tower.patch_size)
     made = processor_files(
         settings,
         target=model.target,
         image_token=model.tokenizer.image_token,
         select_strategy=config.get("vision_feature_select_strategy", model.target.defaults["vision_feature_select_strategy"]),
-        aspect=aspect or "square",
-        pads=pads,
+        aspect=aspect,
+        pads=model.config.get("image_aspect_ratio") == "pad",
         pinpoints=config.get("image_grid_pinpoints"),
         template=template,
         vision_aspect_ratio=config.get("vision_aspect_ratio"),
@@ -368,6 +401,23 @@ def _other_layer(model: Model, config: Mapping[str, Any]) -> Iterator[str]:
         raise InputError(what, hint="keep it as llava-hf, which `--to llava-hf` renames")
     if layers != wanted:
         yield f"`vision_feature_layer` is {layer} in config.json, LLaVA's own code takes {own} of this tower: it computes something else"
+
+
+def _folder_of(model: Model, tower: Checkpoint) -> str | None:
+    """Where LLaVA's code finds the config of the tower that was given: its repository, else the absolute path of its folder. None where the
+    model's own config names a repository, which every machine finds, or what only that code knows."""
+    named = str(model.config.get("mm_vision_tower"))
+    if re.fullmatch(REPOSITORY, named) or named in {usual for _, usual in model.target.words.values()}:
+        return None
+    path = tower.origin.path
+    return tower.origin.name if tower.origin.revision or tower.origin.remote else str(path if path.is_dir() else path.parent)
+
+
+def _named(named: object, place: str | None) -> Iterator[str]:
+    """A sentence on what LLaVA's code takes from the tower that the config names."""
+    if named:
+        given = ", the folder given, which another machine does not have" if place and os.path.isabs(place) else ""
+        yield f"`mm_vision_tower` is {shown(str(named))}{given}: LLaVA's code takes the tower's config from there, its values from here"
 
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str, *, pad: int | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from ..checkpoint.checkpoint import Checkpoint, Source, Step, main_dtype, opened
 from ..checkpoint.config import repair_config, repair_generation_config
+from ..checkpoint.hf_tokenizer import with_fast
 from ..checkpoint.kinds import quantised_kind, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import repair_tokenizer
@@ -156,6 +157,7 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
     rows = shapes[VOCABULARY[0]][0] if VOCABULARY[0] in shapes else 0
     limit = delta.config.get("max_sequence_length") or delta.config.get("max_position_embeddings")
     files, ids, fixed = repair_tokenizer(delta.files, rows=rows, fallback=base.files, model_max_length=limit)
+    files, fast = with_fast(files, rows=rows)
     dtype = main_dtype(tensors)
     config, changes = repair_config(delta.config, shapes=shapes, special_ids=ids, dtype=dtype)
     if mode := _conv_mode(delta, examination):
@@ -168,7 +170,7 @@ def _finish(base: Checkpoint, delta: Checkpoint, tensors: Mapping[str, LazyTenso
         (("base", base.origin), ("delta", delta.origin)),
         {"dtype": dtype, "rule": examination.rule},
         {key: value for key, value in summary.items() if value},
-        repairs=(*changes, *more, *fixed),
+        repairs=(*changes, *more, *fixed, *fast),
         notes=(*base.notes, *delta.notes),
         warnings=examination.warnings,
         checks={"kind": examination.kind, **examination.checks},

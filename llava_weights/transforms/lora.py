@@ -21,6 +21,7 @@ from typing import cast as cast_type
 from ..checkpoint.added_tokens import without_stale_list
 from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, to_place
 from ..checkpoint.config import QUANTIZATION, quantization_notes, repair_config, repair_generation_config
+from ..checkpoint.hf_tokenizer import with_fast
 from ..checkpoint.images import reads_newline
 from ..checkpoint.kinds import quantised_kind, refuse_kind
 from ..checkpoint.small_files import small_object
@@ -295,6 +296,7 @@ def _llava_files(
         files["added_tokens.json"] = json_bytes({**ids.added, **missing})
         files, ids, more = repair_tokenizer(files, rows=rows)
         fixed = (*fixed, f"added_tokens.json: {', '.join(f'{token} {number}' for token, number in missing.items())} added", *more)
+    files, fast = with_fast(files, rows=rows)
     wanted = config.get("vocab_size")
     if isinstance(wanted, int) and wanted > rows:
         raise MismatchError(
@@ -305,7 +307,7 @@ def _llava_files(
     repaired, changes = repair_config({**config, "vocab_size": rows}, shapes=shapes, special_ids=ids, dtype=dtype)
     generation, more = repair_generation_config(small_object(given, "generation_config.json"), ids, config=repaired)
     files["generation_config.json"] = json_bytes(generation)
-    return repaired, files, (*stale, *repairs, *changes, *more, *fixed)
+    return repaired, files, (*stale, *repairs, *changes, *more, *fixed, *fast)
 
 
 def _follow_tensors(config: dict[str, Any], tensors: Mapping[str, LazyTensor], base: Checkpoint) -> list[str]:

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from llava_weights.checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer, original_tokenizer
+from llava_weights.checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer, original_tokenizer, with_fast
 from llava_weights.checkpoint.sentencepiece import read_sentencepiece
+from llava_weights.checkpoint.tokenizer import repair_tokenizer
 from llava_weights.checkpoint.tokenizer_json import bpe_merges
 from llava_weights.errors import InputError, MismatchError, UsageError
 
@@ -283,7 +284,7 @@ def test_a_folder_saved_by_transformers_5_gets_the_form_back(with_model: bool, l
     assert parsed(hf.files, "tokenizer_config.json")["legacy"] is True
     back, rows, _ = original_tokenizer(found, rows=320, image_id=304)
     assert rows == 304
-    assert ("tokenizer.json" in back) is not with_model
+    assert fast(back).encode("the<image>").ids == [1, *TEXT.encode("the<image>")]
 
 
 @cache
@@ -341,7 +342,7 @@ def test_the_way_back_gives_the_original_rows_and_ids(folder: str, rows: int, to
     hf = converted(folder, rows, image_token=token)
     files, left, notes = original_tokenizer(hf.files, rows=hf.used + 20, image_id=hf.image_id)
     assert left == rows
-    assert "tokenizer.json" not in files
+    assert fast(files).get_vocab_size() == rows
     listing = files_of(folder).get("added_tokens.json")
     own = {name: i for name, i in json.loads(listing.read_bytes()).items() if i < rows} if isinstance(listing, Path) else {}
     assert (parsed(files, "added_tokens.json") if "added_tokens.json" in files else {}) == own
@@ -349,6 +350,111 @@ def test_the_way_back_gives_the_original_rows_and_ids(folder: str, rows: int, to
     assert config["pad_token"] == ("[PAD]" if "[PAD]" in own else "<unk>")
     assert "processor_class" not in config
     assert any("<image>" in note for note in notes) == (hf.image_token == "<image>")
+
+
+# --- the original layout --------------------------------------------------------------------------------------------
+
+SLOW = json.loads((FIXTURES / "common/tokenizer/slow-ids.json").read_text())  # LLaVA's own code asks for the slow class
+KINDS = {"plain": ("C-v1.5/original-no-vision-bin", 304), "marked": (IMSTARTEND, 307)}
+
+
+def as_original(kind: str, legacy: bool, **others: bytes) -> dict[str, Path | bytes]:
+    """Files as `apply-delta` and `merge-lora` write them."""
+    folder, rows = KINDS[kind]
+    given = {**files_of(folder), **{name.replace("_json", ".json"): data for name, data in others.items()}}
+    given["tokenizer_config.json"] = json.dumps({**parsed(given, "tokenizer_config.json"), "legacy": legacy}).encode()
+    return with_fast(repair_tokenizer(given, rows=rows)[0], rows=rows)[0]
+
+
+@pytest.mark.parametrize("beside", ['{"model_type": "llava"}', '{"model_type": "llava_mistral"}', ""])
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_the_original_layout_are_those_of_the_slow_tokenizer(kind: str, legacy: bool, beside: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    files = as_original(kind, legacy)
+    loaded = AutoTokenizer.from_pretrained(saved(files, tmp_path / "model", beside=beside))
+    expected = SLOW["ids"][f"{kind}, legacy {str(legacy).lower()}"]
+    assert [loaded(text).input_ids for text in SLOW["texts"]] == expected
+    assert [fast(files).encode(text).ids for text in SLOW["texts"]] == expected
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_there_and_back_keeps_the_ids_and_the_settings(kind: str, legacy: bool, tmp_path: Path) -> None:
+    files, rows = as_original(kind, legacy), KINDS[kind][1]
+    hf = hf_tokenizer(files, rows=rows, processor_class="LlavaProcessor")
+    again = hf_tokenizer(hf.files, rows=rows + 20, processor_class="LlavaProcessor")
+    for made in (hf, again):
+        assert parsed(made.files, "tokenizer_config.json")["legacy"] is True
+        back, left, _ = original_tokenizer(made.files, rows=rows + 20, image_id=made.image_id)
+        assert left == rows
+        assert [fast(back).encode(text).ids for text in SLOW["texts"]] == SLOW["ids"][f"{kind}, legacy {str(legacy).lower()}"]
+        settings, expected = (parsed(each, "tokenizer_config.json") for each in (back, files))
+        assert [settings[key] for key in ("legacy", "padding_side")] == [legacy, expected["padding_side"]] == [legacy, "right"]
+        assert not any(key.startswith("original") for key in settings)
+
+
+def other(**changes: Any) -> bytes:
+    made = parsed(as_original("plain", True), "tokenizer.json")
+    return json.dumps({**made, **changes}).encode()
+
+
+def test_a_tokenizer_json_that_agrees_is_kept() -> None:
+    made = parsed(as_original("plain", True), "tokenizer.json")
+    pairs = [merge.split(" ") for merge in made["model"]["merges"]]  # as transformers writes them today
+    given = other(
+        padding=None, decoder=None, model={**made["model"], "merges": pairs}, post_processor=made["post_processor"]["processors"][0]
+    )
+    assert as_original("plain", True, tokenizer_json=given)["tokenizer.json"] is given
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"type": "BPE", "vocab": {"<unk>": 0}}},
+        {"model": None},
+        {"added_tokens": []},
+        {"added_tokens": [3]},
+        {"added_tokens": [{"id": 0, "content": "<unk>", "normalized": True, "special": True}]},
+        {"normalizer": None, "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}},
+        {"normalizer": {"type": "Sequence", "normalizers": 5}},
+        {"post_processor": None},
+        {"truncation": {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}},
+    ],
+)
+def test_a_tokenizer_json_that_differs_is_written_anew(changes: dict[str, Any]) -> None:
+    files = as_original("plain", True, tokenizer_json=other(**changes))
+    assert content(files, "tokenizer.json") == content(as_original("plain", True), "tokenizer.json")
+
+
+def test_one_of_2023_that_misses_image_tokens_is_written_anew() -> None:
+    """transformers 4.28 wrote it with `normalized: true`: read as it is, `<im_patch>` falls to pieces inside a text."""
+    given = files_of("A-delta-v0/delta-308-may4")
+    assert "<im_patch>" not in fast(given).encode("b <im_start><im_patch>").tokens
+    files, notes = with_fast(repair_tokenizer(given, rows=308)[0], rows=308)
+    assert fast(files).encode("b <im_start><im_patch>").ids[-2:] == [306, 305]
+    assert notes == ("tokenizer.json: written anew from tokenizer.model",)
+
+
+def test_flags_and_settings_that_readers_take_in_its_place_follow_it() -> None:
+    given = files_of("A-delta-v0/expected-307-by-main")
+    given["tokenizer_config.json"] = json.dumps({**parsed(given, "tokenizer_config.json"), "add_prefix_space": True}).encode()
+    files, _ = with_fast(repair_tokenizer(given, rows=307)[0], rows=307)
+    settings, listed = parsed(files, "tokenizer_config.json"), parsed(files, "tokenizer.json")["added_tokens"]
+    assert [{"id": int(i), **entry} for i, entry in settings["added_tokens_decoder"].items()] == listed
+    assert not any(entry["normalized"] for entry in listed)
+    assert "add_prefix_space" not in settings  # with it, transformers 4 makes a tokenizer.json of its own
+
+
+@pytest.mark.parametrize(
+    "options", [{"model_type": "unigram"}, {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc"}], ids=["unigram", "normalizes"]
+)
+def test_there_is_none_where_it_could_not_give_the_same_ids(options: dict[str, Any]) -> None:
+    files = {"tokenizer.model": trained(300, **options), "tokenizer.json": other()}
+    found, notes = with_fast(repair_tokenizer(files, rows=300)[0], rows=300)
+    assert "tokenizer.json" not in found
+    assert [note.partition(",")[0] for note in notes] == ["tokenizer.json: dropped"]
 
 
 def test_tokens_before_others_stay() -> None:

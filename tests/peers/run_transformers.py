@@ -190,6 +190,12 @@ def compare(job: Json) -> Json:
     return found | {"difference": float((logits[0] - logits[1]).abs().max()), "spread": float(logits[0].std())}
 
 
+def tokenize(job: Json) -> Json:
+    """The ids of texts, by AutoTokenizer and, where this version has one, by the slow tokenizer."""
+    fast, slow = (transformers.AutoTokenizer.from_pretrained(job["folder"], **more) for more in ({}, {"use_fast": False}))
+    return {"fast": [fast(text).input_ids for text in job["texts"]], "slow": [slow(text).input_ids for text in job["texts"]]}
+
+
 def attempt(task: Callable[[Json], Json], job: Json) -> Json:
     try:
         return task(job)
@@ -199,5 +205,5 @@ def attempt(task: Callable[[Json], Json], job: Json) -> Json:
 
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[2]).read_text())
-    task = {"read": read, "compare": compare, "convert": convert}[sys.argv[1]]
+    task = {"read": read, "compare": compare, "convert": convert, "tokenize": tokenize}[sys.argv[1]]
     sys.stdout.write(json.dumps({name: attempt(task, job) for name, job in jobs.items()}))
