@@ -213,7 +213,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         ],
         "--image-token": [Changes("convert, plan", "--image-token <picture>"), Refused("convert to llava", "--image-token <picture>")],
         "--vocab-size": [Changes("convert, plan", "--vocab-size 400"), Refused("convert to llava", "--vocab-size 400")],
-        "--conv-mode": [Changes("convert llava-hf", "--conv-mode llava_v0"), Refused("convert to llava", "--conv-mode llava_v1")],
+        "--conv-mode": [Changes("convert llava-hf", "--conv-mode llava_v0"), Changes("convert to llava", "--conv-mode llava_v1")],
         "--image-aspect": [
             Changes("convert, plan", "--image-aspect pad"),
             Refused("convert tiles", "--image-aspect pad"),
