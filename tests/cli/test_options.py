@@ -292,6 +292,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--original": [Changes("smoke", f"--original {TWO_LAYERS}"), Refused("smoke, prompt", f"--original {TWO_LAYERS}")],
         "--record": [Changes("smoke", "--record new.safetensors"), Refused("smoke, prompt", "--record new.safetensors")],
         "--prompt": [Changes("smoke", "--prompt a"), Refused("smoke, original", "--prompt a")],
+        "--chat": [Changes("smoke, prompt", "--chat"), Refused("smoke", "--chat")],
         "--image": [Changes("smoke, prompt", f"--image {IMAGE}"), Refused("smoke", f"--image {IMAGE}")],
         "--vision-tower": [
             Changes("smoke, blind", f"--vision-tower {CLIP_42}"),
