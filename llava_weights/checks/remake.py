@@ -63,13 +63,14 @@ def remake(
     if lora:
         merged_dtype = None if made.layout == "llava-hf" else dtype
         result = merge_lora(result, lora, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
+    mode = options.conv_mode if "conv_mode" in made.config else None  # else it was chosen, not given
     if made.layout == "llava-hf":
-        how: Any = {"projector_form": options.projector_form, "conv_mode": options.conv_mode, "image_token": options.image_token}
+        how: Any = {"projector_form": options.projector_form, "conv_mode": mode, "image_token": options.image_token}
         how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower}
         result = convert(result, "llava-hf", vocab_size=table_rows(made) or None, image_aspect=options.image_aspect, **how)
     elif options.to == "llava":
         result = convert(
-            result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, conv_mode=options.conv_mode, accept_tower=accept_tower
+            result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, conv_mode=mode, accept_tower=accept_tower
         )
     elif tower:
         raise UsageError(f"`{made.origin.name}` was not converted, so no vision tower went into it", hint="leave `--vision-tower` out")

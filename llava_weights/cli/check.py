@@ -142,6 +142,7 @@ def smoke(
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and print the perplexity of plain English.")
     ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="With --prompt: put the turns around it that the model was trained with.")] = False,
     image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
     vision_tower: VisionTowerOption = None,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to compute.")] = "cpu",
@@ -169,7 +170,14 @@ def smoke(
         from ..smoke.logits import check_numbers
 
         runs = {"--reference": reference, "--original": original, "--record": record, "--prompt": prompt}
-        more = {"--image": image, "--atol": atol, "--vision-tower": vision_tower, "--junit": junit, "--summary": summary}
+        more = {
+            "--chat": chat or None,
+            "--image": image,
+            "--atol": atol,
+            "--vision-tower": vision_tower,
+            "--junit": junit,
+            "--summary": summary,
+        }
         _check_run(runs, more)
         _check_accept(accept_tower, vision_tower)
         how: Any = check_numbers(device, dtype, atol)
@@ -195,7 +203,7 @@ def smoke(
         else:
             from ..smoke.generate import generate
 
-            made = generate(model, PROMPT if prompt is None else prompt, image=image, **how)
+            made = generate(model, PROMPT if prompt is None else prompt, image=image, chat=chat, **how)
             lines = (made.prompt + made.text).split("\n")
             _report(console, model.origin.name, made.findings, 4 if made.delta else 0, asdict(made), junit, summary, lines, force=force)
 
@@ -217,7 +225,13 @@ def _check_run(runs: Mapping[str, object], more: Mapping[str, object]) -> None:
         raise UsageError(f"{' and '.join(f'`{flag}`' for flag in given)} are different runs", hint="pass one of them")
     mode = given[0] if given else "the usual prompt"
     compares = mode in ("--reference", "--original")
-    idle = {"--image": mode != "--prompt", "--atol": not compares, "--junit": mode == "--record", "--summary": mode == "--record"}
+    idle = {
+        "--chat": mode != "--prompt",
+        "--image": mode != "--prompt",
+        "--atol": not compares,
+        "--junit": mode == "--record",
+        "--summary": mode == "--record",
+    }
     idle["--vision-tower"] = more["--image"] is None and not compares and mode != "--record"
     if names := [f"`{flag}`" for flag, value in more.items() if value is not None and idle[flag]]:
         raise UsageError(f"{', '.join(names)} changes nothing of a run with {mode}", hint="leave it out")

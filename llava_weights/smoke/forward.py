@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -115,9 +115,15 @@ class Runner:
             return Outcome(_numpy(output.logits), {name: _numpy(value) for name, value in hidden.items()}, length)
 
     def generate(
-        self, ids: np.ndarray, *, pixel_values: np.ndarray | None = None, image_sizes: np.ndarray | None = None, new_tokens: int, eos: int
+        self,
+        ids: np.ndarray,
+        *,
+        pixel_values: np.ndarray | None = None,
+        image_sizes: np.ndarray | None = None,
+        new_tokens: int,
+        eos: Collection[int],
     ) -> list[int]:
-        """The tokens that follow `ids`, each the most likely one: at most `new_tokens`, up to and with `eos`."""
+        """The tokens that follow `ids`, each the most likely one: at most `new_tokens`, up to and with one of `eos`."""
         import torch
 
         chosen: list[int] = []
@@ -125,7 +131,7 @@ class Runner:
             output, _ = self._run(Probe("prompt", ids, pixel_values, image_sizes), lambda length: np.array([length - 1]), use_cache=True)
             while True:
                 chosen.append(int(output.logits[0, -1].float().argmax()))
-                if chosen[-1] == eos or len(chosen) >= new_tokens:
+                if chosen[-1] in eos or len(chosen) >= new_tokens:
                     return chosen
                 latest = torch.tensor([chosen[-1:]], device=self.device)
                 output = self._model(input_ids=latest, past_key_values=output.past_key_values, use_cache=True)

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoint.chat_template import Choice, example, written_as
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.diagnose import role_of
 from ..checkpoint.hf_tokenizer import hf_tokenizer
 from ..checkpoint.processor import processor_files, read_image_settings
+from ..checkpoint.prompt import likely_prompt, own_template
 from ..checkpoint.small_files import small_object, small_text
 from ..checkpoint.tokenizer import FAST, FAST_LIMIT
 from ..checkpoint.tower import tower_hint
 from ..errors import InputError
+from ..families.prompts import Conversation
 from ..families.targets import TARGETS
 from ..families.towers import TOWERS
 from ..findings import Finding
@@ -64,7 +68,7 @@ class Generated:
     tokens: tuple[int, ...]
     perplexity: float
     delta: bool  # by its values, this is an unapplied delta
-    warnings: tuple[str, ...] = ()  # about the vision tower that was given
+    warnings: tuple[str, ...] = ()  # about the vision tower that was given, and about the turns of a chat
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -73,7 +77,7 @@ class Generated:
         found = [Finding("L5", "note", "generate", text)]
         if self.delta:
             found.append(Finding("L1", "failed", "state", "this is a delta that was never applied", APPLY_FIRST, "state"))
-        return (*found, *(Finding("L5", "warning", "vision tower", text) for text in self.warnings))
+        return (*found, *(Finding("L5", "warning", "generate", text) for text in self.warnings))
 
 
 def generate(
@@ -87,17 +91,28 @@ def generate(
     dtype: str = "F32",
     resident: bool = False,
     accept_tower: bool = False,
+    chat: bool = False,
 ) -> Generated:
     """What the model writes after `prompt`, at most `new_tokens` tokens. An image stands where `<image>` is in it, else before it.
 
-    The prompt is taken as it is: no chat template is put around it. Raises InputError where there is no tokenizer, for an image
-    that can't be read or that the model can't take in, and as `load_forward` and `check_given`.
+    The prompt is taken as it is. With `chat` it is what a user asks: it gets the turns that the model was trained with, as the chat
+    template of a conversion writes them, and an answer ends where they say; a doubt about them is a warning.
+
+    Raises InputError where there is no tokenizer, for an image that can't be read or that the model can't take in, with `chat` where
+    nothing tells the turns, and as `load_forward` and `check_given`.
     """
     doubts = check_given(checkpoint, tower, accept=accept_tower)
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
     rows = table_rows(checkpoint)
     made = hf_tokenizer(checkpoint.files, rows=rows, processor_class="LlavaProcessor")
     tokenizer = _tokenizer(small_text(made.files, FAST, limit=FAST_LIMIT) or "")
+    ends, warnings = {made.eos}, doubts.warnings
+    if chat:
+        choice = _conversation(checkpoint, made.specials)
+        prompt = _asked(checkpoint, choice.conversation, prompt, image is not None)
+        if (stop := tokenizer.token_to_id(choice.conversation.stop)) is not None:
+            ends.add(stop)
+        warnings = (*warnings, *filter(None, [choice.doubt]))
     ids = tokenizer.encode(prompt).ids
     probe = Probe("prompt", np.array(ids, np.int64))
     if image is not None:
@@ -110,8 +125,26 @@ def generate(
     paragraph = Probe("paragraph", np.array(tokenizer.encode(PARAGRAPH).ids, np.int64))
     perplexity = _perplexity(runner(paragraph).logits, paragraph.ids)
     images = {"pixel_values": probe.pixel_values, "image_sizes": probe.image_sizes}
-    tokens = runner.generate(probe.ids, **images, new_tokens=new_tokens, eos=made.eos)
-    return Generated(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, role_of(checkpoint) == "delta", doubts.warnings)
+    tokens = runner.generate(probe.ids, **images, new_tokens=new_tokens, eos=ends)
+    return Generated(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, role_of(checkpoint) == "delta", warnings)
+
+
+def _conversation(checkpoint: Checkpoint, specials: Collection[str]) -> Choice:
+    """The turns that a model was trained with: those of the template that a conversion wrote, else what config and tokens tell."""
+    choice = likely_prompt(checkpoint.layout, checkpoint.config, checkpoint.parameters(), specials)
+    written = written_as(own_template(checkpoint.files)) if checkpoint.layout == "llava-hf" else None
+    if written and (choice is None or choice.conversation != written):
+        return Choice(written, "its chat template is so")
+    if choice is None:
+        what = f"nothing tells how {shown(checkpoint.origin.name)} is prompted"
+        raise InputError(what, hint="leave `--chat` out, and write the whole prompt")
+    return choice
+
+
+def _asked(checkpoint: Checkpoint, conversation: Conversation, question: str, sees: bool) -> str:
+    marked = checkpoint.config.get("mm_use_im_start_end") or "<im_start>" in own_template(checkpoint.files)
+    image = (f"<im_start>{IMAGE_WORD}<im_end>" if marked else IMAGE_WORD) if sees else ""
+    return example(conversation, image, question.replace(IMAGE_WORD, "").strip() if sees else question)
 
 
 def _tokenizer(text: str) -> Tokenizer:

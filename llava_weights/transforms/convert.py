@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checkpoint.added_tokens import listed_tokens, without_stale_list
@@ -212,6 +212,7 @@ def to_llava(
     place = _folder_of(model, tower) if tower and not tower_name else None
     tower_name = tower_name or place
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
+    doubts = replace(doubts, notes=tuple(dict.fromkeys((*model.doubts.notes, *doubts.notes)))) if place else doubts
     tensors = dict(model.tensors)
     if PROJECTOR_NAMES[0] in tensors and (one := single(tensors, model.activation)) is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in PROJECTOR_NAMES} | dict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from benchmarks.synthetic import write_pair
+from llava_weights.families.prompts import CONVERSATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 Cli = Callable[..., Any]
@@ -259,3 +261,26 @@ def test_stdout_closed_early_does_not_fail_the_job(inputs: list[str], tmp_path: 
         process.stdout.close()
     assert process.returncode == 0
     assert (tmp_path / "out/SHA256SUMS").exists()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_conversations(shell: str) -> None:
+    """By the variables with which a shell asks, typer's own protocol."""
+    words = "llava-weights convert llava --conv-mode bun"
+    asked = {
+        "_LLAVA_WEIGHTS_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": words,
+        "COMP_CWORD": "4",
+        "_TYPER_COMPLETE_ARGS": words,
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    code = "import sys; from llava_weights.cli.main import main; sys.argv = ['llava-weights']; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"\bbunny\w*", done.stdout)) == {"bunny", "bunny_llama"}
+    assert "vicuna_v1" not in done.stdout
+
+
+def test_help_lists_conversations(cli: Cli) -> None:
+    for command in ("convert", "merge-lora", "apply-delta"):
+        assert re.search(rf"{next(iter(CONVERSATIONS))},\s", shown := cli(command, "--help").stdout)
+        assert all(re.search(rf"\b{name}\b", shown) for name in CONVERSATIONS)

@@ -213,7 +213,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         ],
         "--image-token": [Changes("convert, plan", "--image-token <picture>"), Refused("convert to llava", "--image-token <picture>")],
         "--vocab-size": [Changes("convert, plan", "--vocab-size 400"), Refused("convert to llava", "--vocab-size 400")],
-        "--conv-mode": [Changes("convert llava-hf", "--conv-mode llava_v0"), Refused("convert to llava", "--conv-mode llava_v1")],
+        "--conv-mode": [Changes("convert llava-hf", "--conv-mode llava_v0"), Changes("convert to llava", "--conv-mode llava_v1")],
         "--image-aspect": [
             Changes("convert, plan", "--image-aspect pad"),
             Refused("convert tiles", "--image-aspect pad"),
@@ -292,6 +292,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--original": [Changes("smoke", f"--original {TWO_LAYERS}"), Refused("smoke, prompt", f"--original {TWO_LAYERS}")],
         "--record": [Changes("smoke", "--record new.safetensors"), Refused("smoke, prompt", "--record new.safetensors")],
         "--prompt": [Changes("smoke", "--prompt a"), Refused("smoke, original", "--prompt a")],
+        "--chat": [Changes("smoke, prompt", "--chat"), Refused("smoke", "--chat")],
         "--image": [Changes("smoke, prompt", f"--image {IMAGE}"), Refused("smoke", f"--image {IMAGE}")],
         "--vision-tower": [
             Changes("smoke, blind", f"--vision-tower {CLIP_42}"),

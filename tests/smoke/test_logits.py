@@ -19,9 +19,11 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 from smoke.test_forward import cases, expected
 
+from llava_weights.checkpoint.chat_template import example
 from llava_weights.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llava_weights.errors import InputError, OutputError, UsageError, VerificationError
 from llava_weights.families.layouts import canonical
+from llava_weights.families.prompts import CONVERSATIONS
 from llava_weights.smoke.forward import Probe
 from llava_weights.smoke.generate import PARAGRAPH, generate
 from llava_weights.smoke.logits import Smoke, compare, compare_original, smoke_test
@@ -37,6 +39,7 @@ from llava_weights.smoke.recording import (
 )
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor
+from llava_weights.transforms.convert import convert
 from llava_weights.transforms.delta import apply_delta
 from llava_weights.transforms.lora import merge_lora, open_weighted
 
@@ -636,6 +639,22 @@ def test_an_image_is_seen_alike_in_both_layouts(world: World, tmp_path: Path) ->
     for bad in ("no.png", "missing.png"):
         with pytest.raises(InputError):
             generate(world.good("D"), "hello", image=tmp_path / bad)
+
+
+def test_a_chat_has_the_turns_of_its_family(world: World) -> None:
+    """Those of the template of a conversion, which holds those of the original, around the question and its image."""
+    pytest.importorskip("PIL")
+    image = world.at / "common/images/square_50x50.png"
+    opened, asked = world.open(PAIRS["D"]), "Who?"
+    prompt = example(CONVERSATIONS["vicuna_v1"], "<image>", asked)
+    plain = generate(opened, prompt, image=image, tower=world.tower(42), new_tokens=4)
+    for model, tower in ((convert(opened, "llava-hf", tower=world.tower(42)), None), (opened, world.tower(42))):
+        for text in (asked, f"<image> {asked}"):
+            found = generate(model, text, image=image, tower=tower, new_tokens=4, chat=True)
+            assert (found.prompt, found.tokens, found.warnings) == (prompt, plain.tokens, ())
+    assert generate(opened, asked, new_tokens=2, chat=True).prompt == prompt.replace("<image>\n", "")
+    doubted = generate(configured(world.open(PAIRS["C"]), mm_projector_type=None, conv_mode="llava_v1"), asked, new_tokens=2, chat=True)
+    assert "curious human" in doubted.prompt
 
 
 def test_a_tower_with_other_facts_than_the_named_one_is_a_warning_beside_the_verdict(world: World) -> None:
