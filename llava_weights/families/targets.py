@@ -95,6 +95,7 @@ TARGETS = (
         image_processor="LlavaNextImageProcessor",
         pinpoints=NEXT_PINPOINTS,
         pads=False,
+        words={key: (key, None) for key in ("mm_spatial_pool_mode", "mm_spatial_pool_stride")},  # of videos, which it does not take
     ),
     # convert_llava_onevision_weights_to_hf.py of 4.47.1, and the class's own config.
     Target(

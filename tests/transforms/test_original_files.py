@@ -57,11 +57,18 @@ def test_every_command_writes_a_tokenizer_json_of_the_slow_ids(command: str, tmp
 
 @pytest.mark.parametrize(
     "told",
-    [{"image_crop_resolution": 224, "image_split_resolution": 224}, {"image_crop_resolution": None, "tokenizer_model_max_length": 99}, {}],
+    [
+        {"image_crop_resolution": 224, "image_split_resolution": 224},
+        {"image_crop_resolution": None, "tokenizer_model_max_length": 99},
+        {"mm_spatial_pool_mode": "max"},
+        {},
+    ],
 )
 @pytest.mark.parametrize("folder", ["C-v1.5/original-with-vision-safetensors", "D-v1.6/original-vicuna"])
 def test_keys_that_only_the_originals_code_reads_survive(folder: str, told: dict[str, Any], tmp_path: Path) -> None:
     source = open_checkpoint(FIXTURES / folder)
+    if "mm_spatial_pool_mode" in told and "D-" not in folder:
+        pytest.skip("of a model that takes tiles")
     source = replace(source, config={key: value for key, value in source.config.items() if "_resolution" not in key} | told)
     there = write(convert(source, "llava-hf", tower=CLIP), tmp_path / "hub")
     again = write(convert(there, "llava-hf"), tmp_path / "again")
