@@ -608,7 +608,6 @@ def _processors() -> Iterator[tuple[str, Wrong]]:
     yield wrong("do_normalize", config("do_normalize", to=False, file=PRE), "rules")
     yield wrong("do_rescale", config("do_rescale", to=False, file=PRE), "rules")
     yield wrong("do_resize", config("do_resize", to=False, file=PRE), "rules")
-    yield wrong("do_center_crop", config("do_center_crop", to=False, file=PRE), "rules")
     yield wrong("do_convert_rgb", config("do_convert_rgb", to=False, file=PRE), "warning")
     yield wrong("resample", config("resample", to=0, file=PRE), "warning")
     yield wrong(
