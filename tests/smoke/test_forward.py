@@ -134,10 +134,10 @@ def test_generate_gives_the_tokens_of_transformers(kind: str, tmp_path: Path) ->
     whole = model.generate(torch.tensor(IDS)[None], attention_mask=torch.ones(1, len(IDS)), eos_token_id=1000, **options)
     tokens = whole[0, len(IDS) :].tolist()
     assert len(set(tokens)) > 2
-    assert runner.generate(IDS, new_tokens=20, eos=1000) == tokens
+    assert runner.generate(IDS, new_tokens=20, eos=[1000]) == tokens
     stop = tokens[7]
-    assert runner.generate(IDS, new_tokens=20, eos=stop) == tokens[: tokens.index(stop) + 1]
-    assert runner.generate(IDS, new_tokens=1, eos=1000) == tokens[:1]
+    assert runner.generate(IDS, new_tokens=20, eos=[stop]) == tokens[: tokens.index(stop) + 1]
+    assert runner.generate(IDS, new_tokens=1, eos=[1000]) == tokens[:1]
 
 
 @pytest.mark.parametrize("version", ["C-v1.5", "D-v1.6"])
@@ -157,7 +157,7 @@ def test_llava_hf_gives_the_bits_of_transformers_and_the_logits_of_the_original(
     probe = cases(fixtures / "E-logits" / version, hf=True)[0]
     whole = model.generate(**tensors(probe), do_sample=False, max_new_tokens=12, eos_token_id=1000, pad_token_id=0)
     images = {"pixel_values": probe.pixel_values, "image_sizes": probe.image_sizes}
-    assert runner.generate(probe.ids, **images, new_tokens=12, eos=1000) == whole[0, len(probe.ids) :].tolist()
+    assert runner.generate(probe.ids, **images, new_tokens=12, eos=[1000]) == whole[0, len(probe.ids) :].tolist()
 
 
 @pytest.mark.parametrize("rows", [307, 308])
