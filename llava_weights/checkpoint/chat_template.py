@@ -99,7 +99,8 @@ def example(conversation: Conversation, image: str, question: str = QUESTION) ->
     """The prompt for one image and one question, as `chat_template` renders it; without an image where its text is empty."""
     before, after = conversation.user_turn
     opened = _opening(conversation) + ("" if conversation.inside else before)
-    return f"{opened}{image}{chr(10) if image else ''}{question}{after}{conversation.generation}"
+    line = f"{image}\n" if image else ""
+    return f"{opened}{line}{question}{after}{conversation.generation}"
 
 
 def bare_prompt(conversation: Conversation) -> str:

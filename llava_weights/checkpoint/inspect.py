@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -136,7 +136,7 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
         checkpoint = replace(checkpoint, tensors={name: LazyTensor(dtype=d.dtype, shape=d.shape) for name, d in described.items()})
     kind = kind_of(checkpoint)
     what, is_delta, evidence, following = _verdict(checkpoint, redact(given), kind)
-    parts = describe.parts_of(checkpoint)
+    parts, specials = describe.parts_of(checkpoint), _specials(checkpoint)
     dtypes = dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values()))
     return Inspection(
         name=checkpoint.origin.name,
@@ -146,14 +146,14 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
         what=what,
         is_delta=is_delta,
         evidence=tuple(evidence),
-        family=f"{kind.name}: {kind.why}" if kind and not kind.quantised else _family(checkpoint),
+        family=f"{kind.name}: {kind.why}" if kind and not kind.quantised else _family(checkpoint, specials),
         model_class=describe.model_class(checkpoint.config),
         decoder=describe.decoder(checkpoint, parts),
         adapter=describe.adapter(checkpoint, describe.adapter_config(checkpoint)),
         beside=describe.beside(checkpoint),
         weights=_weights(checkpoint, dtypes),
         vocabulary=describe.vocabulary(checkpoint, parts),
-        prompt="" if kind else _prompt(checkpoint),
+        prompt="" if kind else _prompt(checkpoint, specials),
         projector=describe.projector(checkpoint, parts),
         tower=describe.tower(checkpoint, parts),
         tokenizer=", ".join(name for name in checkpoint.files if "token" in name),
@@ -190,7 +190,7 @@ def _verdict(checkpoint: Checkpoint, given: str, kind: Kind | None) -> tuple[str
     return f"{title}{place}, {checkpoint.size}{_damage(checkpoint, found)}", False, evidence, following
 
 
-def _family(checkpoint: Checkpoint) -> str:
+def _family(checkpoint: Checkpoint, specials: Collection[str]) -> str:
     """The families that an original LLaVA fits: more than one where its tower is not known; the classes that a llava-hf is of; empty for
     other checkpoints."""
     config = checkpoint.config
@@ -199,7 +199,6 @@ def _family(checkpoint: Checkpoint) -> str:
     decoder = known_decoder(config)
     if checkpoint.layout != "llava" or decoder is None or not config:
         return "" if checkpoint.layout != "llava" or not config else f"none that is known: {shown(str(config.get('model_type')))}"
-    specials = _specials(checkpoint)
     rows = [row for row in likely_families("llava", config, checkpoint.tensors) if not row.token or row.token in specials]
     if not rows:
         tower = tower_kind(checkpoint.tensors, config)
@@ -209,18 +208,21 @@ def _family(checkpoint: Checkpoint) -> str:
 
 
 def _specials(checkpoint: Checkpoint) -> frozenset[str]:
+    """The texts of a LLaVA's added tokens; none of other checkpoints."""
+    if checkpoint.layout not in ("llava", "llava-hf"):
+        return frozenset()
     try:
         return special_texts(checkpoint.files)
     except InputError:  # what the line on the vocabulary says
         return frozenset()
 
 
-def _prompt(checkpoint: Checkpoint) -> str:
+def _prompt(checkpoint: Checkpoint, specials: Collection[str]) -> str:
     """How a LLaVA is prompted, and whether that is certain; empty for other checkpoints."""
     if checkpoint.layout not in ("llava", "llava-hf"):
         return ""
     try:
-        choice = likely_prompt(checkpoint.layout, checkpoint.config, checkpoint.tensors, _specials(checkpoint))
+        choice = likely_prompt(checkpoint.layout, checkpoint.config, checkpoint.tensors, specials)
         template = own_template(checkpoint.files) if checkpoint.layout == "llava-hf" else ""
     except InputError as error:
         return error.what

@@ -117,15 +117,19 @@ def processor_files(
     }
 
 
+def stored_settings(preprocessor: Mapping[str, Any], processor: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What an image processor reads: preprocessor_config.json, or what transformers 5 has in its place inside processor_config.json."""
+    nested = processor.get("image_processor")
+    return preprocessor or (nested if isinstance(nested, Mapping) else {})
+
+
 def original_vision_settings(preprocessor: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
     """`image_aspect_ratio` and, with tiles, `image_grid_pinpoints` in (width, height), as LLaVA's own config.json has them.
 
-    Reads preprocessor_config.json, or what transformers 5 has in its place: `image_processor` inside processor_config.json. A
-    CLIPImageProcessor without `do_pad` gives "square", though the LLaVA v1.5 behind most such files was trained with "pad". Raises
+    A CLIPImageProcessor without `do_pad` gives "square", though the LLaVA v1.5 behind most such files was trained with "pad". Raises
     InputError for pinpoints that are no pairs of sizes.
     """
-    nested = processor.get("image_processor")
-    settings = preprocessor or (nested if isinstance(nested, Mapping) else {})
+    settings = stored_settings(preprocessor, processor)
     pinpoints = settings.get("image_grid_pinpoints")
     if pinpoints is not None:
         _check_pinpoints(pinpoints)

@@ -14,7 +14,7 @@ from .added_tokens import Files, listed_tokens
 from .chat_template import Choice, choose
 from .config import known_decoder
 from .hf_config import flat_config
-from .sentencepiece import CONTROL, USER_DEFINED, read_sentencepiece
+from .sentencepiece import read_sentencepiece
 from .small_files import small_bytes, small_object, small_text
 from .tokenizer import MODEL, MODEL_LIMIT
 from .tower import named_tower, published, row_of
@@ -64,11 +64,8 @@ def tower_kind(names: Iterable[str], config: Mapping[str, Any]) -> str | None:
 
 def special_texts(files: Files) -> frozenset[str]:
     """The texts of the added tokens of any file, and of the pieces of tokenizer.model that are found in a text as a whole."""
-    texts = set(listed_tokens(files))
-    if MODEL in files:
-        kinds = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT)).kinds
-        texts |= {name for name, kind in kinds.items() if kind in (CONTROL, USER_DEFINED)}
-    return frozenset(texts)
+    whole = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT)).whole if MODEL in files else frozenset()
+    return whole.union(listed_tokens(files))
 
 
 def own_template(files: Files) -> str:

@@ -39,6 +39,11 @@ class Vocabulary:
     prefix: bool = True
     verbatim: bool = True
 
+    @property
+    def whole(self) -> frozenset[str]:
+        """The pieces that are found in a text as a whole, as added tokens are."""
+        return frozenset(piece for piece, kind in self.kinds.items() if kind in (CONTROL, USER_DEFINED))
+
 
 def read_sentencepiece(data: bytes) -> Vocabulary:
     """The pieces of a SentencePiece model. Raises InputError for what SentencePiece would not load, and for one without bos or eos."""

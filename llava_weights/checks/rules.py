@@ -16,7 +16,7 @@ from ..checkpoint.chat_template import Choice
 from ..checkpoint.checkpoint import LARGEST_OBJECT, Checkpoint
 from ..checkpoint.hf_config import flat_config
 from ..checkpoint.prompt import likely_prompt
-from ..checkpoint.sentencepiece import CONTROL, USER_DEFINED, Vocabulary, read_sentencepiece
+from ..checkpoint.sentencepiece import Vocabulary, read_sentencepiece
 from ..checkpoint.small_files import small_bytes, small_object
 from ..checkpoint.tokenizer import ADDED, FAST, FAST_LIMIT, MODEL, MODEL_LIMIT, SPECIAL, TOKENIZER_CONFIG, read_special_ids, token_text
 from ..checkpoint.tokenizer_json import added_tokens
@@ -99,8 +99,7 @@ class SmallFiles:
     @property
     def specials(self) -> frozenset[str]:
         """The texts of the added tokens, and of the pieces of tokenizer.model that are found in a text as a whole."""
-        kinds = self.pieces.kinds if self.pieces else {}
-        return frozenset({*added_ids(self.objects), *(name for name, kind in kinds.items() if kind in (CONTROL, USER_DEFINED))})
+        return (self.pieces.whole if self.pieces else frozenset()).union(added_ids(self.objects))
 
     @property
     def prompt(self) -> Choice | None:

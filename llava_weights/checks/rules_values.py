@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint.checkpoint import main_dtype
 from ..checkpoint.config import GENERATION_SETTINGS as SAMPLING
 from ..checkpoint.config import known_decoder, sensible
-from ..checkpoint.processor import LARGEST_SETTING
+from ..checkpoint.processor import LARGEST_SETTING, stored_settings
 from ..checkpoint.tokenizer import TOKENIZER_CONFIG
 from ..checkpoint.tower import row_of
 from ..families.decoders import ACTIVATIONS, EPS, LLAMA_SIZES, LONGEST_LLAMA, ROPE_TYPES
@@ -207,10 +207,9 @@ def _tower_values(s: SmallFiles) -> Iterator[str]:
         yield f"`vision_config.hidden_act` is {as_json(act)}, {fitting[0].repo} of the same widths has {fitting[0].activation}"
 
 
-def image_settings(s: SmallFiles) -> JsonObject:
-    """What an image processor reads: preprocessor_config.json, or what transformers 5 puts in its place."""
-    nested = s.of(PROCESSOR).get("image_processor")
-    return s.of(PREPROCESSOR) or (nested if isinstance(nested, dict) else {})
+def image_settings(s: SmallFiles) -> Mapping[str, Any]:
+    """What an image processor reads."""
+    return stored_settings(s.of(PREPROCESSOR), s.of(PROCESSOR))
 
 
 def _colours(s: SmallFiles) -> Iterator[tuple[bool, str]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import findings
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
-from ..checkpoint.processor import read_image_settings
+from ..checkpoint.processor import read_image_settings, stored_settings
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tower import Doubts, tower_hint
 from ..errors import InputError, UsageError, VerificationError, finite
@@ -357,8 +357,8 @@ def compare_original(
 def _other_pixels(checkpoint: Checkpoint, original: Checkpoint, tower: Checkpoint | None) -> list[Finding]:
     """A failure where a llava-hf checkpoint makes other pixels of an image than the original's tower takes: probes are pixels already."""
     sight, file = find_sight(original, tower), "preprocessor_config.json"
-    own = small_object(checkpoint.files, file) or small_object(checkpoint.files, "processor_config.json").get("image_processor")
-    if checkpoint.layout != "llava-hf" or sight is None or not isinstance(own, dict) or not own:
+    own = stored_settings(small_object(checkpoint.files, file), small_object(checkpoint.files, "processor_config.json"))
+    if checkpoint.layout != "llava-hf" or sight is None or not own:
         return []
     of_tower: Any = {"tower": sight.tower.row, "size": sight.tower.image_size, "patch": sight.tower.patch_size}
     try:

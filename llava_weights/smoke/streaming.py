@@ -212,7 +212,7 @@ class Streamed:
         return out
 
     def _linear(self, hidden: torch.Tensor, weight: LazyTensor, bias: LazyTensor | None = None) -> torch.Tensor:
-        """What a Linear makes of [.., H], [.., rows], with about `most_weights` of its weights in memory at a time."""
+        """What a Linear makes of [.., H], [.., rows], with about `most.weights` of its bytes in memory at a time."""
         from torch.nn.functional import linear
 
         out, added = hidden.new_empty(*hidden.shape[:-1], weight.rows), self.values(bias) if bias else None
@@ -246,7 +246,7 @@ class Streamed:
 
 
 def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """The eager attention of the file that `module` is from, for no more queries at a time than have scores of `MOST.values`; [N, T, heads,
+    """The eager attention of the file that `module` is from, for no more queries at a time than have scores of `Most.values`; [N, T, heads,
     width] for a query [N, heads, T, width]."""
     import torch
 

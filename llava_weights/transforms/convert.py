@@ -18,7 +18,7 @@ from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
 from ..checkpoint.hf_config import KEPT_BACK, REPOSITORY, STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
 from ..checkpoint.hf_tokenizer import original_tokenizer
-from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings
+from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings, stored_settings
 from ..checkpoint.prompt import likely_prompt, own_template
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds, read_special_ids
@@ -302,8 +302,8 @@ class Prompt:
 def _prompt(checkpoint: Checkpoint, model: Model, conv_mode: str | None) -> Prompt:
     if checkpoint.layout == "llava-hf" and conv_mode is None and (kept := own_template(checkpoint.files)):
         return Prompt("", kept, "its own chat template")
-    recorded = {key: checkpoint.config[key] for key in ("conv_mode",) if key in checkpoint.config}
-    choice = choose({**model.config, **recorded}, model.tokenizer.specials, model.families, name=conv_mode)
+    config = {**model.config, "conv_mode": checkpoint.config.get("conv_mode")}
+    choice = choose(config, model.tokenizer.specials, model.families, name=conv_mode)
     conversation = choice.conversation
     token = model.tokenizer.image_token
     image = f"<im_start>{token}<im_end>" if model.config.get("mm_use_im_start_end") else token
@@ -339,9 +339,7 @@ def _aspect(checkpoint: Checkpoint, model: Model, wished: str | None) -> tuple[s
 
 
 def _image_processor(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The settings of a folder's image processor, which transformers 5 has inside processor_config.json."""
-    nested = small_object(checkpoint.files, "processor_config.json").get("image_processor")
-    return small_object(checkpoint.files, "preprocessor_config.json") or (nested if isinstance(nested, Mapping) else {})
+    return stored_settings(*(small_object(checkpoint.files, name) for name in ("preprocessor_config.json", "processor_config.json")))
 
 
 def _processor(checkpoint: Checkpoint, model: Model, config: Mapping[str, Any], aspect: str, template: str) -> dict[str, bytes]:
