@@ -178,7 +178,7 @@ def with_fast(files: SmallFiles, *, rows: int) -> tuple[dict[str, Path | bytes],
     kept: dict[str, Path | bytes] = {name: content for name, content in files.items() if name != FAST}
     try:
         tokenizer = _as_slow(_read(kept, rows, None))
-    except InputError as error:
+    except tokenizer_json.NoMerges as error:
         return kept, (f"{FAST}: {'dropped' if FAST in files else 'not written'}, {error}",)
     if not tokenizer.verbatim:
         return kept, (f"{FAST}: {'dropped' if FAST in files else 'not written'}, {MODEL} normalizes texts",)
@@ -238,7 +238,7 @@ def _from_pieces(files: SmallFiles, rows: int, model_max_length: object) -> _Tok
     repaired, ids, notes = repair_tokenizer(given, rows=rows, model_max_length=model_max_length)
     vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT))
     if vocabulary.model_type != BPE:
-        raise InputError(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_TOKENIZER)
+        raise tokenizer_json.NoMerges(f"`{MODEL}` is not a BPE model, so it has no merges", hint=RIGHT_TOKENIZER)
     if not vocabulary.verbatim:
         notes += (f"{MODEL}: normalizes texts, which {FAST} does not",)
     settings = small_object(repaired, TOKENIZER_CONFIG)

@@ -45,6 +45,10 @@ def added_tokens(core: JsonObject) -> dict[int, JsonObject]:
     return {entry["id"]: added_token(entry["content"], entry) for entry in named if type(entry.get("id")) is int}
 
 
+class NoMerges(InputError):
+    """Of this tokenizer.model no tokenizer.json can be made."""
+
+
 def bpe_merges(vocabulary: Vocabulary) -> list[str]:
     """Every way to join two pieces into a third, by the third's score, then by the length of the first: the order of transformers 4.45
     and later. Control pieces and the like are left out: SentencePiece never merges them, nor into them."""
@@ -52,9 +56,9 @@ def bpe_merges(vocabulary: Vocabulary) -> list[str]:
     longest = max(map(len, ordinary), default=0)
     if longest > LONGEST_PIECE:
         what = f"a piece of `tokenizer.model` has {longest:,} characters, at most {LONGEST_PIECE:,} are read"
-        raise InputError(what, hint=PUT_MODEL)
+        raise NoMerges(what, hint=PUT_MODEL)
     if sum(len(name) ** 2 for name in ordinary) > MAX_CUTTING:
-        raise InputError("the pieces of `tokenizer.model` are far longer than those of a tokenizer", hint=PUT_MODEL)
+        raise NoMerges("the pieces of `tokenizer.model` are far longer than those of a tokenizer", hint=PUT_MODEL)
     cuts = (
         (score, cut, len(name) - cut, f"{name[:cut]} {name[cut:]}")
         for name, score in ordinary.items()
@@ -63,7 +67,7 @@ def bpe_merges(vocabulary: Vocabulary) -> list[str]:
     )
     found = list(islice(cuts, MAX_MERGES + 1))
     if len(found) > MAX_MERGES:
-        raise InputError(f"the pieces of `tokenizer.model` can be merged in more than {MAX_MERGES:,} ways", hint=PUT_MODEL)
+        raise NoMerges(f"the pieces of `tokenizer.model` can be merged in more than {MAX_MERGES:,} ways", hint=PUT_MODEL)
     return [merge for *_, merge in sorted(found, key=lambda item: item[:3], reverse=True)]
 
 

@@ -547,3 +547,8 @@ def test_other_versions_give_the_same_ids_fast_and_slow(version: str, tmp_path: 
     done = subprocess.run([str(python), "-c", READ], input=json.dumps(asked), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+
+
+def test_a_tokenizer_that_the_disk_refuses_is_no_reason_to_leave_a_file_out(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        with_fast({"tokenizer.model": tmp_path / "tokenizer.model"}, rows=304)
