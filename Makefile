@@ -11,7 +11,7 @@ VENV := .venv
 PEERS := .peers
 BIN := $(VENV)/bin
 READY := $(VENV)/.stamp
-TRANSFORMERS := $(addprefix $(PEERS)/transformers-,4.37.2 4.45.2 4.47.1 4.57.6)
+TRANSFORMERS := $(addprefix $(PEERS)/transformers-,4.37.2 4.45.2 4.47.1 4.57.6 5.24.0)
 INSTALL := -m pip install -qq --prefer-binary --no-input --disable-pip-version-check --retries 10
 
 .PHONY: demo test check peer bench faults fuzz oldest docs clean

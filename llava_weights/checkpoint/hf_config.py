@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
-from ..families.decoders import CARRIED, DECODER_BY_TYPE, SIZE_KEYS
+from ..families.decoders import CARRIED, DECODER_BY_TYPE, SIZE_KEYS, Decoder
 from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.towers import HUB_TOWERS
 from ..tensors.dtypes import TORCH_DTYPE
 from ..text import listed, shown, unquoted
-from .config import REFUSED, decoder_of
+from .config import REFUSED, decoder_of, known_decoder
 from .images import read_pinpoints
 from .rope import plain_rope
 from .small_files import RIGHT_CONFIG
@@ -30,6 +30,8 @@ STATED = ("vision_feature_layer", "vision_feature_select_strategy", "projector_l
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # a name on the Hub, no path
 # Keys of the original alone that its code reads: a llava-hf config keeps them for the way back.
 KEPT_BACK = ("image_crop_resolution", "image_split_resolution", "tokenizer_model_max_length", "tokenizer_padding_side")
+# What a family of its own names calls itself in the original layout, where LLaVA's code on that decoder says something else.
+OWN_NAMES = {"original_model_type": "model_type", "original_architectures": "architectures"}
 USUAL_LAYER = -2  # `mm_vision_select_layer` of every published one, also where the code takes several
 
 
@@ -292,8 +294,21 @@ def original_config(
         ratio = config.get("vision_aspect_ratio", target.defaults["vision_aspect_ratio"]) if target.capped else "anyres"
         made |= {"image_aspect_ratio": ratio, "image_grid_pinpoints": pinpoints(config, size)}
         made |= {"image_crop_resolution": size, "image_split_resolution": size, "mm_patch_merge_type": "spatial_unpad"}
-    made |= {key: config[key] for key in KEPT_BACK if key in config}
+    made |= {key: config[key] for key in KEPT_BACK if key in config} | _restored_names(config, kept, decoder)
     return dict(sorted(made.items()))
+
+
+def own_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a llava-hf config keeps of the names that the original layout's `config` goes by, for the way back."""
+    decoder = decoder_of(config)
+    usual = {"model_type": decoder.original_types[0], "architectures": [decoder.original_architectures[0]]}
+    return {key: config[word] for key, word in OWN_NAMES.items() if config.get(word, usual[word]) != usual[word]}
+
+
+def _restored_names(config: Mapping[str, Any], text: Mapping[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """Those that `own_names` kept, where with the settings `text` they still name the same decoder."""
+    found = {word: config[key] for key, word in OWN_NAMES.items() if key in config}
+    return found if found and known_decoder({**text, **found}) is decoder else {}
 
 
 def tower_name(config: Mapping[str, Any], tower: VisionTower) -> str | None:

@@ -110,8 +110,8 @@ def _image_id_name(s: SmallFiles) -> Iterator[str]:
 
 
 def _image_length(s: SmallFiles) -> Iterator[str]:
-    if not s.tower or (s.target and "image_seq_length" in s.target.lacks):
-        return
+    if not s.tower or (s.target and "image_seq_length" in s.target.lacks) or _counts_nothing(s):
+        return  # where the processor puts one token an image, any length is right
     whole = s.tower.class_token and s.told("vision_feature_select_strategy") == "full"
     length, wanted = s.told("image_seq_length"), s.tower.patches + whole
     if length != wanted:
@@ -239,8 +239,25 @@ def _processor_missing(s: SmallFiles) -> Iterator[str]:
         yield "it is missing: transformers 4.48 and later stop at the first prompt with an image"
 
 
+def _counts_nothing(s: SmallFiles) -> bool:
+    """Whether the processor leaves it to the model to count the features of an image, as transformers' own converters wrote it."""
+    silent = all(s.of(PROCESSOR).get(key) is None for key in ("patch_size", "vision_feature_select_strategy"))
+    return silent and not (s.target and s.target.counts)
+
+
+def _processor_empty(s: SmallFiles) -> Iterator[str]:
+    if s.has(PROCESSOR) and _counts_nothing(s):
+        what = "`patch_size` and `vision_feature_select_strategy` are missing"
+        yield f"{what}: transformers 4.48 and later stop at the first prompt with an image"
+
+
 def _processor(s: SmallFiles) -> Iterator[str]:
     if not s.has(PROCESSOR):
+        return
+    if _counts_nothing(s):
+        kind = s.of(PROCESSOR).get("processor_class")
+        if s.target and kind != s.target.processor:
+            yield f"`processor_class` is {as_json(kind)}, the model needs {as_json(s.target.processor)}"
         return
     wanted = {"vision_feature_select_strategy": s.told("vision_feature_select_strategy")}
     if s.tower and s.target and s.target.counts:
@@ -380,6 +397,7 @@ LLAVA_HF_RULES = (
     Rule(FAST, "image token", _image_token, remedy=REPAIR),
     Rule(FAST, "image token", _image_special, "warning", REPAIR),
     Rule(PROCESSOR, "there", _processor_missing, remedy=REPAIR),
+    Rule(PROCESSOR, "patch size and strategy", _processor_empty, "warning", REPAIR),
     Rule(PROCESSOR, f"as {PREPROCESSOR}", _two_processors, remedy=REPAIR),
     Rule(PROCESSOR, "patches, class token and strategy of the tower", _processor, remedy=REPAIR),
     Rule(PREPROCESSOR, "image size and pinpoints of the model", _preprocessor, remedy=REPAIR),

@@ -1,6 +1,6 @@
 """Classes of transformers that hold a LLaVA: what their configs and processors are called, and which images they take.
 
-Sources: the classes of transformers 4.36 to 5.23 and the checkpoints of llava-hf on the Hub.
+Sources: the classes of transformers 4.36 to 5.24 and the checkpoints of llava-hf on the Hub.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ class Target:
     config_class: str
     processor: str
     tiles: bool
+    since: str  # the first version of transformers that has it
     image_processor: str | None = None
     padding_processor: str = "LlavaImageProcessor"
+    tested: str = "5.24.0"  # the newest version of transformers with which `make peer` ran it
     runs: bool = True  # whether `smoke` can compute with it
     video: Video | None = None
     capped: bool = False
@@ -85,6 +87,7 @@ TARGETS = (
         config_class="LlavaConfig",
         processor="LlavaProcessor",
         tiles=False,
+        since="4.36",
     ),
     Target(
         model_type="llava_next",
@@ -92,6 +95,7 @@ TARGETS = (
         config_class="LlavaNextConfig",
         processor="LlavaNextProcessor",
         tiles=True,
+        since="4.39",
         image_processor="LlavaNextImageProcessor",
         pinpoints=NEXT_PINPOINTS,
         pads=False,
@@ -104,6 +108,7 @@ TARGETS = (
         config_class="LlavaOnevisionConfig",
         processor="LlavaOnevisionProcessor",
         tiles=True,
+        since="4.45",
         image_processor="LlavaOnevisionImageProcessor",
         pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
         video=Video("<video>", first=False, processor="LlavaOnevisionVideoProcessor", pooled_first=False, newline=True),
@@ -128,6 +133,7 @@ TARGETS = (
         config_class="LlavaNextVideoConfig",
         processor="LlavaNextVideoProcessor",
         tiles=True,
+        since="4.42",
         image_processor="LlavaNextImageProcessor",
         pinpoints=NEXT_PINPOINTS,
         video=Video("<video>", first=True, processor="LlavaNextVideoVideoProcessor", pooled_first=True, newline=False),
@@ -152,6 +158,7 @@ TARGETS = (
         config_class="VipLlavaConfig",
         processor="LlavaProcessor",
         tiles=False,
+        since="4.37",
         layernorm=True,
         layers=VIP_LAYERS,
         spelling="vip-llava",

@@ -12,6 +12,7 @@ from ..checkpoint.checkpoint import Origin, Step
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
+from ..families.targets import TARGET_BY_TYPE
 from ..storage.hub import REPO
 from ..text import markdown_text, redact, visible
 from .plan import Plan
@@ -71,11 +72,15 @@ prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
 inputs = processor(images=[image], text=[prompt], padding=True, return_tensors="pt").to(model.device, model.dtype)
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_special_tokens=True)[0])
 ```
-
+{versions}
 The template writes this prompt; whoever writes one by hand has to write it so, no program adds a part of it. Generation stops at {stop}.
 
 {prompt}
 {doubt}"""
+
+
+VERSIONS = "\ntransformers has {model} from {since} on; {tested} is the newest that conversions to it were tested with.\n"
+TORCHVISION = "Its AutoProcessor wants torchvision, for videos.\n"
 
 
 def _use(plan: Plan) -> str:
@@ -85,8 +90,11 @@ def _use(plan: Plan) -> str:
         return ""
     model, stop = str(plan.config["architectures"][0]), f"`{checks['stop']}`"
     model = model if model.isidentifier() else "AutoModelForImageTextToText"
+    row = TARGET_BY_TYPE.get(str(plan.config.get("model_type")))
+    versions = VERSIONS.format(model=model, since=row.since, tested=row.tested) if row else ""
+    versions += TORCHVISION if row and row.video else ""
     doubt = f"\n{markdown_text(checks['prompt_doubt'])}\n" if checks.get("prompt_doubt") else ""
-    return USE.format(model=model, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]), doubt=doubt)
+    return USE.format(model=model, versions=versions, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]), doubt=doubt)
 
 
 def _block(text: str) -> str:

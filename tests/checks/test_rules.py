@@ -184,6 +184,20 @@ def test_images_of_an_original_without_a_tower_are_compared_with_the_one_it_name
     assert any("the tower is a SigLIP" in text for text in sentences(folder, "failed"))
 
 
+def test_a_processor_that_counts_no_features_is_a_warning_and_one_that_counts_others_fails(copy: Copy) -> None:
+    """transformers' converters up to 4.47 wrote the former; the versions after them can't read it."""
+    proc = "processor_config.json"
+    silent = both(config("patch_size", file=proc), config("vision_feature_select_strategy", file=proc))
+    folder = copy("hf", silent, config("num_additional_image_tokens", to=0, file=proc))
+    assert sentences(folder, "failed") == []
+    assert ["4.48" in text for text in sentences(folder, "warning")] == [True]
+    config("patch_size", to=7, file=proc)(folder)
+    assert len(sentences(folder, "failed")) == 3
+    config("patch_size", file=proc)(folder)
+    config("processor_class", to="LlavaNextProcessor", file=proc)(folder)
+    assert ["`processor_class`" in text for text in sentences(folder, "failed")] == [True]
+
+
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 

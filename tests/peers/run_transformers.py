@@ -96,6 +96,10 @@ def processed(folder: Path, model: Any, job: Json) -> Json:
     return found
 
 
+CONFIGS = {"LlavaConfig", "LlavaNextConfig", "LlavaOnevisionConfig", "LlavaNextVideoConfig", "VipLlavaConfig"}
+VIP_LAYERS = 5
+
+
 class Saved(Exception):
     """The converter has written its output; what follows in it compares with published models."""
 
@@ -120,8 +124,8 @@ def convert(job: Json) -> Json:
     script["snapshot_download"] = lambda **_: str(original)
     script["hf_hub_download"] = lambda *_, filename=STATE_DICT, **__: str(original / filename)
     script["gc"] = SimpleNamespace(collect=stop)
-    for kind in {"LlavaConfig", "LlavaNextConfig"} & script.keys():
-        script[kind] = with_vision(script[kind], job["vision"])
+    for kind in CONFIGS & script.keys():
+        script[kind] = with_vision(script[kind], job["vision"], job["assumed"])
     for kind in (transformers.PreTrainedModel, transformers.ProcessorMixin):
         kind.push_to_hub = kind.save_pretrained
     with contextlib.suppress(Saved), contextlib.redirect_stdout(sys.stderr):
@@ -134,9 +138,9 @@ def stop() -> None:
     raise Saved
 
 
-def with_vision(kind: Any, vision: Json) -> Callable[..., Any]:
-    """A config class whose default tower is a tiny one."""
-    return lambda **given: kind(**{**given, "vision_config": given.get("vision_config") or vision})
+def with_vision(kind: Any, vision: Json, assumed: Json) -> Callable[..., Any]:
+    """A config class whose default tower is a tiny one, and whose other defaults are `assumed`."""
+    return lambda **given: kind(**{**assumed, **given, "vision_config": given.get("vision_config") or vision})
 
 
 def make_original(folder: Path, job: Json) -> None:
@@ -157,7 +161,11 @@ def make_original(folder: Path, job: Json) -> None:
     tensors = {name: tensor for name, tensor in decoder.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)}
     tensors |= {f"model.vision_tower.vision_tower.{name}": x for name, x in tower.state_dict().items() if last not in name}
     hidden, wide = config.hidden_size, vision["hidden_size"]
+    wide *= VIP_LAYERS if job["norm"] else 1
     sizes = {"0.weight": (hidden, wide), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    if job["norm"]:
+        norm = {"clip_layernorm.weight": (wide,), "clip_layernorm.bias": (wide,)}
+        sizes = {**norm, **{f"final_linear.{name}": size for name, size in sizes.items()}}
     tensors |= {f"model.mm_projector.{name}": torch.randn(size) * 0.1 for name, size in sizes.items()}
     tensors |= {"model.image_newline": torch.randn(hidden) * 0.1} if job["newline"] else {}
     tensors = {name: tensor.to(getattr(torch, job["dtype"])).contiguous() for name, tensor in tensors.items()}
@@ -182,7 +190,7 @@ def compare(job: Json) -> Json:
         found[name] = {"keys": keys, "config": model.config.to_dict()}
         torch.manual_seed(7)
         ids = torch.tensor(job["ids"])
-        ids = forwards.one_an_image(ids, job["image"]) if SINGLE else ids  # theirs say 576 tokens an image, which 4.47 goes by
+        ids = forwards.one_an_image(ids, job["image"]) if SINGLE and not job["widened"] else ids  # 4.47 goes by `image_seq_length`
         given = {"input_ids": ids.view(1, -1), "pixel_values": torch.randn(job["pixels"])}
         given |= {"image_sizes": torch.tensor([job["image_size"]])} if job["image_size"] else {}
         with torch.inference_mode():
