@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..families.files import ADAPTER_CONFIG, ADAPTER_FILES, BESIDE_ADAPTER, WEIGHT_SUFFIXES
 from ..families.layouts import MULTIMODAL, PEFT_PREFIX, VOCABULARY_TABLES, canonical
 from ..families.projectors import NORM, PROJECTOR_ACTIVATION, projector_type
+from ..families.targets import TARGETS
 from ..families.towers import PATCH, TOWER_BY_TYPE
 from ..formats.folder import member
 from ..storage.strict_json import load_object
@@ -23,7 +24,7 @@ from .config import known_decoder
 from .hf_config import flat_config
 from .kinds import ADAPTERS
 from .tokenizer import read_special_ids
-from .tower import named_tower, row_of, tower_place
+from .tower import VIDEO, lost_tensors, named_tower, row_of, tower_place
 
 UNKNOWN = "of a kind that is not known"
 # What projectors and towers are called in any layout, where no row gives their canonical names.
@@ -106,7 +107,9 @@ def tower(checkpoint: Checkpoint, parts: Parts) -> str:
         inside = {name.removeprefix("vision_model."): tensor for name, tensor in checkpoint.parameters().items()}
     others = {name: tensor for name, tensor in checkpoint.parameters().items() if re.fullmatch(ANY_TOWER, name)}
     if inside or others:
-        return f"{_tower_kind(checkpoint, inside)}; inside, {len(inside) or len(others)} tensors"
+        frames = sum(name.startswith(VIDEO) for name in parts)
+        more = f", and one for videos, {frames} tensors" if frames else ""
+        return f"{_tower_kind(checkpoint, inside)}; inside, {len(inside) or len(others)} tensors{more}"
     named = named_tower(checkpoint.config)
     multimodal = checkpoint.layout in ("adapter", "llava-hf") or any(re.fullmatch(MULTIMODAL, name) for name in checkpoint.tensors)
     return f"not inside; config names {named}" if named and multimodal else ""
@@ -194,7 +197,8 @@ def next_command(checkpoint: Checkpoint, given: str) -> str:
     base = base_name(adapter_config(checkpoint)) or "BASE"
     named = tower_place(checkpoint.config)
     whole = any(canonical(name).startswith("tower.") for name in checkpoint.tensors)
-    to_hub = f"llava-weights convert {given} --to llava-hf -o OUT"
+    lossy = any(row.video and lost_tensors(checkpoint.tensors, row.video.lost) for row in TARGETS)
+    to_hub = f"llava-weights convert {given} --to llava-hf{' --lossy' if lossy else ''} -o OUT"
     merge = f"llava-weights merge-lora --base {base} --lora {given} -o OUT"
     commands = {
         "llava": to_hub if whole else f"{to_hub} --vision-tower {named or 'TOWER'}",

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from ..checkpoint.chat_template import written_as
 from ..checkpoint.config import check_structure
 from ..checkpoint.hf_config import pinpoints
+from ..checkpoint.kinds import contradictions
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, read_image_settings
 from ..checkpoint.prompt import own_template
 from ..checkpoint.small_files import small_text
 from ..checkpoint.tokenizer import FAST, RIGHT_TOKENIZER, TOKENIZER_CONFIG
-from ..checkpoint.tower import own_tower
+from ..checkpoint.tower import own_tower, video_tower
 from ..families.decoders import ACTIVATIONS
 from ..families.decoders import DECODER_BY_TYPE as DECODERS
 from ..families.layouts import DROPPED, LLAVA_PART, STYLES, canonical, spelled
@@ -59,6 +60,8 @@ def _structure(s: SmallFiles) -> Iterator[str]:
 def _tower(s: SmallFiles) -> Iterator[str]:
     if own_tower(s.checkpoint.tensors, vision_config=vision(s.objects), model=None) is None:
         yield "there are no tensors of a vision tower"
+    elif s.target and s.target.two_towers and s.tower:
+        video_tower(s.checkpoint.tensors, s.tower.config, name=s.checkpoint.origin.name)
 
 
 def _projector(s: SmallFiles) -> Iterator[str]:
@@ -140,6 +143,11 @@ def _kind(s: SmallFiles) -> Iterator[str]:
     elif named != [TARGETS[kind].architecture]:
         right = TARGETS[kind].architecture
         yield f"`architectures` is {as_json(named)}, but `{right}` belongs to `{kind}`: vLLM and llama.cpp choose by it"
+
+
+def _contradictions(s: SmallFiles) -> Iterator[str]:
+    for told in contradictions(s.target, s.checkpoint.parameters()) if s.target else ():
+        yield f"`model_type` is {s.target.model_type if s.target else ''}, but {told}"
 
 
 def _newline(s: SmallFiles) -> Iterator[str]:
@@ -361,6 +369,7 @@ LLAVA_HF_RULES = (
     Rule(CONFIG, "special ids", ids_in_table, remedy=REPAIR),
     Rule(CONFIG, "special ids", misnamed_pad, "warning", REPAIR),
     Rule(CONFIG, "model type", _kind, "warning", REPAIR),
+    Rule(CONFIG, "model type", _contradictions),
     Rule(CONFIG, "image_newline", _newline, remedy=REPAIR),
     Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
     Rule(CONFIG, "vision_aspect_ratio", _ratio),

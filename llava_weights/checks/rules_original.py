@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from ..checkpoint.images import reads_newline
 from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, SPECIAL, TOKENIZER_CONFIG, token_text
+from ..checkpoint.tower import named_tower
 from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
 from ..text import shown
@@ -124,7 +125,7 @@ def _projector(s: SmallFiles) -> Iterator[str]:
 
 
 def _tower_name(s: SmallFiles) -> Iterator[str]:
-    if not isinstance(s.of(CONFIG).get("mm_vision_tower"), str):
+    if not named_tower(s.of(CONFIG)):
         yield "`mm_vision_tower` is missing: LLaVA's code then loads a text model without images"
 
 

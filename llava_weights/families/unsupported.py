@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .targets import TARGET_BY_TYPE as TARGETS
-
 OWN_CODE = "run it with the program of its authors"
 
 
@@ -21,8 +19,8 @@ class Unsupported:
     """A family without a class that could hold it. One of these is enough to recognise it: `model_type` or a class of `architectures` is as
     one of the patterns, every pattern of `tensors` is the whole name of some tensor, every key of `says` has a value as its pattern.
 
-    `why` says in a sentence what has no place, `hint` what can be done with it. `until` is the model_type of the target that holds this
-    family: once `targets` has it, the row no longer counts. With `unknown` the row counts only where no row describes the decoder.
+    `why` says in a sentence what has no place, `hint` what can be done with it. With `unknown` the row counts only where no row describes
+    the decoder.
     """
 
     name: str
@@ -32,7 +30,6 @@ class Unsupported:
     tensors: tuple[str, ...] = ()
     says: Mapping[str, str] = field(default_factory=dict)
     hint: str = OWN_CODE
-    until: str = ""
     unknown: bool = False
 
     def evidence(self, config: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -205,20 +202,6 @@ UNSUPPORTED = (
         tensors=(r"model\.region_(fea_adapter|geo_sampler)\..*",),
     ),
     Unsupported(
-        "Video-LLaVA",
-        "it has a tower for images and another for videos",
-        tensors=(r"(?:model\.)?(?:image_tower\.)+.*", r"(?:model\.)?(?:video_tower\.)+.*"),
-        hint="transformers has a class for it, VideoLlavaForConditionalGeneration: take the conversion of its authors",
-        until="video_llava",
-    ),
-    Unsupported(
-        "Video-LLaVA",
-        "it has a tower for images and another for videos",
-        says={"mm_image_tower": ".+", "mm_video_tower": "LanguageBind.*"},
-        hint="transformers has a class for it, VideoLlavaForConditionalGeneration: take the conversion of its authors",
-        until="video_llava",
-    ),
-    Unsupported(
         "LLaVA-Video with `faster_token`",
         "`model.faster_token` stands between the frames of a video, and no class reads it",
         tensors=(r"model\.faster_token",),
@@ -254,5 +237,5 @@ def unsupported(config: Mapping[str, Any], names: Iterable[str], *, known: bool 
 
     `known` says whether a row describes the decoder."""
     every = list(names)
-    rows = (row for row in UNSUPPORTED if row.until not in TARGETS and not (row.unknown and known))
+    rows = (row for row in UNSUPPORTED if not (row.unknown and known))
     return next(((row, told) for row in rows if (told := row.evidence(config, every))), None)
