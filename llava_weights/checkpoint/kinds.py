@@ -87,7 +87,9 @@ def contradictions(target: Target, names: Iterable[str]) -> list[str]:
         found.append(f"{shown(first)} is a tensor of {owners}" if first else "the tower for videos is in no file")
     if (NORM[0] in parts) != target.layernorm:
         owners = " or ".join(row.model_type for row in TARGETS if row.layernorm)
-        found.append(f"{shown(parts[NORM[0]])} is a tensor of {owners}" if NORM[0] in parts else "the LayerNorm of its projector is in no file")
+        found.append(
+            f"{shown(parts[NORM[0]])} is a tensor of {owners}" if NORM[0] in parts else "the LayerNorm of its projector is in no file"
+        )
     return found
 
 

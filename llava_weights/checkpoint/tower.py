@@ -49,7 +49,7 @@ NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 # The config keys in which two different towers differ.
 TOWER_KEYS = ("mm_vision_tower", "vision_tower", "mm_image_tower")  # by which configs of the original layout name the tower for images
 COMPARED = ("model_type", "hidden_size", "intermediate_size", "patch_size", "image_size", "num_hidden_layers", "hidden_act")
-VIDEO = "video_tower."
+USUAL, VIDEO = "vision tower", "video_tower."  # what the first is called in messages; how canonical names of the second begin
 INTO_PROJECTOR = ("projector.weight", "projector.0.weight")
 
 
@@ -391,7 +391,7 @@ def _check_sizes(config: Mapping[str, Any], found: TowerSizes, *, source: str, e
 
 
 def _fitted(
-    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: str, *, title: str = "vision tower"
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: str, *, title: str = USUAL
 ) -> dict[str, LazyTensor]:
     """The tensors in the order of `tower_shapes`. Raises InputError unless they are exactly those, in floating point."""
     expected = tower_shapes(config)
@@ -408,8 +408,9 @@ def _fitted(
     for behind, shape in expected.items():
         tensor = tensors[behind]
         if tensor.shape != shape:
-            what = f"`{behind}` in the {title} of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}"
-            raise InputError(what, hint=WHOLE_TOWER)
+            facts = {"in": f"the {title}"} if title != USUAL else None
+            what = f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}"
+            raise InputError(what, facts=facts, hint=WHOLE_TOWER)
         if tensor.dtype not in FLOATS:
             raise InputError(f"`{behind}` of {shown(name)} is stored as {tensor.dtype}", hint="give a tower that is not quantised")
     return {behind: tensors[behind] for behind in expected}
@@ -428,7 +429,8 @@ def _look_up(found: TowerSizes, model: Checkpoint | None, reference: VisionTower
         return *_borrowed(config, found, shown(named)), config["num_hidden_layers"]
     hidden = found.sizes["hidden_size"]
     measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
-    known = _known(found, named)
+    videos = model is not None and any(canonical(full).startswith(VIDEO) for full in model.tensors)
+    known = _known(found, named, videos=videos)
     if known:
         measured |= {"num_attention_heads": known.heads, "projection_dim": known.projection, "hidden_act": known.activation}
         if known.image // found.sizes["patch_size"] == found.side:  # 27 patches of 14 are so400m's 384 pixels
@@ -453,9 +455,10 @@ def _borrowed(config: Mapping[str, Any], found: TowerSizes, source: str) -> tupl
     return fitting, f"vision_config: from {source}" + (cut if layers < config["num_hidden_layers"] else "")
 
 
-def _known(found: TowerSizes, named: str) -> KnownTower | None:
-    """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
-    fitting = same_widths(found.model_type, found.sizes)
+def _known(found: TowerSizes, named: str, *, videos: bool) -> KnownTower | None:
+    """The published tower with these widths, of the publisher that the checkpoint names if it has one; `videos`: of those that stand beside
+    a tower for videos."""
+    fitting = [known for known in same_widths(found.model_type, found.sizes) if known.with_videos >= videos]
     theirs = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
     return next(theirs, fitting[0] if fitting else None)
 

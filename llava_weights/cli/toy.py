@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile, ZipInfo
 
 import numpy as np

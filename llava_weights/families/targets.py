@@ -25,11 +25,12 @@ NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 class Video:
     """How a class takes videos: the token that stands for one in a prompt, `first`: whether its id comes before that of an image, and the
     class that makes pixels of it. The patches of each frame are pooled, `stride` along each edge; `pooled_first`: before the projector;
-    `newline`: whether the tensor `image_newline` ends it.
+    `newline`: whether the tensor `image_newline` ends it. `features`: how many the config counts, by the `patches` of an image.
 
-    `tower`: frames go through a tower of their own, which has the config of that for images, and nothing is pooled. `lost` is what the
-    canonical names of those tensors are like that an original's has there and the class has no place for, `lost_names` the same for people,
-    `loss` what that means: one is made without them only where the user says so. `features` is how many of a video the config counts, by the patches of an image."""
+    `tower`: frames go through a tower of their own, which has the config of that for images, and nothing is pooled. `lost` is a pattern of
+    the canonical names of those tensors that an original's tower has and the class has no place for, `lost_names` what people read of it,
+    and `loss` what a conversion without them means: one is made only where the user asks for it.
+    """
 
     token: str
     first: bool
@@ -50,8 +51,8 @@ class Target:
     pixels, with the tensor `image_newline` behind each row; else an image is one square, and nothing reads a newline. `capped`: a picture
     of more tiles than `vision_aspect_ratio` says (`ANYRES_MAX`) is shrunk to their features.
 
-    `image_processor` is the one for its images, where it has its own; else it is the tower's, or `padding_processor` where images are padded
-    to squares.
+    `image_processor` is the one for its images, where it has its own; else it is the tower's, or `padding_processor` where images are
+    padded to squares.
     `words`: what keys of the original are called in its config, where they are kept for the way back at the least, and what they are
     there if nobody says.
     """

@@ -113,7 +113,9 @@ def to_canonical(
     if hub and own and given:
         doubts = Doubts(notes=(check_kept(own, given, checkpoint.origin.name),))
     main = dtype or main_dtype(checkpoint.parameters())
-    tensors = {name: cast(tensor, main) if name.startswith(VIDEO) else tensor for name, tensor in tensors.items() if not name.startswith("tower.")}
+    tensors = {
+        name: cast(tensor, main) if name.startswith(VIDEO) else tensor for name, tensor in tensors.items() if not name.startswith("tower.")
+    }
     tensors |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
     rows = tensors[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in tensors else 0
     asked = image_token

@@ -77,9 +77,9 @@ def convert(
     projector of one layer becomes one of two, "identity" (exact in transformers, the default), "relu" (for vLLM) or "gelu" (for llama.cpp
     and MLX); `image_token` is the text of the image token; `vocab_size` is the number of rows of the vocabulary tables, the new ones being
     the mean of the old; `image_aspect` is "square" (cropped) or "pad", how an image becomes a square, by default as in the checkpoint;
-    with `lossy`, tensors that the class of llava-hf has no place for are left out, and the step says which. Only with "llava": `tower_name` is the
-    tower that the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained
-    with, such as "llava_v1": the chat template of llava-hf writes it, and config.json records it.
+    `lossy` leaves out tensors that the class has no place for, and the step says which. Only with "llava": `tower_name` is the tower that
+    the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained with, such as "llava_v1": the chat template
+    of llava-hf writes it, and config.json records it.
 
     Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
     tensors that are unknown or missing, or that would be lost without `lossy`, for shapes that contradict the config and for an image token
@@ -139,9 +139,10 @@ def to_llava_hf(
 
     `tower` serves where the checkpoint has no vision tower of its own. New vocabulary rows hold the mean of the old ones. A projector
     that is a single Linear becomes two by `projector_form`, "identity" by default. With `lossy`, tensors without a place are left out.
-    Raises InputError for unknown or missing tensors, for those without a place unless `lossy`, shapes that contradict the config, an image token without a row, MismatchError for
-    a published tower that is not the published one that the config names, unless `accept_tower`, UsageError for an option that can
-    change nothing of this checkpoint.
+
+    Raises InputError for unknown or missing tensors, for those without a place unless `lossy`, shapes that contradict the config, an image
+    token without a row, MismatchError for a published tower that is not the published one that the config names, unless `accept_tower`,
+    UsageError for an option that can change nothing of this checkpoint.
     """
     model = to_canonical(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
     tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
@@ -184,7 +185,15 @@ def to_llava_hf(
     step = Step(
         "convert",
         _inputs(checkpoint, model),
-        _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect, lossy=lossy),
+        _given(
+            to="llava-hf",
+            projector_form=form,
+            dtype=dtype,
+            conv_mode=prompt.name,
+            image_token=image_token,
+            image_aspect=image_aspect,
+            lossy=lossy,
+        ),
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *changed, *model.tokenizer.notes),
         notes=(
@@ -254,8 +263,9 @@ def to_llava(
 
 
 def _without_lost(checkpoint: Checkpoint, model: Model, tensors: Canonical, lossy: bool) -> tuple[Canonical, tuple[str, ...]]:
-    """`tensors` without those that the class has no place for, and a sentence on them. Raises InputError for some unless `lossy`, UsageError
-    for `lossy` where there are none."""
+    """`tensors` without those that the class has no place for, and a sentence on them.
+
+    Raises InputError where there are some, unless `lossy`, UsageError for `lossy` where there are none."""
     video = model.target.video
     lost = lost_tensors(checkpoint.parameters(), video.lost) if video and checkpoint.layout != "llava-hf" else []
     if not lost or video is None:
@@ -267,7 +277,8 @@ def _without_lost(checkpoint: Checkpoint, model: Model, tensors: Canonical, loss
         facts = {"lost": video.lost_names, "what that means": video.loss}
         raise InputError(what, facts=facts, hint="pass `--lossy` to convert it without them")
     kept = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(video.lost, name)}
-    return kept, (f"{len(lost):,} tensors are lost, for which {model.target.architecture} has no place (`{video.lost_names}`): {video.loss}",)
+    text = f"{len(lost):,} tensors are lost, for which {model.target.architecture} has no place (`{video.lost_names}`): {video.loss}"
+    return kept, (text,)
 
 
 def _check_way_back(checkpoint: Checkpoint, model: Model) -> None:
@@ -460,7 +471,8 @@ def _named(model: Model, named: object, place: str | None) -> Iterator[str]:
     """A sentence on what LLaVA's code takes from the tower that the config names."""
     if named:
         given = ", the folder given, which another machine does not have" if place and os.path.isabs(place) else ""
-        yield f"`{model.target.tower_key}` is {shown(str(named))}{given}: LLaVA's code takes the tower's config from there, its values from here"
+        key = model.target.tower_key
+        yield f"`{key}` is {shown(str(named))}{given}: LLaVA's code takes the tower's config from there, its values from here"
 
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str, *, pad: int | None) -> dict[str, Any]:
