@@ -390,9 +390,7 @@ def _check_sizes(config: Mapping[str, Any], found: TowerSizes, *, source: str, e
         raise error(what, hint=hint)
 
 
-def _fitted(
-    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: str, *, title: str = USUAL
-) -> dict[str, LazyTensor]:
+def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: str, *, title: str = USUAL) -> dict[str, LazyTensor]:
     """The tensors in the order of `tower_shapes`. Raises InputError unless they are exactly those, in floating point."""
     expected = tower_shapes(config)
     if missing := expected.keys() - tensors.keys():
@@ -408,7 +406,7 @@ def _fitted(
     for behind, shape in expected.items():
         tensor = tensors[behind]
         if tensor.shape != shape:
-            facts = {"in": f"the {title}"} if title != USUAL else None
+            facts = {"in": f"the {title}"} if title != USUAL else {}
             what = f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}"
             raise InputError(what, facts=facts, hint=WHOLE_TOWER)
         if tensor.dtype not in FLOATS:

@@ -314,7 +314,11 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
         if isinstance(named, str) and named in DECODER_BY_TYPE and named not in kinds:
             raise InputError(f"no forward pass is known for a `{named}`", facts={"known": ", ".join(kinds)}, hint=NOT_RUN)
         if named not in kinds:
-            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT_CONFIG)
+            raise InputError(
+                f"no forward pass is known for the `{part}` of this config, {shown(str(named))}",
+                facts={"known": ", ".join(kinds)},
+                hint=RIGHT_CONFIG,
+            )
     layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in RUNNABLE_PART_TYPES))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):
         raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT_CONFIG)

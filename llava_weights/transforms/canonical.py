@@ -178,6 +178,10 @@ def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical,
 def _check_kind(checkpoint: Checkpoint) -> None:
     if checkpoint.layout not in ADAPTERS:
         refuse_kind(kind_of(checkpoint), checkpoint)
+    kind = str(checkpoint.config.get("model_type"))
+    if checkpoint.layout == "llava-hf" and kind not in TARGETS:
+        what = f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: `model_type` is {shown(kind)} in config.json"
+        raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     if checkpoint.layout not in ("llava", "llava-hf"):
         told = checkpoint.config.get("model_type")
         unknown = "of an unknown kind" + (f", by its config {shown(str(told))}" if told else "")
@@ -291,9 +295,6 @@ def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
     config, text = checkpoint.config, flat_config(checkpoint.config)
     if isinstance(nested := config.get("text_config"), Mapping):
         check_rope(nested)
-    if str(config.get("model_type")) not in TARGETS:
-        what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
-        raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     named, target = tower_name(config, tower) or "", TARGETS[str(config["model_type"])]
     made = original_config(
         config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(PROJECTOR_NAMES), name=named, dtype="F32"
