@@ -18,7 +18,7 @@ from ..families.towers import PATCH, TOWER_BY_TYPE
 from ..formats.folder import member
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
-from ..text import counted, few, listed, unquoted
+from ..text import few, listed, unquoted
 from .checkpoint import Checkpoint
 from .config import known_decoder
 from .hf_config import flat_config
@@ -130,8 +130,8 @@ def tower(checkpoint: Checkpoint, parts: Parts, *, foreign: bool = False) -> str
     others = {name: tensor for name, tensor in checkpoint.parameters().items() if re.fullmatch(ANY_TOWER, name)}
     if inside or others:
         frames = sum(name.startswith(VIDEO) for name in parts)
-        more = f", and one for videos, {counted(frames, 'tensor')}" if frames else ""
-        return f"{_tower_kind(checkpoint, inside)}; inside, {counted(len(inside) or len(others), 'tensor')}{more}"
+        more = f", and one for videos, {frames} tensors" if frames else ""
+        return f"{_tower_kind(checkpoint, inside)}; inside, {len(inside) or len(others)} tensors{more}"
     named = named_tower(checkpoint.config)
     multimodal = checkpoint.layout in ("adapter", "llava-hf") or any(re.fullmatch(MULTIMODAL, name) for name in checkpoint.tensors)
     return f"not inside; config names {named}" if named and multimodal else ""

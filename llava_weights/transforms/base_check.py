@@ -101,7 +101,6 @@ def _require_decoders(*roles: tuple[str, Checkpoint]) -> None:
 
 _WRONG_LAYOUT = {
     "adapter": ("a LoRA adapter", "merge it with `llava-weights merge-lora`"),
-    "mpt": ("LLaVA-MPT, which was published merged", "there is nothing to apply: use it as it is"),
     "llava-hf": ("in the llava-hf layout", "deltas go onto the original layout"),
     "projector": ("a projector only", "give the folder with all weights"),
     "unknown": ("no LLaMA-style model", "run `llava-weights inspect` on it to see what it holds"),

@@ -40,7 +40,6 @@ from ..checkpoint.tower import (
     video_tower,
 )
 from ..errors import InputError, MismatchError
-from ..families.decoders import DECODERS
 from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
 from ..families.originals import ORIGINALS, Original, fitting
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
@@ -55,7 +54,6 @@ from .projector import zero_biases
 BIASES = (PROJECTOR_NAMES[1], PROJECTOR_NAMES[3])
 TEXT_PART = r"text\.|head\.|newline$"
 VIDEO_KEY = "mm_video_tower"  # by which a config of the original layout names the tower for videos
-DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
 Canonical = dict[str, LazyTensor]  # by canonical name
 
 
@@ -181,13 +179,12 @@ def _check_kind(checkpoint: Checkpoint) -> None:
     kind = str(checkpoint.config.get("model_type"))
     if checkpoint.layout == "llava-hf" and kind not in TARGETS:
         what = f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: `model_type` is {shown(kind)} in config.json"
-        raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
+        raise InputError(what, hint=f"known are {', '.join(TARGETS)}")
     if checkpoint.layout not in ("llava", "llava-hf"):
         told = checkpoint.config.get("model_type")
         unknown = "of an unknown kind" + (f", by its config {shown(str(told))}" if told else "")
         title = next((layout.title for layout in LAYOUTS if layout.name == checkpoint.layout), unknown)
         hints = {
-            "mpt": f"LLaVA-MPT has no counterpart in transformers; decoders that are known: {DECODER_NAMES}",
             "llama": "a LLaVA has a projector: apply a delta in the same pass, as `convert BASE --delta DELTA --to llava-hf`",
             "clip": "give the LLaVA, and this as `--vision-tower`",
             "projector": "give the base that it was trained on, and this as `--lora`: `convert BASE --lora PROJECTOR --to llava-hf`",
