@@ -85,6 +85,9 @@ def contradictions(target: Target, names: Iterable[str]) -> list[str]:
     if bool(first) != target.two_towers:
         owners = " or ".join(row.model_type for row in TARGETS if row.two_towers)
         found.append(f"{shown(first)} is a tensor of {owners}" if first else "the tower for videos is in no file")
+    if "newline" in parts and not target.tiles:
+        owners = " or ".join(row.model_type for row in TARGETS if row.tiles)
+        found.append(f"{shown(parts['newline'])} is a tensor of {owners}")
     if (NORM[0] in parts) != target.layernorm:
         owners = " or ".join(row.model_type for row in TARGETS if row.layernorm)
         found.append(

@@ -155,9 +155,6 @@ def _newline(s: SmallFiles) -> Iterator[str]:
         return
     if target.tiles and "newline" not in s.tensors and s.of(CONFIG).get("use_image_newline_parameter") is not False:
         yield f"`model_type` is {target.model_type}, but there is no tensor `image_newline`"
-    if not target.tiles and "newline" in s.tensors:
-        tiled = " or ".join(row.model_type for row in TARGETS.values() if row.tiles)
-        yield f"there is a tensor `image_newline`, which belongs to {tiled}: `model_type` is {target.model_type}"
 
 
 def _ratio(s: SmallFiles) -> Iterator[str]:
