@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import InputError, MismatchError
 from ..families.layouts import DROPPED, canonical
 from ..families.shapes import MAX_LAYERS, shapes
-from ..families.targets import DEFAULT_PARTS
+from ..families.targets import DEFAULT_PARTS, TOWER_KEYS
 from ..families.towers import (
     BESIDE_TOWER,
     KNOWN_TOWERS,
@@ -47,7 +47,6 @@ WHOLE_TOWER = "give a checkpoint whose vision tower is whole: llava-hf needs eve
 NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 
 # The config keys in which two different towers differ.
-TOWER_KEYS = ("mm_vision_tower", "vision_tower", "mm_image_tower")  # by which configs of the original layout name the tower for images
 COMPARED = ("model_type", "hidden_size", "intermediate_size", "patch_size", "image_size", "num_hidden_layers", "hidden_act")
 USUAL, VIDEO = "vision tower", "video_tower."  # what the first is called in messages; how canonical names of the second begin
 INTO_PROJECTOR = ("projector.weight", "projector.0.weight")
@@ -187,7 +186,7 @@ def holds_tower(checkpoint: Checkpoint) -> bool:
 
 def named_tower(config: Mapping[str, Any]) -> str:
     """The tower that an original LLaVA's config.json names, empty where it names none."""
-    return next((str(config[key]) for key in TOWER_KEYS if isinstance(config.get(key), str)), "")
+    return next((str(config[key]) for key in (*TOWER_KEYS, "vision_tower") if isinstance(config.get(key), str)), "")
 
 
 def tower_place(config: Mapping[str, Any]) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from ..checkpoint.images import reads_newline
 from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, SPECIAL, TOKENIZER_CONFIG, token_text
-from ..checkpoint.tower import TOWER_KEYS, named_tower
+from ..checkpoint.tower import named_tower
 from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
+from ..families.targets import TOWER_KEYS
 from ..text import shown
 from . import rules_tokenizer, rules_values
 from .rules import CONFIG, GENERATION_CONFIG, Rule, SmallFiles, as_json, listings

@@ -208,6 +208,7 @@ TARGETS = (
     ),
 )  # fmt: skip
 TARGET_BY_TYPE = {row.model_type: row for row in TARGETS}
+TOWER_KEYS = tuple(dict.fromkeys(row.tower_key for row in TARGETS))  # by which originals name their tower, and are known as LLaVAs
 
 # `mm_vision_select_feature` of the original -> `vision_feature_select_strategy`: without the class token, or with it.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}

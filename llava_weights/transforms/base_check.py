@@ -19,6 +19,7 @@ from ..checkpoint.tokenizer import read_special_ids
 from ..errors import InputError, MismatchError
 from ..families.deltas import known_delta
 from ..families.layouts import PROJECTOR, VOCABULARY
+from ..families.targets import TOWER_KEYS
 from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, wrong_digest
 
@@ -164,7 +165,7 @@ def _image_patch(delta: Checkpoint) -> int:
 
 def _refuse_projector(delta: Checkpoint) -> None:
     projector, name = [tensor for tensor in delta.tensors if re.fullmatch(PROJECTOR, tensor)], delta.origin.name
-    if not projector and delta.config.get("mm_vision_tower"):
+    if not projector and any(delta.config.get(key) for key in TOWER_KEYS):
         what = f"the delta `{name}` speaks of a vision tower but holds no mm_projector"
         raise InputError(what, hint="check that all of its shards are there")
     if bad := non_finite(delta.tensors, projector):

@@ -26,7 +26,6 @@ from ..checkpoint.rope import check_rope
 from ..checkpoint.small_files import RIGHT_CONFIG, small_object
 from ..checkpoint.tokenizer import SpecialIds
 from ..checkpoint.tower import (
-    TOWER_KEYS,
     VIDEO,
     Doubts,
     VisionTower,
@@ -44,7 +43,7 @@ from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical
 from ..families.originals import ORIGINALS, Original, fitting
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
 from ..families.targets import TARGET_BY_TYPE as TARGETS
-from ..families.targets import Target
+from ..families.targets import TOWER_KEYS, Target
 from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, cast
 from ..tensors.sampling import sample_both

@@ -26,8 +26,10 @@ from ..checkpoint.images import reads_newline
 from ..checkpoint.kinds import kind_of, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
+from ..checkpoint.tower import named_tower
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
 from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical
+from ..families.targets import TOWER_KEYS
 from ..storage.hub import may_be_revised
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
@@ -254,7 +256,7 @@ def _finish(
     scale: float,
 ) -> Checkpoint:
     """Config and small files: LLaVA's from its adapter, repaired; otherwise the base's, with what the merge changed."""
-    llava = next((adapter for adapter, _ in adapters if "mm_vision_tower" in adapter.config), None)
+    llava = next((adapter for adapter, _ in adapters if any(key in adapter.config for key in TOWER_KEYS)), None)
     dtype = main_dtype(tensors)
     if layout_of(tensors) == "llava":
         config, files, repairs = _llava_files(base, llava, tensors, dtype)
@@ -268,7 +270,7 @@ def _finish(
         _summary(adapters, tensors, base),
         repairs=repairs,
         notes=(*(() if base.history else base.notes), *notes),
-        warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not config.get("mm_vision_tower") else (),
+        warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not named_tower(config) else (),
         checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
     )
     return Checkpoint(tensors, config, base.origin, files, (*base.history, step))

@@ -203,3 +203,19 @@ def test_inspect_names_it(made: Path) -> None:
     assert "VideoLlavaForConditionalGeneration" in hub.model_class
     for each in (original, hub):
         assert "and one for videos" in each.tower
+
+
+def test_an_adapter_that_names_its_tower_as_video_llava_does_brings_its_config(made: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    module = "base_model.model.model.layers.0.mlp.gate_proj.lora_"
+    save_file({f"{module}A.weight": torch.ones(1, 64), f"{module}B.weight": torch.ones(96, 1)}, lora / "adapter_model.safetensors")
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    config = json.loads((made / "llava/config.json").read_text())
+    (lora / "config.json").write_text(json.dumps({**config, "mm_image_tower": "of/the-adapter"}))
+    projector = {f"base_model.model.model.mm_projector.{n}.{part}": torch.ones(1) for n in (0, 2) for part in ("weight", "bias")}
+    original = torch.load(made / "llava/pytorch_model.bin", weights_only=True)
+    torch.save({name: original[name.removeprefix("base_model.model.")] for name in projector}, lora / "non_lora_trainables.bin")
+    merged = lw.merge_lora(made / "llava", lora)
+    assert merged.config["mm_image_tower"] == "of/the-adapter"
+    assert not [text for text in merged.history[-1].warnings if "vision tower" in text]
