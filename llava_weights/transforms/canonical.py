@@ -266,7 +266,7 @@ def _check_class(checkpoint: Checkpoint, tensors: Canonical) -> None:
     if checkpoint.layout == "llava-hf":
         target = TARGETS.get(str(config.get("model_type")))
         if target and (told := contradictions(target, checkpoint.parameters())):
-            what = f"`{checkpoint.origin.name}` is no {target.model_type}, as its config.json says: {told[0]}"
+            what = f"`{checkpoint.origin.name}` is not the {target.model_type} that its config.json says: {told[0]}"
             raise InputError(what, facts={"architectures": unquoted(str(config.get("architectures")))}, hint=RIGHT_CONFIG)
     elif config.get(VIDEO_KEY) and not any(name.startswith(VIDEO) for name in tensors):
         facts = {VIDEO_KEY: unquoted(str(config[VIDEO_KEY])), "checkpoint": checkpoint.origin.name}

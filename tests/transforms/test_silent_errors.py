@@ -149,7 +149,7 @@ def test_a_newline_that_is_in_no_file_is_refused_and_a_fault(fixtures: Path, tmp
 
 def test_a_newline_of_another_class_is_refused_and_a_fault(fixtures: Path, tmp_path: Path) -> None:
     folder = configured(copied(fixtures / NEXT, tmp_path / "there"), model_type="llava", architectures=["LlavaForConditionalGeneration"])
-    with pytest.raises(InputError, match=r"is no llava, as its config\.json says: `image_newline` is a tensor of llava_next"):
+    with pytest.raises(InputError, match=r"is not the llava that its config\.json says: `image_newline` is a tensor of llava_next"):
         lw.convert(folder, "llava-hf")
     assert "`image_newline` is a tensor of llava_next" in failed(folder)["config/contradictions"]
 
