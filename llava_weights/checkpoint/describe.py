@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..families.files import ADAPTER_CONFIG, ADAPTER_FILES, BESIDE_ADAPTER, WEIGHT_SUFFIXES
 from ..families.layouts import MULTIMODAL, PEFT_PREFIX, VOCABULARY_TABLES, canonical
 from ..families.projectors import NORM, PROJECTOR_ACTIVATION, projector_type
+from ..families.targets import TARGETS
 from ..families.towers import PATCH, TOWER_BY_TYPE
 from ..formats.folder import member
 from ..storage.strict_json import load_object
@@ -23,12 +24,22 @@ from .config import known_decoder
 from .hf_config import flat_config
 from .kinds import ADAPTERS
 from .tokenizer import read_special_ids
-from .tower import named_tower, row_of, tower_place
+from .tower import VIDEO, lost_tensors, named_tower, row_of, tower_place
 
 UNKNOWN = "of a kind that is not known"
 # What projectors and towers are called in any layout, where no row gives their canonical names.
-ANY_PROJECTOR = r"(?:.*\.)?(?:mm_projector|multi_modal_projector|connector|mlp1|merger)\..*"
-ANY_TOWER = r"(?:.*\.)?(?:vision_tower\w*|image_tower|video_tower|vision_model|visual|vision_encoder|vit)\..*"
+ANY_PROJECTOR = (
+    r"(?:.*\.)?(?:mm_projector|multi_modal_projector|\w*connector|mlp1|merger|\w*abstractor|\w*aligner|\w*resampler|qformer|img_projection|image_projector"
+    r"|(?:language|visual|modality|image_to_text|image)_projection)\..*"
+)
+ANY_TOWER = (
+    r"(?:.*\.)?(?:vision_tower\w*|image_tower|video_tower|vision_model|visual|(?:vision|image)_encoder|vit|vpm|vision_backbone"
+    r"|vision_embed_tokens)\..*"
+)
+# The text model of a family that no row describes: the keys that hold its config, its embedding table, and numbers of its layers.
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "llm_cfg")
+ANY_TABLE = r"(?:.*\.)?(?:(?:embed_tokens|tok_embeddings|word_embeddings|wte)\.weight|wte\.embedding)"
+ANY_LAYER = r"(?:.*\.)?(?:layers|blocks|layer|h)\.(\d{1,6})\..*"
 Parts = Mapping[str, LazyTensor]
 
 
@@ -45,18 +56,23 @@ def model_class(config: Mapping[str, Any]) -> str:
     return ", ".join(unquoted(text) for text in texts if text)
 
 
-def decoder(checkpoint: Checkpoint, parts: Parts) -> str:
-    """Kind and sizes of the text model, from its config and, where that says nothing, from its tensors."""
-    nested = checkpoint.config.get("text_config")
-    config: Mapping[str, Any] = nested if isinstance(nested, Mapping) else checkpoint.config
-    there = any(name.startswith("text.") for name in parts) or isinstance(nested, Mapping)
-    if checkpoint.layout in ("clip", *ADAPTERS) or not there:
+def decoder(checkpoint: Checkpoint, parts: Parts, *, foreign: bool = False) -> str:
+    """Kind and sizes of the text model, from its config and, where that says nothing, from its tensors; `foreign`: of a family that no row
+    describes."""
+    keys = TEXT_PARTS if foreign else TEXT_PARTS[:1]
+    nested = next((part for key in keys if isinstance(part := checkpoint.config.get(key), Mapping)), None)
+    config: Mapping[str, Any] = checkpoint.config if nested is None else nested
+    there = foreign or any(name.startswith("text.") for name in parts) or nested is not None
+    if checkpoint.layout in ADAPTERS or (checkpoint.layout == "clip" and not foreign) or not there:
         return ""
+    table = _table(parts, foreign)
     numbers = [int(found[1]) for name in parts if (found := re.match(r"text\.layers\.(\d{1,6})\.", name))]
-    table = parts.get(VOCABULARY_TABLES[0])
+    if foreign and not numbers:
+        names = (name for name in checkpoint.parameters() if not re.fullmatch(f"{ANY_TOWER}|{ANY_PROJECTOR}", name))
+        numbers = [int(found[1]) for name in names if (found := re.fullmatch(ANY_LAYER, name))]
     layers = config.get("num_hidden_layers") or (max(numbers) + 1 if numbers else None)
     hidden = config.get("hidden_size") or (table.shape[-1] if table and table.shape else None)
-    known = known_decoder(flat_config(checkpoint.config) if isinstance(nested, Mapping) else config)
+    known = known_decoder(flat_config({"text_config": nested}) if nested is not None else config)
     kind = known.model_type if known else config.get("model_type")
     heads, grouped, wide = (config.get(key) for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
     texts = [
@@ -68,12 +84,19 @@ def decoder(checkpoint: Checkpoint, parts: Parts) -> str:
     return ", ".join(unquoted(text) for text in texts if text)
 
 
-def vocabulary(checkpoint: Checkpoint, parts: Parts) -> str:
+def _table(parts: Parts, foreign: bool) -> LazyTensor | None:
+    """The embedding table; of a `foreign` family what is called like one."""
+    if not foreign or VOCABULARY_TABLES[0] in parts:
+        return parts.get(VOCABULARY_TABLES[0])
+    return next((tensor for name, tensor in parts.items() if re.fullmatch(ANY_TABLE, name) and len(tensor.shape) == 2), None)
+
+
+def vocabulary(checkpoint: Checkpoint, parts: Parts, *, foreign: bool = False) -> str:
     """Rows of the tables, whether they are tied, and the tokens behind the pieces of tokenizer.model."""
-    embed, head = (parts.get(name) for name in VOCABULARY_TABLES)
+    embed, head = _table(parts, foreign), parts.get(VOCABULARY_TABLES[1])
     if embed is None or not embed.shape:
         return ""
-    text = f"{embed.rows} rows" + ("" if head else ", no lm_head (tied)")
+    text = f"{embed.rows} rows" + ("" if head or (foreign and VOCABULARY_TABLES[0] not in parts) else ", no lm_head (tied)")
     try:
         added = read_special_ids(checkpoint.files, embed.rows).added
     except InputError as error:
@@ -99,14 +122,16 @@ def projector(checkpoint: Checkpoint, parts: Parts) -> str:
     return f"{kind}{widths}{between}{bias}"
 
 
-def tower(checkpoint: Checkpoint, parts: Parts) -> str:
-    """Kind and sizes of the vision tower inside, or the one that config.json names."""
+def tower(checkpoint: Checkpoint, parts: Parts, *, foreign: bool = False) -> str:
+    """Kind and sizes of the vision tower inside, or the one that config.json names; `foreign`: of a family that no row describes."""
     inside = {name.removeprefix("tower."): tensor for name, tensor in parts.items() if name.startswith("tower.")}
-    if checkpoint.layout == "clip":
+    if checkpoint.layout == "clip" and not foreign:
         inside = {name.removeprefix("vision_model."): tensor for name, tensor in checkpoint.parameters().items()}
     others = {name: tensor for name, tensor in checkpoint.parameters().items() if re.fullmatch(ANY_TOWER, name)}
     if inside or others:
-        return f"{_tower_kind(checkpoint, inside)}; inside, {len(inside) or len(others)} tensors"
+        frames = sum(name.startswith(VIDEO) for name in parts)
+        more = f", and one for videos, {frames} tensors" if frames else ""
+        return f"{_tower_kind(checkpoint, inside)}; inside, {len(inside) or len(others)} tensors{more}"
     named = named_tower(checkpoint.config)
     multimodal = checkpoint.layout in ("adapter", "llava-hf") or any(re.fullmatch(MULTIMODAL, name) for name in checkpoint.tensors)
     return f"not inside; config names {named}" if named and multimodal else ""
@@ -194,7 +219,8 @@ def next_command(checkpoint: Checkpoint, given: str) -> str:
     base = base_name(adapter_config(checkpoint)) or "BASE"
     named = tower_place(checkpoint.config)
     whole = any(canonical(name).startswith("tower.") for name in checkpoint.tensors)
-    to_hub = f"llava-weights convert {given} --to llava-hf -o OUT"
+    lossy = any(row.video and lost_tensors(checkpoint.tensors, row.video.lost) for row in TARGETS)
+    to_hub = f"llava-weights convert {given} --to llava-hf{' --lossy' if lossy else ''} -o OUT"
     merge = f"llava-weights merge-lora --base {base} --lora {given} -o OUT"
     commands = {
         "llava": to_hub if whole else f"{to_hub} --vision-tower {named or 'TOWER'}",

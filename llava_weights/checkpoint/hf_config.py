@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..families.decoders import CARRIED, DECODER_BY_TYPE, SIZE_KEYS, Decoder
+from ..families.shapes import length
 from ..families.targets import DEFAULT_PARTS, STRATEGIES, Target
 from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.towers import HUB_TOWERS
@@ -82,7 +83,7 @@ def llava_hf_config(
         what = f"`mm_vision_select_feature` is {shown(str(config['mm_vision_select_feature']))} in config.json, not patch or cls_patch"
         raise InputError(what, hint=RIGHT_CONFIG)
     vision = dict(tower.config)
-    if isinstance(given := config.get("mm_vision_tower"), str) and re.fullmatch(REPOSITORY, given):
+    if isinstance(given := config.get(target.tower_key), str) and re.fullmatch(REPOSITORY, given):
         vision["_name_or_path"] = given  # `original_config` writes it back as `mm_vision_tower`
     made: dict[str, Any] = {
         "architectures": [target.architecture],
@@ -105,8 +106,8 @@ def llava_hf_config(
     if tiles:
         made |= {"image_grid_pinpoints": [list(pair) for pair in tiles], "use_image_newline_parameter": True}
     made |= {**tokens.others, **target.fixed}
-    if "video_seq_length" in target.defaults:
-        made["video_seq_length"] = tower.patches // 2  # 288 for the 576 patches of an image: two frames
+    if target.video and target.video.features:
+        made["video_seq_length"] = length(target.video.features, {"patches": tower.patches})
     for word, (key, usual) in target.words.items():
         if word in config and (key != word or config[word] != usual):  # a key of the original's own is kept for the way back
             made[key] = config[word]
@@ -277,7 +278,7 @@ def original_config(
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": feature,
         "mm_vision_select_layer": layer,
-        "mm_vision_tower": name,
+        target.tower_key: name,
         "model_type": decoder.original_types[0],
         "pad_token_id": tokens.pad,
         "tie_word_embeddings": False,

@@ -137,6 +137,7 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
     kind = kind_of(checkpoint)
     what, is_delta, evidence, following = _verdict(checkpoint, redact(given), kind)
     parts, specials = describe.parts_of(checkpoint), _specials(checkpoint)
+    foreign = kind is not None and not kind.quantised
     dtypes = dict(Counter(tensor.dtype for tensor in checkpoint.tensors.values()))
     return Inspection(
         name=checkpoint.origin.name,
@@ -148,14 +149,14 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
         evidence=tuple(evidence),
         family=f"{kind.name}: {kind.why}" if kind and not kind.quantised else _family(checkpoint, specials),
         model_class=describe.model_class(checkpoint.config),
-        decoder=describe.decoder(checkpoint, parts),
+        decoder=describe.decoder(checkpoint, parts, foreign=foreign),
         adapter=describe.adapter(checkpoint, describe.adapter_config(checkpoint)),
         beside=describe.beside(checkpoint),
         weights=_weights(checkpoint, dtypes),
-        vocabulary=describe.vocabulary(checkpoint, parts),
+        vocabulary=describe.vocabulary(checkpoint, parts, foreign=foreign),
         prompt="" if kind else _prompt(checkpoint, specials),
         projector=describe.projector(checkpoint, parts),
-        tower=describe.tower(checkpoint, parts),
+        tower=describe.tower(checkpoint, parts, foreign=foreign),
         tokenizer=", ".join(name for name in checkpoint.files if "token" in name),
         notes=checkpoint.notes,
         next=following,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError
+from ..families.layouts import canonical
+from ..families.projectors import NORM
 from ..families.quantised import quantisation
+from ..families.targets import TARGETS, Target
 from ..families.unsupported import unsupported
 from ..formats.integer_delta import is_integer_delta
 from ..text import shown
 from .checkpoint import Checkpoint
 from .config import known_decoder
 from .hf_config import flat_config
+from .tower import VIDEO
 
 PLAIN_WEIGHTS = "quantised weights can't be added to or converted; give the float16 or bfloat16 checkpoint that they were made from"
 ADAPTERS = ("adapter", "mlx-adapter", "loha", "projector")
@@ -65,6 +70,30 @@ def unsupported_family(config: Mapping[str, Any], names: Mapping[str, Any]) -> K
     decoder = known_decoder(flat_config(config) if nested else config)
     found = unsupported(config, names, known=decoder is not None)
     return Kind(found[0].name, found[0].why, found[1], found[0].hint) if found else None
+
+
+def contradictions(target: Target, names: Iterable[str]) -> list[str]:
+    """Sentences on the tensors of a llava-hf checkpoint, by their `names`, that are not those of the class which its config names."""
+    every = list(names)
+    parts = {canonical(name): name for name in every}
+    classes = {row.part: " or ".join(each.model_type for each in TARGETS if each.part == row.part) for row in TARGETS}
+    found = []
+    for part, owners in classes.items():
+        if part != target.part and (first := next((name for name in every if re.match(rf"(?:model\.)?{part}\.", name)), None)):
+            found.append(f"{shown(first)} is a tensor of {owners}")
+    first = next((full for part, full in parts.items() if part.startswith(VIDEO)), None)
+    if bool(first) != target.two_towers:
+        owners = " or ".join(row.model_type for row in TARGETS if row.two_towers)
+        found.append(f"{shown(first)} is a tensor of {owners}" if first else "the tower for videos is in no file")
+    if "newline" in parts and not target.tiles:
+        owners = " or ".join(row.model_type for row in TARGETS if row.tiles)
+        found.append(f"{shown(parts['newline'])} is a tensor of {owners}")
+    if (NORM[0] in parts) != target.layernorm:
+        owners = " or ".join(row.model_type for row in TARGETS if row.layernorm)
+        found.append(
+            f"{shown(parts[NORM[0]])} is a tensor of {owners}" if NORM[0] in parts else "the LayerNorm of its projector is in no file"
+        )
+    return found
 
 
 def refuse_kind(kind: Kind | None, checkpoint: Checkpoint, role: str = "") -> None:

@@ -155,7 +155,8 @@ def _preprocessor(settings: ImageSettings, target: Target, *, aspect: str, pads:
     }
     if not settings.tower.crops and not target.tiles and aspect != "pad":
         return dict(sorted({**common, "image_processor_type": settings.tower.image_processor, "size": square}.items()))
-    kind: dict[str, Any] = {"image_processor_type": settings.tower.image_processor} | ({"do_pad": True} if pads else {})
+    kind: dict[str, Any] = {"image_processor_type": target.image_processor or settings.tower.image_processor}
+    kind |= {"do_pad": True} if pads and target.padding_processor else {}
     if target.tiles:
         _check_pinpoints(pinpoints)
         kind = {"image_processor_type": target.image_processor, "do_pad": True, "image_grid_pinpoints": pinpoints}

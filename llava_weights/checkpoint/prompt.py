@@ -17,7 +17,7 @@ from .hf_config import flat_config
 from .sentencepiece import read_sentencepiece
 from .small_files import small_bytes, small_object, small_text
 from .tokenizer import MODEL, MODEL_LIMIT
-from .tower import named_tower, published, row_of
+from .tower import VIDEO, named_tower, published, row_of
 
 
 def likely_prompt(layout: str, config: Mapping[str, Any], names: Iterable[str], specials: Collection[str]) -> Choice | None:
@@ -34,6 +34,7 @@ def likely_families(layout: str, config: Mapping[str, Any], names: Iterable[str]
     """The published families that config and tensors fit, the more certain ones first; none where nothing is known of the decoder."""
     names = tuple(names)
     parts = set(map(canonical, names))
+    videos = any(part.startswith(VIDEO) for part in parts)
     if layout == "llava-hf":
         target = TARGET_BY_TYPE.get(str(config.get("model_type")))
         flat = flat_config(config)
@@ -45,13 +46,13 @@ def likely_families(layout: str, config: Mapping[str, Any], names: Iterable[str]
             ratio = config.get("vision_aspect_ratio", target.defaults["vision_aspect_ratio"]) if target.capped else "anyres"
             flat |= {"image_aspect_ratio": ratio, "mm_patch_merge_type": "spatial_unpad"}
         flat |= {word: config.get(key, usual) for word, (key, usual) in target.words.items()}
-        found = fitting(flat, decoder=decoder.model_type, tower=tower_kind(names, {}), norm=target.layernorm)
+        found = fitting(flat, decoder=decoder.model_type, tower=tower_kind(names, {}), norm=target.layernorm, videos=target.two_towers)
         return tuple(row for row in found if row.target == target.model_type)
     decoder = known_decoder(config)
     if layout != "llava" or decoder is None:
         return ()
     config = {**config, "mm_projector_type": projector_type(parts) or config.get("mm_projector_type")}
-    return tuple(fitting(config, decoder=decoder.model_type, tower=tower_kind(names, config), norm=NORM[0] in parts))
+    return tuple(fitting(config, decoder=decoder.model_type, tower=tower_kind(names, config), norm=NORM[0] in parts, videos=videos))
 
 
 def tower_kind(names: Iterable[str], config: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import InputError, MismatchError
 from ..families.layouts import DROPPED, canonical
 from ..families.shapes import MAX_LAYERS, shapes
-from ..families.targets import DEFAULT_PARTS
+from ..families.targets import DEFAULT_PARTS, TOWER_KEYS
 from ..families.towers import (
     BESIDE_TOWER,
     KNOWN_TOWERS,
@@ -48,6 +48,7 @@ NO_HEAD = "SigLIP's pooling head is left out: a LLaVA does not use it"
 
 # The config keys in which two different towers differ.
 COMPARED = ("model_type", "hidden_size", "intermediate_size", "patch_size", "image_size", "num_hidden_layers", "hidden_act")
+USUAL, VIDEO = "vision tower", "video_tower."  # what the first is called in messages; how canonical names of the second begin
 INTO_PROJECTOR = ("projector.weight", "projector.0.weight")
 
 
@@ -160,6 +161,24 @@ def own_tower(
     return VisionTower(_fitted(own, config, name), config, preprocessor, None, tuple(filter(None, notes)), layers)
 
 
+def video_tower(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], *, name: str, lost: str = "") -> dict[str, LazyTensor]:
+    """The tower for videos among the tensors of a LLaVA in any layout, by names without its prefix, which has the complete config of the
+    tower for images. Those whose canonical names the pattern `lost` matches are left out.
+
+    Raises InputError where there is none, where a tensor is missing or unknown, or has another shape than in the tower for images."""
+    every = ((canonical(full), tensor) for full, tensor in tensors.items() if not re.fullmatch(DROPPED, full))
+    found = _unique((x.removeprefix(VIDEO), y) for x, y in every if x.startswith(VIDEO) and not re.fullmatch(lost, x))
+    if not found:
+        hint = "give a checkpoint that holds both of its towers, as its authors published it"
+        raise InputError(f"the tower for videos of {shown(name)} is in no file", hint=hint)
+    return _fitted(found, config, name, title="tower for videos")
+
+
+def lost_tensors(tensors: Iterable[str], lost: str) -> list[str]:
+    """The names, in any layout, of tensors whose canonical names the pattern `lost` of a target matches."""
+    return [name for name in tensors if lost and re.fullmatch(lost, canonical(name))]
+
+
 def holds_tower(checkpoint: Checkpoint) -> bool:
     """Whether a LLaVA, in any layout, has a vision tower of its own."""
     return any(canonical(name).startswith("tower.") for name in checkpoint.tensors)
@@ -167,7 +186,7 @@ def holds_tower(checkpoint: Checkpoint) -> bool:
 
 def named_tower(config: Mapping[str, Any]) -> str:
     """The tower that an original LLaVA's config.json names, empty where it names none."""
-    return next((str(config[key]) for key in ("mm_vision_tower", "vision_tower") if isinstance(config.get(key), str)), "")
+    return next((str(config[key]) for key in (*TOWER_KEYS, "vision_tower") if isinstance(config.get(key), str)), "")
 
 
 def tower_place(config: Mapping[str, Any]) -> str:
@@ -370,23 +389,25 @@ def _check_sizes(config: Mapping[str, Any], found: TowerSizes, *, source: str, e
         raise error(what, hint=hint)
 
 
-def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: str) -> dict[str, LazyTensor]:
+def _fitted(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], name: str, *, title: str = USUAL) -> dict[str, LazyTensor]:
     """The tensors in the order of `tower_shapes`. Raises InputError unless they are exactly those, in floating point."""
     expected = tower_shapes(config)
     if missing := expected.keys() - tensors.keys():
         names = listed(behind for behind in expected if behind in missing)
-        raise InputError(f"the vision tower of {shown(name)} lacks {names}", hint=WHOLE_TOWER)
+        raise InputError(f"the {title} of {shown(name)} lacks {names}", hint=WHOLE_TOWER)
     if unknown := [behind for behind in tensors if behind not in expected]:
         facts = {"known kinds": ", ".join(TOWER_BY_TYPE)}
         raise InputError(
-            f"the vision tower of {shown(name)} has tensors that no rule knows: {listed(unknown)}",
+            f"the {title} of {shown(name)} has tensors that no rule knows: {listed(unknown)}",
             facts=facts,
             hint=f"give a {TOWER_TITLES} as its authors published it",
         )
     for behind, shape in expected.items():
         tensor = tensors[behind]
         if tensor.shape != shape:
-            raise InputError(f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}", hint=WHOLE_TOWER)
+            facts = {"in": f"the {title}"} if title != USUAL else {}
+            what = f"`{behind}` of {shown(name)} has shape {list(tensor.shape)}, expected {list(shape)}"
+            raise InputError(what, facts=facts, hint=WHOLE_TOWER)
         if tensor.dtype not in FLOATS:
             raise InputError(f"`{behind}` of {shown(name)} is stored as {tensor.dtype}", hint="give a tower that is not quantised")
     return {behind: tensors[behind] for behind in expected}
@@ -405,7 +426,8 @@ def _look_up(found: TowerSizes, model: Checkpoint | None, reference: VisionTower
         return *_borrowed(config, found, shown(named)), config["num_hidden_layers"]
     hidden = found.sizes["hidden_size"]
     measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
-    known = _known(found, named)
+    videos = model is not None and any(canonical(full).startswith(VIDEO) for full in model.tensors)
+    known = _known(found, named, videos=videos)
     if known:
         measured |= {"num_attention_heads": known.heads, "projection_dim": known.projection, "hidden_act": known.activation}
         if known.image // found.sizes["patch_size"] == found.side:  # 27 patches of 14 are so400m's 384 pixels
@@ -430,9 +452,10 @@ def _borrowed(config: Mapping[str, Any], found: TowerSizes, source: str) -> tupl
     return fitting, f"vision_config: from {source}" + (cut if layers < config["num_hidden_layers"] else "")
 
 
-def _known(found: TowerSizes, named: str) -> KnownTower | None:
-    """The published tower with these widths, of the publisher that the checkpoint names if it has one."""
-    fitting = same_widths(found.model_type, found.sizes)
+def _known(found: TowerSizes, named: str, *, videos: bool) -> KnownTower | None:
+    """The published tower with these widths, of the publisher that the checkpoint names if it has one; `videos`: of those that stand beside
+    a tower for videos."""
+    fitting = [known for known in same_widths(found.model_type, found.sizes) if known.with_videos >= videos]
     theirs = (known for known in fitting if known.repo.partition("/")[0] == named.partition("/")[0])
     return next(theirs, fitting[0] if fitting else None)
 

@@ -284,11 +284,12 @@ def _by_tensors(subject: Side, reference: Reference, jobs: int) -> Iterator[Find
 
 
 def _has_no_place(part: str, config: Mapping[str, Any]) -> bool:
-    """Whether the class of a llava-hf `config` does not read the tensor `part`, by its canonical name: the pooling head of a SigLIP, or
-    the newline of tiles where images are whole."""
+    """Whether the class of a llava-hf `config` does not read the tensor `part`, by its canonical name: the pooling head of a SigLIP, the
+    newline of tiles where images are whole, or what a lossy conversion leaves out."""
     target = TARGET_BY_TYPE.get(str(config.get("model_type")))
     whole = target is not None and not target.tiles
-    return re.fullmatch(rf"tower\.({BESIDE_TOWER})", part) is not None or (part == "newline" and whole)
+    lost = target.video.lost if target and target.video else ""
+    return re.fullmatch(rf"tower\.({BESIDE_TOWER})|{lost}", part) is not None or (part == "newline" and whole)
 
 
 def _in_form_of(subject: Side, expected: Mapping[str, TensorEntry], jobs: int) -> Mapping[str, TensorEntry]:

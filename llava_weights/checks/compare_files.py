@@ -19,13 +19,13 @@ from ..checkpoint.sentencepiece import read_sentencepiece
 from ..checkpoint.small_files import small_bytes, small_text
 from ..checkpoint.tokenizer import ADDED, FAST, MODEL, MODEL_LIMIT, SPECIAL, TOKENIZER_CONFIG, is_length, token_text
 from ..checkpoint.tokenizer_json import added_token, added_tokens
-from ..checkpoint.tower import complete_config, same_widths
+from ..checkpoint.tower import complete_config, lost_tensors, same_widths
 from ..errors import InputError, UsageError
 from ..families.decoders import DECODERS, LLAVA_DEFAULTS
 from ..families.files import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
 from ..families.layouts import canonical
 from ..families.projectors import PROJECTOR_FORMS
-from ..families.targets import TARGET_DEFAULTS
+from ..families.targets import TARGET_BY_TYPE, TARGET_DEFAULTS
 from ..families.towers import TOWER_BY_TYPE, TOWERS
 from ..findings import Finding
 from ..smoke.probes import table_rows
@@ -173,6 +173,8 @@ def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None,
     forms = {act: form for form, act in PROJECTOR_FORMS.items()}
     single = any(canonical(name) == "projector.weight" for name in original.tensors)  # which alone has forms
     options: dict[str, Any] = {"vocab_size": table_rows(like) or None}
+    target = TARGET_BY_TYPE.get(str(like.config.get("model_type")))
+    options["lossy"] = bool(target and target.video and lost_tensors(original.parameters(), target.video.lost))
     options["projector_form"] = forms.get(str(like.config.get("projector_hidden_act"))) if single else None
     if tower is None and not any(canonical(name).startswith("tower.") for name in original.tensors):
         tower = _tower_of(like)

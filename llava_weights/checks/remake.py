@@ -25,6 +25,7 @@ from ..transforms.lora import Adapters, merge_lora
 from .checksums import failed, folded
 
 USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
+KINDS: dict[str, Any] = {"scale": (int, float), "lossy": bool}  # of the recorded values that are no texts
 RIGHT_SOURCES = "give the sources and options that it was made with: README.md and the manifest name them"
 
 
@@ -40,6 +41,7 @@ class RecordedOptions:
     conv_mode: str | None = None
     image_token: str | None = None
     image_aspect: str | None = None
+    lossy: bool = False
     tower_name: str | None = None
 
 
@@ -66,7 +68,7 @@ def remake(
     mode = options.conv_mode if "conv_mode" in made.config else None  # else it was chosen, not given
     if made.layout == "llava-hf":
         how: Any = {"projector_form": options.projector_form, "conv_mode": mode, "image_token": options.image_token}
-        how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower}
+        how |= {"tower": tower, "dtype": dtype, "accept_tower": accept_tower, "lossy": options.lossy}
         result = convert(result, "llava-hf", vocab_size=table_rows(made) or None, image_aspect=options.image_aspect, **how)
     elif options.to == "llava":
         result = convert(
@@ -132,11 +134,12 @@ def _options(made: Checkpoint) -> RecordedOptions:
         "conv_mode": lambda value: value in CONVERSATIONS,
         "image_token": lambda value: 0 < len(value) < 256,
         "image_aspect": lambda value: value in ("square", "pad"),
+        "lossy": lambda value: value is True,
         "tower_name": lambda value: len(value) < 4096,
     }
     options = {key: recorded[key] for key in known if key in recorded}
     for key, value in options.items():
-        if not isinstance(value, (int, float) if key == "scale" else str) or not known[key](value):
+        if not isinstance(value, KINDS.get(key, str)) or not known[key](value):
             what = f"the recipe in {shown(manifest.path.name)} records the {key} {shown(str(value))}, which no command takes"
             raise InputError(
                 what, facts={"path": manifest.path}, hint="get the manifest again, or run `llava-weights verify` without sources"

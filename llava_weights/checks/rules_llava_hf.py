@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from ..checkpoint.chat_template import written_as
 from ..checkpoint.config import check_structure
 from ..checkpoint.hf_config import pinpoints
+from ..checkpoint.kinds import contradictions
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, read_image_settings
 from ..checkpoint.prompt import own_template
 from ..checkpoint.small_files import small_text
 from ..checkpoint.tokenizer import FAST, RIGHT_TOKENIZER, TOKENIZER_CONFIG
-from ..checkpoint.tower import own_tower
+from ..checkpoint.tower import own_tower, video_tower
 from ..families.decoders import ACTIVATIONS
 from ..families.decoders import DECODER_BY_TYPE as DECODERS
 from ..families.layouts import DROPPED, LLAVA_PART, STYLES, canonical, spelled
@@ -59,6 +60,8 @@ def _structure(s: SmallFiles) -> Iterator[str]:
 def _tower(s: SmallFiles) -> Iterator[str]:
     if own_tower(s.checkpoint.tensors, vision_config=vision(s.objects), model=None) is None:
         yield "there are no tensors of a vision tower"
+    elif s.target and s.target.two_towers and s.tower:
+        video_tower(s.checkpoint.tensors, s.tower.config, name=s.checkpoint.origin.name)
 
 
 def _projector(s: SmallFiles) -> Iterator[str]:
@@ -142,14 +145,16 @@ def _kind(s: SmallFiles) -> Iterator[str]:
         yield f"`architectures` is {as_json(named)}, but `{right}` belongs to `{kind}`: vLLM and llama.cpp choose by it"
 
 
+def _contradictions(s: SmallFiles) -> Iterator[str]:
+    for told in contradictions(s.target, s.checkpoint.parameters()) if s.target else ():
+        yield f"`model_type` is {s.target.model_type if s.target else ''}, but {told}"
+
+
 def _newline(s: SmallFiles) -> Iterator[str]:
     if not (target := s.target):
         return
     if target.tiles and "newline" not in s.tensors and s.of(CONFIG).get("use_image_newline_parameter") is not False:
         yield f"`model_type` is {target.model_type}, but there is no tensor `image_newline`"
-    if not target.tiles and "newline" in s.tensors:
-        tiled = " or ".join(row.model_type for row in TARGETS.values() if row.tiles)
-        yield f"there is a tensor `image_newline`, which belongs to {tiled}: `model_type` is {target.model_type}"
 
 
 def _ratio(s: SmallFiles) -> Iterator[str]:
@@ -378,6 +383,7 @@ LLAVA_HF_RULES = (
     Rule(CONFIG, "special ids", ids_in_table, remedy=REPAIR),
     Rule(CONFIG, "special ids", misnamed_pad, "warning", REPAIR),
     Rule(CONFIG, "model type", _kind, "warning", REPAIR),
+    Rule(CONFIG, "model type", _contradictions),
     Rule(CONFIG, "image_newline", _newline, remedy=REPAIR),
     Rule(CONFIG, "image_grid_pinpoints", _pinpoints),
     Rule(CONFIG, "vision_aspect_ratio", _ratio),

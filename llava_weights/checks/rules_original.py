@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 from ..checkpoint.images import reads_newline
 from ..checkpoint.tokenizer import FAST, MODEL, RIGHT_TOKENIZER, SPECIAL, TOKENIZER_CONFIG, token_text
+from ..checkpoint.tower import named_tower
 from ..families.layouts import VOCABULARY
 from ..families.projectors import projector_type, projector_weights
+from ..families.targets import TOWER_KEYS
 from ..text import shown
 from . import rules_tokenizer, rules_values
 from .rules import CONFIG, GENERATION_CONFIG, Rule, SmallFiles, as_json, listings
@@ -124,13 +126,14 @@ def _projector(s: SmallFiles) -> Iterator[str]:
 
 
 def _tower_name(s: SmallFiles) -> Iterator[str]:
-    if not isinstance(s.of(CONFIG).get("mm_vision_tower"), str):
+    if not named_tower(s.of(CONFIG)):
         yield "`mm_vision_tower` is missing: LLaVA's code then loads a text model without images"
 
 
 def _tower_path(s: SmallFiles) -> Iterator[str]:
-    if isinstance(named := s.of(CONFIG).get("mm_vision_tower"), str) and re.match(r"[./~\\]|[A-Za-z]:", named):
-        yield f"`mm_vision_tower` is a path on its author's machine, {shown(named)}"
+    key, named = next(((key, s.of(CONFIG)[key]) for key in TOWER_KEYS if isinstance(s.of(CONFIG).get(key), str)), ("", ""))
+    if re.match(r"[./~\\]|[A-Za-z]:", named):
+        yield f"`{key}` is a path on its author's machine, {shown(named)}"
 
 
 def _tower_replaced(s: SmallFiles) -> Iterator[str]:
@@ -138,7 +141,7 @@ def _tower_replaced(s: SmallFiles) -> Iterator[str]:
     if count and s.of(CONFIG).get("unfreeze_mm_vision_tower") is not True:
         yield (
             f"the checkpoint holds {count} tensors of a vision tower, but `unfreeze_mm_vision_tower` is not true: "
-            f"LLaVA replaces them by {as_json(s.of(CONFIG).get('mm_vision_tower'))} without a word, which is wrong if they were tuned"
+            f"LLaVA replaces them by {as_json(named_tower(s.of(CONFIG)) or None)} without a word, which is wrong if they were tuned"
         )
 
 

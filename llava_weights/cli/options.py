@@ -63,6 +63,9 @@ VisionTowerOption = Annotated[
 AcceptTower = Annotated[
     bool, typer.Option("--accept-tower", help="Go on although the vision tower given is another published one than the config names.")
 ]
+Lossy = Annotated[
+    bool, typer.Option("--lossy", help="Leave out tensors that the class of llava-hf has no place for; without it they are refused.")
+]
 ProjectorForm = Annotated[
     str | None,
     typer.Option(
@@ -134,6 +137,7 @@ class Conversion:
     conv_mode: ConvMode = None
     image_aspect: ImageAspect = None
     accept_tower: AcceptTower = False
+    lossy: Lossy = False
 
     @property
     def given(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile, ZipInfo
 
 import numpy as np
@@ -183,7 +184,7 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
         "architectures": [text.original_architectures[0]], "model_type": text.original_types[0], "torch_dtype": "float16",
         "vocab_size": rows, "freeze_mm_mlp_adapter": False, "mm_hidden_size": width, "mm_projector_type": family.projector,
         "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
-        "mm_vision_tower": "tower", "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True, "use_mm_proj": True,
+        target.tower_key: "tower", "tune_mm_mlp_adapter": False, "unfreeze_mm_vision_tower": True, "use_mm_proj": True,
         **({"image_grid_pinpoints": GRIDS} if tiles else {}), **dict.fromkeys(family.has, 2048),
         **{key: values[0] for key, values in family.says.items()},
     }  # fmt: skip
@@ -192,7 +193,8 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     towers = {name: 5 * _values(rng, shape) for name, shape in tower_shapes(vision).items()}
     kept = tower_shapes(inside)
     tensors = {name: _values(rng, shape) for name, shape in shapes.items()}
-    tensors |= {spelled(f"tower.{name}", "llava"): values for name, values in towers.items() if name in kept}
+    tensors |= {spelled(f"tower.{name}", target.spelling): values for name, values in towers.items() if name in kept}
+    tensors |= _for_videos(rng, vision) if target.two_towers else {}
     _write_files(folder / "llava", {"config.json": json_bytes(dict(sorted(config.items()))), **files})
     write_torch_zip(folder / "llava" / "pytorch_model.bin", tensors)
     kind = eye.repository_types[0]
@@ -200,6 +202,18 @@ def make_llava(folder: Path, family: Original, *, decoder: str = "", tower: str 
     settings = {"config.json": json_bytes({"model_type": kind, "vision_config": vision}), "preprocessor_config.json": json_bytes(pixels)}
     _write_files(folder / "tower", settings)
     write_torch_zip(folder / "tower" / "pytorch_model.bin", {f"vision_model.{name}": values for name, values in towers.items()})
+
+
+def _for_videos(rng: np.random.Generator, vision: Mapping[str, Any]) -> Arrays:
+    """A tower for videos, whose layers have attention over frames too, as LanguageBind's have."""
+    width, found = vision["hidden_size"], {f"video_tower.{name}": shape for name, shape in tower_shapes(vision).items()}
+    for number in range(vision["num_hidden_layers"]):
+        layer = f"video_tower.encoder.layers.{number}.temporal_"
+        found[f"{layer}embedding"] = (1, 8, width)
+        found |= {f"{layer}layer_norm1.{part}": (width,) for part in ("weight", "bias")}
+        found |= {f"{layer}attn.{name}.weight": (width, width) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        found |= {f"{layer}attn.{name}.bias": (width,) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    return {spelled(name, "two-towers"): 5 * _values(rng, shape) for name, shape in found.items()}
 
 
 def _projector_shapes(kind: str, narrow: int, target: Target) -> dict[str, tuple[int, ...]]:

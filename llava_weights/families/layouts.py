@@ -14,7 +14,7 @@ from functools import lru_cache
 # Buffers that transformers <= 4.31 stored with the weights; never parameters, dropped on output.
 DROPPED = r".*\.rotary_emb\.inv_freq|.*\.embeddings\.position_ids"
 # What LLaVA adds to a LLaMA. These exist in no base, so a delta holds them whole.
-MULTIMODAL = r"model\.mm_projector\..*|model\.image_newline|model\.vision_tower\..*|model\.faster_token|model\.vision_resampler\..*"
+MULTIMODAL = r"model\.(mm_projector|vision_tower|image_tower|video_tower|vision_resampler)\..*|model\.image_newline|model\.faster_token"
 PROJECTOR = r"model\.mm_projector\..*"
 ATTENTION = r"model\.layers\.\d+\.self_attn\.(q|qkv)_proj\.weight"  # which every decoder of the table has
 # The only tensors that may have more rows in a delta than in its base (LLaVA `apply_delta`: "dimension mismatch" otherwise).
@@ -61,6 +61,8 @@ CANONICAL = (
     (r"(?:model\.)?language_model\.lm_head\.(.+)", r"head.\1"),
     (r"lm_head\.(.+)", r"head.\1"),
     (r"(?:model\.)?(?:vision_tower\.){1,2}(?:vision_model\.)?(.+)", r"tower.\1"),
+    (r"(?:model\.)?(?:image_tower\.){1,2}(?:vision_model\.)?(.+)", r"tower.\1"),
+    (r"(?:model\.)?(?:video_tower\.){1,2}(?:vision_model\.)?(.+)", r"video_tower.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)", r"projector.0.\1"),
     (r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)", r"projector.2.\1"),
     (r"(?:model\.)?multi_modal_projector\.projector_layernorm\.(.+)", r"projector.norm.\1"),
@@ -78,6 +80,7 @@ HF_NAMES = (
     (r"head\.(.+)", r"language_model.lm_head.\1"),
     (r"text\.(.+)", r"language_model.model.\1"),
     (r"tower\.(.+)", r"vision_tower.vision_model.\1"),
+    (r"video_tower\.(.+)", r"video_tower.vision_model.\1"),
     (r"projector\.0\.(.+)", r"multi_modal_projector.linear_1.\1"),
     (r"projector\.2\.(.+)", r"multi_modal_projector.linear_2.\1"),
     (r"projector\.norm\.(.+)", r"multi_modal_projector.projector_layernorm.\1"),
@@ -87,6 +90,7 @@ ORIGINAL_NAMES = (
     (r"head\.(.+)", r"lm_head.\1"),
     (r"text\.(.+)", r"model.\1"),
     (r"tower\.(.+)", r"model.vision_tower.vision_tower.vision_model.\1"),
+    (r"video_tower\.(.+)", r"model.video_tower.video_tower.\1"),
     (r"projector\.(.+)", r"model.mm_projector.\1"),
     (r"newline()", r"model.image_newline\1"),
 )
@@ -96,7 +100,12 @@ VIP = (
     (r"projector\.(\d.+)", r"model.mm_projector.final_linear.\1"),
     *ORIGINAL_NAMES,
 )
-SPELLINGS = {"llava-hf": HF_NAMES, "llava": ORIGINAL_NAMES, "vip-llava": VIP}
+# Where there is a tower for images and another for videos.
+TWO_TOWERS_HF = ((r"tower\.(.+)", r"image_tower.vision_model.\1"), *HF_NAMES)
+TWO_TOWERS = ((r"tower\.(.+)", r"model.image_tower.image_tower.\1"), *ORIGINAL_NAMES)
+SPELLINGS = {
+    "llava-hf": HF_NAMES, "llava": ORIGINAL_NAMES, "vip-llava": VIP, "two-towers-hf": TWO_TOWERS_HF, "two-towers": TWO_TOWERS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,14 +152,14 @@ def meta_names(layers: int) -> tuple[MetaName, ...]:
 STYLES = (
     (r"model\.language_model\.model\..*", "transformers 5.4 and 5.5, which alone read it: others miss the text model or the head"),
     (
-        r"model\.vision_tower\.(?!vision_model\.).*",
+        r"model\.(vision|image|video)_tower\.(?!vision_model\.).*",
         "transformers 5.6 and later: earlier ones miss the vision tower, before 4.52 nearly all",
     ),
     (r"model\.language_model\..*", "transformers 4.52 and later: earlier ones miss the whole text model"),
-    (r"vision_tower\.(?!vision_model\.).*", "a save by transformers 5.23: 4.57 and earlier, and vLLM, miss the vision tower"),
+    (r"(vision|image|video)_tower\.(?!vision_model\.).*", "a save by transformers 5.23: 4.57 and earlier, and vLLM, miss the vision tower"),
 )
 WRAPPER = ".vision_resampler"  # of LLaVA-NeXT-Video around what it pools; it has no tensors of its own (transformers' converters strip it)
-LLAVA_PART = r"(text|head|tower|projector)\.|newline$"  # what the canonical name of every tensor of a LLaVA begins with
+LLAVA_PART = r"(text|head|tower|video_tower|projector)\.|newline$"  # what the canonical name of every tensor of a LLaVA begins with
 
 
 @lru_cache(maxsize=1 << 16)
@@ -164,7 +173,7 @@ def canonical(name: str) -> str:
 
 
 def spelled(name: str, layout: str) -> str:
-    """The canonical `name` as `layout` ("llava-hf", "llava", or "vip-llava" for ViP-LLaVA's own) spells it.
+    """The canonical `name` as `layout`, a key of `SPELLINGS`, spells it: "llava-hf", "llava", or that of a target with names of its own.
 
     Raises KeyError for a name that it has no word for."""
     for pattern, target in SPELLINGS[layout]:

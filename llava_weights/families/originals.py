@@ -47,13 +47,15 @@ class Original:
     def __repr__(self) -> str:
         return f"Original({self.name!r})"
 
-    def fits(self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None, norm: bool = False) -> bool:
+    def fits(
+        self, config: Mapping[str, Any], *, decoder: str, tower: str | None, newline: bool | None, norm: bool = False, videos: bool = False
+    ) -> bool:
         """Whether config, rows and `image_newline` are those of this family. `tower` and `newline` are None where they are not known,
-        `norm`: whether the projector begins with a LayerNorm."""
+        `norm`: whether the projector begins with a LayerNorm, `videos`: whether videos have a tower of their own."""
         if decoder not in self.decoders or (tower is not None and tower not in self.towers):
             return False
         target = TARGETS[self.target]
-        if (target.tiles and newline is False) or target.layernorm != norm:
+        if (target.tiles and newline is False) or (target.layernorm, target.two_towers) != (norm, videos):
             return False
         return all(_among(config.get(key), values) for key, values in self.says.items()) and all(config.get(key) for key in self.has)
 
@@ -183,6 +185,16 @@ ORIGINALS: tuple[Original, ...] = (
         "a LayerNorm in its projector",
         says=WHOLE_IMAGES,
         rivals=("llava_v0",),
+    ),
+    # scripts/v1_5/finetune.sh of PKU-YuanGroup/Video-LLaVA at 1d28d6e trains with `--version v1`, which is `vicuna_v1`.
+    Original(
+        "Video-LLaVA",
+        ("llama",),
+        ("clip",),
+        "video_llava",
+        "vicuna_v1",
+        "a tower for videos beside that for images",
+        says=WHOLE_IMAGES,
     ),
     _bunny("llama", "bunny_llama", "bunny-llama"),
     _bunny("qwen2", "bunny", "bunny-qwen2", "bunny-qwen"),
@@ -421,12 +433,13 @@ def fitting(
     tower: str | None = None,
     newline: bool | None = None,
     norm: bool = False,
+    videos: bool = False,
 ) -> Iterator[Original]:
     """The families that config and rows fit, the more certain ones first, for each tower all of one target; which one it is, its tokens
     then tell."""
     targets: dict[str, str] = {}
     for row in ORIGINALS:
-        if not row.fits(config, decoder=decoder, tower=tower, newline=newline, norm=norm):
+        if not row.fits(config, decoder=decoder, tower=tower, newline=newline, norm=norm, videos=videos):
             continue
         if any(targets.setdefault(kind, row.target) == row.target for kind in row.towers):
             yield row

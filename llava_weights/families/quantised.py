@@ -1,7 +1,7 @@
 """Quantised weights: what each method stores beside or in place of a weight, and what `quantization_config` calls it.
 
-Sources: bitsandbytes, AutoAWQ, AutoGPTQ and GPTQModel, compressed-tensors (llm-compressor), EETQ, HQQ, AQLM as transformers 4.37 to 5.23
-save and load them.
+Sources: bitsandbytes, AutoAWQ, AutoGPTQ and GPTQModel, compressed-tensors (llm-compressor), EETQ, HQQ, AQLM, VPTQ, SpQR, Quanto, torchao
+and MXFP4 as transformers 4.37 to 5.23 save and load them, and `mlx.nn.QuantizedLinear`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ class Quantisation:
 QUANTISATIONS = (
     Quantisation("bitsandbytes, 4 bits", r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state[\w.]*)", ("bitsandbytes",)),
     Quantisation("bitsandbytes, 8 bits", r"\.(SCB|weight_format)", ("bitsandbytes",)),
+    Quantisation("MLX", r"\.biases"),
+    Quantisation("Quanto", r"\.weight\._(data|scale|shift)", ("quanto",)),
+    Quantisation("torchao", r"\._weight_(qdata|scale\w*|zero_point|zero)", ("torchao",)),
+    Quantisation("VPTQ", r"\.(res_|outlier_)?(centroids\.weight|indices)", ("vptq",)),
+    Quantisation("SpQR", r"\.(dense_weights|row_offsets|col_vals)", ("spqr",)),
+    Quantisation("MXFP4", r"_proj_(blocks|scales)", ("mxfp4",)),
     Quantisation("GPTQ", r"\.g_idx", ("gptq",)),
     Quantisation("AWQ", r"\.(qweight|qzeros|scales)", ("awq", "gptq", "auto-round", "intel/auto-round")),
     Quantisation(
@@ -31,7 +37,7 @@ QUANTISATIONS = (
     ),
     Quantisation("FP8 in blocks", r"\.weight_scale_inv", ("fp8",)),
     Quantisation("EETQ", r"\.weight_scales", ("eetq",)),
-    Quantisation("AQLM", r"\.(codebooks|codes)", ("aqlm", "vptq")),
+    Quantisation("AQLM", r"\.(codebooks|codes)", ("aqlm",)),
     Quantisation("HQQ", r"\.W_q", ("hqq",)),
 )
 TITLES = {

@@ -25,14 +25,24 @@ NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 class Video:
     """How a class takes videos: the token that stands for one in a prompt, `first`: whether its id comes before that of an image, and the
     class that makes pixels of it. The patches of each frame are pooled, `stride` along each edge; `pooled_first`: before the projector;
-    `newline`: whether the tensor `image_newline` ends it."""
+    `newline`: whether the tensor `image_newline` ends it. `features`: how many the config counts, by the `patches` of an image.
+
+    `tower`: frames go through a tower of their own, which has the config of that for images, and nothing is pooled. `lost` is a pattern of
+    the canonical names of those tensors that an original's tower has and the class has no place for, `lost_names` what people read of it,
+    and `loss` what a conversion without them means: one is made only where the user asks for it.
+    """
 
     token: str
     first: bool
     processor: str
-    pooled_first: bool
-    newline: bool
+    pooled_first: bool = False
+    newline: bool = False
     stride: int = 2
+    tower: bool = False
+    lost: str = ""
+    lost_names: str = ""
+    loss: str = ""
+    features: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Target:
     pixels, with the tensor `image_newline` behind each row; else an image is one square, and nothing reads a newline. `capped`: a picture
     of more tiles than `vision_aspect_ratio` says (`ANYRES_MAX`) is shrunk to their features.
 
-    `image_processor` is the one for its tiles; without tiles it is the tower's, or `padding_processor` where images are padded to squares.
+    `image_processor` is the one for its images, where it has its own; else it is the tower's, or `padding_processor` where images are
+    padded to squares.
     `words`: what keys of the original are called in its config, where they are kept for the way back at the least, and what they are
     there if nobody says.
     """
@@ -53,7 +64,7 @@ class Target:
     tiles: bool
     since: str  # the first version of transformers that has it
     image_processor: str | None = None
-    padding_processor: str = "LlavaImageProcessor"
+    padding_processor: str = "LlavaImageProcessor"  # "" where its processor takes no padded ones
     tested: str = "5.24.0"  # the newest version of transformers with which `make peer` ran it
     runs: bool = True  # whether `smoke` can compute with it
     video: Video | None = None
@@ -65,11 +76,19 @@ class Target:
     layernorm: bool = False  # whether its projector begins with one
     layers: tuple[int, ...] = ()  # hidden states of the tower that an original has one behind the other, where its code leaves no choice
     spelling: str = "llava"  # whose names an original of it has, of `layouts.SPELLINGS`
+    hub_spelling: str = "llava-hf"  # and those of its own layout
+    part: str = "vision_tower"  # what its own names and configs call the tower for images
+    tower_key: str = "mm_vision_tower"  # the key by which an original's config names that tower
     lacks: tuple[str, ...] = ()  # keys of `TARGET_DEFAULTS` that its config does not have
     words: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)  # keys with the only value that its processor can work with
     pinpoints: tuple[tuple[int, int], ...] = ()  # that it and its image processor assume
     defaults: Mapping[str, Any] = field(default_factory=lambda: TARGET_DEFAULTS)  # what its config assumes for keys that are left out
+
+    @property
+    def two_towers(self) -> bool:
+        """Whether frames of videos have a tower of their own."""
+        return self.video is not None and self.video.tower
 
     @property
     def tokens(self) -> Mapping[str, str]:
@@ -111,7 +130,7 @@ TARGETS = (
         since="4.45",
         image_processor="LlavaOnevisionImageProcessor",
         pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
-        video=Video("<video>", first=False, processor="LlavaOnevisionVideoProcessor", pooled_first=False, newline=True),
+        video=Video("<video>", first=False, processor="LlavaOnevisionVideoProcessor", newline=True),
         capped=True,
         counts=True,
         crops=False,
@@ -136,7 +155,7 @@ TARGETS = (
         since="4.42",
         image_processor="LlavaNextImageProcessor",
         pinpoints=NEXT_PINPOINTS,
-        video=Video("<video>", first=True, processor="LlavaNextVideoVideoProcessor", pooled_first=True, newline=False),
+        video=Video("<video>", first=True, processor="LlavaNextVideoVideoProcessor", pooled_first=True, features="patches // 2"),
         new_rows=3,
         lacks=("ignore_index",),
         words={
@@ -166,8 +185,38 @@ TARGETS = (
         words={"mm_vision_tower": ("mm_vision_tower", "clip_4layers_336")},
         defaults={**TARGET_DEFAULTS, "vision_feature_layer": list(VIP_LAYERS), "projector_layernorm_eps": 1e-5},
     ),
+    # convert_video_llava_weights_to_hf.py of 4.47.1, which loads with `strict=False`, and modeling_video_llava.py: one `vision_config` for
+    # both towers, of which that for videos counts the class token of each of eight frames. VideoLlavaImageProcessor can't pad.
+    Target(
+        model_type="video_llava",
+        architecture="VideoLlavaForConditionalGeneration",
+        config_class="VideoLlavaConfig",
+        processor="VideoLlavaProcessor",
+        tiles=False,
+        since="4.42",
+        image_processor="VideoLlavaImageProcessor",
+        padding_processor="",
+        video=Video(
+            "<video>",
+            first=False,
+            processor="VideoLlavaVideoProcessor",
+            tower=True,
+            lost=r"video_tower\.encoder\.layers\.\d+\.temporal_.+",
+            lost_names="model.video_tower.video_tower.encoder.layers.*.temporal_*",
+            loss="images are exact, but the frames of a video no longer attend to each other as in training: answers on videos differ",
+            features="8 * (patches + 1)",
+        ),
+        new_rows=3,
+        spelling="two-towers",
+        hub_spelling="two-towers-hf",
+        part="image_tower",
+        tower_key="mm_image_tower",
+        lacks=("ignore_index",),
+        defaults={**TARGET_DEFAULTS, "video_token_index": 32001, "image_seq_length": 256, "video_seq_length": 2056},
+    ),
 )  # fmt: skip
 TARGET_BY_TYPE = {row.model_type: row for row in TARGETS}
+TOWER_KEYS = tuple(dict.fromkeys(row.tower_key for row in TARGETS))  # by which originals name their tower, and are known as LLaVAs
 
 # `mm_vision_select_feature` of the original -> `vision_feature_select_strategy`: without the class token, or with it.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}

@@ -78,7 +78,7 @@ TOWERS = (
         model_type="clip_vision_model",
         config_class="CLIPVisionConfig",
         model_class="CLIPVisionModel",
-        repository_types=("clip", "clip_vision_model"),
+        repository_types=("clip", "clip_vision_model", "LanguageBindImage"),
         before=(
             Parameter(CLASS, (HIDDEN,)),
             PATCHES,
@@ -158,7 +158,8 @@ TOWER_NAMES = {"clip_4layers_336": "openai/clip-vit-large-patch14-336"}
 
 @dataclass(frozen=True)
 class KnownTower:
-    """A published vision tower: the sizes that its tensors show, and those that only its config has. `image`, `patch`: sides in pixels."""
+    """A published vision tower: the sizes that its tensors show, and those that only its config has. `image`, `patch`: sides in pixels.
+    `with_videos`: that of the published LLaVAs with another tower for videos."""
 
     repo: str
     model_type: str
@@ -170,6 +171,7 @@ class KnownTower:
     patch: int
     image: int
     layers: int
+    with_videos: bool = False
 
 
 # The config.json of each repository on the Hub. The first with the right widths wins, unless the checkpoint's config names another
@@ -182,6 +184,7 @@ KNOWN_TOWERS = (
     KnownTower("openai/clip-vit-large-patch14", "clip_vision_model", 1024, 4096, 16, 768, "quick_gelu", 14, 224, 24),
     KnownTower("openai/clip-vit-large-patch14-336", "clip_vision_model", 1024, 4096, 16, 768, "quick_gelu", 14, 336, 24),
     KnownTower("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "clip_vision_model", 1024, 4096, 16, 768, "gelu", 14, 224, 24),
+    KnownTower("LanguageBind/LanguageBind_Image", "clip_vision_model", 1024, 4096, 16, 768, "gelu", 14, 224, 24, with_videos=True),
     KnownTower("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "clip_vision_model", 1280, 5120, 16, 1024, "gelu", 14, 224, 32),
     KnownTower("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "clip_vision_model", 1664, 8192, 16, 1280, "gelu", 14, 224, 48),
     KnownTower("google/siglip-base-patch16-224", "siglip_vision_model", 768, 3072, 12, 0, "gelu_pytorch_tanh", 16, 224, 12),

@@ -7,11 +7,9 @@ A decoder or a tower that no row describes is refused by its own name and needs 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from .targets import TARGET_BY_TYPE as TARGETS
 
 OWN_CODE = "run it with the program of its authors"
 
@@ -21,8 +19,8 @@ class Unsupported:
     """A family without a class that could hold it. One of these is enough to recognise it: `model_type` or a class of `architectures` is as
     one of the patterns, every pattern of `tensors` is the whole name of some tensor, every key of `says` has a value as its pattern.
 
-    `why` says in a sentence what has no place, `hint` what can be done with it. `until` is the model_type of the target that holds this
-    family: once `targets` has it, the row no longer counts. With `unknown` the row counts only where no row describes the decoder.
+    `why` says in a sentence what has no place, `hint` what can be done with it. With `unknown` the row counts only where no row describes
+    the decoder.
     """
 
     name: str
@@ -32,7 +30,6 @@ class Unsupported:
     tensors: tuple[str, ...] = ()
     says: Mapping[str, str] = field(default_factory=dict)
     hint: str = OWN_CODE
-    until: str = ""
     unknown: bool = False
 
     def evidence(self, config: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -58,9 +55,76 @@ def _value(config: Mapping[str, Any], key: str) -> Any:
 
 
 TWO_TOWERS = "its two towers have no place in a class that takes one"
+NO_LLAVA = "it is no LLaVA"
+OWN_CLASS = f"{NO_LLAVA}: its parts are other modules than a LLaVA's"
+MERGER = f"{NO_LLAVA}: its tower takes images of any size, and a merger joins their patches"
+SHUFFLE = f"{NO_LLAVA}: patches are joined or pooled before they reach its projector"
+CROSS = f"{NO_LLAVA}: images enter by cross-attention inside the text model"
+RESAMPLER = f"{NO_LLAVA}: learned queries (a Q-Former, a resampler) stand between its tower and its text model"
+NO_TOWER = f"{NO_LLAVA}: images enter its text model without a vision tower"
+LOAD = "load it as it is with transformers: {}ForConditionalGeneration"
+
+
+def _others() -> Iterator[Unsupported]:
+    """Well-known models for images that are no LLaVA: name, `model_type`, class, why, and what transformers calls it ("" where only the
+    code of its authors runs it)."""
+    for name, kinds, classes, why, loads in (
+        ("Qwen2-VL", "qwen2_vl", "Qwen2VL.*", MERGER, "Qwen2VL"),
+        ("Qwen2.5-VL", "qwen2_5_vl", "Qwen2_5_VL.*", MERGER, "Qwen2_5_VL"),
+        ("Qwen2.5-Omni", "qwen2_5_omni", "Qwen2_5Omni.*", MERGER, "Qwen2_5Omni"),
+        ("Qwen3-VL", "qwen3_vl(_moe)?", "Qwen3VL.*", MERGER, "Qwen3VL"),
+        ("GLM-4V", "glm4v(_moe)?", "Glm4v.*", MERGER, "Glm4v"),
+        ("Kimi-VL", "kimi_(vl|k25)", "KimiVL.*|KimiK25.*", MERGER, ""),
+        ("InternVL", "internvl", "InternVLForConditionalGeneration", SHUFFLE, "InternVL"),
+        ("InternVL", "internvl_chat", "InternVLChat.*", SHUFFLE, ""),
+        ("Idefics3", "idefics3", "Idefics3.*", SHUFFLE, "Idefics3"),
+        ("SmolVLM", "smolvlm", "SmolVLM.*", SHUFFLE, "SmolVLM"),
+        ("Aya Vision", "aya_vision", "AyaVision.*", SHUFFLE, "AyaVision"),
+        ("Command A Vision", "cohere2_vision", "Cohere2Vision.*", SHUFFLE, "Cohere2Vision"),
+        ("Gemma 3", "gemma3", "Gemma3ForConditionalGeneration", SHUFFLE, "Gemma3"),
+        ("Gemma 3n", "gemma3n", "Gemma3nForConditionalGeneration", OWN_CLASS, "Gemma3n"),
+        ("Mistral Small 3", "mistral3", "Mistral3.*", SHUFFLE, "Mistral3"),
+        ("Llama 4", "llama4", "Llama4ForConditionalGeneration", SHUFFLE, "Llama4"),
+        ("PerceptionLM", "perception_lm", "PerceptionLM.*", SHUFFLE, "PerceptionLM"),
+        ("Molmo", "molmo2?", "Molmo.*", SHUFFLE, ""),
+        ("PaliGemma", "paligemma", "PaliGemma.*", f"{NO_LLAVA}: a prompt is read in both directions, behind one Linear", "PaliGemma"),
+        ("Idefics", "idefics", "IdeficsFor.*", CROSS, ""),
+        ("Flamingo or Otter", "(open)?flamingo|otter", "(Open)?Flamingo.*|Otter.*", CROSS, ""),
+        ("CogVLM", "cogvlm.*|cogagent.*", "CogVLM.*|CogAgent.*", f"{NO_LLAVA}: its text model has weights of their own for images", ""),
+        ("Idefics2", "idefics2", "Idefics2.*", RESAMPLER, "Idefics2"),
+        ("InstructBLIP", "instructblip(video)?", "InstructBlip.*", RESAMPLER, "InstructBlip"),
+        ("BLIP-2", "blip[-_]?2", "Blip2.*", RESAMPLER, "Blip2"),
+        ("MiniCPM-V", "minicpm(v|o).*", "MiniCPM(V|O).*", RESAMPLER, ""),
+        ("mPLUG-Owl", r"mplug_?owl\d?", "(MPLUGOwl|mPLUGOwl|MplugOwl).*", RESAMPLER, ""),
+        ("Kosmos-2", r"kosmos-2(\.5)?", "Kosmos2.*", RESAMPLER, "Kosmos2"),
+        ("Qwen-VL", "", "", RESAMPLER, ""),
+        ("Aria", "aria", "AriaForConditionalGeneration", RESAMPLER, "Aria"),
+        ("GIT", "git", "Git(ForCausalLM|Model)", OWN_CLASS, ""),
+        ("Phi-3-Vision", "phi3_v", "Phi3V.*", OWN_CLASS, ""),
+        ("Phi-4-multimodal", "phi4mm|phi4_multimodal", "Phi4MM.*|Phi4Multimodal.*", OWN_CLASS, ""),
+        ("DeepSeek-VL", "deepseek_vl(_hybrid)?", "DeepseekVL(Hybrid)?(ForConditionalGeneration|Model)", OWN_CLASS, "DeepseekVL"),
+        ("DeepSeek-VL2", "deepseek_vl_v2", "DeepseekVLV2.*", OWN_CLASS, ""),
+        ("DeepSeek-VL or Janus", "multi_modality", "MultiModality.*", OWN_CLASS, ""),
+        ("Janus", "janus", "JanusForConditionalGeneration", OWN_CLASS, "Janus"),
+        ("Ovis", "ovis.*", "Ovis.*", OWN_CLASS, ""),
+        ("Florence-2", "florence2", "Florence2.*", OWN_CLASS, "Florence2"),
+        ("GOT-OCR", "got(_ocr2)?", "GOT.*|GotOcr2.*", OWN_CLASS, ""),
+        ("InternLM-XComposer", "internlm.*xcomposer.*", "InternLMXComposer.*", OWN_CLASS, ""),
+        ("VideoLLaMA", r"video_?llama\d?.*", "Video(LLaMA|llama|Llama).*", OWN_CLASS, ""),
+        ("Chat-UniVi", "chat_?univi.*", "ChatUniVi.*", OWN_CLASS, ""),
+        ("Oryx", "oryx.*", "Oryx.*", OWN_CLASS, ""),
+        ("OpenVLA", "openvla|prismatic", "OpenVLA.*|Prismatic.*", OWN_CLASS, ""),
+        ("Fuyu", "fuyu", "Fuyu.*", NO_TOWER, ""),
+        ("Chameleon", "chameleon", "Chameleon.*", NO_TOWER, "Chameleon"),
+        ("Emu3", "emu3", "Emu3.*", NO_TOWER, "Emu3"),
+    ):  # fmt: skip
+        says = {} if kinds else {"model_type": "qwen", "visual.image_size": r"\d+"}
+        yield Unsupported(name, why, kinds, classes, says=says, hint=LOAD.format(loads) if loads else OWN_CODE)
+
 
 # Tried in order, the first that fits wins: those that a name tells before those that a part tells.
 UNSUPPORTED = (
+    *_others(),
     Unsupported(
         "Llama 3.2 Vision (mllama)",
         "images enter by cross-attention inside the text model, not as tokens of a LLaVA",
@@ -108,6 +172,11 @@ UNSUPPORTED = (
     Unsupported(
         "LLaVA with S2 (several scales of an image)",
         "features of several scales are put side by side, which no class computes",
+        says={"use_s2": "True"},  # Bunny v1.1
+    ),
+    Unsupported(
+        "LLaVA with S2 (several scales of an image)",
+        "features of several scales are put side by side, which no class computes",
         says={"s2_scales": r".*\d.*"},
     ),
     Unsupported(
@@ -125,13 +194,18 @@ UNSUPPORTED = (
         "its tower (RICE) and its merger are other modules than those of LLaVA-OneVision",
         model_types=r"llava_?onevision_?1[._]?5.*",
         architectures=r"LLaVAOneVision1_5.*",
-        tensors=(r"(?:model\.)?visual\.merger\..*",),
+        tensors=(r"(?:model\.)?visual\.merger\..*", r"(?:model\.)?visual\.class_(pos_emb|embedding)"),
     ),
     Unsupported(
         "LLaVA-OneVision-2",
         "its tower and its merger are other modules than those of LLaVA-OneVision",
         model_types=r"llava_?onevision_?2.*",
         architectures=r"LLaVAOneVision2.*",
+    ),
+    Unsupported(
+        "Qwen2-VL or one of its followers",
+        MERGER,
+        tensors=(r"(?:model\.)?visual\.merger\..*", r"(?:model\.)?visual\.blocks\..*"),
     ),
     Unsupported(
         "VILA or NVILA",
@@ -205,20 +279,6 @@ UNSUPPORTED = (
         tensors=(r"model\.region_(fea_adapter|geo_sampler)\..*",),
     ),
     Unsupported(
-        "Video-LLaVA",
-        "it has a tower for images and another for videos",
-        tensors=(r"(?:model\.)?(?:image_tower\.)+.*", r"(?:model\.)?(?:video_tower\.)+.*"),
-        hint="transformers has a class for it, VideoLlavaForConditionalGeneration: take the conversion of its authors",
-        until="video_llava",
-    ),
-    Unsupported(
-        "Video-LLaVA",
-        "it has a tower for images and another for videos",
-        says={"mm_image_tower": ".+", "mm_video_tower": "LanguageBind.*"},
-        hint="transformers has a class for it, VideoLlavaForConditionalGeneration: take the conversion of its authors",
-        until="video_llava",
-    ),
-    Unsupported(
         "LLaVA-Video with `faster_token`",
         "`model.faster_token` stands between the frames of a video, and no class reads it",
         tensors=(r"model\.faster_token",),
@@ -254,5 +314,5 @@ def unsupported(config: Mapping[str, Any], names: Iterable[str], *, known: bool 
 
     `known` says whether a row describes the decoder."""
     every = list(names)
-    rows = (row for row in UNSUPPORTED if row.until not in TARGETS and not (row.unknown and known))
+    rows = (row for row in UNSUPPORTED if not (row.unknown and known))
     return next(((row, told) for row in rows if (told := row.evidence(config, every))), None)

@@ -7,6 +7,7 @@ it computes. `load_original` is the other path, for comparison: CLIP, projector 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
 
+PIXELS = ("pixel_values", "pixel_values_images")  # the second in classes with two towers, before transformers 5.23
 NOT_RUN = "`verify` and `diff` check what can't be run"
 # Keys of a config that change no computed value, only which code runs, how weights are stored or what is returned.
 DROPPED_KEYS = re.compile(
@@ -181,12 +183,13 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     tensors = _canonical_tensors(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
     tiles = any(row.model_type == kind and row.tiles for row in TARGETS)
+    pixels = next((name for name in PIXELS if name in inspect.signature(model.forward).parameters), PIXELS[0])
     stream.attach(model, tensors, canonical)
 
     def enter(probe: Probe) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": torch.tensor(probe.ids, device=device)[None]}
         if probe.pixel_values is not None:
-            inputs["pixel_values"] = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
+            inputs[pixels] = torch.tensor(probe.pixel_values, device=device, dtype=stream.kind)
             if probe.image_sizes is not None and tiles:
                 inputs["image_sizes"] = torch.tensor(probe.image_sizes, device=device)
         if probe.frames is not None:
@@ -222,7 +225,7 @@ def load_original(
         what = f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout"
         raise InputError(what, facts=facts, hint="give a LLaVA as haotian-liu's code writes it, or convert it first")
     stream = Streamed(dtype=dtype, device=device, resident=resident, most=most)
-    groups: dict[str, dict[str, LazyTensor]] = {"tower": {}, "projector": {}, "newline": {}}
+    groups: dict[str, dict[str, LazyTensor]] = {"tower": {}, "video_tower": {}, "projector": {}, "newline": {}}
     for place, tensor in _canonical_tensors(checkpoint).items():
         first = place.partition(".")[0]
         groups.setdefault(first if first in groups else "decoder", {})[place] = tensor
@@ -231,7 +234,7 @@ def load_original(
     stream.attach(decoder, groups["decoder"], canonical)
     vision, known_tower = _vision(checkpoint, tower, stream)
     norm = NORM[0] in groups["projector"]
-    target = target_of(checkpoint.config, known, known_tower, norm=norm) if known_tower else None
+    target = target_of(checkpoint.config, known, known_tower, norm=norm, videos=bool(groups["video_tower"])) if known_tower else None
     layer = select_layer(checkpoint.config, known_tower, target) if known_tower and target else 0
     class_token = known_tower is not None and known_tower.class_token
     projector = _projector(groups["projector"])
@@ -263,9 +266,10 @@ def load_original(
     return Runner(checkpoint, stream, decoder, enter, IMAGE_INDEX)
 
 
-def target_of(config: Mapping[str, Any], decoder: Decoder, tower: VisionTower, *, norm: bool) -> Target:
-    """The class of transformers that holds an original LLaVA, `norm`: with a LayerNorm in its projector; plain Llava where no row says."""
-    family = next(fitting(config, decoder=decoder.model_type, tower=tower.kind, norm=norm), None)
+def target_of(config: Mapping[str, Any], decoder: Decoder, tower: VisionTower, *, norm: bool, videos: bool = False) -> Target:
+    """The class of transformers that holds an original LLaVA, `norm`: with a LayerNorm in its projector, `videos`: with a tower for videos;
+    plain Llava where no row says."""
+    family = next(fitting(config, decoder=decoder.model_type, tower=tower.kind, norm=norm, videos=videos), None)
     return TARGET_BY_TYPE[family.target if family else "llava"]
 
 
@@ -310,7 +314,11 @@ def _build(config: Mapping[str, Any], kind: str, most_layers: int) -> Any:
         if isinstance(named, str) and named in DECODER_BY_TYPE and named not in kinds:
             raise InputError(f"no forward pass is known for a `{named}`", facts={"known": ", ".join(kinds)}, hint=NOT_RUN)
         if named not in kinds:
-            raise InputError(f"`{part}` of the config is of no known kind", facts={"known": ", ".join(kinds)}, hint=RIGHT_CONFIG)
+            raise InputError(
+                f"no forward pass is known for the `{part}` of this config, {shown(str(named))}",
+                facts={"known": ", ".join(kinds)},
+                hint=RIGHT_CONFIG,
+            )
     layers = [inner.get("num_hidden_layers") for inner in (settings, *(settings.get(part, {}) for part in RUNNABLE_PART_TYPES))]
     if any(not isinstance(number or 0, int) or (number or 0) > most_layers for number in layers):
         raise InputError(f"the config's `num_hidden_layers` {layers} does not fit {most_layers:,} tensors", hint=RIGHT_CONFIG)

@@ -33,7 +33,7 @@ from ..findings import Finding
 from ..storage.reading import open_regular
 from ..storage.strict_json import parse_json
 from ..text import shown
-from .forward import Probe
+from .forward import PIXELS, Probe
 from .image_features import IMAGE_INDEX
 from .probes import Sight, check_given, find_sight, image_id, table_rows
 from .recording import load_runner
@@ -52,8 +52,7 @@ NEW_TOKENS = 32
 IMAGE_WORD = "<image>"
 IMAGE_PROCESSORS = {
     *(row.image_processor for row in TOWERS),
-    *(row.padding_processor for row in TARGETS),
-    *(row.image_processor for row in TARGETS if row.tiles),
+    *(name for row in TARGETS for name in (row.padding_processor, row.image_processor) if name),
 }
 IMAGE_SETTINGS = re.compile(r"do_\w+|image_mean|image_std|size|crop_size|resample|rescale_factor|image_grid_pinpoints")
 APPLY_FIRST = "apply it to the very base that it was made from: `llava-weights apply-delta`"
@@ -197,7 +196,7 @@ def _image_settings(checkpoint: Checkpoint, sight: Sight) -> dict[str, Any]:
         target=sight.target,
         image_token=IMAGE_WORD,
         select_strategy="default",
-        aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" else "square",
+        aspect="pad" if checkpoint.config.get("image_aspect_ratio") == "pad" and sight.target.padding_processor else "square",
         pinpoints=[[height, width] for width, height in sight.pinpoints] if sight.pinpoints else None,
         template="",
     )
@@ -223,4 +222,5 @@ def _pixels(settings: dict[str, Any], path: Path) -> tuple[np.ndarray, np.ndarra
         raise InputError(f"{shown(path.name)} is no image that can be read: {shown(str(error))}", hint="give a PNG or JPEG file") from error
     made = kind(**{key: value for key, value in settings.items() if IMAGE_SETTINGS.fullmatch(key)})(images=rgb, return_tensors="np")
     sizes = made.get("image_sizes")
-    return np.asarray(made["pixel_values"], np.float32), None if sizes is None else np.asarray(sizes, np.int64)
+    pixels = next(made[key] for key in PIXELS if key in made)
+    return np.asarray(pixels, np.float32), None if sizes is None else np.asarray(sizes, np.int64)

@@ -16,7 +16,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import known_decoder
 from ..checkpoint.tokenizer import read_special_ids
-from ..checkpoint.tower import Doubts, VisionTower, check_tower, holds_tower, open_tower, own_tower
+from ..checkpoint.tower import VIDEO, Doubts, VisionTower, check_tower, holds_tower, open_tower, own_tower
 from ..errors import UsageError
 from ..families.layouts import canonical
 from ..families.originals import fitting
@@ -137,7 +137,7 @@ def built_in_probes(checkpoint: Checkpoint, *, tower: Checkpoint | None = None, 
         count = sight.features(size) if hub and sight else 1
         ids = _joined(first, words[:TOKENS_AROUND], [mark] * count, words[TEXT_TOKENS : TEXT_TOKENS + TOKENS_AROUND])
         probes.append(_image_probe(name, ids, sight, size) if sight else Probe(name, ids))
-    if sight and sight.target.video and sight.watches:
+    if sight and sight.target.video and sight.watches and not sight.target.two_towers:
         count = sight.places(FRAMES) if hub else 1
         run = [video_id(checkpoint) if hub else IMAGE_INDEX] * count
         ids = _joined(first, words[:TOKENS_AROUND], run, words[TEXT_TOKENS : TEXT_TOKENS + TOKENS_AROUND])
@@ -186,8 +186,9 @@ def find_sight(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> Sight
         turned = [[width, height] for height, width in pairs] if pairs else None
         return Sight(found, target, int(strategy == "full" and found.class_token), turned, most)
     decoder = known_decoder(config)
-    norm = any(canonical(name) == NORM[0] for name in checkpoint.tensors)
-    family = next(fitting(config, decoder=decoder.model_type, tower=found.kind, norm=norm), None) if decoder else None
+    parts = set(map(canonical, checkpoint.tensors))
+    more: Any = {"norm": NORM[0] in parts, "videos": any(part.startswith(VIDEO) for part in parts)}
+    family = next(fitting(config, decoder=decoder.model_type, tower=found.kind, **more), None) if decoder else None
     target, watches = TARGETS[family.target if family else "llava"], not (family and family.warning)
     extra = config.get("mm_vision_select_feature") == "cls_patch" and found.class_token
     most = most_tiles(config.get("image_aspect_ratio")) if target.capped else None

@@ -30,6 +30,7 @@ from ..families.files import (
     WEIGHT_SUFFIXES,
 )
 from ..families.layouts import DROPPED, VOCABULARY, canonical
+from ..families.targets import TOWER_KEYS
 from ..formats.folder import WeightFiles, first_difference, index_file, index_shards, member, optional, shard_count
 from ..formats.safetensors import index_safetensors
 from ..formats.torch_zip import index_torch_zip
@@ -397,7 +398,7 @@ def _has_projector(names: Iterable[str]) -> bool:
 
 def _is_llava(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is one of LLaVA's own, which name the tower; llava-hf's nest a `vision_config` instead."""
-    return "mm_vision_tower" in config
+    return any(key in config for key in TOWER_KEYS)
 
 
 def _resolved(path: Path) -> Path:

@@ -19,6 +19,7 @@ from ..checkpoint.tokenizer import read_special_ids
 from ..errors import InputError, MismatchError
 from ..families.deltas import known_delta
 from ..families.layouts import PROJECTOR, VOCABULARY
+from ..families.targets import TOWER_KEYS
 from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, wrong_digest
 
@@ -101,7 +102,6 @@ def _require_decoders(*roles: tuple[str, Checkpoint]) -> None:
 
 _WRONG_LAYOUT = {
     "adapter": ("a LoRA adapter", "merge it with `llava-weights merge-lora`"),
-    "mpt": ("LLaVA-MPT, which was published merged", "there is nothing to apply: use it as it is"),
     "llava-hf": ("in the llava-hf layout", "deltas go onto the original layout"),
     "projector": ("a projector only", "give the folder with all weights"),
     "unknown": ("no LLaMA-style model", "run `llava-weights inspect` on it to see what it holds"),
@@ -165,7 +165,7 @@ def _image_patch(delta: Checkpoint) -> int:
 
 def _refuse_projector(delta: Checkpoint) -> None:
     projector, name = [tensor for tensor in delta.tensors if re.fullmatch(PROJECTOR, tensor)], delta.origin.name
-    if not projector and delta.config.get("mm_vision_tower"):
+    if not projector and any(delta.config.get(key) for key in TOWER_KEYS):
         what = f"the delta `{name}` speaks of a vision tower but holds no mm_projector"
         raise InputError(what, hint="check that all of its shards are there")
     if bad := non_finite(delta.tensors, projector):

@@ -20,19 +20,30 @@ from ..checkpoint.diagnose import state
 from ..checkpoint.hf_config import STATED, Tokens, flat_config, original_config, select_layer, tower_name
 from ..checkpoint.hf_tokenizer import HfTokenizer, hf_tokenizer
 from ..checkpoint.images import reads_newline
-from ..checkpoint.kinds import ADAPTERS, kind_of, refuse_kind
+from ..checkpoint.kinds import ADAPTERS, contradictions, kind_of, refuse_kind
 from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.rope import check_rope
-from ..checkpoint.small_files import small_object
+from ..checkpoint.small_files import RIGHT_CONFIG, small_object
 from ..checkpoint.tokenizer import SpecialIds
-from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
+from ..checkpoint.tower import (
+    VIDEO,
+    Doubts,
+    VisionTower,
+    check_kept,
+    check_tower,
+    named_tower,
+    open_tower,
+    own_tower,
+    recognised,
+    tower_hint,
+    video_tower,
+)
 from ..errors import InputError, MismatchError
-from ..families.decoders import DECODERS
 from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
-from ..families.originals import Original, fitting
+from ..families.originals import ORIGINALS, Original, fitting
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
 from ..families.targets import TARGET_BY_TYPE as TARGETS
-from ..families.targets import Target
+from ..families.targets import TOWER_KEYS, Target
 from ..storage.reading import Workspace
 from ..tensors.lazy import LazyTensor, cast
 from ..tensors.sampling import sample_both
@@ -40,7 +51,8 @@ from ..text import few, shown, unquoted
 from .projector import zero_biases
 
 BIASES = (PROJECTOR_NAMES[1], PROJECTOR_NAMES[3])
-DECODER_NAMES = ", ".join(row.model_type for row in DECODERS)
+TEXT_PART = r"text\.|head\.|newline$"
+VIDEO_KEY = "mm_video_tower"  # by which a config of the original layout names the tower for videos
 Canonical = dict[str, LazyTensor]  # by canonical name
 
 
@@ -80,6 +92,7 @@ def to_canonical(
     tensors = _canonical_tensors(checkpoint, dtype)
     hub = checkpoint.layout == "llava-hf"
     _check_newline(checkpoint, tensors)
+    _check_class(checkpoint, tensors)
     bare = hub and checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in BIASES)
     tensors |= zero_biases(tensors) if bare else {}
     given = open_tower(tower) if tower else None
@@ -97,7 +110,9 @@ def to_canonical(
     if hub and own and given:
         doubts = Doubts(notes=(check_kept(own, given, checkpoint.origin.name),))
     main = dtype or main_dtype(checkpoint.parameters())
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("tower.")}
+    tensors = {
+        name: cast(tensor, main) if name.startswith(VIDEO) else tensor for name, tensor in tensors.items() if not name.startswith("tower.")
+    }
     tensors |= {f"tower.{name}": cast(tensor, main) for name, tensor in chosen.tensors.items()}
     rows = tensors[VOCABULARY_TABLES[0]].rows if VOCABULARY_TABLES[0] in tensors else 0
     asked = image_token
@@ -107,9 +122,11 @@ def to_canonical(
     config = _as_original(checkpoint, chosen) if hub else dict(checkpoint.config)
     if doubts.differs:
         known = recognised(chosen.config)
-        config["mm_vision_tower"] = known.repo if known else None
+        config[next((key for key in TOWER_KEYS if config.get(key)), TOWER_KEYS[0])] = known.repo if known else None
     hub_target = TARGETS[str(checkpoint.config["model_type"])] if hub else None
     target = hub_target or TARGETS[_families(config, chosen, tensors)[0].target]
+    if target.video and target.two_towers:
+        video_tower(checkpoint.tensors, chosen.config, name=checkpoint.origin.name, lost="" if hub else target.video.lost)
     limit = config.get("tokenizer_model_max_length") or config.get("max_position_embeddings")
     others = tuple(target.tokens.values())
     first = bool(target.video and target.video.first)
@@ -133,10 +150,16 @@ def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical,
 
     Raises InputError where an original fits none, and as `decoder_of`."""
     decoder = decoder_of(config)
-    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in tensors, norm=NORM[0] in tensors))
+    videos, norm = any(name.startswith(VIDEO) for name in tensors), NORM[0] in tensors
+    found = tuple(fitting(config, decoder=decoder.model_type, tower=tower.kind, newline="newline" in tensors, norm=norm, videos=videos))
     if target:
-        anyhow = fitting(config, decoder=decoder.model_type, norm=target.layernorm)
+        anyhow = fitting(config, decoder=decoder.model_type, norm=target.layernorm, videos=videos)
         return tuple(x for x in found if x.target == target.model_type) or tuple(x for x in anyhow if x.target == target.model_type)
+    if not found and videos:
+        known = {decoder for row in ORIGINALS if TARGETS[row.target].two_towers for decoder in row.decoders}
+        facts = {"decoder, tower": f"{decoder.model_type}, {tower.kind}"}
+        hint = f"one with a tower for videos stands on {' or '.join(sorted(known))} with a CLIP, and its images are whole"
+        raise InputError("a tower for videos in a LLaVA of no known family", facts=facts, hint=hint)
     if not found:
         facts = {
             "decoder, tower": f"{decoder.model_type}, {tower.kind}",
@@ -152,12 +175,15 @@ def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical,
 def _check_kind(checkpoint: Checkpoint) -> None:
     if checkpoint.layout not in ADAPTERS:
         refuse_kind(kind_of(checkpoint), checkpoint)
+    kind = str(checkpoint.config.get("model_type"))
+    if checkpoint.layout == "llava-hf" and kind not in TARGETS:
+        what = f"`{checkpoint.origin.name}` is not a LLaVA that can be converted: `model_type` is {shown(kind)} in config.json"
+        raise InputError(what, hint=f"known are {', '.join(TARGETS)}")
     if checkpoint.layout not in ("llava", "llava-hf"):
         told = checkpoint.config.get("model_type")
         unknown = "of an unknown kind" + (f", by its config {shown(str(told))}" if told else "")
         title = next((layout.title for layout in LAYOUTS if layout.name == checkpoint.layout), unknown)
         hints = {
-            "mpt": f"LLaVA-MPT has no counterpart in transformers; decoders that are known: {DECODER_NAMES}",
             "llama": "a LLaVA has a projector: apply a delta in the same pass, as `convert BASE --delta DELTA --to llava-hf`",
             "clip": "give the LLaVA, and this as `--vision-tower`",
             "projector": "give the base that it was trained on, and this as `--lora`: `convert BASE --lora PROJECTOR --to llava-hf`",
@@ -233,6 +259,21 @@ def _check_newline(checkpoint: Checkpoint, tensors: Canonical) -> None:
         raise InputError("`image_newline` is in no file, and config.json says that images are joined with it", facts=facts, hint=hint)
 
 
+def _check_class(checkpoint: Checkpoint, tensors: Canonical) -> None:
+    """Raise InputError where the class that a llava-hf config names has no place for these tensors, or the tower for videos that a config
+    names is in no file."""
+    config = checkpoint.config
+    if checkpoint.layout == "llava-hf":
+        target = TARGETS.get(str(config.get("model_type")))
+        if target and (told := contradictions(target, checkpoint.parameters())):
+            what = f"`{checkpoint.origin.name}` is not the {target.model_type} that its config.json says: {told[0]}"
+            raise InputError(what, facts={"architectures": unquoted(str(config.get("architectures")))}, hint=RIGHT_CONFIG)
+    elif config.get(VIDEO_KEY) and not any(name.startswith(VIDEO) for name in tensors):
+        facts = {VIDEO_KEY: unquoted(str(config[VIDEO_KEY])), "checkpoint": checkpoint.origin.name}
+        hint = "give a checkpoint that holds both of its towers, as its authors published it: no option takes a tower for videos"
+        raise InputError("config.json names a tower for videos, and it is in no file", facts=facts, hint=hint)
+
+
 def _check_image_ids(checkpoint: Checkpoint, rows: int) -> None:
     added = small_object(checkpoint.files, "added_tokens.json")
     beyond = {
@@ -250,9 +291,6 @@ def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
     config, text = checkpoint.config, flat_config(checkpoint.config)
     if isinstance(nested := config.get("text_config"), Mapping):
         check_rope(nested)
-    if str(config.get("model_type")) not in TARGETS:
-        what = f"`model_type` is {shown(str(config.get('model_type')))} in config.json"
-        raise InputError(what, hint=f"{' and '.join(TARGETS)} can be converted")
     named, target = tower_name(config, tower) or "", TARGETS[str(config["model_type"])]
     made = original_config(
         config, tower=tower, tokens=Tokens(0, 0, 0, 0, 0), projector=projector_type(PROJECTOR_NAMES), name=named, dtype="F32"
@@ -277,7 +315,7 @@ def _as_original(checkpoint: Checkpoint, tower: VisionTower) -> dict[str, Any]:
 
 def _repaired(config: Mapping[str, Any], tensors: Canonical, tokenizer: HfTokenizer, dtype: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The original's config, repaired and checked against the tensors; and the repairs, without those that only fill in or tidy."""
-    shapes = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith("tower.")}
+    shapes = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith(("tower.", VIDEO))}
     ids = SpecialIds(tokenizer.bos, tokenizer.eos, tokenizer.pad, 0, {}, 0)
     repaired, sentences = repair_config(config, shapes=shapes, special_ids=ids, dtype=dtype)
     worth_telling = tuple(text for text in sentences if not re.match("config: (made explicit|dropped|bos/eos/pad)", text))
@@ -286,7 +324,7 @@ def _repaired(config: Mapping[str, Any], tensors: Canonical, tokenizer: HfTokeni
 
 def _check_shapes(config: Mapping[str, Any], tensors: Canonical, tower: VisionTower, target: Target) -> None:
     """Raise InputError unless the tensors are exactly those of a LLaVA of this config and target."""
-    text = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if not name.startswith(("tower.", "projector."))}
+    text = {spelled(name, "llava"): tensor.shape for name, tensor in tensors.items() if re.match(TEXT_PART, name)}
     check_structure(config, text, vocabulary_rows=tensors[VOCABULARY_TABLES[0]].rows)
     hidden = tensors[VOCABULARY_TABLES[0]].shape[1]
     projector = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("projector.")}

@@ -33,7 +33,7 @@ from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_ima
 from ..checkpoint.prompt import likely_prompt, own_template
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds, read_special_ids
-from ..checkpoint.tower import check_tower, tower_shapes
+from ..checkpoint.tower import VIDEO, check_tower, lost_tensors, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
@@ -52,7 +52,7 @@ TO_LAYOUTS = ("llava-hf", "llava")
 # The options of llava-hf, with the values of those that have a few; those of the original layout.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
-    "image_token": (), "vocab_size": (),
+    "image_token": (), "vocab_size": (), "lossy": (),
 }  # fmt: skip
 ZERO_BIASES = "the projector has no biases, which LLaVA's code needs: zeros are written, which compute the same"
 PADDED = (
@@ -78,6 +78,7 @@ def convert(
     image_aspect: str | None = None,
     tower_name: str | None = None,
     accept_tower: bool = False,
+    lossy: bool = False,
 ) -> Checkpoint:
     """`checkpoint` in the layout `to`: "llava-hf", as transformers reads it, or "llava", as haotian-liu's code and SGLang do. Nothing is
     written.
@@ -86,13 +87,14 @@ def convert(
     `dtype` is that of the output ("F16", "BF16", "F32"), by default that of each tensor. Only with "llava-hf": `projector_form` is how a
     projector of one layer becomes one of two, "identity" (exact in transformers, the default), "relu" (for vLLM) or "gelu" (for llama.cpp
     and MLX); `image_token` is the text of the image token; `vocab_size` is the number of rows of the vocabulary tables, the new ones being
-    the mean of the old; `image_aspect` is "square" (cropped) or "pad", how an image becomes a square, by default as in the checkpoint. Only
-    with "llava": `tower_name` is the tower that the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained
-    with, such as "llava_v1": the chat template of llava-hf writes it, and config.json records it.
+    the mean of the old; `image_aspect` is "square" (cropped) or "pad", how an image becomes a square, by default as in the checkpoint;
+    `lossy` leaves out tensors that the class has no place for, and the step says which. Only with "llava": `tower_name` is the tower that
+    the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained with, such as "llava_v1": the chat template
+    of llava-hf writes it, and config.json records it.
 
     Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
-    tensors that are unknown or missing, for shapes that contradict the config and for an image token without a row, MismatchError where
-    `tower` is another published one than the config names, HubError where the Hub can't serve an input.
+    tensors that are unknown or missing, or that would be lost without `lossy`, for shapes that contradict the config and for an image token
+    without a row, MismatchError where `tower` is another published one than the config names, HubError where the Hub can't serve an input.
     """
     hub = {
         "projector_form": projector_form,
@@ -100,6 +102,7 @@ def convert(
         "vocab_size": vocab_size,
         "conv_mode": conv_mode,
         "image_aspect": image_aspect,
+        "lossy": lossy or None,
     }
     given = {key: value for key, value in hub.items() if value is not None}
     dtype = check_conversion(to, dtype=dtype, **given, tower_name=tower_name)
@@ -122,6 +125,9 @@ def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str 
             one_of(key.replace("_", " "), value, choices)
         elif key == "vocab_size":
             whole_number("vocab_size", value)
+        elif key == "lossy":
+            if value is not True:
+                raise UsageError(f"`lossy` is {shown(str(value))}, not true or false", hint="give True, or leave it out")
         elif not isinstance(value, str) or not value or not is_text(value):
             raise UsageError(f"`{key}` must be a text that is not empty", facts={"given": repr(value)}, hint="give it, or leave it out")
     return to_dtype(dtype)
@@ -138,18 +144,21 @@ def to_llava_hf(
     image_aspect: str | None = None,
     dtype: str | None = None,
     accept_tower: bool = False,
+    lossy: bool = False,
 ) -> Checkpoint:
     """`checkpoint`, in the original layout or any key style of llava-hf, as the Hub's llava-hf checkpoints are.
 
     `tower` serves where the checkpoint has no vision tower of its own. New vocabulary rows hold the mean of the old ones. A projector
-    that is a single Linear becomes two by `projector_form`, "identity" by default.
-    Raises InputError for unknown or missing tensors, shapes that contradict the config, an image token without a row, MismatchError for
-    a published tower that is not the published one that the config names, unless `accept_tower`, UsageError for an option that can
-    change nothing of this checkpoint.
+    that is a single Linear becomes two by `projector_form`, "identity" by default. With `lossy`, tensors without a place are left out.
+
+    Raises InputError for unknown or missing tensors, for those without a place unless `lossy`, shapes that contradict the config, an image
+    token without a row, MismatchError for a published tower that is not the published one that the config names, unless `accept_tower`,
+    UsageError for an option that can change nothing of this checkpoint.
     """
     model = to_canonical(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
     tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
     tensors, activation, form = _two_layers(model, projector_form)
+    tensors, loss = _without_lost(checkpoint, model, tensors, lossy)
     notes = list(model.tower.notes)
     if tiles:
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
@@ -179,7 +188,7 @@ def to_llava_hf(
     files = dict(model.tokenizer.files) | _generation(
         checkpoint, tokens, config["text_config"], listed_tokens(model.tokenizer.files).get(prompt.stop)
     )
-    names = tuple(spelled(name, "llava-hf") for name in tensors)
+    names = tuple(spelled(name, model.target.hub_spelling) for name in tensors)
     retold = _retold(prompt.name, config, names, model.tokenizer.specials)
     if prompt.name and not prompt.doubts and (conv_mode or not retold):
         config = dict(sorted({**config, "conv_mode": prompt.name}.items()))
@@ -188,7 +197,15 @@ def to_llava_hf(
     step = Step(
         "convert",
         _inputs(checkpoint, model),
-        _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect),
+        _given(
+            to="llava-hf",
+            projector_form=form,
+            dtype=dtype,
+            conv_mode=prompt.name,
+            image_token=image_token,
+            image_aspect=image_aspect,
+            lossy=lossy,
+        ),
         _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *changed, *model.tokenizer.notes),
         notes=(
@@ -200,7 +217,7 @@ def to_llava_hf(
             *_remarks(model),
             *(() if retold else prompt.doubts),
         ),
-        warnings=(*model.doubts.warnings, *prompt.warnings, *(prompt.doubts if retold else ())),  # which `verify` can't find out
+        warnings=(*loss, *model.doubts.warnings, *prompt.warnings, *(prompt.doubts if retold else ())),  # which `verify` can't find out
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, prompt_doubt=" ".join(prompt.doubts), projector_form=form),
     )
     return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)
@@ -221,6 +238,7 @@ def to_llava(
     the tower `tower_name`, `tower` serves where the checkpoint has no vision tower of its own. Raises as `to_llava_hf`.
     """
     model = to_canonical(checkpoint, tower, None, dtype, accept_tower=accept_tower)
+    _check_way_back(checkpoint, model)
     place = _folder_of(model, tower) if tower and not tower_name else None
     tower_name = tower_name or place
     doubts = check_tower(checkpoint, model.tower, name=tower_name, accept=accept_tower) if tower_name else model.doubts
@@ -243,17 +261,45 @@ def to_llava(
         config = dict(sorted({**config, "conv_mode": recorded}.items()))
     pad = config["pad_token_id"]
     files |= _generation(checkpoint, Tokens(model.tokenizer.image_id, model.tokenizer.bos, model.tokenizer.eos, pad, rows), config)
-    named = config.get("mm_vision_tower")
+    named = config.get(model.target.tower_key)
     step = Step(
         "convert",
         _inputs(checkpoint, model),
         _given(to="llava", dtype=dtype, tower_name=tower_name, conv_mode=conv_mode),
         _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
-        notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *_named(named, place), *doubts.notes),
+        notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *_named(model, named, place), *doubts.notes),
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,)), *_other_layer(model, config)),
     )
     return _assembled(checkpoint, model, tensors, "llava", config, files, step)
+
+
+def _without_lost(checkpoint: Checkpoint, model: Model, tensors: Canonical, lossy: bool) -> tuple[Canonical, tuple[str, ...]]:
+    """`tensors` without those that the class has no place for, and a sentence on them.
+
+    Raises InputError where there are some, unless `lossy`, UsageError for `lossy` where there are none."""
+    video = model.target.video
+    lost = lost_tensors(checkpoint.parameters(), video.lost) if video and checkpoint.layout != "llava-hf" else []
+    if not lost or video is None:
+        if lossy:
+            raise UsageError("nothing of this model would be lost, so `--lossy` can change nothing", hint="leave it out")
+        return tensors, ()
+    if not lossy:
+        what = f"{model.target.architecture} has no place for {len(lost):,} tensors of `{checkpoint.origin.name}`"
+        facts = {"lost": video.lost_names, "what that means": video.loss}
+        raise InputError(what, facts=facts, hint="pass `--lossy` to convert it without them")
+    kept = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(video.lost, name)}
+    text = f"{len(lost):,} tensors are lost, for which {model.target.architecture} has no place (`{video.lost_names}`): {video.loss}"
+    return kept, (text,)
+
+
+def _check_way_back(checkpoint: Checkpoint, model: Model) -> None:
+    """Raise InputError for a llava-hf model whose original has tensors that no llava-hf one holds."""
+    video = model.target.video
+    if checkpoint.layout == "llava-hf" and video and video.lost:
+        what = f"`{checkpoint.origin.name}` can't go back to the original layout, whose tower for videos has tensors that it does not hold"
+        facts = {"missing": video.lost_names, "model_type": model.target.model_type}
+        raise InputError(what, facts=facts, hint="take the original checkpoint; `--to llava-hf` renames this one")
 
 
 def _two_layers(model: Model, form: str | None) -> tuple[Canonical, str, str]:
@@ -341,10 +387,17 @@ def _aspect(checkpoint: Checkpoint, model: Model, wished: str | None) -> tuple[s
         if wished is not None:
             raise UsageError("images of this model are cut into tiles, so `--image-aspect` can change nothing", hint="leave it out")
         return "square", ()
+    if wished == "pad" and not model.target.padding_processor:
+        what = f"{model.target.processor} takes no padded images, so `--image-aspect pad` can't be written"
+        raise UsageError(what, hint="leave it out: images are cropped to squares")
     if checkpoint.layout == "llava-hf":
         own = _image_processor(checkpoint)
+        if not model.target.padding_processor:
+            return "square", ()
         pads = own.get("do_pad") is True and str(own.get("image_processor_type")).startswith(model.target.padding_processor)
         return wished or ("pad" if pads else "square"), ()
+    if not model.target.padding_processor:
+        return "square", (CROPPED,) if model.config.get("image_aspect_ratio") == "pad" else ()
     if model.config.get("image_aspect_ratio") != "pad":
         return wished or "square", ()
     return (wished, (CROPPED,)) if wished == "square" else ("pad", (PADDED,))
@@ -387,6 +440,8 @@ def _ordered(tensors: Canonical, model: Model) -> Iterator[str]:
     order = [
         *map(canonical, text),
         *(f"tower.{name}" for name in tower_shapes(model.tower.config)),
+        *(f"{VIDEO}{name}" for name in tower_shapes(model.tower.config)),
+        *sorted(name for name in tensors if model.target.video and re.fullmatch(model.target.video.lost, name)),
         *LINEAR_NAMES,
         *NORM,
         *PROJECTOR_NAMES,
@@ -417,25 +472,26 @@ def _other_layer(model: Model, config: Mapping[str, Any]) -> Iterator[str]:
 def _folder_of(model: Model, tower: Checkpoint) -> str | None:
     """Where LLaVA's code finds the config of the tower that was given: its repository, else the absolute path of its folder. None where the
     model's own config names a repository, which every machine finds, or what only that code knows."""
-    named = str(model.config.get("mm_vision_tower"))
+    named = str(model.config.get(model.target.tower_key))
     if re.fullmatch(REPOSITORY, named) or named in {usual for _, usual in model.target.words.values()}:
         return None
     path = tower.origin.path
     return tower.origin.name if tower.origin.revision or tower.origin.remote else str(path if path.is_dir() else path.parent)
 
 
-def _named(named: object, place: str | None) -> Iterator[str]:
+def _named(model: Model, named: object, place: str | None) -> Iterator[str]:
     """A sentence on what LLaVA's code takes from the tower that the config names."""
     if named:
         given = ", the folder given, which another machine does not have" if place and os.path.isabs(place) else ""
-        yield f"`mm_vision_tower` is {shown(str(named))}{given}: LLaVA's code takes the tower's config from there, its values from here"
+        key = model.target.tower_key
+        yield f"`{key}` is {shown(str(named))}{given}: LLaVA's code takes the tower's config from there, its values from here"
 
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str, *, pad: int | None) -> dict[str, Any]:
     """The original's config with the values that changed; a tower that it named keeps its name."""
     config = {key: value for key, value in model.config.items() if key not in STATED}
-    named = name or config.get("mm_vision_tower")
-    config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
+    key = model.target.tower_key
+    config |= {"mm_projector_type": projector, key: name or config.get(key), "unfreeze_mm_vision_tower": True, "vocab_size": rows}
     config |= {"tie_word_embeddings": model.tied, "torch_dtype": TORCH_DTYPE[dtype]}
     if pad is not None or config["pad_token_id"] >= rows:
         config["pad_token_id"] = pad or 0
@@ -482,7 +538,7 @@ def _given(**options: Any) -> dict[str, Any]:
 def _assembled(
     checkpoint: Checkpoint, model: Model, tensors: Canonical, layout: str, config: dict[str, Any], files: Mapping[str, Any], step: Step
 ) -> Checkpoint:
-    spelling = model.target.spelling if layout == "llava" else layout
+    spelling = model.target.spelling if layout == "llava" else model.target.hub_spelling
     tensors = {spelled(name, spelling): tensors[name] for name in _ordered(tensors, model)}
     assert len(tensors) == len(tensors)
     return Checkpoint(tensors, config, checkpoint.origin, files, (*checkpoint.history, step))

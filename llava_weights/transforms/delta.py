@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from ..checkpoint.checkpoint import Checkpoint, Source, Step, main_dtype, opened
 from ..checkpoint.config import repair_config, repair_generation_config
 from ..checkpoint.hf_tokenizer import with_fast
-from ..checkpoint.kinds import quantised_kind, refuse_kind
+from ..checkpoint.kinds import kind_of, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import repair_tokenizer
 from ..errors import InputError, MismatchError, one_of
@@ -40,7 +40,7 @@ def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Ch
     """
     base, delta = opened(base, "base"), opened(delta, "delta")
     for role, checkpoint in (("base", base), ("delta", delta)):
-        refuse_kind(quantised_kind(checkpoint), checkpoint, role)
+        refuse_kind(kind_of(checkpoint), checkpoint, role)
     if is_integer_delta(delta.metadata):
         tensors, examination = _apply_integer(base, delta)
     else:
@@ -92,7 +92,7 @@ def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Che
     one_of("codec", codec, CODECS)
     base, tuned = opened(base, "base"), opened(tuned, "tuned model")
     for role, checkpoint in (("base", base), ("tuned model", tuned)):
-        refuse_kind(quantised_kind(checkpoint), checkpoint, role)
+        refuse_kind(kind_of(checkpoint), checkpoint, role)
     examination = examine_make(base, tuned)
     base_tensors, tuned_tensors = _untied(base), tuned.parameters()
     _check_names(base_tensors, tuned_tensors, role="tuned model")

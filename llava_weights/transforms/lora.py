@@ -23,11 +23,13 @@ from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dt
 from ..checkpoint.config import QUANTIZATION, quantization_notes, repair_config, repair_generation_config
 from ..checkpoint.hf_tokenizer import with_fast
 from ..checkpoint.images import reads_newline
-from ..checkpoint.kinds import quantised_kind, refuse_kind
+from ..checkpoint.kinds import kind_of, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
+from ..checkpoint.tower import named_tower
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
 from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical
+from ..families.targets import TOWER_KEYS
 from ..storage.hub import may_be_revised
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
@@ -71,12 +73,13 @@ def merge_lora(
     is rounded: "peft" as PEFT's `merge_and_unload()` (0.21.2), "peft-safe" as with `safe_merge=True`, "peft-half" as PEFT 0.7 to 0.11 and
     so LLaVA's own merges of 2024, "exact" computes in float64 and rounds once, with the same bits on every machine.
 
-    Raises UsageError for a value that an option can't have, InputError where an input is damaged, InputError or MismatchError, naming the
+    Raises UsageError for a value that an option can't have, InputError where an input is damaged or the base is quantised or of a family
+    that nothing here reads, InputError or MismatchError, naming the
     tensors, where an adapter's tensor has no place in the base or does not fit it, HubError where the Hub can't serve one.
     """
     dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
     base, weighted = opened(base, "base"), _weighted(adapters)
-    refuse_kind(quantised_kind(base), base, "base")
+    refuse_kind(kind_of(base), base, "base")
     tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
     untied = _untie(base, tensors, weighted)
     places: defaultdict[str, Placed] = defaultdict(Placed)
@@ -253,7 +256,7 @@ def _finish(
     scale: float,
 ) -> Checkpoint:
     """Config and small files: LLaVA's from its adapter, repaired; otherwise the base's, with what the merge changed."""
-    llava = next((adapter for adapter, _ in adapters if "mm_vision_tower" in adapter.config), None)
+    llava = next((adapter for adapter, _ in adapters if any(key in adapter.config for key in TOWER_KEYS)), None)
     dtype = main_dtype(tensors)
     if layout_of(tensors) == "llava":
         config, files, repairs = _llava_files(base, llava, tensors, dtype)
@@ -267,7 +270,7 @@ def _finish(
         _summary(adapters, tensors, base),
         repairs=repairs,
         notes=(*(() if base.history else base.notes), *notes),
-        warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not config.get("mm_vision_tower") else (),
+        warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not named_tower(config) else (),
         checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
     )
     return Checkpoint(tensors, config, base.origin, files, (*base.history, step))

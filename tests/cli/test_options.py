@@ -112,6 +112,7 @@ RAY = Elsewhere("write/test_executors.py", "test_the_contract_of_an_executor_on_
 STRICT = Elsewhere("test_verdicts.py", "test_strict_and_allow")
 ZEROS = Elsewhere("tensors/test_holes.py", "test_every_input_of_every_command")
 ACCEPTED = Elsewhere("checkpoint/test_tower.py", "test_a_published_tower_that_is_not_the_named_one_is_refused")
+LOSSY = Elsewhere("transforms/test_video_llava.py", "test_nothing_is_lost_without_a_word")
 THREADS = Elsewhere("checks/test_diff.py", "test_jobs_change_no_number_and_windows_stay_small")
 Case = Changes | Refused | Elsewhere
 
@@ -164,6 +165,7 @@ def layout(context: str, converting: str) -> dict[str, list[Case]]:
     cases["--vision-tower"] += [Changes(converting, f"--vision-tower {CLIP_42}")]
     cases["--projector-form"] = cases["--projector-form"][:1]
     cases["--accept-tower"] = [Refused(context, "--accept-tower"), ACCEPTED]
+    cases["--lossy"] = [Refused(context, "--lossy"), LOSSY]
     return cases
 
 
@@ -220,6 +222,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
             Refused("convert, plan", "--image-aspect wide"),
         ],
         "--accept-tower": [Refused("convert llava-hf", "--accept-tower"), ACCEPTED],
+        "--lossy": [Refused("convert llava-hf", "--lossy"), Refused("convert to llava", "--lossy"), LOSSY],
         "--to": [Changes("convert, plan", "--to llava"), Refused("convert, plan", "--to gguf")],
         "--delta": [Changes("convert a base", f"--delta {DELTA}")],
         "--accept-base": [Changes("convert another base", "--accept-base"), Refused("convert, plan", "--accept-base")],

@@ -204,6 +204,13 @@ def tokenize(job: Json) -> Json:
     return {"fast": [fast(text).input_ids for text in job["texts"]], "slow": [slow(text).input_ids for text in job["texts"]]}
 
 
+def video_llava(job: Json) -> Json:
+    """A converted Video-LLaVA beside a splice of its original's parts."""
+    import run_video_llava  # whose class came with 4.41
+
+    return run_video_llava.run(job)
+
+
 def attempt(task: Callable[[Json], Json], job: Json) -> Json:
     try:
         return task(job)
@@ -213,5 +220,5 @@ def attempt(task: Callable[[Json], Json], job: Json) -> Json:
 
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[2]).read_text())
-    task = {"read": read, "compare": compare, "convert": convert, "tokenize": tokenize}[sys.argv[1]]
+    task = {"read": read, "compare": compare, "convert": convert, "tokenize": tokenize, "video_llava": video_llava}[sys.argv[1]]
     sys.stdout.write(json.dumps({name: attempt(task, job) for name, job in jobs.items()}))

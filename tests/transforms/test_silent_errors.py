@@ -147,6 +147,13 @@ def test_a_newline_that_is_in_no_file_is_refused_and_a_fault(fixtures: Path, tmp
         assert "image_newline" in failed(folder)["config/newline"]
 
 
+def test_a_newline_of_another_class_is_refused_and_a_fault(fixtures: Path, tmp_path: Path) -> None:
+    folder = configured(copied(fixtures / NEXT, tmp_path / "there"), model_type="llava", architectures=["LlavaForConditionalGeneration"])
+    with pytest.raises(InputError, match=r"is not the llava that its config\.json says: `image_newline` is a tensor of llava_next"):
+        lw.convert(folder, "llava-hf")
+    assert "`image_newline` is a tensor of llava_next" in failed(folder)["config/contradictions"]
+
+
 def test_a_merge_that_leaves_the_newline_out_is_refused(fixtures: Path, tmp_path: Path) -> None:
     lora = copied(fixtures / "B-lora/llava-v1.5-tiny-lora", tmp_path / "lora")
     configured(lora, image_aspect_ratio="anyres", mm_patch_merge_type="spatial_unpad", image_grid_pinpoints="[(28, 56)]")
