@@ -119,7 +119,7 @@ def open_tower(checkpoint: Checkpoint) -> VisionTower:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type"))), "lacks": f"`{PATCH}`"}
         hint = f"give the repository or folder of the {TOWER_TITLES} that the model was trained with"
         raise InputError(f"{shown(name)} is no vision tower", facts=facts, hint=hint)
-    config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
+    config = complete_config(vision_part(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
     notes = (NO_HEAD,) if any(map(_is_head, checkpoint.tensors)) else ()
     known = same_widths(config["model_type"], config)
@@ -246,7 +246,7 @@ def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bo
         return dict(zip(COMPARED, _facts(known), strict=True)), True
     with suppress(InputError):  # a folder of that name may be no tower
         if local := _local_config(named, near):
-            config = complete_config(_vision_config(local, named), source=shown(named))
+            config = complete_config(vision_part(local, named), source=shown(named))
             return config, recognised(config) is not None
     return None, False
 
@@ -401,7 +401,7 @@ def _look_up(found: TowerSizes, model: Checkpoint | None, reference: VisionTower
         source = shown(reference.origin.name) if reference.origin else "the given tower"
         return *_borrowed(reference.config, found, source), reference.whole_layers
     if local := _local_config(named, near):
-        config = complete_config(_vision_config(local, named), source=shown(named))
+        config = complete_config(vision_part(local, named), source=shown(named))
         return *_borrowed(config, found, shown(named)), config["num_hidden_layers"]
     hidden = found.sizes["hidden_size"]
     measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
@@ -451,7 +451,7 @@ def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
     return next((load_object(member(folder, "config.json")) for folder in folders if present(folder / "config.json")), None)
 
 
-def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def vision_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The vision tower's config in a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in TOWER_BY_REPOSITORY:

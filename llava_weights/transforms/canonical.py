@@ -25,7 +25,7 @@ from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.rope import check_rope
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds
-from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint
+from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint, vision_part
 from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
 from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
@@ -80,10 +80,10 @@ def to_canonical(
     tensors = _canonical_tensors(checkpoint, dtype)
     hub = checkpoint.layout == "llava-hf"
     _check_newline(checkpoint, tensors)
-    bare = hub and checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in BIASES)
+    bare = checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in (*BIASES, LINEAR_NAMES[1]))
     tensors |= zero_biases(tensors) if bare else {}
     given = open_tower(tower) if tower else None
-    vision = checkpoint.config.get("vision_config") if hub else None
+    vision = checkpoint.config.get("vision_config") if hub else _own_config(checkpoint)
     own = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given)
     if own is None and given is None:
         raise InputError(
@@ -122,7 +122,7 @@ def to_canonical(
     repairs = (*quantization_notes(checkpoint.config), *repairs) if hub else repairs
     families = _families({**before, **config}, chosen, tensors, hub_target)
     _check_shapes(config, tensors, chosen, target)
-    activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
+    activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION))
     doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, tensors)))
     repairs = (*stale, *(_image_id(checkpoint, tokenizer) if hub and asked is None else ()), *repairs)
     return Model(tensors, chosen, target, families, config, tokenizer, activation, rows, repairs, doubts, bare)
@@ -147,6 +147,12 @@ def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical,
         hint = "`anyres` (LLaVA-NeXT) and `anyres_max_N` on a SigLIP (LLaVA-OneVision) come with `spatial_unpad` and an `image_newline`"
         raise InputError("images in tiles, joined in a way that no known LLaVA does", facts=facts, hint=hint)
     return found
+
+
+def _own_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The config that the tower has in a folder of its own, None where it has none."""
+    found = checkpoint.folders.vision_config if checkpoint.folders else None
+    return None if found is None else vision_part(found, checkpoint.origin.name)
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:

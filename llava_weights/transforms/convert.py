@@ -16,7 +16,7 @@ from ..checkpoint.added_tokens import listed_tokens, without_stale_list
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
-from ..checkpoint.hf_config import KEPT_BACK, REPOSITORY, STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
+from ..checkpoint.hf_config import KEPT_BACK, PROJECTOR_STATED, REPOSITORY, STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
 from ..checkpoint.hf_tokenizer import original_tokenizer
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings, stored_settings
 from ..checkpoint.prompt import likely_prompt, own_template
@@ -35,6 +35,7 @@ from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text, shown
 from .canonical import BIASES, Canonical, Model, to_canonical
+from .lora import with_own_adapters
 from .projector import paired, single
 
 TO_LAYOUTS = ("llava-hf", "llava")
@@ -92,7 +93,8 @@ def convert(
     }
     given = {key: value for key, value in hub.items() if value is not None}
     dtype = check_conversion(to, dtype=dtype, **given, tower_name=tower_name)
-    model, clip = opened(checkpoint, "checkpoint"), opened(tower, "tower") if tower is not None else None
+    model, clip = opened(checkpoint, "checkpoint", unmerged=True), opened(tower, "tower") if tower is not None else None
+    model, clip = with_own_adapters(model, clip)
     if to == "llava-hf":
         return to_llava_hf(model, tower=clip, dtype=dtype, accept_tower=accept_tower, **given)  # type: ignore[arg-type]
     return to_llava(model, tower=clip, tower_name=tower_name, conv_mode=conv_mode, dtype=dtype, accept_tower=accept_tower)
@@ -421,7 +423,7 @@ def _named(named: object, place: str | None) -> Iterator[str]:
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str, *, pad: int | None) -> dict[str, Any]:
     """The original's config with the values that changed; a tower that it named keeps its name."""
-    config = {key: value for key, value in model.config.items() if key not in STATED}
+    config = {key: value for key, value in model.config.items() if key not in (*STATED, *PROJECTOR_STATED)}
     named = name or config.get("mm_vision_tower")
     config |= {"mm_projector_type": projector, "mm_vision_tower": named, "unfreeze_mm_vision_tower": True, "vocab_size": rows}
     config |= {"tie_word_embeddings": model.tied, "torch_dtype": TORCH_DTYPE[dtype]}
