@@ -184,7 +184,12 @@ def _verdict(checkpoint: Checkpoint, given: str, kind: Kind | None) -> tuple[str
         try:
             folders.refuse(checkpoint.origin.name)
         except InputError as error:
-            return f"{title}, without its {' and its '.join(PART_TITLES[part] for part in folders.missing)}", False, _told(folders), error.hint or ""
+            return (
+                f"{title}, without its {' and its '.join(PART_TITLES[part] for part in folders.missing)}",
+                False,
+                _told(folders),
+                error.hint or "",
+            )
         if layout != "llava":
             return title, False, _told(folders), following
     if layout not in ("llama", "llava"):

@@ -206,7 +206,9 @@ def _projector(found: WeightFiles, config: Mapping[str, Any], width: int | None)
     last = found.tensors[f"model.{2 * depth - 2}.weight"]
     if width is not None and last.shape[:1] != (width,):
         facts = {"projector": f"{list(last.shape)}", "text model": f"{width} wide"}
-        raise InputError("the projector does not lead into this text model", facts=facts, hint="give the projector and text model of one training")
+        raise InputError(
+            "the projector does not lead into this text model", facts=facts, hint="give the projector and text model of one training"
+        )
     tensors = {}
     for name, tensor in found.tensors.items():
         place, kind = name.split(".")[1:]

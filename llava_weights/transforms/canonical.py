@@ -25,7 +25,18 @@ from ..checkpoint.processor import original_vision_settings
 from ..checkpoint.rope import check_rope
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import SpecialIds
-from ..checkpoint.tower import Doubts, VisionTower, check_kept, check_tower, named_tower, open_tower, own_tower, recognised, tower_hint, vision_part
+from ..checkpoint.tower import (
+    Doubts,
+    VisionTower,
+    check_kept,
+    check_tower,
+    named_tower,
+    open_tower,
+    own_tower,
+    recognised,
+    tower_hint,
+    vision_part,
+)
 from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
 from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled

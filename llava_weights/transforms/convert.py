@@ -16,7 +16,18 @@ from ..checkpoint.added_tokens import listed_tokens, without_stale_list
 from ..checkpoint.chat_template import chat_template, choose, example
 from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
-from ..checkpoint.hf_config import KEPT_BACK, PROJECTOR_STATED, REPOSITORY, STATED, Tokens, kept_config, left_out, llava_hf_config, pinpoints, select_layer
+from ..checkpoint.hf_config import (
+    KEPT_BACK,
+    PROJECTOR_STATED,
+    REPOSITORY,
+    STATED,
+    Tokens,
+    kept_config,
+    left_out,
+    llava_hf_config,
+    pinpoints,
+    select_layer,
+)
 from ..checkpoint.hf_tokenizer import original_tokenizer
 from ..checkpoint.processor import VIDEO_PREPROCESSOR, processor_files, read_image_settings, stored_settings
 from ..checkpoint.prompt import likely_prompt, own_template

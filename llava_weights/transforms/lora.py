@@ -108,7 +108,9 @@ def with_own_adapters(checkpoint: Checkpoint, tower: Checkpoint | None = None) -
     given = {name: open_adapter(path) for name, path in folders.adapters.items()}
     checkpoint = replace(checkpoint, folders=replace(folders, adapters={}))
     inside = holds_tower(checkpoint)
-    own = [_of_tower(adapter) if ADAPTERS[name] == TOWER else adapter for name, adapter in given.items() if inside or ADAPTERS[name] != TOWER]
+    own = [
+        _of_tower(adapter) if ADAPTERS[name] == TOWER else adapter for name, adapter in given.items() if inside or ADAPTERS[name] != TOWER
+    ]
     if own:
         merged = merge_lora(checkpoint, own)
         checkpoint = replace(merged, config={**checkpoint.config, **merged.config})
