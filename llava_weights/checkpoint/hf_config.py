@@ -270,7 +270,7 @@ def original_config(
         "eos_token_id": tokens.eos,
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": "pad",
-        "mm_hidden_size": tower.hidden,
+        "mm_hidden_size": tower.hidden * (len(stated) if isinstance(stated, list) else 1),
         "mm_projector_type": projector,
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,

@@ -24,7 +24,7 @@ from ..errors import InputError, UsageError
 from ..families.decoders import DECODERS, LLAVA_DEFAULTS
 from ..families.files import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
 from ..families.layouts import canonical
-from ..families.projectors import PROJECTOR_FORMS
+from ..families.projectors import PROJECTOR_FORMS, STACK_OF_ONE_TYPE, projector_type
 from ..families.targets import TARGET_DEFAULTS
 from ..families.towers import TOWER_BY_TYPE, TOWERS
 from ..findings import Finding
@@ -171,7 +171,7 @@ def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None,
     """`original` as a conversion to llava-hf with the options of `like` writes it; itself, for its text config alone, where that fails."""
     name = shown(original.origin.name)
     forms = {act: form for form, act in PROJECTOR_FORMS.items()}
-    single = any(canonical(name) == "projector.weight" for name in original.tensors)  # which alone has forms
+    single = projector_type(map(canonical, original.tensors)) in ("linear", STACK_OF_ONE_TYPE)  # which alone have forms
     options: dict[str, Any] = {"vocab_size": table_rows(like) or None}
     options["projector_form"] = forms.get(str(like.config.get("projector_hidden_act"))) if single else None
     if tower is None and not any(canonical(name).startswith("tower.") for name in original.tensors):

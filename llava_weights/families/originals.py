@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .decoders import DECODERS
+from .projectors import STACK_OF_ONE_TYPE
 from .prompts import CONVERSATIONS
 from .targets import ANYRES_MAX
 from .targets import TARGET_BY_TYPE as TARGETS
@@ -84,7 +85,7 @@ SIGLIP_IMAGES = {
     "image_aspect_ratio": ("pad", "square", "anyres", None)
 }  # LLaVA-NeXT-Interleave, a Qwen, says `anyres`, but takes whole images
 CHATML, LLAMA_3, PHI_3 = "<|im_start|>", "<|start_header_id|>", "<|end|>"
-MLP_PROJECTOR = {"mm_projector_type": ("mlp2x_gelu",)}
+MLP_PROJECTOR = {"mm_projector_type": ("mlp2x_gelu", STACK_OF_ONE_TYPE)}
 LINEAR_PROJECTOR = {"mm_projector_type": ("linear", None)}
 MARKED_IMAGES = {**LINEAR_PROJECTOR, "mm_use_im_start_end": (True,)}
 

@@ -38,7 +38,7 @@ from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
 from ..families.originals import of_tokens
-from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES, projector_type
+from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES, STACK_OF_ONE, STACK_OF_ONE_TYPE, projector_type
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import VOCABULARY_MULTIPLE
 from ..storage.strict_json import json_bytes
@@ -153,9 +153,9 @@ def to_llava_hf(
     tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
     tensors, activation, form = _two_layers(model, projector_form)
     notes = list(model.tower.notes)
-    if tiles:
+    if tiles and checkpoint.layout == "llava":
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
-    elif tensors.pop("newline", None) is not None:
+    elif not tiles and tensors.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
     bare = model.bare and not form
     tensors = {name: tensor for name, tensor in tensors.items() if not (bare and name in BIASES)}
@@ -231,6 +231,9 @@ def to_llava(
         tensors = {name: tensor for name, tensor in tensors.items() if name not in PROJECTOR_NAMES} | dict(
             zip(LINEAR_NAMES, one, strict=True)
         )
+    if model.config.get("mm_projector_type") == STACK_OF_ONE_TYPE:
+        stack = dict(zip(LINEAR_NAMES, STACK_OF_ONE, strict=True))
+        tensors = {stack.get(name, name): tensor for name, tensor in tensors.items()}
     projector = projector_type(tensors)
     small, _ = without_stale_list(checkpoint.files)
     others = model.target.tokens.values()

@@ -134,8 +134,9 @@ def _of_tower(adapter: Adapter) -> Adapter:
         return spelled(f"tower.{name.removeprefix('vision_model.')}", "llava")
 
     modules = tuple(replace(module, name=inside(module.name)) for module in adapter.modules)
-    whole, rows = ({inside(name): value for name, value in found.items()} for found in (adapter.replacements, adapter.rows))
-    return replace(adapter, modules=modules, replacements=whole, rows=rows)
+    replacements = {inside(name): tensor for name, tensor in adapter.replacements.items()}
+    rows = {inside(name): found for name, found in adapter.rows.items()}
+    return replace(adapter, modules=modules, replacements=replacements, rows=rows)
 
 
 def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | None:
