@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..families.decoders import DECODER_BY_TYPE
 from ..families.files import ADAPTER_CONFIG, TRAINER_STATE, WEIGHT_SUFFIXES
-from ..families.layouts import DROPPED, spelled
-from ..families.projectors import PROJECTOR_ACTIVATION
+from ..families.layouts import DROPPED, canonical, spelled
+from ..families.projectors import PROJECTOR_ACTIVATION, projector_type
 from ..families.towers import BESIDE_TOWER
 from ..families.xtuner import (
     ADAPTERS,
@@ -124,6 +124,11 @@ def join_parts(folder: Path, names: tuple[str, ...]) -> Joined:
         raise InputError(f"{shown(folder.name)} holds adapters of a LLaVA alone", facts={"folders": listed(names)}, hint=WHOLE)
     config = _llava_config(_config(text_place) if text_place else {}, vision or {}, bases.get(TOWER, ""))
     config |= settings | {"unfreeze_mm_vision_tower": tower is not None or TOWER in bases}
+    merging = tuple(
+        f"`{name}` is an adapter of the {PART_TITLES[ADAPTERS[name]]}, which is merged when it is converted"
+        for name in ADAPTERS
+        if name in names
+    )
     folders = PartFolders(
         names,
         adapters={name: folder / name for name in ADAPTERS if name in names},
@@ -131,7 +136,8 @@ def join_parts(folder: Path, names: tuple[str, ...]) -> Joined:
         missing=tuple(part for part, found in ((LLM, text), (PROJECTOR, projector)) if found is None),
         base=bases.get(LLM, ""),
     )
-    return Joined(_together(weights, tensors, folder), dict(sorted(config.items())), folders, text_place, tower_place)
+    whole = _together(weights, tensors, folder)
+    return Joined(replace(whole, notes=(*whole.notes, *merging)), dict(sorted(config.items())), folders, text_place, tower_place)
 
 
 def _together(weights: list[WeightFiles], tensors: Mapping[str, LazyTensor], folder: Path) -> WeightFiles:
@@ -204,7 +210,9 @@ def _projector(found: WeightFiles, config: Mapping[str, Any], width: int | None)
         facts = {"depth, bias": f"{shown(str(depth))}, {shown(str(bias))}", "tensors": few(found.tensors)}
         raise InputError(f"the tensors of `{PROJECTOR}` are not those that its config.json describes", facts=facts, hint=WHOLE)
     last = found.tensors[f"model.{2 * depth - 2}.weight"]
-    if width is not None and last.shape[:1] != (width,):
+    if odd := [name for name in wanted if len(found.tensors[name].shape) != (2 if name.endswith("weight") else 1)]:
+        raise InputError(f"`{PROJECTOR}` holds tensors of no Linear: {few(odd)}", hint=WHOLE)
+    if width is not None and last.shape[0] != width:
         facts = {"projector": f"{list(last.shape)}", "text model": f"{width} wide"}
         raise InputError(
             "the projector does not lead into this text model", facts=facts, hint="give the projector and text model of one training"
@@ -219,6 +227,7 @@ def _projector(found: WeightFiles, config: Mapping[str, Any], width: int | None)
     settings: dict[str, Any] = {"mm_vision_select_layer": layer, "vision_feature_layer": layer}
     if told["hidden_act"] != PROJECTOR_ACTIVATION and depth > 1:
         settings["projector_hidden_act"] = told["hidden_act"]
+    settings |= {"mm_projector_type": projector_type(map(canonical, tensors)), "mm_hidden_size": found.tensors["model.0.weight"].shape[-1]}
     return tensors, settings | ({} if bias else {"multimodal_projector_bias": False})
 
 

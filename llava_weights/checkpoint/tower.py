@@ -136,7 +136,8 @@ def own_tower(
 ) -> VisionTower | None:
     """The tower among the tensors of a LLaVA in any layout, None where there is none.
 
-    `vision_config` is that of a llava-hf config.json. Without one the sizes come from the shapes, and the heads from the config of
+    `vision_config` is that of a llava-hf config.json; of a `model` in folders of its parts it is that of the tower's folder. Without one
+    the sizes come from the shapes, and the heads from the config of
     `reference` (whose tensors are not used), from the config.json of the local folder that `model`'s config names, from a published
     tower of the same widths, or from 64 channels a head, in this order. Raises InputError where the heads stay unknown, a tensor is
     missing or unknown, or `vision_config` disagrees; MismatchError where another config does.
@@ -148,6 +149,8 @@ def own_tower(
     if not own:
         return None
     sizes = _measure(own, name)
+    if vision_config is None and model and model.folders and model.folders.vision_config is not None:
+        vision_config = vision_part(model.folders.vision_config, name)
     if vision_config is None:
         config, note, layers = _look_up(sizes, model, reference)
     else:

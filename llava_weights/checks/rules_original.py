@@ -124,7 +124,8 @@ def _projector(s: SmallFiles) -> Iterator[str]:
 
 
 def _tower_name(s: SmallFiles) -> Iterator[str]:
-    if not isinstance(s.of(CONFIG).get("mm_vision_tower"), str):
+    beside = s.checkpoint.folders and s.checkpoint.folders.vision_config  # the tower has a folder of its own, and no code asks for a name
+    if not beside and not isinstance(s.of(CONFIG).get("mm_vision_tower"), str):
         yield "`mm_vision_tower` is missing: LLaVA's code then loads a text model without images"
 
 

@@ -35,7 +35,6 @@ from ..checkpoint.tower import (
     own_tower,
     recognised,
     tower_hint,
-    vision_part,
 )
 from ..errors import InputError, MismatchError
 from ..families.decoders import DECODERS
@@ -103,7 +102,7 @@ def to_canonical(
     bare = checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in (*BIASES, LINEAR_NAMES[1]))
     tensors |= zero_biases(tensors) if bare else {}
     given = open_tower(tower) if tower else None
-    vision = checkpoint.config.get("vision_config") if hub else _own_config(checkpoint)
+    vision = checkpoint.config.get("vision_config") if hub else None
     own = own_tower(checkpoint.tensors, vision_config=vision, model=checkpoint, reference=given)
     if own is None and given is None:
         raise InputError(
@@ -170,12 +169,6 @@ def _families(config: Mapping[str, Any], tower: VisionTower, tensors: Canonical,
         hint = "`anyres` (LLaVA-NeXT) and `anyres_max_N` on a SigLIP (LLaVA-OneVision) come with `spatial_unpad` and an `image_newline`"
         raise InputError("images in tiles, joined in a way that no known LLaVA does", facts=facts, hint=hint)
     return found
-
-
-def _own_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
-    """The config that the tower has in a folder of its own, None where it has none."""
-    found = checkpoint.folders.vision_config if checkpoint.folders else None
-    return None if found is None else vision_part(found, checkpoint.origin.name)
 
 
 def _check_kind(checkpoint: Checkpoint) -> None:

@@ -220,6 +220,23 @@ def test_nothing_else_takes_it_before_its_adapters_are_merged(tmp_path: Path) ->
             act()
 
 
+def test_every_check_reads_it_as_it_lies(tmp_path: Path) -> None:
+    folders, _ = toy(tmp_path, "decoder", decoder="mistral")
+    assert [each.text for each in lw.verify(folders).findings if each.verdict == "failed"] == []
+    hub = tmp_path / "hub"
+    written(lw.convert(folders, "llava-hf"), hub)
+    assert lw.smoke_test(hub, original=folders).exit_code == 0
+    written(lw.convert(folders, "llava"), tmp_path / "out")
+    assert lw.diff(folders, tmp_path / "out").equal
+    lw.checksum(folders)
+    assert lw.verify(folders, deep=True).exit_code == 0
+    layers = load_file(folders / "projector/model.safetensors")
+    write(folders / "projector/model.safetensors", {name: value + 1 for name, value in layers.items()})
+    assert any("projector/model.safetensors" in each.text for each in lw.verify(folders, deep=True).findings if each.verdict == "failed")
+    low_rank(folders / "llm_adapter", TEXT_MODULES)
+    assert any("`llm_adapter`" in each.text for each in lw.verify(folders).findings if each.verdict != "ok")
+
+
 # --- what is missing, or of no use ------------------------------------------------------------------------------------
 
 
