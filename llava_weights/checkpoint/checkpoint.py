@@ -53,6 +53,12 @@ class Origin:
         """Whether the weights are read over the network."""
         return any(file.remote for file in self.files)
 
+    @property
+    def by_name(self) -> dict[str, SourceFile]:
+        """The weight files by name; by their paths in `path` where they lie in several folders, in which names repeat."""
+        several = len({os.path.dirname(file.path) for file in self.files}) > 1
+        return {os.path.relpath(file.path, self.path) if several else file.name: file for file in self.files}
+
 
 @dataclass(frozen=True)
 class Step:

@@ -18,7 +18,7 @@ from ..families.decoders import DECODER_BY_TYPE
 from ..families.files import ADAPTER_CONFIG, TRAINER_STATE, WEIGHT_SUFFIXES
 from ..families.layouts import DROPPED, canonical, spelled
 from ..families.projectors import PROJECTOR_ACTIVATION, projector_type
-from ..families.towers import BESIDE_TOWER
+from ..families.towers import BESIDE_TOWER, HUB_TOWERS, TOWER_BY_TYPE
 from ..families.xtuner import (
     ADAPTERS,
     FOLDERS,
@@ -237,10 +237,16 @@ def _tower(found: WeightFiles) -> dict[str, LazyTensor]:
     return {spelled(f"tower.{name.removeprefix('vision_model.')}", "llava"): tensor for name, tensor in own.items()}
 
 
+def _published(vision: Mapping[str, Any]) -> str:
+    """The published tower of this kind, width and image size, empty where there is none."""
+    row = TOWER_BY_TYPE.get(str(vision.get("model_type")))
+    return HUB_TOWERS.get((row.kind, vision.get("hidden_size", 0), vision.get("image_size", 0)), "") if row else ""
+
+
 def _llava_config(text: Mapping[str, Any], vision: Mapping[str, Any], base: str) -> dict[str, Any]:
     """The text model's config as LLaVA's own code would write it for such a LLaVA."""
     decoder = DECODER_BY_TYPE.get(str(text.get("model_type")))
     named = vision.get("_name_or_path")
-    tower = named if isinstance(named, str) and REPO.fullmatch(named) else base
+    tower = named if isinstance(named, str) and REPO.fullmatch(named) else base or _published(vision)
     kind = {"model_type": decoder.original_types[0], "architectures": [decoder.original_architectures[0]]} if decoder else {}
     return {**text, **SETTINGS, **kind, **({"mm_vision_tower": tower} if tower else {})}

@@ -164,9 +164,8 @@ def read_reference(reference: Reference, *, jobs: int = 2, on_event: Listener = 
     checkpoint = reference.checkpoint
     if checkpoint is None or reference.tensors is not None:
         return reference, []
-    reading = rehash(
-        {Path(file.path).name: Path(file.path) for file in checkpoint.origin.files}, checkpoint.tensors, jobs=jobs, on_event=on_event
-    )
+    files = {name: Path(file.path) for name, file in checkpoint.origin.by_name.items()}
+    reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
     if reading.damaged:
         raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=GET_AGAIN)
     stale = f"the manifest beside {reference.label}"

@@ -231,7 +231,8 @@ def _compare(checked: SmallFiles, reference: SmallFiles, result: _Comparison) ->
     )  # values that are not the defaults differ below
     if checked.has(GENERATION_CONFIG) or reference.has(GENERATION_CONFIG):
         result.values(GENERATION_CONFIG, _generation(checked), _generation(reference))
-    if result.there(PREPROCESSOR, bool(image_settings(checked)), bool(image_settings(reference))):
+    beside = reference.checkpoint.folders is not None  # in the tower's folder, where LLaVA's own code takes them from the tower it names
+    if result.there(PREPROCESSOR, bool(image_settings(checked)), bool(image_settings(reference)), instead=beside):
         result.values(PREPROCESSOR, _preprocessor(image_settings(checked)), _preprocessor(image_settings(reference)))
     if result.there(PROCESSOR, checked.has(PROCESSOR), reference.has(PROCESSOR)):
         result.values(PROCESSOR, _processor(checked), _processor(reference))

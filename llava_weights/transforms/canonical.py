@@ -113,7 +113,7 @@ def to_canonical(
     chosen = own or given
     assert chosen is not None
     doubts = check_tower(checkpoint, chosen, accept=accept_tower) if own is None else Doubts()
-    if hub and own and given:
+    if (hub or checkpoint.folders) and own and given:
         doubts = Doubts(notes=(check_kept(own, given, checkpoint.origin.name),))
     main = dtype or main_dtype(checkpoint.parameters())
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("tower.")}

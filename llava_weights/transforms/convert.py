@@ -190,7 +190,7 @@ def to_llava_hf(
         "convert",
         _inputs(checkpoint, model),
         _given(to="llava-hf", projector_form=form, dtype=dtype, conv_mode=prompt.name, image_token=image_token, image_aspect=image_aspect),
-        _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
+        _given(convert=f"{_layout_of(checkpoint)} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *changed, *model.tokenizer.notes),
         notes=(
             *_first_notes(checkpoint),
@@ -252,7 +252,7 @@ def to_llava(
         "convert",
         _inputs(checkpoint, model),
         _given(to="llava", dtype=dtype, tower_name=tower_name, conv_mode=conv_mode),
-        _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
+        _given(convert=f"{_layout_of(checkpoint)} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
         notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *_named(named, place), *doubts.notes),
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,)), *_other_layer(model, config)),
@@ -477,6 +477,10 @@ def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _first_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     return () if checkpoint.history else checkpoint.notes
+
+
+def _layout_of(checkpoint: Checkpoint) -> str:
+    return "xtuner's folders" if checkpoint.folders else checkpoint.layout
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -226,8 +226,11 @@ def test_every_check_reads_it_as_it_lies(tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     written(lw.convert(folders, "llava-hf"), hub)
     assert lw.smoke_test(hub, original=folders).exit_code == 0
-    written(lw.convert(folders, "llava"), tmp_path / "out")
+    written(lw.convert(folders, "llava", tower_name="owner/tower"), tmp_path / "out")
     assert lw.diff(folders, tmp_path / "out").equal
+    assert lw.verify(hub, against=folders).exit_code == 0
+    wrong = [each.text for each in lw.verify(tmp_path / "out", against=folders).findings if each.verdict == "failed"]
+    assert all(text.startswith("`pad_token_id`") for text in wrong)  # which the text model's config leaves out
     lw.checksum(folders)
     assert lw.verify(folders, deep=True).exit_code == 0
     layers = load_file(folders / "projector/model.safetensors")
