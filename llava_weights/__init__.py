@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from .checkpoint.inspect import Inspection as Inspection
     from .checkpoint.inspect import inspect as inspect
+    from .checkpoint.part_folders import PartFolders as PartFolders
     from .checks.diff import Difference as Difference
     from .checks.diff import TensorDifference as TensorDifference
     from .checks.diff import diff as diff
@@ -93,6 +94,7 @@ _FROM = {
         "apply_delta",
         "make_delta",
     ),
+    "checkpoint.part_folders": ("PartFolders",),
     "transforms.adapter": (
         "Adapter",
         "Module",

@@ -26,6 +26,7 @@ from ..storage.remote import is_remote, shadowed
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
 from ..text import brief, legible, listed, redact, redacted, scheme_of, shown, size
+from .part_folders import PartFolders, find_parts, join_parts
 from .stored_names import model_names
 
 LARGEST_OBJECT = 1 << 20  # bytes of a small file, where no other limit is given
@@ -51,6 +52,12 @@ class Origin:
     def remote(self) -> bool:
         """Whether the weights are read over the network."""
         return any(file.remote for file in self.files)
+
+    @property
+    def by_name(self) -> dict[str, SourceFile]:
+        """The weight files by name; by their paths in `path` where they lie in several folders, in which names repeat."""
+        several = len({os.path.dirname(file.path) for file in self.files}) > 1
+        return {os.path.relpath(file.path, self.path) if several else file.name: file for file in self.files}
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
     notes: tuple[str, ...] = ()
     wrapped: str = ""  # what a wrapper put into the names in its files, which `tensors` leaves out
+    folders: PartFolders | None = None  # of a checkpoint that lies in folders of its parts, as xtuner's do
 
     def __repr__(self) -> str:
         done = f", by {brief(', '.join(step.operation for step in self.history))}" if self.history else ""
@@ -159,11 +167,18 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
 Source = Checkpoint | str | Path  # what public functions take as a checkpoint: an open one, or its path, Hub name or address
 
 
-def opened(source: Source, role: str, *, whole: bool = False) -> Checkpoint:
-    """`source` as a checkpoint, opened if it is not open yet. Raises UsageError for what is no source, and as `open_checkpoint`."""
-    if isinstance(source, Checkpoint):
-        return source
-    return open_checkpoint(to_place(source, role), whole=whole)
+def opened(source: Source, role: str, *, whole: bool = False, unmerged: bool = False) -> Checkpoint:
+    """`source` as a checkpoint, opened if it is not open yet.
+
+    Raises UsageError for what is no source, InputError unless `unmerged` where a part is missing or adapters in its folders are still to
+    be merged, and as `open_checkpoint`."""
+    found = source if isinstance(source, Checkpoint) else open_checkpoint(to_place(source, role), whole=whole)
+    if found.folders and not unmerged:
+        found.folders.refuse(found.origin.name)
+        if found.folders.adapters:
+            what = f"the {role} {shown(found.origin.name)} has adapters that are still to be merged: {listed(found.folders.adapters)}"
+            raise InputError(what, hint=f"merge them first, as `convert {found.origin.name} --to llava-hf -o OUT` does")
+    return found
 
 
 def to_place(source: object, role: str) -> str | Path:
@@ -230,6 +245,8 @@ def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
 
 def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
+    if path.is_dir() and (parts := find_parts(path, layout_of)):
+        return _open_parts(path, parts, name=name, revision=revision)
     try:
         found = index_folder(path) if path.is_dir() else index_file(path)
     except InputError as error:
@@ -250,6 +267,28 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
         metadata=found.metadata,
         notes=(*found.notes, *renamed, *notes),
         wrapped=wrapped,
+    )
+
+
+def _open_parts(path: Path, parts: tuple[str, ...], *, name: str, revision: str | None) -> Checkpoint:
+    """The checkpoint in folders of its parts: tokenizer and generation config of the text model, image processor of the tower."""
+    joined = join_parts(path, parts)
+    tensors, wrapped, renamed = model_names(joined.weights.tensors, joined.config)
+    files, notes = _small_files(path)
+    for place, kinds in ((joined.text_place, (*TOKENIZER_FILES, *CONFIG_FILES[1:])), (joined.tower_place, PROCESSOR_FILES)):
+        if place is not None and place != path:
+            more, others = _small_files(place)
+            files |= {file: found for file, found in more.items() if file in kinds or (file not in files and file not in PROCESSOR_FILES)}
+            notes = (*notes, *others)
+    return Checkpoint(
+        tensors=tensors,
+        config=joined.config,
+        origin=Origin(redact(legible(name)), path.absolute(), joined.weights.container, joined.weights.files, revision),
+        files=files,
+        metadata=joined.weights.metadata,
+        notes=(*joined.weights.notes, *renamed, *notes),
+        wrapped=wrapped,
+        folders=joined.folders,
     )
 
 

@@ -26,7 +26,8 @@ from .tower import VisionTower
 
 # What a llava-hf config says of the features of its tower, and the original's can't say in full: it stands beside the words of the latter.
 STATED = ("vision_feature_layer", "vision_feature_select_strategy", "projector_layernorm_eps")
-
+# And of its projector, for which the original's code leaves no choice.
+PROJECTOR_STATED = ("projector_hidden_act", "multimodal_projector_bias")
 
 REPOSITORY = r"\w[\w.-]*/\w[\w.-]*"  # a name on the Hub, no path
 # Keys of the original alone that its code reads: a llava-hf config keeps them for the way back.
@@ -272,7 +273,7 @@ def original_config(
         "eos_token_id": tokens.eos,
         "freeze_mm_mlp_adapter": False,
         "image_aspect_ratio": "pad",
-        "mm_hidden_size": tower.hidden,
+        "mm_hidden_size": tower.hidden * (len(stated) if isinstance(stated, list) else 1),
         "mm_projector_type": projector,
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,

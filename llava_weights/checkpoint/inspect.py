@@ -11,10 +11,11 @@ from ..errors import InputError, UsageError
 from ..families.deltas import KnownDelta, known_delta
 from ..families.layouts import LAYOUTS
 from ..families.targets import TARGET_BY_TYPE
+from ..families.xtuner import PART_TITLES, TITLE
 from ..formats.integer_delta import index_integer_delta, is_integer_delta
 from ..storage.reading import SourceFile
 from ..tensors.lazy import LazyTensor
-from ..text import brief, fold_names, redact, shown, size, two_columns, unquoted, visible
+from ..text import brief, fold_names, listed, redact, shown, size, two_columns, unquoted, visible
 from . import describe
 from .chat_template import written_as
 from .checkpoint import Checkpoint, Source, opened, to_place
@@ -22,6 +23,7 @@ from .config import known_decoder
 from .diagnose import State, bf16_damaged, state
 from .hf_config import flat_config
 from .kinds import Kind, kind_of
+from .part_folders import PartFolders
 from .prompt import likely_families, likely_prompt, own_template, special_texts, tower_kind
 from .tokenizer import read_special_ids
 
@@ -130,7 +132,7 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
         raise UsageError(f"`given` is of the type `{type(given).__name__}`, no text", hint="give a text, or leave it out")
     if given is None:
         given = "" if isinstance(checkpoint, Checkpoint) else str(to_place(checkpoint, "checkpoint"))
-    checkpoint = opened(checkpoint, "checkpoint")
+    checkpoint = opened(checkpoint, "checkpoint", unmerged=True)
     if is_integer_delta(checkpoint.metadata):
         described = index_integer_delta(checkpoint.tensors, checkpoint.metadata)
         checkpoint = replace(checkpoint, tensors={name: LazyTensor(dtype=d.dtype, shape=d.shape) for name, d in described.items()})
@@ -178,10 +180,23 @@ def _verdict(checkpoint: Checkpoint, given: str, kind: Kind | None) -> tuple[str
         what = f"{title}, {kind.name}" if kind.quantised else f"{kind.name}, which nothing here converts"
         return what, False, [kind.evidence], kind.hint
     following = describe.next_command(checkpoint, given or checkpoint.origin.name)
+    if folders := checkpoint.folders:
+        title = f"{TITLE}{', with adapters to be merged' if folders.adapters else ''}"
+        try:
+            folders.refuse(checkpoint.origin.name)
+        except InputError as error:
+            return (
+                f"{title}, without its {' and its '.join(PART_TITLES[part] for part in folders.missing)}",
+                False,
+                _told(folders),
+                error.hint or "",
+            )
+        if layout != "llava":
+            return title, False, _told(folders), following
     if layout not in ("llama", "llava"):
         return title, False, ["tensor names"], following
     found = state(checkpoint.parameters())
-    evidence = [*_family_evidence(checkpoint), *found.evidence]
+    evidence = [*(_told(checkpoint.folders) if checkpoint.folders else ()), *_family_evidence(checkpoint), *found.evidence]
     if found.verdict == "delta":
         known = _known(checkpoint)
         base = known.base if known else "BASE"
@@ -189,6 +204,10 @@ def _verdict(checkpoint: Checkpoint, given: str, kind: Kind | None) -> tuple[str
         return f"unapplied delta of a {'LLaVA' if layout == 'llava' else 'LLaMA'}, {checkpoint.size}", True, evidence, apply.format(base)
     place = " in Meta's layout" if checkpoint.origin.container == "meta" else ""
     return f"{title}{place}, {checkpoint.size}{_damage(checkpoint, found)}", False, evidence, following
+
+
+def _told(folders: PartFolders) -> list[str]:
+    return [f"the folders {listed(folders.names)}"]
 
 
 def _family(checkpoint: Checkpoint, specials: Collection[str]) -> str:

@@ -120,7 +120,7 @@ def open_tower(checkpoint: Checkpoint) -> VisionTower:
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type"))), "lacks": f"`{PATCH}`"}
         hint = f"give the repository or folder of the {TOWER_TITLES} that the model was trained with"
         raise InputError(f"{shown(name)} is no vision tower", facts=facts, hint=hint)
-    config = complete_config(_vision_config(checkpoint.config, name), source=f"the config.json of {shown(name)}")
+    config = complete_config(vision_part(checkpoint.config, name), source=f"the config.json of {shown(name)}")
     _check_sizes(config, _measure(named, name), source=f"the config.json of {shown(name)}")
     notes = (NO_HEAD,) if any(map(_is_head, checkpoint.tensors)) else ()
     known = same_widths(config["model_type"], config)
@@ -137,7 +137,8 @@ def own_tower(
 ) -> VisionTower | None:
     """The tower among the tensors of a LLaVA in any layout, None where there is none.
 
-    `vision_config` is that of a llava-hf config.json. Without one the sizes come from the shapes, and the heads from the config of
+    `vision_config` is that of a llava-hf config.json; of a `model` in folders of its parts it is that of the tower's folder. Without one
+    the sizes come from the shapes, and the heads from the config of
     `reference` (whose tensors are not used), from the config.json of the local folder that `model`'s config names, from a published
     tower of the same widths, or from 64 channels a head, in this order. Raises InputError where the heads stay unknown, a tensor is
     missing or unknown, or `vision_config` disagrees; MismatchError where another config does.
@@ -149,6 +150,8 @@ def own_tower(
     if not own:
         return None
     sizes = _measure(own, name)
+    if vision_config is None and model and model.folders and model.folders.vision_config is not None:
+        vision_config = vision_part(model.folders.vision_config, name)
     if vision_config is None:
         config, note, layers = _look_up(sizes, model, reference)
     else:
@@ -265,7 +268,7 @@ def _wanted(named: str, near: Path | None) -> tuple[Mapping[str, Any] | None, bo
         return dict(zip(COMPARED, _facts(known), strict=True)), True
     with suppress(InputError):  # a folder of that name may be no tower
         if local := _local_config(named, near):
-            config = complete_config(_vision_config(local, named), source=shown(named))
+            config = complete_config(vision_part(local, named), source=shown(named))
             return config, recognised(config) is not None
     return None, False
 
@@ -422,7 +425,7 @@ def _look_up(found: TowerSizes, model: Checkpoint | None, reference: VisionTower
         source = shown(reference.origin.name) if reference.origin else "the given tower"
         return *_borrowed(reference.config, found, source), reference.whole_layers
     if local := _local_config(named, near):
-        config = complete_config(_vision_config(local, named), source=shown(named))
+        config = complete_config(vision_part(local, named), source=shown(named))
         return *_borrowed(config, found, shown(named)), config["num_hidden_layers"]
     hidden = found.sizes["hidden_size"]
     measured = {"model_type": found.model_type, **found.sizes, "image_size": found.side * found.sizes["patch_size"]}
@@ -474,7 +477,7 @@ def _local_config(named: str, near: Path | None) -> Mapping[str, Any] | None:
     return next((load_object(member(folder, "config.json")) for folder in folders if present(folder / "config.json")), None)
 
 
-def _vision_config(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def vision_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The vision tower's config in a repository's config.json. Raises InputError where that describes no CLIP or SigLIP."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in TOWER_BY_REPOSITORY:

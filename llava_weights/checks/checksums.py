@@ -18,7 +18,8 @@ from ..errors import HubError, InputError, LlavaWeightsError
 from ..events import Listener
 from ..families.files import CONFIG_FILES, WEIGHT_SUFFIXES
 from ..families.layouts import DROPPED, VOCABULARY_TABLES, BaseNames, canonical
-from ..families.projectors import PROJECTOR_NAMES
+from ..families.projectors import LINEAR_NAMES as ONE_LINEAR
+from ..families.projectors import PROJECTOR_NAMES, STACK_OF_ONE
 from ..families.published import recognise
 from ..families.targets import TARGET_BY_TYPE
 from ..families.towers import BESIDE_TOWER
@@ -68,7 +69,6 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
 
 
 PUBLISHED_TABLE = "published"  # names the table in families/published.py as a reference
-ONE_LINEAR = ("projector.weight", "projector.bias")
 MOST_FAILURES = 20  # failures of one level that are listed one by one
 EQUAL_TO = "equal to"  # how the reason of an explained tensor begins, where another comparison found it equal
 GET_AGAIN = "get the file again, or repeat the command that wrote it"
@@ -164,9 +164,8 @@ def read_reference(reference: Reference, *, jobs: int = 2, on_event: Listener = 
     checkpoint = reference.checkpoint
     if checkpoint is None or reference.tensors is not None:
         return reference, []
-    reading = rehash(
-        {Path(file.path).name: Path(file.path) for file in checkpoint.origin.files}, checkpoint.tensors, jobs=jobs, on_event=on_event
-    )
+    files = {name: Path(file.path) for name, file in checkpoint.origin.by_name.items()}
+    reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
     if reading.damaged:
         raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=GET_AGAIN)
     stale = f"the manifest beside {reference.label}"
@@ -296,9 +295,7 @@ def _in_form_of(subject: Side, expected: Mapping[str, TensorEntry], jobs: int) -
     """What was read of `subject`, with its projector in the form that `expected` has: one Linear, or the two layers that stand for it in
     llava-hf. As it was read where the forms are the same, or where its layers do not stand for one Linear."""
     read, checkpoint = subject.reading.tensors, subject.checkpoint
-    names, expected_names = (
-        {canonical(name): name for name in side if canonical(name).startswith("projector.")} for side in (read, expected)
-    )
+    names, expected_names = map(_projector_of, (read, expected))
     if checkpoint is None or not ((_is_single(names) and _is_pair(expected_names)) or (_is_pair(names) and _is_single(expected_names))):
         return read
     projector = {part: checkpoint.tensors[name] for part, name in names.items()}
@@ -325,6 +322,14 @@ def _in_form_of(subject: Side, expected: Mapping[str, TensorEntry], jobs: int) -
     if not entries:
         return read
     return rest | max(entries, key=lambda form: sum(entry.sha256 == expected[name].sha256 for name, entry in form.items()))
+
+
+def _projector_of(side: Mapping[str, TensorEntry]) -> dict[str, str]:
+    """The projector's names by their canonical ones; those of a stack of one layer, which only the original layout has, as a Linear's."""
+    found = {canonical(name): name for name in side if canonical(name).startswith("projector.")}
+    if {*found} == {*STACK_OF_ONE} and all(name.startswith("model.mm_projector.") for name in found.values()):
+        return {part: found[name] for part, name in zip(ONE_LINEAR, STACK_OF_ONE, strict=True)}
+    return found
 
 
 def _is_single(names: Mapping[str, str]) -> bool:

@@ -24,7 +24,7 @@ from ..errors import InputError, UsageError
 from ..families.decoders import DECODERS, LLAVA_DEFAULTS
 from ..families.files import CONFIG_FILES, PROCESSOR_FILES, TOKENIZER_FILES
 from ..families.layouts import canonical
-from ..families.projectors import PROJECTOR_FORMS
+from ..families.projectors import PROJECTOR_FORMS, STACK_OF_ONE_TYPE, projector_type
 from ..families.targets import TARGET_BY_TYPE, TARGET_DEFAULTS
 from ..families.towers import TOWER_BY_TYPE, TOWERS
 from ..findings import Finding
@@ -171,7 +171,7 @@ def _converted(original: Checkpoint, like: Checkpoint, tower: Checkpoint | None,
     """`original` as a conversion to llava-hf with the options of `like` writes it; itself, for its text config alone, where that fails."""
     name = shown(original.origin.name)
     forms = {act: form for form, act in PROJECTOR_FORMS.items()}
-    single = any(canonical(name) == "projector.weight" for name in original.tensors)  # which alone has forms
+    single = projector_type(map(canonical, original.tensors)) in ("linear", STACK_OF_ONE_TYPE)  # which alone have forms
     options: dict[str, Any] = {"vocab_size": table_rows(like) or None}
     target = TARGET_BY_TYPE.get(str(like.config.get("model_type")))
     options["lossy"] = bool(target and target.video and lost_tensors(original.parameters(), target.video.lost))
@@ -233,7 +233,8 @@ def _compare(checked: SmallFiles, reference: SmallFiles, result: _Comparison) ->
     )  # values that are not the defaults differ below
     if checked.has(GENERATION_CONFIG) or reference.has(GENERATION_CONFIG):
         result.values(GENERATION_CONFIG, _generation(checked), _generation(reference))
-    if result.there(PREPROCESSOR, bool(image_settings(checked)), bool(image_settings(reference))):
+    beside = reference.checkpoint.folders is not None  # in the tower's folder, where LLaVA's own code takes them from the tower it names
+    if result.there(PREPROCESSOR, bool(image_settings(checked)), bool(image_settings(reference)), instead=beside):
         result.values(PREPROCESSOR, _preprocessor(image_settings(checked)), _preprocessor(image_settings(reference)))
     if result.there(PROCESSOR, checked.has(PROCESSOR), reference.has(PROCESSOR)):
         result.values(PROCESSOR, _processor(checked), _processor(reference))

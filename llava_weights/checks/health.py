@@ -116,7 +116,7 @@ def _warning(level: str, subject: str, text: str, remedy: str) -> Finding:
 
 def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Pickles, the metadata that transformers needs, and the size in the index; of a checkpoint that was opened, not made."""
-    origin, names = checkpoint.origin, [file.name for file in checkpoint.origin.files]
+    origin, names = checkpoint.origin, [*checkpoint.origin.by_name]
     if checkpoint.history:
         return
     if origin.container != "safetensors":

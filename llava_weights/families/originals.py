@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .decoders import DECODERS
+from .projectors import STACK_OF_ONE_TYPE
 from .prompts import CONVERSATIONS
 from .targets import ANYRES_MAX
 from .targets import TARGET_BY_TYPE as TARGETS
@@ -86,7 +87,7 @@ SIGLIP_IMAGES = {
     "image_aspect_ratio": ("pad", "square", "anyres", None)
 }  # LLaVA-NeXT-Interleave, a Qwen, says `anyres`, but takes whole images
 CHATML, LLAMA_3, PHI_3 = "<|im_start|>", "<|start_header_id|>", "<|end|>"
-MLP_PROJECTOR = {"mm_projector_type": ("mlp2x_gelu",)}
+MLP_PROJECTOR = {"mm_projector_type": ("mlp2x_gelu", STACK_OF_ONE_TYPE)}
 LINEAR_PROJECTOR = {"mm_projector_type": ("linear", None)}
 MARKED_IMAGES = {**LINEAR_PROJECTOR, "mm_use_im_start_end": (True,)}
 
@@ -140,6 +141,10 @@ def _bunny(decoder: str, prompt: str, *types: str) -> Original:
     says: dict[str, tuple[Any, ...]] = {"model_type": types, **WHOLE_IMAGES}
     return Original(f"Bunny on {decoder}", (decoder,), ("siglip",), "llava", prompt, evidence, says=says)
 
+
+# What `checkpoint/part_folders.py` notes of a LLaVA in xtuner's folders.
+FOLDERS = {"trained_with": ("xtuner",), **WHOLE_IMAGES}
+EVERY_TOWER = ("clip", "siglip")
 
 # Tried in order, the first that fits wins: the more a row asks for, the earlier it stands.
 ORIGINALS: tuple[Original, ...] = (
@@ -195,6 +200,51 @@ ORIGINALS: tuple[Original, ...] = (
         "vicuna_v1",
         "a tower for videos beside that for images",
         says=WHOLE_IMAGES,
+    ),
+    # Of its folders the layout tells who trained it, the tokens of which model: its templates of Phi-3, Llama 3 and Qwen have a system
+    # text only where the data has one. That of Vicuna has line breaks between turns, which no row has.
+    Original(
+        "xtuner's folders, on Phi-3",
+        ("phi3", "llama"),
+        EVERY_TOWER,
+        "llava",
+        "phi3_chat",
+        f"it was trained with xtuner, by its folders, and `{PHI_3}` is one of its tokens",
+        PHI_3,
+        FOLDERS,
+        rivals=("phi3_instruct",),
+    ),
+    Original(
+        "xtuner's folders, on Llama 3",
+        ("llama",),
+        EVERY_TOWER,
+        "llava",
+        "llama3_chat",
+        f"it was trained with xtuner, by its folders, and `{LLAMA_3}` is one of its tokens",
+        LLAMA_3,
+        FOLDERS,
+        rivals=("llama3", "llama_3"),
+    ),
+    Original(
+        "xtuner's folders, on Qwen",
+        QWEN,
+        EVERY_TOWER,
+        "llava",
+        "llava_onevision",
+        f"it was trained with xtuner, by its folders, and `{CHATML}` is one of its tokens",
+        CHATML,
+        FOLDERS,
+        rivals=("qwen",),
+    ),
+    Original(
+        "xtuner's folders, on another decoder",
+        (*ANY_DECODER, "mistral"),
+        EVERY_TOWER,
+        "llava",
+        "vicuna_v1",
+        "it was trained with xtuner, by its folders",
+        says=FOLDERS,
+        rivals=ANY_PROMPT,
     ),
     _bunny("llama", "bunny_llama", "bunny-llama"),
     _bunny("qwen2", "bunny", "bunny-qwen2", "bunny-qwen"),

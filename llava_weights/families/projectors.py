@@ -7,6 +7,8 @@ from collections.abc import Iterable
 # The canonical names of a projector's tensors: of a single Linear, and of two with an activation between them.
 LINEAR_NAMES = ("projector.weight", "projector.bias")
 PROJECTOR_NAMES = ("projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias")
+# `mlp1x_gelu` is a stack of one layer: what the single Linear computes, under the names of a stack's first place.
+STACK_OF_ONE, STACK_OF_ONE_TYPE = PROJECTOR_NAMES[:2], "mlp1x_gelu"
 NORM = ("projector.norm.weight", "projector.norm.bias")  # of a LayerNorm before two layers
 PROJECTOR_FORMS = {"identity": "linear", "relu": "relu", "gelu": "gelu"}  # form -> projector_hidden_act
 FORM_READERS = {

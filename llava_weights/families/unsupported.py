@@ -165,6 +165,11 @@ UNSUPPORTED = (
         tensors=(r"model\.mm_projector\.1\.weight", r"model\.mm_projector\.4\.weight"),
     ),
     Unsupported(
+        "a LLaVA without a projector (`identity`)",
+        "the features of its tower enter the text model as they are, and every class has a projector",
+        says={"mm_projector_type": "identity"},
+    ),
+    Unsupported(
         "LLaVA with S2 (several scales of an image)",
         "features of several scales are put side by side, which no class computes",
         says={"s2": "True"},

@@ -68,6 +68,11 @@ def index_folder(folder: Path) -> WeightFiles:
     return replace(found, notes=(*found.notes, note)) if unread else found
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder directly holds files that are named as weights are; False for what is no folder."""
+    return _holds(folder, WEIGHTS)
+
+
 def index_shards(folder: Path, index: str) -> WeightFiles:
     """The shards that the index file of this name lists. Raises InputError where one is missing or they disagree."""
     container = next((kind for kind, (_, suffix) in STANDARD.items() if index.endswith(f"{suffix}.index.json")), None)

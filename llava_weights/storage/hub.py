@@ -25,6 +25,7 @@ from urllib.parse import unquote
 from ..errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
 from ..events import Note, tell
 from ..families.files import DOWNLOADS, LICENSE_PREFIXES, SMALL_FILES, WEIGHT_SUFFIXES
+from ..families.xtuner import FOLDERS, TELLING
 from ..text import redact, scheme_of
 from . import retry
 from .http import endpoint
@@ -153,8 +154,20 @@ def _deepest_folder(path: Path) -> Path:
 
 
 def choose_files(names: Iterable[str]) -> tuple[str, ...]:
-    """Of the file names in one folder of a repository, those to download, sorted; () where it holds no weights."""
-    names = sorted(name for name in names if "/" not in name)
+    """Of the file names in one folder of a repository, those to download, sorted; () where it holds no weights. Of its folders only those
+    in which xtuner keeps the parts of a LLaVA count."""
+    every = sorted(names)
+    top = [name for name in every if "/" not in name]
+    parts = {folder: _of_one([name.removeprefix(f"{folder}/") for name in every if name.startswith(f"{folder}/")]) for folder in FOLDERS}
+    if not any(parts[folder] for folder in TELLING):
+        return _of_one(top)
+    above = _of_one(top) or tuple(name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in SIDECARS))
+    return tuple(sorted((*above, *(f"{folder}/{name}" for folder, chosen in parts.items() for name in chosen))))
+
+
+def _of_one(names: list[str]) -> tuple[str, ...]:
+    """As `choose_files`, of the names directly in a folder."""
+    names = [name for name in names if "/" not in name]
     for patterns in DOWNLOADS:
         if fnmatch.filter(names, patterns[0]):
             return tuple(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns + SIDECARS))
@@ -212,8 +225,11 @@ def _from_cache(api: HfApi, source: HubSource) -> FetchedRepo:
     # Newer versions of the library check that the files of these patterns are there; what else belongs to it, the weights' index says.
     snapshot = Path(api.snapshot_download(source.repo_id, revision=source.revision, local_files_only=True, allow_patterns="config.json"))
     folder = snapshot / source.folder
-    chosen = choose_files(path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    missing = sorted({shard for name in chosen if name.endswith(".index.json") for shard in _shards(folder / name)} - set(chosen))
+    places = [folder, *(folder / part for part in FOLDERS)]
+    there = (path.relative_to(folder).as_posix() for place in places if place.is_dir() for path in place.iterdir())
+    chosen = choose_files(there)
+    indexes = [PurePosixPath(name) for name in chosen if name.endswith(".index.json")]
+    missing = sorted({str(index.parent / shard) for index in indexes for shard in _shards(folder / index)} - set(chosen))
     if missing or not chosen:
         facts = {"missing": _some(missing) or "the weights", "cache": folder}
         hint = f"run `hf download {source.repo_id}` where the Hub can be reached"

@@ -34,7 +34,8 @@ from ..families.files import (
     SMALL_FILES,
     WEIGHT_SUFFIXES,
 )
-from ..text import scheme_of
+from ..families.xtuner import TELLING
+from ..text import listed, scheme_of
 from . import ranges, retry
 from .http import LOOPBACK, MAX_SIZE, endpoint
 from .hub import SIDECARS, HubSource, choose_files, hub_error, parse_source
@@ -168,6 +169,8 @@ def _of_hub(text: str, revision: str | None) -> Listing:
     sizes = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     folder, _, only = source.folder.rpartition("/") if source.folder in sizes else (source.folder, "", "")
     prefix = f"{folder}/" if folder else ""
+    if parts := [] if only else [part for part in TELLING if any(_is_part(path, prefix + part) for path in sizes)]:
+        raise _in_parts(text, parts, f"give `{source.repo_id}@{info.sha}`, which is downloaded first")
     address = f"hf://{source.repo_id}@{info.sha}/{prefix}"
     files = {}
     for path, found in sizes.items():
@@ -213,6 +216,9 @@ def _of_store(text: str) -> Listing:
     scheme, files = text.partition("://")[0], {}
     single = len(found) == 1 and f"{scheme}://{found[0]['name']}" == address and found[0]["type"] == "file"
     home, _, only = address.rpartition("/") if single else (address, "", "")
+    folders = [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+    if parts := [part for part in TELLING if part in folders]:
+        raise _in_parts(text, parts, "copy it to this machine first")
     for entry in found:
         name = str(entry["name"]).rpartition("/")[2]
         if entry["type"] == "file" and SAFE_NAME.fullmatch(name):
@@ -242,6 +248,17 @@ def _existing(home: str, names: Iterable[str]) -> dict[str, SourceFile]:
         return SourceFile(f"{home}/{name}", found[0], 0, 0, etag=found[1]) if found else None
 
     return {file.name: file for file in in_threads(ask, names, REQUESTS_AT_ONCE) if file}
+
+
+def _is_part(path: str, part: str) -> bool:
+    return path.startswith(f"{part}/") and path.endswith(tuple(WEIGHT_SUFFIXES))
+
+
+def _in_parts(text: str, parts: list[str], hint: str) -> InputError:
+    """The error for a checkpoint in several folders, of which a listing is one."""
+    return InputError(
+        f"`{text}` keeps its parts in folders, which are read on this machine alone", facts={"folders": listed(parts)}, hint=hint
+    )
 
 
 def _missing(text: str) -> InputError:

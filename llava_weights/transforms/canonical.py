@@ -41,7 +41,16 @@ from ..checkpoint.tower import (
 from ..errors import InputError, MismatchError
 from ..families.layouts import LAYOUTS, LLAVA_PART, VOCABULARY_TABLES, canonical, spelled
 from ..families.originals import ORIGINALS, Original, fitting
-from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_ACTIVATION, PROJECTOR_NAMES, projector_type
+from ..families.projectors import (
+    LINEAR_NAMES,
+    NORM,
+    PROJECTOR_ACTIVATION,
+    PROJECTOR_NAMES,
+    STACK_OF_ONE,
+    STACK_OF_ONE_TYPE,
+    projector_type,
+    projector_weights,
+)
 from ..families.targets import TARGET_BY_TYPE as TARGETS
 from ..families.targets import TOWER_KEYS, Target
 from ..storage.reading import Workspace
@@ -93,7 +102,7 @@ def to_canonical(
     hub = checkpoint.layout == "llava-hf"
     _check_newline(checkpoint, tensors)
     _check_class(checkpoint, tensors)
-    bare = hub and checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in BIASES)
+    bare = checkpoint.config.get("multimodal_projector_bias") is False and not any(name in tensors for name in (*BIASES, LINEAR_NAMES[1]))
     tensors |= zero_biases(tensors) if bare else {}
     given = open_tower(tower) if tower else None
     vision = checkpoint.config.get("vision_config") if hub else None
@@ -107,7 +116,7 @@ def to_canonical(
     chosen = own or given
     assert chosen is not None
     doubts = check_tower(checkpoint, chosen, accept=accept_tower) if own is None else Doubts()
-    if hub and own and given:
+    if (hub or checkpoint.folders) and own and given:
         doubts = Doubts(notes=(check_kept(own, given, checkpoint.origin.name),))
     main = dtype or main_dtype(checkpoint.parameters())
     tensors = {
@@ -137,9 +146,12 @@ def to_canonical(
     before = config
     config, repairs = _repaired(before, tensors, tokenizer, main)
     repairs = (*quantization_notes(checkpoint.config), *repairs) if hub else repairs
+    if LINEAR_NAMES[0] in tensors and before.get("mm_projector_type") == STACK_OF_ONE_TYPE:  # by which its family is known
+        config = {**config, "mm_projector_type": STACK_OF_ONE_TYPE}
+        repairs = tuple(text for text in repairs if "`mm_projector_type`" not in text)
     families = _families({**before, **config}, chosen, tensors, hub_target)
     _check_shapes(config, tensors, chosen, target)
-    activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION)) if hub else PROJECTOR_ACTIVATION
+    activation = str(checkpoint.config.get("projector_hidden_act", PROJECTOR_ACTIVATION))
     doubts = replace(doubts, warnings=(*doubts.warnings, *_own_head(checkpoint.config, tensors)))
     repairs = (*stale, *(_image_id(checkpoint, tokenizer) if hub and asked is None else ()), *repairs)
     return Model(tensors, chosen, target, families, config, tokenizer, activation, rows, repairs, doubts, bare)
@@ -220,6 +232,9 @@ def _canonical_tensors(checkpoint: Checkpoint, dtype: str | None) -> Canonical:
         what = f"{len(unknown)} tensors are of no part of a LLaVA: {few(unknown)}"
         raise InputError(what, facts={"checkpoint": checkpoint.origin.name}, hint="give a LLaVA without other weights beside it")
     found = checkpoint.by_canonical_name()
+    if checkpoint.layout == "llava" and {name for name in found if name.startswith("projector.")} <= {*STACK_OF_ONE}:
+        single = dict(zip(STACK_OF_ONE, LINEAR_NAMES, strict=True))
+        found = {single.get(name, name): tensor for name, tensor in found.items()}
     return {name: cast(tensor, dtype) for name, tensor in found.items()} if dtype else found
 
 
@@ -341,10 +356,14 @@ def _check_shapes(config: Mapping[str, Any], tensors: Canonical, tower: VisionTo
         two |= dict.fromkeys(NORM, (width,))
     if projector not in ((two,) if target.layernorm else (one, two)):
         facts = {spelled(name, "llava"): str(list(shape)) for name, shape in projector.items()}
+        what = "the projector is not one that llava-hf can hold, or does not fit its tower"
         hint = f"llava-hf has one Linear or two with gelu between them, from the tower's width of {width} to the decoder's of {hidden}"
-        if projector == {name: shape for name, shape in two.items() if name not in BIASES}:
-            hint = "a projector without biases is one of llava-hf with `multimodal_projector_bias` false in config.json"
-        raise InputError("the projector is not one that llava-hf can hold, or does not fit its tower", facts=facts or None, hint=hint)
+        if projector in [{name: shape for name, shape in each.items() if not name.endswith("bias")} for each in (one, two)]:
+            hint = "if it was trained without biases, say so in config.json: `multimodal_projector_bias` false"
+        elif len(projector_weights(projector)) > 2:
+            what = f"the projector is `{projector_type(projector)}`, and no class of transformers has one of more than two layers"
+            hint = "run it with LLaVA's own code"
+        raise InputError(what, facts=facts or None, hint=hint)
     if "newline" in tensors and tensors["newline"].shape != (hidden,):
         what = f"`image_newline` has shape {list(tensors['newline'].shape)}, the decoder is {hidden} wide"
         raise MismatchError(what, hint="give the projector and decoder of one training")

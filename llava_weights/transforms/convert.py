@@ -18,6 +18,7 @@ from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
 from ..checkpoint.hf_config import (
     KEPT_BACK,
+    PROJECTOR_STATED,
     REPOSITORY,
     STATED,
     Tokens,
@@ -38,7 +39,7 @@ from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
 from ..families.originals import of_tokens
-from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES, projector_type
+from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES, STACK_OF_ONE, STACK_OF_ONE_TYPE, projector_type
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import VOCABULARY_MULTIPLE
 from ..storage.strict_json import json_bytes
@@ -46,6 +47,7 @@ from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text, shown
 from .canonical import BIASES, Canonical, Model, to_canonical
+from .lora import with_own_adapters
 from .projector import paired, single
 
 TO_LAYOUTS = ("llava-hf", "llava")
@@ -106,7 +108,8 @@ def convert(
     }
     given = {key: value for key, value in hub.items() if value is not None}
     dtype = check_conversion(to, dtype=dtype, **given, tower_name=tower_name)
-    model, clip = opened(checkpoint, "checkpoint"), opened(tower, "tower") if tower is not None else None
+    model, clip = opened(checkpoint, "checkpoint", unmerged=True), opened(tower, "tower") if tower is not None else None
+    model, clip = with_own_adapters(model, clip)
     if to == "llava-hf":
         return to_llava_hf(model, tower=clip, dtype=dtype, accept_tower=accept_tower, **given)  # type: ignore[arg-type]
     return to_llava(model, tower=clip, tower_name=tower_name, conv_mode=conv_mode, dtype=dtype, accept_tower=accept_tower)
@@ -160,9 +163,9 @@ def to_llava_hf(
     tensors, activation, form = _two_layers(model, projector_form)
     tensors, loss = _without_lost(checkpoint, model, tensors, lossy)
     notes = list(model.tower.notes)
-    if tiles:
+    if tiles and checkpoint.layout == "llava":
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
-    elif tensors.pop("newline", None) is not None:
+    elif not tiles and tensors.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
     bare = model.bare and not form
     tensors = {name: tensor for name, tensor in tensors.items() if not (bare and name in BIASES)}
@@ -206,7 +209,7 @@ def to_llava_hf(
             image_aspect=image_aspect,
             lossy=lossy,
         ),
-        _given(convert=f"{checkpoint.layout} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
+        _given(convert=f"{_layout_of(checkpoint)} to llava-hf", **_summary(model, rows), prompt=prompt.evidence),
         repairs=(*model.repairs, *changed, *model.tokenizer.notes),
         notes=(
             *_first_notes(checkpoint),
@@ -248,6 +251,9 @@ def to_llava(
         tensors = {name: tensor for name, tensor in tensors.items() if name not in PROJECTOR_NAMES} | dict(
             zip(LINEAR_NAMES, one, strict=True)
         )
+    if model.config.get("mm_projector_type") == STACK_OF_ONE_TYPE:
+        stack = dict(zip(LINEAR_NAMES, STACK_OF_ONE, strict=True))
+        tensors = {stack.get(name, name): tensor for name, tensor in tensors.items()}
     projector = projector_type(tensors)
     small, _ = without_stale_list(checkpoint.files)
     others = model.target.tokens.values()
@@ -266,7 +272,7 @@ def to_llava(
         "convert",
         _inputs(checkpoint, model),
         _given(to="llava", dtype=dtype, tower_name=tower_name, conv_mode=conv_mode),
-        _given(convert=f"{checkpoint.layout} to llava", projector=projector, **_summary(model, rows)),
+        _given(convert=f"{_layout_of(checkpoint)} to llava", projector=projector, **_summary(model, rows)),
         repairs=model.repairs,
         notes=(*_first_notes(checkpoint), *_left_out(checkpoint), *model.tower.notes, *notes, *_named(model, named, place), *doubts.notes),
         warnings=(*doubts.warnings, *(() if named else (NAMELESS,)), *_other_layer(model, config)),
@@ -489,7 +495,7 @@ def _named(model: Model, named: object, place: str | None) -> Iterator[str]:
 
 def _back_config(model: Model, name: str | None, projector: str, rows: int, dtype: str, *, pad: int | None) -> dict[str, Any]:
     """The original's config with the values that changed; a tower that it named keeps its name."""
-    config = {key: value for key, value in model.config.items() if key not in STATED}
+    config = {key: value for key, value in model.config.items() if key not in (*STATED, *PROJECTOR_STATED)}
     key = model.target.tower_key
     config |= {"mm_projector_type": projector, key: name or config.get(key), "unfreeze_mm_vision_tower": True, "vocab_size": rows}
     config |= {"tie_word_embeddings": model.tied, "torch_dtype": TORCH_DTYPE[dtype]}
@@ -529,6 +535,10 @@ def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _first_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     return () if checkpoint.history else checkpoint.notes
+
+
+def _layout_of(checkpoint: Checkpoint) -> str:
+    return "xtuner's folders" if checkpoint.folders else checkpoint.layout
 
 
 def _given(**options: Any) -> dict[str, Any]:

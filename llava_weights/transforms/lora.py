@@ -19,17 +19,18 @@ from typing import Any, get_args
 from typing import cast as cast_type
 
 from ..checkpoint.added_tokens import without_stale_list
-from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, opened, to_place
+from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, need_files, opened, to_place
 from ..checkpoint.config import QUANTIZATION, quantization_notes, repair_config, repair_generation_config
 from ..checkpoint.hf_tokenizer import with_fast
 from ..checkpoint.images import reads_newline
 from ..checkpoint.kinds import kind_of, refuse_kind
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
-from ..checkpoint.tower import named_tower
+from ..checkpoint.tower import holds_tower, named_tower, tower_hint
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
-from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical
+from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical, spelled
 from ..families.targets import TOWER_KEYS
+from ..families.xtuner import ADAPTERS, TOWER
 from ..storage.hub import may_be_revised
 from ..storage.strict_json import json_bytes
 from ..tensors.dtypes import TORCH_DTYPE, to_dtype
@@ -78,7 +79,7 @@ def merge_lora(
     tensors, where an adapter's tensor has no place in the base or does not fit it, HubError where the Hub can't serve one.
     """
     dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
-    base, weighted = opened(base, "base"), _weighted(adapters)
+    base, weighted = with_own_adapters(opened(base, "base", unmerged=True))[0], _weighted(adapters)
     refuse_kind(kind_of(base), base, "base")
     tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
     untied = _untie(base, tensors, weighted)
@@ -93,6 +94,51 @@ def merge_lora(
         assert place.replacement is not None
         merged[name] = cast(place.replacement, dtype or main_dtype(tensors))
     return _finish(base, weighted, merged, untied, arithmetic, scale)
+
+
+def with_own_adapters(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> tuple[Checkpoint, Checkpoint | None]:
+    """`checkpoint` with the adapters that its folders hold merged in, and `tower`, where it holds none of its own, with that of a tower.
+
+    Raises InputError where a part is missing, by its name, and as `merge_lora`."""
+    folders = checkpoint.folders
+    if folders is None:
+        return checkpoint, tower
+    folders.refuse(checkpoint.origin.name)
+    if not folders.adapters:
+        return checkpoint, tower
+    need_files(checkpoint, "a merge of its own adapters")
+    given = {name: open_adapter(path) for name, path in folders.adapters.items()}
+    checkpoint = replace(checkpoint, folders=replace(folders, adapters={}))
+    inside = holds_tower(checkpoint)
+    own = [
+        _of_tower(adapter) if ADAPTERS[name] == TOWER else adapter for name, adapter in given.items() if inside or ADAPTERS[name] != TOWER
+    ]
+    if own:
+        merged = merge_lora(checkpoint, own)
+        checkpoint = replace(merged, config={**checkpoint.config, **merged.config})
+    trained = [adapter for name, adapter in given.items() if ADAPTERS[name] == TOWER]
+    if inside or not trained:
+        return checkpoint, tower
+    if tower is None:
+        what, facts = "the checkpoint holds no vision tower, but an adapter of one", {"checkpoint": checkpoint.origin.name}
+        raise InputError(what, facts=facts, hint=tower_hint(checkpoint.config))
+    merged = merge_lora(tower, trained)
+    (step,) = merged.history[len(tower.history) :]
+    source = () if checkpoint.history else (("source", checkpoint.origin),)
+    step = replace(step, inputs=(*source, *(("tower" if role == "base" else role, origin) for role, origin in step.inputs)))
+    return replace(checkpoint, history=(*checkpoint.history, step)), replace(merged, history=tower.history)
+
+
+def _of_tower(adapter: Adapter) -> Adapter:
+    """An adapter of a tower by itself, by the names that the tower has inside an original LLaVA."""
+
+    def inside(name: str) -> str:
+        return spelled(f"tower.{name.removeprefix('vision_model.')}", "llava")
+
+    modules = tuple(replace(module, name=inside(module.name)) for module in adapter.modules)
+    replacements = {inside(name): tensor for name, tensor in adapter.replacements.items()}
+    rows = {inside(name): found for name, found in adapter.rows.items()}
+    return replace(adapter, modules=modules, replacements=replacements, rows=rows)
 
 
 def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | None:
@@ -273,7 +319,7 @@ def _finish(
         warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not named_tower(config) else (),
         checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
     )
-    return Checkpoint(tensors, config, base.origin, files, (*base.history, step))
+    return Checkpoint(tensors, config, base.origin, files, (*base.history, step), folders=base.folders)
 
 
 def _facts(adapter: Adapter) -> dict[str, Any]:

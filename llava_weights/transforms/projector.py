@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError, UsageError
-from ..families.projectors import PROJECTOR_ACTIVATION, PROJECTOR_FORMS, PROJECTOR_NAMES
+from ..families.projectors import LINEAR_NAMES, PROJECTOR_ACTIVATION, PROJECTOR_FORMS, PROJECTOR_NAMES
 from ..storage.reading import Workspace
 from ..tensors.dtypes import ITEMSIZE, as_rows, to_float32
 from ..tensors.lazy import FromRows, LazyTensor
@@ -84,8 +84,8 @@ def paired(weight: LazyTensor, bias: LazyTensor, form: str) -> dict[str, LazyTen
 
 
 def zero_biases(parts: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Zeros for the biases of a projector of two layers that has none, which compute the same."""
-    pairs = ((PROJECTOR_NAMES[1], PROJECTOR_NAMES[0]), (PROJECTOR_NAMES[3], PROJECTOR_NAMES[2]))
+    """Zeros for the biases of a projector that has none, of one layer or two, which compute the same."""
+    pairs = ((PROJECTOR_NAMES[1], PROJECTOR_NAMES[0]), (PROJECTOR_NAMES[3], PROJECTOR_NAMES[2]), (LINEAR_NAMES[1], LINEAR_NAMES[0]))
     return {
         bias: Diagonals(dtype=parts[weight].dtype, shape=parts[weight].shape[:1], width=1, signs=())
         for bias, weight in pairs

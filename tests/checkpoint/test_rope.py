@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -70,9 +71,40 @@ def test_every_spelling_is_read(kind: str, given: dict[str, Any], written: dict[
         assert plain[0].get(key, default) == plain[1][key] or "type" in str(given), key
 
 
+SCALINGS: tuple[dict[str, Any], ...] = (
+    {}, {"rope_type": "default"}, {"type": "default"}, {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0, "type": "dynamic"}, {**LLAMA_3, "rope_type": "llama3"}, {**LONG, "rope_type": "longrope"},
+    {**LONG, "type": "su"}, {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+)  # fmt: skip
+
+
+def _told(decoder: Any, config: dict[str, Any]) -> Any:
+    """The rope that its class makes of a config, or what the class says of it."""
+    try:
+        kind = getattr(transformers, decoder.config_class)
+        rope = kind(hidden_size=16, num_attention_heads=4, max_position_embeddings=256, **copy.deepcopy(config)).rope_parameters
+    except Exception as error:
+        return type(error)
+    plain = {key: value for key, value in rope.items() if key != "type" and value is not None}
+    return {key: value for key, value in plain.items() if (key, value) != ("partial_rotary_factor", 1.0)}
+
+
+@pytest.mark.parametrize("decoder", DECODER_BY_TYPE.values(), ids=str)
+def test_every_class_takes_what_is_written_for_what_was_given(decoder: Any) -> None:
+    for scaling in SCALINGS:
+        both = {**scaling, "rope_theta": 5e5}
+        spellings = ({"rope_parameters": both}, {"rope_parameters": {**both, "partial_rotary_factor": 0.5}}, {"rope_scaling": both},
+                     {"rope_theta": 5e5, "rope_scaling": scaling}, {"rope_theta": 5e5, "rope_parameters": scaling},
+                     {"rope_scaling": scaling}, {"rope_parameters": scaling})  # fmt: skip
+        for given in spellings:
+            check_rope(given)
+            assert _told(decoder, plain_rope(given, decoder)) == _told(decoder, given), given
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": None}},
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
         {"rope_scaling": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
         {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},

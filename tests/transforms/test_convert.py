@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors, dict[str, Any]], Any], str]] = 
     "three layers": (
         "C-tower",
         lambda t, c: t.update({"model.mm_projector.4.weight": torch.zeros(48, 48).half()}),
-        "the projector is not one",
+        "the projector is `mlp3x_gelu`",
     ),
     "projector of another tower": (
         "C-tower",
