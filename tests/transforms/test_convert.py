@@ -329,7 +329,7 @@ def test_names_are_total_injective_and_inverse(fixtures: Path, made: Callable[..
     for layout, names in (("llava-hf", tensors_of(made("D"))), ("llava", tensors_of(fixtures / SOURCES["D"][0]))):
         assert [spelled(canonical(name), layout) for name in names] == list(names)
         assert len({canonical(name) for name in names}) == len(names)
-    assert set(SPELLINGS) == {"llava", "llava-hf", *(row.spelling for row in TARGETS)}
+    assert set(SPELLINGS) == {"llava", "llava-hf", "llava-hf adapted", "llava-hf trained", *(row.spelling for row in TARGETS)}
     vip = ("projector.norm.weight", "projector.norm.bias", "projector.0.weight", "projector.2.bias", "text.norm.weight")
     for layout in ("vip-llava", "llava-hf"):
         assert [canonical(spelled(name, layout)) for name in vip] == list(vip)
