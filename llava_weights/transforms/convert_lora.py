@@ -36,12 +36,13 @@ from .convert import TO_LAYOUTS, convert
 from .lora import AdapterSource, facts_of, merge_lora, oriented
 from .projector import Columns, Diagonals, paired, single
 
-HF_NAME = r"(model\.)?(language_model|multi_modal_projector|vision_tower\.(?!vision_tower\.)|image_newline).*"
+HF_NAME = r"(model\.)?(language_model|multi_modal_projector|vision_tower\.(?!vision_tower\.)).*|image_newline"
 GIVE_BASE = "give the base that the adapter belongs to with `--base`, in either layout"
 TABLES = {table.removesuffix(".weight"): table for table in VOCABULARY_TABLES}  # canonical names: of the module, of its tensor
 LINEAR = LINEAR_NAMES[0].removesuffix(".weight")  # the module of a projector that is one Linear
 FIRST, SECOND = (name.removesuffix(".weight") for name in (PROJECTOR_NAMES[0], PROJECTOR_NAMES[2]))
 FORM_OF = {activation: form for form, activation in PROJECTOR_FORMS.items()}
+ADDED = ("projector.", "tower.")  # what a decoder without them gets from an adapter
 COMPARED_BYTES = 1 << 20
 Value = TypeVar("Value")
 
@@ -70,6 +71,7 @@ class Parts:
     modules: Mapping[str, Module]
     tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
     rows: Rows = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)  # of tensors as the adapter itself has them, for messages
 
     @property
     def tables(self) -> list[str]:
@@ -110,8 +112,7 @@ def convert_lora(adapter: AdapterSource, to: str, *, base: Source | None = None)
         (("lora", source.origin), *((("base", given.origin),) if given else ())),
         {"to": to},
         _summary(parts, names, source, grown),
-        notes=(*source.notes, *_notes(parts, source, config, held, own, to)),
-        warnings=tuple(_refusals(parts, config)),
+        notes=(*source.notes, *_notes(parts, source, config, held, own, to), *_loaders(parts, config)),
         checks={"adapters": [facts_of(source)]},
     )
     kept = dict(source.config) if own == to == "llava" and any(name.startswith("projector.") for name in parts.tensors) else {}
@@ -155,10 +156,11 @@ def _parts(adapter: Adapter) -> Parts:
     modules = _unique(((canonical(f"{module.name}.weight").removesuffix(".weight"), module) for module in adapter.modules), adapter)
     tensors = _unique(((canonical(name), tensor) for name, tensor in adapter.replacements.items()), adapter)
     rows = _unique(((canonical(name), found) for name, found in adapter.rows.items()), adapter)
-    if both := [table for table in rows if table.removesuffix(".weight") in modules]:
-        what = f"{listed(both)} of the adapter has both a low-rank update and trained rows"
+    if any(table.removesuffix(".weight") in modules for table in rows):
+        what = f"{listed(adapter.rows)} of the adapter has both a low-rank update and trained rows"
         raise InputError(what, facts={"adapter": adapter.origin.name}, hint="merge it: `llava-weights merge-lora`")
-    return Parts(modules, tensors, rows)
+    names = [*(f"{module.name}.weight" for module in adapter.modules), *adapter.replacements, *adapter.rows]
+    return Parts(modules, tensors, rows, {canonical(name): name for name in names})
 
 
 def _unique(pairs: Iterable[tuple[str, Value]], adapter: Adapter) -> dict[str, Value]:
@@ -175,29 +177,29 @@ def _check_targets(parts: Parts, base: Checkpoint | None, adapter: Adapter) -> N
     """Raise InputError for names that no row describes and the base does not have, MismatchError for shapes that are not the base's.
 
     The vocabulary and the projector, which the two layouts may hold in other shapes, have checks of their own."""
-    there = base.by_canonical_name() if base else {}
+    there, own = base.by_canonical_name() if base else {}, parts.names
     wanted = {f"{name}.weight": module for name, module in parts.modules.items()}
     names = [*wanted, *parts.tensors, *parts.rows]
     if lost := [name for name in names if starred(name) not in KNOWN and name not in there]:
         facts = {"adapter": adapter.origin.name, "decoders that are known": ", ".join(row.model_type for row in DECODERS)}
         hint = "give the adapter of a LLaVA on one of these; `--base` tells which names another one has"
-        raise InputError(
-            f"{len(lost)} of the adapter's targets are of no part of a LLaVA that is known: {few(lost)}", facts=facts, hint=hint
-        )
+        what = f"{len(lost)} of the adapter's targets are of no part of a LLaVA that is known: {few(own[name] for name in lost)}"
+        raise InputError(what, facts=facts, hint=hint)
     if base is None:
         return
     free = (*VOCABULARY_TABLES, "newline")
     checked = {name: module for name, module in wanted.items() if name not in free and not name.startswith("projector.")}
-    if lost := [name for name in checked if name not in there]:
+    if lost := [name for name in (*checked, *parts.tensors) if name not in (*there, *free) and not name.startswith(ADDED)]:
         facts = {"adapter": adapter.origin.name, "base": base.origin.name}
-        what = f"{len(lost)} of the adapter's targets are not in the base: {few(lost)}"
+        what = f"{len(lost)} of the adapter's targets are not in the base: {few(own[name] for name in lost)}"
         raise InputError(what, facts=facts, hint="give the base that the adapter was trained on, or its conversion")
     odd = [name for name, module in checked.items() if not _fits(module, there[name])]
     others = {name: tensor for name, tensor in parts.tensors.items() if name in there and name not in free}
     odd += [name for name, tensor in others.items() if not name.startswith("projector.") and tensor.shape != there[name].shape]
     if odd:
-        facts = {"adapter": adapter.origin.name, "base": base.origin.name, shown(odd[0]): str(list(there[odd[0]].shape))}
-        raise MismatchError(f"{len(odd)} of the adapter's targets have other shapes in the base: {few(odd)}", facts=facts, hint=GIVE_BASE)
+        facts = {"adapter": adapter.origin.name, "base": f"{base.origin.name}, where the first has {list(there[odd[0]].shape)}"}
+        what = f"{len(odd)} of the adapter's targets have other shapes in the base: {few(own[name] for name in odd)}"
+        raise MismatchError(what, facts=facts, hint="give the base that the adapter was trained on, or its conversion")
 
 
 def _fits(module: Module, tensor: LazyTensor) -> bool:
@@ -217,7 +219,10 @@ def _with_rows(parts: Parts, own: str, to: str, base: Checkpoint | None) -> tupl
     if not tables or (own == to and placed):
         return parts, ""
     if base is None:
-        facts = {"trained": listed(tables), "why": "llava-hf has rows of tokens that the original lacks, and is padded"}
+        facts = {
+            "trained": listed(parts.names[table] for table in tables),
+            "why": "llava-hf has rows of tokens that the original lacks, and is padded",
+        }
         what = "the adapter changes the vocabulary, whose rows are not the same in the two layouts"
         raise InputError(what, facts=facts, hint=GIVE_BASE)
     here, there = (base if _side(base) == layout else _other(base, layout) for layout in (own, to))
@@ -225,7 +230,7 @@ def _with_rows(parts: Parts, own: str, to: str, base: Checkpoint | None) -> tupl
     counts = {table: count for table in tables if (count := _count(parts, table)) not in (None, before)}
     if counts:
         table, count = next(iter(counts.items()))
-        what = f"`{table}` has {count:,} rows in the adapter, and the base has {before:,} in the layout of the adapter"
+        what = f"`{parts.names[table]}` has {count:,} rows in the adapter, and the base has {before:,} in the layout of the adapter"
         hint = "give the base that has exactly the tokens which the adapter was trained with, in either layout"
         raise MismatchError(what, facts={"base": base.origin.name}, hint=hint)
     for table in tables:
@@ -284,7 +289,7 @@ def _resized(parts: Parts, table: str, before: int, after: int, there: Checkpoin
             rows = ((*rows[0], *range(before, after)), _below(rows[1], new))
     modules = {**parts.modules, **({name: _cut_or_padded(module, after)} if module is not None else {})}
     tensors = {**parts.tensors, **({table: whole} if whole is not None else {})}
-    return Parts(modules, tensors, {**parts.rows, **({table: rows} if rows is not None else {})})
+    return replace(parts, modules=modules, tensors=tensors, rows={**parts.rows, **({table: rows} if rows is not None else {})})
 
 
 def _kept_rows(
@@ -297,7 +302,7 @@ def _kept_rows(
     if not lost:
         return rows
     kept = (indices[: -len(lost)], resized(values, len(indices) - len(lost)))
-    if not any(index >= after for index in kept[0]):
+    if kept[0] and max(kept[0]) < after:
         means = tail(resized(_trained(table, _table(there, table), None, None, kept, there), before), after)
         if _same(tail(values, len(kept[0])), resized(means, len(lost))):
             return kept
@@ -399,21 +404,30 @@ def _form(base: Checkpoint) -> str:
 
 
 def _two(whole: Mapping[str, LazyTensor], base: Checkpoint, form: str) -> dict[str, LazyTensor]:
-    """One Linear as two."""
+    """One Linear as those of two that depend on its values; the other is the same in every model of that form."""
     if not whole:
         return {}
     if missing := [name for name in LINEAR_NAMES if name not in whole]:
         what = f"{listed(missing)} of the projector is not in the adapter, beside {listed(whole)}"
         raise MismatchError(what, facts={"base": base.origin.name}, hint="merge the adapter, then convert: `merge-lora --to`")
     weight, bias = (whole[name] for name in LINEAR_NAMES)
-    return paired(weight, bias, form)
+    return {name: tensor for name, tensor in paired(weight, bias, form).items() if not isinstance(tensor, Diagonals)}
 
 
 def _one(whole: Mapping[str, LazyTensor], base: Checkpoint, form: str) -> dict[str, LazyTensor]:
-    """Two layers as the one Linear that they stand for. Raises MismatchError where training made more of them."""
+    """Two layers as the one Linear that they stand for. Raises MismatchError where training made more of them.
+
+    What is not in the adapter was not trained: it is what the base has."""
     if not whole:
         return {}
-    found = single(whole, PROJECTOR_FORMS[form]) if all(name in whole for name in PROJECTOR_NAMES) else None
+    dtype, there = next(iter(whole.values())).dtype, base.by_canonical_name()
+    if base.layout != "llava-hf" and LINEAR_NAMES[0] in there:
+        there = paired(there[LINEAR_NAMES[0]], there[LINEAR_NAMES[1]], form)
+    parts = {name: whole[name] if name in whole else cast(there[name], dtype) for name in PROJECTOR_NAMES if name in {**there, **whole}}
+    try:
+        found = single(parts, PROJECTOR_FORMS[form]) if len(parts) == len(PROJECTOR_NAMES) else None
+    except InputError:
+        found = None
     if found is None:
         what = f"the projector of the base is one Linear in the form `{form}`, and the adapter's is not: training made two layers of it"
         raise MismatchError(what, facts={"base": base.origin.name}, hint="keep this adapter in the layout that it was trained in")
@@ -618,8 +632,8 @@ def _notes(parts: Parts, adapter: Adapter, config: Mapping[str, Any], held: tupl
         yield "load it with PEFT onto the model: LLaVA's own `--model-base` looks for `non_lora_trainables.bin`, which this is not"
 
 
-def _refusals(parts: Parts, config: Mapping[str, Any]) -> Iterator[str]:
-    """A warning for each program that loads adapters and would refuse this one, or read only a part of it."""
+def _loaders(parts: Parts, config: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each program that loads adapters and would refuse this one, or read only a part of it."""
     found = {
         DORA: config["use_dora"],
         TRAINED: bool(config["modules_to_save"] or config["trainable_token_indices"]),
