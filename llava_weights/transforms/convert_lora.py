@@ -368,14 +368,15 @@ def _with_projector(parts: Parts, own: str, to: str, base: Checkpoint | None) ->
     if own == to or not (modules or whole):
         return parts
     one = LINEAR in modules or not whole.keys().isdisjoint(LINEAR_NAMES)
-    if base is None:
+    bare = base is not None and not any(name.startswith("projector.") for name in base.by_canonical_name())  # as before LLaVA's training
+    if base is None or (bare and to == "llava"):
         if to == "llava-hf" and not one:
             return parts
         why = "llava-hf has two layers in one of three forms" if one else "it may be one Linear there, and have other names"
         what = "the adapter changes the projector, which is not the same in the two layouts"
-        raise InputError(what, facts={"trained": few([*modules, *whole]), "why": why}, hint=GIVE_BASE)
-    form = _form(base)
-    if one != bool(form) if to == "llava-hf" else False:
+        raise InputError(what, facts={"trained": few([*modules, *whole]), "why": why}, hint=f"{GIVE_BASE}, with its projector")
+    form = "identity" * one if bare else _form(base)
+    if to == "llava-hf" and one != bool(form):
         kinds = ("two layers", "one Linear")
         what = f"the projector in the adapter is {kinds[one]}, and that of the base is {kinds[bool(form)]}"
         raise MismatchError(what, facts={"base": base.origin.name}, hint="give the base that the adapter was trained on")
@@ -391,9 +392,7 @@ def _with_projector(parts: Parts, own: str, to: str, base: Checkpoint | None) ->
 
 
 def _form(base: Checkpoint) -> str:
-    """In which form the base holds a projector of one Linear, "identity" for one that will be converted; "" for two layers of its own.
-
-    Of a decoder without a projector, the adapter's own is taken for what the conversion makes of it."""
+    """In which form the base holds a projector of one Linear, "identity" for one that will be converted; "" for two layers of its own."""
     there = base.by_canonical_name()
     if base.layout != "llava-hf":
         return "" if PROJECTOR_NAMES[2] in there else "identity"

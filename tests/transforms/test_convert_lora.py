@@ -293,6 +293,7 @@ def test_what_the_base_holds_already_is_left_out(fixtures: Path, tmp_path: Path)
     assert any("left out, the base holds the same values" in note for note in made.history[0].notes)
     assert not any("vLLM refuses" in note for note in made.history[0].notes)
     without = lw.convert_lora(source, "llava-hf")
+    assert raw(lw.convert_lora(source, "llava-hf", base=fixtures / "B-lora/base-vicuna-tiny")) == raw(without), "before LLaVA's training"
     assert len(without.tensors) == len(made.tensors) + 4
     assert any("vLLM refuses" in note for note in without.history[0].notes)
 
@@ -397,6 +398,8 @@ def test_what_only_a_base_tells_is_refused_without_one(fixtures: Path, toys: Cal
     )
     assert "--base" in refused(two, "llava", lw.InputError)
     assert len(lw.convert_lora(two, "llava-hf").tensors) == 2
+    vicuna = fixtures / "B-lora/base-vicuna-tiny"
+    assert "with its projector" in refused(two, "llava", lw.InputError, base=vicuna)
     newline = adapter(tmp_path / "newline", Random().low_rank(modules_of(shapes, "text"), shapes) | {"model.image_newline": torch.ones(64)})
     assert "--base" in refused(newline, "llava-hf", lw.InputError)
     assert "image_newline" in refused(newline, "llava-hf", lw.InputError, base=model.hub)
