@@ -26,13 +26,15 @@ PEFT_SETTINGS: dict[str, Any] = {
 PEFT_KEPT = ("bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_dropout", "r", "task_type", "use_rslora")
 
 # What an adapter may hold beside plain low-rank updates of one rank and alpha.
-DORA, TRAINED, BESIDE, PATTERNS = "magnitudes of DoRA", "modules that were trained whole", "tensors beside any module", "patterns"
+DORA, TRAINED, BESIDE = "magnitudes of DoRA", "modules that were trained whole", "tensors beside any module"
+PATTERNS, KEPT = "ranks and alphas by pattern", "tables of the base beside their update"
+ONE_SCALE = "it takes `lora_alpha` and `r` for every module, so some updates count more or less than they should"
 
 
 @dataclass(frozen=True)
 class Loader:
     """A program that loads adapters. `refuses` are the parts of an adapter with which it stops; `passes_over` are those that it does not
-    read, without a word, and what follows."""
+    read, without a word, with what it does in their place."""
 
     name: str
     refuses: tuple[str, ...]
@@ -43,14 +45,11 @@ LOADERS = (
     Loader(
         name="vLLM",
         refuses=(DORA, TRAINED, BESIDE),
-        passes_over={PATTERNS: "it takes `lora_alpha` and `r` for every module, so some updates count more or less than they should"},
+        passes_over={PATTERNS: ONE_SCALE, KEPT: "it takes the tables of the vocabulary from the base, not those in the adapter"},
     ),
     Loader(
         name="SGLang",
         refuses=(DORA,),
-        passes_over={
-            PATTERNS: "it takes `lora_alpha` and `r` for every module, so some updates count more or less than they should",
-            TRAINED: "it places low-rank updates only",
-        },
+        passes_over={PATTERNS: ONE_SCALE, TRAINED: "it places low-rank updates only", KEPT: "it places low-rank updates only"},
     ),
 )

@@ -21,7 +21,7 @@ from ..errors import InputError, LlavaWeightsError, MismatchError, one_of
 from ..families.decoders import BEFORE_LAYERS, DECODERS, HEAD
 from ..families.files import ADAPTER_CONFIG
 from ..families.layouts import HF_TOWER, PEFT_PREFIX, VOCABULARY, VOCABULARY_TABLES, canonical, spelled
-from ..families.loaders import BESIDE, DORA, LOADERS, PATTERNS, PEFT_KEPT, PEFT_SETTINGS, TRAINED
+from ..families.loaders import BESIDE, DORA, KEPT, LOADERS, PATTERNS, PEFT_KEPT, PEFT_SETTINGS, TRAINED
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES
 from ..families.towers import TOWERS
 from ..storage.reading import Workspace
@@ -32,6 +32,8 @@ from ..tensors.resize import resized, tail
 from ..tensors.windows import row_ranges
 from ..text import few, listed, shown
 from .adapter import Adapter, Module, Rows, open_adapter
+from .adapter_config import short_base
+from .adapter_tokens import explaining_files
 from .convert import TO_LAYOUTS, convert
 from .lora import AdapterSource, facts_of, merge_lora, oriented
 from .projector import Columns, Diagonals, paired, single
@@ -97,7 +99,7 @@ def convert_lora(adapter: AdapterSource, to: str, *, base: Source | None = None)
     given = _base(base)
     parts, own = _parts(source), _layout(source)
     _check_targets(parts, given, source)
-    parts, grown = _with_rows(parts, own, to, given)
+    parts, grown = _with_rows(parts, own, to, given, source)
     parts = _with_projector(parts, own, to, given)
     _check_newline(parts, own, to, given)
     parts, held = _without_held(parts, given)
@@ -210,10 +212,10 @@ def _fits(module: Module, tensor: LazyTensor) -> bool:
 # --- rows of the vocabulary -------------------------------------------------------------------------------------------
 
 
-def _with_rows(parts: Parts, own: str, to: str, base: Checkpoint | None) -> tuple[Parts, str]:
+def _with_rows(parts: Parts, own: str, to: str, base: Checkpoint | None, adapter: Adapter) -> tuple[Parts, str]:
     """The parts with the number of rows that the vocabulary's tables have in the other layout, and a sentence on it.
 
-    Raises InputError without a base that tells the number, MismatchError where it is not the base of these rows."""
+    Raises InputError without a base that tells the number, MismatchError where it is not the base of these rows and their tokens."""
     tables = parts.tables
     placed = all(index >= 0 for indices, _ in parts.rows.values() for index in indices)
     if not tables or (own == to and placed):
@@ -233,6 +235,7 @@ def _with_rows(parts: Parts, own: str, to: str, base: Checkpoint | None) -> tupl
         what = f"`{parts.names[table]}` has {count:,} rows in the adapter, and the base has {before:,} in the layout of the adapter"
         hint = "give the base that has exactly the tokens which the adapter was trained with, in either layout"
         raise MismatchError(what, facts={"base": base.origin.name}, hint=hint)
+    explaining_files(here, [adapter], before)  # which refuses other tokens than the base has
     for table in tables:
         parts = _resized(parts, table, before, after, there)
     return parts, "" if before == after else f"{before:,} to {after:,} rows, as the conversion of the base has them"
@@ -582,14 +585,15 @@ def _commonest(values: Iterable[float]) -> float:
 def _patterns(values: Mapping[str, float], usual: float, layout: str) -> dict[str, float]:
     """The values that are not the usual one, by the last part of a module's name where all modules of that name share it, else by whole
     names. PEFT takes a key for an expression."""
+    targets = {_target(name, layout): value for name, value in values.items()}
     kinds: dict[str, set[float]] = {}
-    for name, value in values.items():
+    for name, value in targets.items():
         kinds.setdefault(name.rpartition(".")[2], set()).add(value)
     found: dict[str, float] = {}
-    for name, value in values.items():
+    for name, value in targets.items():
         kind = name.rpartition(".")[2]
         if value != usual:
-            found[kind if len(kinds[kind]) == 1 and not kind.isdigit() else _target(name, layout).replace(".", r"\.")] = value
+            found[kind if len(kinds[kind]) == 1 else name.replace(".", r"\.")] = value
     return found
 
 
@@ -598,17 +602,16 @@ def _recorded(adapter: Adapter, own: str, to: str, base: Checkpoint | None) -> s
     if base is not None and base.origin.revision and _side(base) == to:
         return base.origin.name
     named = adapter.peft.get("base_model_name_or_path")
-    return str(named) if own == to and named else None
+    return short_base(str(named)) if own == to and named else None
 
 
 def _summary(parts: Parts, layout: str, adapter: Adapter, grown: str) -> dict[str, str]:
     kinds = Counter(name.rpartition(".")[2] for name in parts.modules)
     first, *_ = parts.modules
-    was = next(module.name for module in adapter.modules if module.a is parts.modules[first].a or module.b is parts.modules[first].b)
     ranks = listed(map(str, sorted({module.rank for module in parts.modules.values()})))
     rows = {
         "adapter": f"{len(parts.modules)} modules ({', '.join(f'{kind} {count}' for kind, count in kinds.items())}); rank {ranks}",
-        "rename": f"{was} -> {_module(first, layout, 'adapted')}",
+        "rename": f"{adapter.modules[0].name} -> {_module(first, layout, 'adapted')}",
     }
     if parts.tensors or parts.rows:
         rows["trained"] = few([*(_spelled(name, layout, "trained") for name in parts.tensors), *parts.rows])
@@ -623,6 +626,8 @@ def _notes(parts: Parts, adapter: Adapter, config: Mapping[str, Any], held: tupl
         yield f"left out, the base holds the same values: {few(held)}"
     if to == "llava-hf" and any(name.startswith("tower.") for name in _saved(parts)):
         yield "modules of the vision tower that were trained whole have the names of transformers 5.6 and later, older ones have others"
+    if to == "llava-hf" and any(".experts." in name for name in parts.modules):
+        yield "experts are modules in transformers up to 4.57, and one parameter in 5, where PEFT refuses these updates of them"
     if own != to and adapter.files:
         yield f"left out, the converted base has its own: {listed(adapter.files)}"
     if own != to and adapter.config:
@@ -637,6 +642,7 @@ def _loaders(parts: Parts, config: Mapping[str, Any]) -> Iterator[str]:
         DORA: config["use_dora"],
         TRAINED: bool(config["modules_to_save"] or config["trainable_token_indices"]),
         BESIDE: bool(_beside(parts) or config["lora_bias"]),
+        KEPT: any(table in parts.tensors and module in parts.modules for module, table in TABLES.items()),
         PATTERNS: bool(config["rank_pattern"] or config["alpha_pattern"]),
     }
     for loader in LOADERS:

@@ -342,6 +342,24 @@ def test_ranks_and_alphas_follow_their_modules(fixtures: Path) -> None:
     assert [note.partition(":")[0] for note in notes if "count more or less" in note] == ["vLLM", "SGLang"]
 
 
+def test_patterns_go_by_the_new_names(toys: Callable[[str], Model], tmp_path: Path) -> None:
+    """`linear_1` becomes the whole projector, whose name ends otherwise; a tower's module is named by the end that every version has."""
+    model = toys("linear")
+    hub = {name: tensor.shape for name, tensor in lw.open_checkpoint(model.hub).tensors.items()}
+    one, q = "multi_modal_projector.linear_1", "vision_tower.vision_model.encoder.layers.1.self_attn.q_proj"
+    tensors = Random().low_rank([one, q], hub, rank=2) | Random().low_rank([q.replace("layers.1", "layers.0")], hub)
+    source = adapter(tmp_path / "adapter", tensors, rank_pattern={"linear_1": 2, r"layers\.1\.self_attn\.q_proj": 2})
+    for to, names in (
+        ("llava", {"mm_projector", r"model\.vision_tower\.vision_tower\.vision_model\.encoder\.layers\.1\.self_attn\.q_proj"}),
+        ("llava-hf", {"linear_1", r"encoder\.layers\.1\.self_attn\.q_proj"}),
+    ):
+        made = write(lw.convert_lora(source, to, base=model.hub), tmp_path / to)
+        assert set(settings_of(made)["rank_pattern"]) == names
+        assert [module.rank for module in lw.open_adapter(made).modules] == [module.rank for module in lw.open_adapter(source).modules]
+    relu = write(lw.convert(model.original, "llava-hf", projector_form="relu"), tmp_path / "relu")
+    assert "no counterpart" in refused(tmp_path / "llava", "llava-hf", lw.MismatchError, base=relu)
+
+
 # --- PEFT loads it ----------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +464,9 @@ def test_rows_without_their_tokens_are_refused(toys: Callable[[str], Model], tmp
     text = random.low_rank(modules_of(shapes, "text"), shapes)
     more = adapter(tmp_path / "more", text | {"lm_head.weight": random(count + 3, width)}, modules_to_save=["lm_head"])
     assert f"{count + 3:,} rows" in refused(more, "llava-hf", lw.MismatchError, base=model.hub)
+    clash = adapter(tmp_path / "clash", text | {"lm_head.weight": random(count, width)}, modules_to_save=["lm_head"])
+    (clash / "added_tokens.json").write_text(json.dumps({"<another>": 7}))
+    assert "<another>" in refused(clash, "llava-hf", lw.MismatchError, base=model.hub)
     dora = random.low_rank(["lm_head"], shapes) | {"lm_head.lora_magnitude_vector": random(count)}
     assert "DoRA" in refused(adapter(tmp_path / "dora", dora, use_dora=True), "llava-hf", lw.MismatchError, base=model.hub)
     hub = {name.replace("model.layers", "model.language_model.layers"): tensor for name, tensor in text.items()}
