@@ -249,7 +249,6 @@ COMMANDS = {
     "make-delta, arithmetic": "make-delta --base {toys}/llama --tuned {toys}/llava",
     "make-delta, integer": "make-delta --base {toys}/llama --tuned {toys}/llava --codec integer",
     "merge-lora": "merge-lora --base {toys}/llava --lora {toys}/lora",
-    "convert-lora": "convert-lora {toys}/lora",
     "convert to llava-hf": "convert {toys}/llava --to llava-hf --vision-tower {toys}/clip",
     "convert to llava": "convert {toys}/hub --to llava",
     "all in one pass": "convert {toys}/llama --delta {toys}/delta --lora {toys}/lora --vision-tower {toys}/clip",
