@@ -1,6 +1,6 @@
 """What adapter_config.json holds, and which programs load an adapter beside its base: what each refuses, what it passes over.
 
-Sources: `LoraConfig` and `save_pretrained` of PEFT 0.21.2; vLLM's `lora/peft_helper.py`, `lora_model.py` and `utils.py` of 0.11 and later;
+Sources: `LoraConfig` and `save_pretrained` of PEFT 0.21.2; vLLM's `lora/peft_helper.py`, `lora_model.py` and `utils.py` of 0.11 to 0.30;
 SGLang's `lora/lora_config.py`, `lora_manager.py` and `utils.py` of 2026.
 """
 
@@ -25,10 +25,10 @@ PEFT_SETTINGS: dict[str, Any] = {
 # Settings of the training that mean the same under any names.
 PEFT_KEPT = ("bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_dropout", "r", "task_type", "use_rslora")
 
-# What an adapter may hold beside plain low-rank updates of one rank and alpha.
+# What an adapter may hold beside plain low-rank updates of one scale.
 DORA, TRAINED, BESIDE = "magnitudes of DoRA", "modules that were trained whole", "tensors beside any module"
-PATTERNS, KEPT = "ranks and alphas by pattern", "tables of the base beside their update"
-ONE_SCALE = "it takes `lora_alpha` and `r` for every module, so some updates count more or less than they should"
+SCALES, KEPT = "updates of several scales, by pattern", "tables of the base beside their update"
+ONE_SCALE = "it takes the scale of `lora_alpha` and `r` for every module, so some updates count more or less than they should"
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ LOADERS = (
     Loader(
         name="vLLM",
         refuses=(DORA, TRAINED, BESIDE),
-        passes_over={PATTERNS: ONE_SCALE, KEPT: "it takes the tables of the vocabulary from the base, not those in the adapter"},
+        passes_over={SCALES: ONE_SCALE, KEPT: "it takes the tables of the vocabulary from the base, not those in the adapter"},
     ),
     Loader(
         name="SGLang",
         refuses=(DORA,),
-        passes_over={PATTERNS: ONE_SCALE, TRAINED: "it places low-rank updates only", KEPT: "it places low-rank updates only"},
+        passes_over={SCALES: ONE_SCALE, TRAINED: "it places low-rank updates only", KEPT: "it places low-rank updates only"},
     ),
 )

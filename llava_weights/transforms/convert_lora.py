@@ -21,7 +21,7 @@ from ..errors import InputError, LlavaWeightsError, MismatchError, one_of
 from ..families.decoders import BEFORE_LAYERS, DECODERS, HEAD
 from ..families.files import ADAPTER_CONFIG
 from ..families.layouts import HF_TOWER, PEFT_PREFIX, VOCABULARY, VOCABULARY_TABLES, canonical, spelled
-from ..families.loaders import BESIDE, DORA, KEPT, LOADERS, PATTERNS, PEFT_KEPT, PEFT_SETTINGS, TRAINED
+from ..families.loaders import BESIDE, DORA, KEPT, LOADERS, PEFT_KEPT, PEFT_SETTINGS, SCALES, TRAINED
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES
 from ..families.towers import TOWERS
 from ..storage.reading import Workspace
@@ -593,7 +593,7 @@ def _patterns(values: Mapping[str, float], usual: float, layout: str) -> dict[st
     for name, value in targets.items():
         kind = name.rpartition(".")[2]
         if value != usual:
-            found[kind if len(kinds[kind]) == 1 else name.replace(".", r"\.")] = value
+            found[re.escape(kind if len(kinds[kind]) == 1 else name)] = value
     return found
 
 
@@ -638,12 +638,13 @@ def _notes(parts: Parts, adapter: Adapter, config: Mapping[str, Any], held: tupl
 
 def _loaders(parts: Parts, config: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each program that loads adapters and would refuse this one, or read only a part of it."""
+    usual = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     found = {
         DORA: config["use_dora"],
         TRAINED: bool(config["modules_to_save"] or config["trainable_token_indices"]),
         BESIDE: bool(_beside(parts) or config["lora_bias"]),
         KEPT: any(table in parts.tensors and module in parts.modules for module, table in TABLES.items()),
-        PATTERNS: bool(config["rank_pattern"] or config["alpha_pattern"]),
+        SCALES: any(module.scale != usual for module in parts.modules.values()),
     }
     for loader in LOADERS:
         if refused := [what for what in loader.refuses if found[what]]:

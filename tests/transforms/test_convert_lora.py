@@ -340,6 +340,19 @@ def test_ranks_and_alphas_follow_their_modules(fixtures: Path) -> None:
     assert config["alpha_pattern"] == {"q_proj": 20, r"model\.language_model\.layers\.1\.mlp\.down_proj": 7}
     notes = lw.convert_lora(source, "llava-hf").history[0].notes
     assert [note.partition(":")[0] for note in notes if "count more or less" in note] == ["vLLM", "SGLang"]
+    assert not any(
+        "count more or less" in note for note in lw.convert_lora(fixtures / "F-peft/rslora/adapter", "llava-hf").history[0].notes
+    )
+
+
+def test_one_scale_by_patterns_is_served_right(tmp_path: Path) -> None:
+    """As PEFT saves an adapter whose ranks were found while it trained: alpha grows with the rank."""
+    q, v = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+    tensors = Random().low_rank([q], {f"{q}.weight": (8, 8)}) | Random().low_rank([v], {f"{v}.weight": (8, 8)}, rank=2)
+    source = adapter(tmp_path / "adapter", tensors, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 3})
+    made = lw.convert_lora(source, "llava-hf")
+    assert json.loads(made.files["adapter_config.json"])["alpha_pattern"] == {"v_proj": 3}
+    assert not any("count more or less" in note for note in made.history[0].notes)
 
 
 def test_patterns_go_by_the_new_names(toys: Callable[[str], Model], tmp_path: Path) -> None:
