@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .transforms.adapter import Module as Module
     from .transforms.adapter import open_adapter as open_adapter
     from .transforms.convert import convert as convert
+    from .transforms.convert_lora import convert_lora as convert_lora
     from .transforms.delta import apply_delta as apply_delta
     from .transforms.delta import make_delta as make_delta
     from .transforms.lora import Adapters as Adapters
@@ -107,6 +108,7 @@ _FROM = {
     ),
     "tensors.low_rank": ("Arithmetic",),
     "transforms.convert": ("convert",),
+    "transforms.convert_lora": ("convert_lora",),
     "write.plan": (
         "Plan",
         "Settings",

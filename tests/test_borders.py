@@ -203,7 +203,7 @@ COMMANDS = (
     "inspect MODEL --tensors", "verify MODEL --deep --junit j.xml --summary s.md", "checksum MODEL", "diff MODEL BASE --plot p.svg",
     "convert MODEL -o out", "apply-delta --base BASE --delta MODEL -o out", "inspect MODEL/none",
     "make-delta --base BASE --tuned MODEL -o out", "inspect WEIGHTS --tensors", "verify WEIGHTS --deep --junit j.xml --summary s.md",
-    "diff WEIGHTS BASE --plot p.svg", "smoke MODEL", "merge-lora --base BASE --lora MODEL -o out",
+    "diff WEIGHTS BASE --plot p.svg", "smoke MODEL", "merge-lora --base BASE --lora MODEL -o out", "convert-lora MODEL -o out",
 )  # fmt: skip
 
 

@@ -67,6 +67,9 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "convert with a name": (lambda: lib.convert(NOWHERE, "llava-hf", tower_name="a/b"), "takes no `--tower-name`"),
     "convert with a tower of no type": (lambda: lib.convert(ORIGINAL, "llava-hf", tower=3), "the tower is of the type `int`"),
     "convert with a token of no text": (lambda: lib.convert(NOWHERE, "llava-hf", image_token="\udcff"), "`image_token` must be a text"),
+    "convert_lora of nothing": (lambda: lib.convert_lora(None, "llava-hf"), "the adapter is of the type `NoneType`"),
+    "convert_lora to another layout": (lambda: lib.convert_lora(NOWHERE, "gguf"), "there is no layout `gguf`"),
+    "convert_lora for a number": (lambda: lib.convert_lora(LORA, "llava-hf", base=3), "the base is of the type `int`"),
     "merge_lora of no list": (lambda: lib.merge_lora(VICUNA, 3), "the adapter is of the type `int`"),
     "verify with a rule of no list": (lambda: lib.verify(CLIP, strict=True, allow=3), "`allow` is 3, no list of rules"),
     "verify with one rule": (lambda: lib.verify(CLIP, strict=True, allow="values"), "no list of rules"),
@@ -178,6 +181,7 @@ RIGHT: dict[str, Callable[[Path, lw.Listener], Any]] = {
     "apply_delta": lambda out, bar: lw.apply_delta(BASE, DELTA),
     "checksum": lambda out, bar: lw.checksum(shutil.copytree(BASE, out), on_event=bar),
     "convert": lambda out, bar: lw.convert(ORIGINAL, "llava-hf", tower=CLIP),
+    "convert_lora": lambda out, bar: lw.convert_lora(LORA, "llava-hf", base=VICUNA),
     "diff": lambda out, bar: lw.diff(BASE, TUNED, on_event=bar),
     "execute": lambda out, bar: lw.execute(lw.make_plan(BASE), out, on_event=bar),
     "execute_portion": lambda out, bar: lw.execute_portion(lw.make_plan(BASE), out, lw.to_portion("1/1"), on_event=bar),
@@ -383,6 +387,7 @@ merged = lw.apply_delta("llama-13b", lw.open_checkpoint("delta"))
 reveal_type(merged)
 reveal_type(lw.merge_lora(merged, ["lora@0.5", ("other", 0.5), lw.open_adapter(Path("third"))]))
 reveal_type(lw.convert(merged, "llava-hf", tower="clip"))
+reveal_type(lw.convert_lora(lw.open_adapter("lora"), "llava-hf", base=merged))
 reveal_type(lw.make_plan(merged))
 with lw.ProgressBar() as bar:
     reveal_type(lw.execute(lw.make_plan(lw.make_delta("base", merged)), "out", on_event=bar))
@@ -406,6 +411,7 @@ lw.apply_delta(3, "delta")
 lw.no_such_name
 """
 SEEN = (
+    "llava_weights.checkpoint.checkpoint.Checkpoint",
     "llava_weights.checkpoint.checkpoint.Checkpoint",
     "llava_weights.checkpoint.checkpoint.Checkpoint",
     "llava_weights.checkpoint.checkpoint.Checkpoint",

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..families.decoders import DECODER_BY_TYPE, DECODERS, LLAMA_SIZES, LLAVA_DEFAULTS, Decoder
-from ..families.layouts import DROPPED, MULTIMODAL, VOCABULARY, canonical, spelled
+from ..families.layouts import DROPPED, MULTIMODAL, VOCABULARY, canonical
 from ..families.projectors import projector_type, projector_weights
 from ..families.shapes import MAX_LAYERS, length
 from ..tensors.dtypes import TORCH_DTYPE
@@ -340,7 +340,8 @@ def _multimodal(config: Mapping[str, Any], shapes: Shapes, ids: SpecialIds) -> d
     found: dict[str, Any] = {}
     if not isinstance(config.get("mm_use_im_patch_token"), bool):  # LLaVA's code takes its absence for true, and adds the token
         found["mm_use_im_patch_token"] = "<im_patch>" in ids.added
-    weights = [spelled(name, "llava") for name in projector_weights(map(canonical, shapes))]
+    stored = {canonical(name): name for name in shapes}  # ViP-LLaVA's projector has names of its own
+    weights = [stored[name] for name in projector_weights(stored)]
     if not weights or not all(len(shapes[name]) == 2 for name in weights):
         return found  # of a kind that no row describes: the config's own settings stay
     hidden = shapes[VOCABULARY[0]][1]

@@ -36,7 +36,7 @@ from ..checkpoint.manifest import (
 from ..checkpoint.rehash import Reading, rehash, size_of
 from ..errors import MOST_JOBS, InputError, OutputError, UsageError, whole_number
 from ..events import Listener, Note, check_listener
-from ..families.files import META_FILE, WEIGHT_SUFFIXES
+from ..families.files import ADAPTER_CONFIG, META_FILE, WEIGHT_SUFFIXES
 from ..families.layouts import VOCABULARY, canonical
 from ..findings import OTHER_RULES, STATE_RULES, Finding, exit_code
 from ..formats.folder import META_SIZE, WEIGHTS, member, optional
@@ -47,6 +47,7 @@ from ..storage.output_file import check_file
 from ..storage.reading import present
 from ..storage.strict_json import json_bytes
 from ..text import brief, is_text, listed, shown, size
+from ..transforms.adapter import open_adapter
 from ..transforms.lora import Adapters
 from ..write.plan import LARGEST_SMALL_FILE
 from .checksums import (
@@ -497,9 +498,25 @@ def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
             check_structure({**checkpoint.config, **stored}, shapes)
         except InputError as error:
             yield _refused(error, "config.json")
+    elif checkpoint.layout == "adapter":
+        yield _adapter(checkpoint)
     elif checkpoint.layout != "llava-hf":  # health.py has the rules of that one
         why = f"there is no rule for this layout ({checkpoint.layout})" if checkpoint.config else "there is no config.json"
         yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: {why}")
+
+
+def _adapter(checkpoint: Checkpoint) -> Finding:
+    """Whether the tensors of an adapter are those that adapter_config.json describes."""
+    try:
+        found = open_adapter(checkpoint.origin.path)
+    except InputError as error:
+        return Finding(
+            "L0", "warning", ADAPTER_CONFIG, f"it is an adapter that can't be merged or converted: {error.what}", error.hint or ""
+        )
+    beside = len(found.replacements) + len(found.rows)
+    more = f", and {beside} tensors that were trained whole" if beside else ""
+    text = f"a LoRA adapter of {len(found.modules)} modules, each with both factors, of the rank that adapter_config.json says{more}"
+    return Finding("L0", "ok", ADAPTER_CONFIG, text)
 
 
 def _structure_text(subject: Subject) -> str:

@@ -18,6 +18,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "apply-delta": make.apply_delta,
     "make-delta": make.make_delta,
     "merge-lora": make.merge_lora,
+    "convert-lora": make.convert_lora,
     "convert": make.convert,
     "inspect": look.inspect,
     "verify": check.verify,

@@ -1,4 +1,4 @@
-"""The commands that write a checkpoint: apply-delta, make-delta, merge-lora, convert."""
+"""The commands that write a checkpoint or an adapter: apply-delta, make-delta, merge-lora, convert-lora, convert."""
 
 from __future__ import annotations
 
@@ -96,6 +96,34 @@ def merge_lora(
         merged = merge(model, lora, dtype=dtype, progress=show.bars, **merging)
         made = converted(merged, to, conversion, progress=show.bars)
         carry_out(console, made, output, run)
+
+
+@grouped
+def convert_lora(
+    *,
+    lora: Annotated[str, typer.Argument(metavar="LORA", help="Adapter to convert: folder, file, or owner/name[@rev].")],
+    output: Output,
+    to: Annotated[str, typer.Option("--to", metavar="llava-hf|llava", help="Layout whose names it gets.")] = "llava-hf",
+    base: Annotated[
+        str | None, typer.Option("--base", "--model-base", help="Model that it belongs to, in either layout: what the names do not tell.")
+    ] = None,
+    non_lora: NonLora = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of an adapter on the Hub.")] = None,
+    run: Run,
+    show: Show,
+) -> None:
+    """Give a LoRA adapter the names of the other layout, unmerged, as PEFT, vLLM and SGLang load it."""
+    with session(show, writes=True) as console:
+        from ..checkpoint.checkpoint import open_checkpoint
+        from ..transforms.adapter import open_adapter
+        from ..transforms.convert import TO_LAYOUTS
+        from ..transforms.convert_lora import convert_lora as transform
+
+        check_options(run, output)
+        one_of("layout", to, TO_LAYOUTS)
+        adapter = open_adapter(lora, revision=revision, non_lora=non_lora, progress=show.bars)
+        model = open_checkpoint(base, progress=show.bars) if base else None
+        carry_out(console, transform(adapter, to, base=model), output, run)
 
 
 @grouped

@@ -103,8 +103,21 @@ VIP = (
 # Where there is a tower for images and another for videos.
 TWO_TOWERS_HF = ((r"tower\.(.+)", r"image_tower.vision_model.\1"), *HF_NAMES)
 TWO_TOWERS = ((r"tower\.(.+)", r"model.image_tower.image_tower.\1"), *ORIGINAL_NAMES)
+# An adapter goes by the names of modules in memory, not by those in files: these are of llava-hf's classes since transformers 4.52. PEFT
+# finds the place of a low-rank update with and without `vision_model.`, which classes have no more since 5.6 (PR #44431); not so that of
+# a module that was trained whole.
+HF_TOWER = "model.vision_tower.vision_model."
+HF_ADAPTED = (
+    (r"head\.(.+)", r"lm_head.\1"),
+    (r"text\.(.+)", r"model.language_model.\1"),
+    (r"tower\.(.+)", rf"{HF_TOWER}\1"),
+    (r"newline()", r"model.image_newline\1"),
+    *((pattern, rf"model.{name}") for pattern, name in HF_NAMES if pattern.startswith("projector")),
+)
+HF_TRAINED = ((r"tower\.(.+)", r"model.vision_tower.\1"), *HF_ADAPTED)
 SPELLINGS = {
     "llava-hf": HF_NAMES, "llava": ORIGINAL_NAMES, "vip-llava": VIP, "two-towers-hf": TWO_TOWERS_HF, "two-towers": TWO_TOWERS,
+    "llava-hf adapted": HF_ADAPTED, "llava-hf trained": HF_TRAINED,
 }  # fmt: skip
 
 
@@ -173,7 +186,8 @@ def canonical(name: str) -> str:
 
 
 def spelled(name: str, layout: str) -> str:
-    """The canonical `name` as `layout`, a key of `SPELLINGS`, spells it: "llava-hf", "llava", or that of a target with names of its own.
+    """The canonical `name` as `layout`, a key of `SPELLINGS`, spells it: "llava-hf", "llava", or that of a target with names of its own; in
+    an adapter of a llava-hf model "llava-hf adapted" or "llava-hf trained" (whole, beside the low-rank updates).
 
     Raises KeyError for a name that it has no word for."""
     for pattern, target in SPELLINGS[layout]:

@@ -68,6 +68,26 @@ class Head(LazyTensor):
         self.source.rows_into(out, start, stop, work)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tail(LazyTensor):
+    """The rows of `source` from `first` on."""
+
+    source: LazyTensor
+    first: int
+
+    @property
+    def inputs(self) -> tuple[LazyTensor, ...]:
+        return (self.source,)
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        self.source.rows_into(out, self.first + start, self.first + stop, work)
+
+
+def tail(tensor: LazyTensor, first: int) -> LazyTensor:
+    """The rows of `tensor` from `first` on."""
+    return Tail(dtype=tensor.dtype, shape=(tensor.rows - first, *tensor.shape[1:]), source=tensor, first=first)
+
+
 def resized(tensor: LazyTensor, rows: int) -> LazyTensor:
     """`tensor` with `rows` rows: as it is, cut, or grown by rows that hold the mean of the others."""
     if rows == tensor.rows:

@@ -89,8 +89,8 @@ class Adapter:
 
     `modules` are the low-rank updates. `replacements` are whole tensors, such as a tuned projector. `rows` replace single rows of a table:
     their indices and the tensor that holds them in that order; negative indices count from the end of the grown table. `config` is LLaVA's
-    config.json, empty where there is none, `peft` are the settings of adapter_config.json that a merge needs, `files` are the tokenizer's
-    files, `notes` are sentences on what was found when it was opened.
+    config.json, empty where there is none, `peft` are the settings of adapter_config.json that a merge needs, `settings` is all of
+    that file, `files` are the tokenizer's files, `notes` are sentences on what was found when it was opened.
     """
 
     origin: Origin
@@ -99,6 +99,7 @@ class Adapter:
     rows: Mapping[str, tuple[tuple[int, ...], LazyTensor]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     peft: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     files: Mapping[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -153,6 +154,7 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
         hint = "its rank and alpha are there, without which the weights mean nothing; download the whole adapter"
         raise InputError(f"there is no `adapter_config.json` beside {shown(file.name)}", facts=facts, hint=hint)
     rules = read_rules(member(folder, "adapter_config.json"))
+    adapter = replace(adapter, settings=load_object(member(folder, "adapter_config.json")))
     contents = sort_names(found.tensors, file.name)
     modules, rows = _modules(contents, rules, file.name), _rows(contents, rules)
     _refuse_unplaced(contents.unplaced, file.name)

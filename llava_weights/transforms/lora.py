@@ -317,12 +317,12 @@ def _finish(
         repairs=repairs,
         notes=(*(() if base.history else base.notes), *notes),
         warnings=(NO_TOWER,) if layout_of(tensors) == "llava" and not named_tower(config) else (),
-        checks={"adapters": [_facts(adapter) for adapter, _ in adapters]},
+        checks={"adapters": [facts_of(adapter) for adapter, _ in adapters]},
     )
     return Checkpoint(tensors, config, base.origin, files, (*base.history, step), folders=base.folders)
 
 
-def _facts(adapter: Adapter) -> dict[str, Any]:
+def facts_of(adapter: Adapter) -> dict[str, Any]:
     """What adapter_config.json says, without paths of its author's machine."""
     recorded = adapter.peft.get("base_model_name_or_path")
     return {**adapter.peft, "base_model_name_or_path": short_base(str(recorded))} if recorded else dict(adapter.peft)

@@ -10,6 +10,7 @@ from .. import __version__
 from ..checkpoint.chat_template import bare_prompt
 from ..checkpoint.checkpoint import Origin, Step
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
+from ..families.files import ADAPTER_CONFIG
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import TARGET_BY_TYPE
@@ -24,14 +25,16 @@ def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, 
     title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
     parts = [_front_matter(plan), f"# {markdown_text(title)}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
-    parts += [_use(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
+    parts += [_use(plan) or _use_adapter(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
     return "\n".join(part for part in parts if part)
 
 
 def _front_matter(plan: Plan) -> str:
     ids = [origin.name for step in plan.history for _, origin in step.inputs if origin.revision and REPO.fullmatch(origin.name)]
     lines = ["---", "tags: [llava, llava-weights]"]
-    if any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
+    if ADAPTER_CONFIG in plan.files:
+        lines.append("library_name: peft")
+    elif any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
         lines.append("pipeline_tag: image-text-to-text")
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in ids)]
@@ -95,6 +98,23 @@ def _use(plan: Plan) -> str:
     versions += TORCHVISION if row and row.video else ""
     doubt = f"\n{markdown_text(checks['prompt_doubt'])}\n" if checks.get("prompt_doubt") else ""
     return USE.format(model=model, versions=versions, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]), doubt=doubt)
+
+
+USE_ADAPTER = """## Use it
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, PATH)  # onto the model that the adapter belongs to, in the layout named above
+```
+
+`llava-weights merge-lora --base BASE --lora PATH -o OUT` merges it.
+"""
+
+
+def _use_adapter(plan: Plan) -> str:
+    """How to load an adapter."""
+    return USE_ADAPTER if ADAPTER_CONFIG in plan.files else ""
 
 
 def _block(text: str) -> str:

@@ -18,6 +18,7 @@ from ..checkpoint.checkpoint import Checkpoint, Source, Step, opened
 from ..checkpoint.diagnose import role_of
 from ..checkpoint.small_files import small_bytes
 from ..errors import MOST_JOBS, UsageError, whole_number
+from ..families.files import ADAPTER_CONFIG, ADAPTER_FILES, STANDARD
 from ..storage.strict_json import json_bytes
 from ..tensors.holes import MORE, Watch, hole_sentences
 from ..tensors.lazy import LazyTensor
@@ -159,7 +160,7 @@ def make_plan(
     checkpoint = opened(checkpoint, "checkpoint")
     watch = _watch(checkpoint, accept_values)
     watch.survey()
-    shards = _shards(checkpoint.tensors, limit, watch)
+    shards = _shards(checkpoint, limit, watch)
     config = json_bytes(dict(checkpoint.config))
     files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
     settings = Settings(jobs=jobs * REMOTE_JOBS if _uses_network(shards) else jobs, upload=upload)
@@ -188,11 +189,19 @@ def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...
     return (*history[:-1], replace(history[-1], warnings=(*history[-1].warnings, *new)))
 
 
-def _shards(tensors: Mapping[str, LazyTensor], limit: int, watch: Watch) -> tuple[Shard, ...]:
+def _shards(checkpoint: Checkpoint, limit: int, watch: Watch) -> tuple[Shard, ...]:
+    """A checkpoint cut into files of at most `limit` bytes, an adapter in one file. Raises UsageError for an adapter that is larger."""
     from huggingface_hub import split_state_dict_into_shards_factory as split
 
+    tensors, stem = checkpoint.tensors, Path(STANDARD["safetensors"][0])
+    if ADAPTER_CONFIG in checkpoint.files:
+        stem = Path(ADAPTER_FILES[0]).with_suffix("")
+        if checkpoint.nbytes > limit:
+            what = f"the adapter has {checkpoint.nbytes:,} bytes, and PEFT reads an adapter from one file"
+            hint = f"pass `--max-shard-size {-(-checkpoint.nbytes // 10**6)}MB` or more"
+            raise UsageError(what, facts={"--max-shard-size": f"{limit:,} bytes"}, hint=hint)
     found = split(
-        dict(tensors), get_storage_size=lambda tensor: tensor.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=limit
+        dict(tensors), get_storage_size=lambda tensor: tensor.nbytes, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=limit
     )
     return tuple(Shard(file, tuple((name, tensors[name]) for name in names), watch) for file, names in found.filename_to_tensors.items())
 

@@ -41,6 +41,8 @@ CONTEXTS = {
     "merge, plan": f"merge-lora --base {VICUNA} --lora {LORA} -o out -n --json",
     "merge from the Hub": f"merge-lora --base owner/name --lora {LORA} -o out -n",
     "merge to llava-hf": f"merge-lora --base {VICUNA} --lora {LORA} -o out -n --json --to llava-hf --vision-tower {CLIP}",
+    "rename": f"convert-lora {LORA} -o out",
+    "rename, plan": f"convert-lora {LORA} -o out -n --json",
     "convert": f"convert {LLAVA} --vision-tower {CLIP} -o out",
     "convert, plan": f"convert {LLAVA} --vision-tower {CLIP} -o out -n --json",
     "convert a base": f"convert {BASE} --vision-tower {CLIP} -o out -n --json",
@@ -196,6 +198,13 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--dtype": [Changes("merge, plan", "--dtype F32"), Refused("merge, plan", "--dtype nonsense")],
         "--to": [Changes("merge, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("merge, plan", "--to gguf")],
         "--revision": [Changes("merge, plan", "--revision main"), Changes("merge from the Hub", "--revision main")],
+    },
+    "convert-lora": {
+        **writing("rename"),
+        "--to": [Changes("rename, plan", "--to llava"), Refused("rename, plan", "--to gguf")],
+        "--base": [Changes("rename, plan", f"--base {VICUNA}")],
+        "--non-lora": [Changes("rename, plan", MERGING["--non-lora"])],
+        "--revision": [Changes("rename, plan", "--revision main")],
     },
     "convert": {
         **writing("convert"),

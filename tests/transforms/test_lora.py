@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
+from llava_weights.cli.toy import make_llava
 from llava_weights.errors import InputError, LlavaWeightsError, MismatchError, UsageError
 from llava_weights.families.layouts import BaseNames, canonical
+from llava_weights.families.originals import ORIGINALS
 from llava_weights.tensors.dtypes import to_dtype
 from llava_weights.tensors.low_rank import Arithmetic
 from llava_weights.transforms.adapter import open_adapter
@@ -333,3 +335,19 @@ def test_a_projector_alone_onto_a_text_model(fixtures: Path, tmp_path: Path) -> 
     assert different(tensors_of(tmp_path / "out"), expected) == []
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["model_type"], config["mm_projector_type"], config["mm_hidden_size"]) == ("llava", "mlp2x_gelu", 24)
+
+
+def test_a_base_of_vip_llava_in_its_own_layout(tmp_path: Path) -> None:
+    """Whose projector has names of its own."""
+    make_llava(tmp_path, next(row for row in ORIGINALS if row.name == "ViP-LLaVA"))
+    (tmp_path / "lora").mkdir()
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    rows, columns = open_checkpoint(tmp_path / "llava").tensors["model.layers.0.self_attn.q_proj.weight"].shape
+    save_file(
+        {f"{name}.lora_A.weight": torch.rand(2, columns), f"{name}.lora_B.weight": torch.rand(rows, 2)},
+        tmp_path / "lora/adapter_model.safetensors",
+    )
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    merged = merge_lora(tmp_path / "llava", tmp_path / "lora")
+    assert merged.config["mm_projector_type"] == "mlp2x_gelu"
+    assert merged.config["mm_hidden_size"] == merged.tensors["model.mm_projector.final_linear.0.weight"].shape[1]
