@@ -22,9 +22,10 @@ from ..text import shown
 from ..transforms.convert import TO_LAYOUTS, convert
 from ..transforms.delta import apply_delta
 from ..transforms.lora import Adapters, merge_lora
+from ..transforms.quantised_training import ROUNDINGS
 from .checksums import failed, folded
 
-USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
+USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "base_quantized": None, "projector_form": "identity"}
 RIGHT_SOURCES = "give the sources and options that it was made with: README.md and the manifest name them"
 
 
@@ -36,6 +37,7 @@ class RecordedOptions:
     dtype: str | None = None
     arithmetic: Arithmetic = "peft"
     scale: float = 1.0
+    base_quantized: str | None = None
     projector_form: str | None = None
     conv_mode: str | None = None
     image_token: str | None = None
@@ -54,15 +56,16 @@ def remake(
 ) -> Checkpoint:
     """What `made` should be, as lazy tensors: `base` with the delta and the adapters, in the layout of `made`.
 
-    The options (arithmetic, scale, dtype, projector form) are those of its manifest, the defaults where it has none. Raises
-    InputError where the manifest records options that no command takes, or the sources do not fit.
+    The options (arithmetic, scale, rounding of the base, dtype, projector form) are those of its manifest, the defaults where it has none.
+    Raises InputError where the manifest records options that no command takes, or the sources do not fit.
     """
     options = _options(made)
     result = apply_delta(base, delta, accept_base=True) if delta else base
     dtype = None if options.dtype == "F64" else options.dtype  # which no command makes
     if lora:
         merged_dtype = None if made.layout == "llava-hf" else dtype
-        result = merge_lora(result, lora, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
+        how_merged: Any = {"arithmetic": options.arithmetic, "scale": options.scale, "base_quantized": options.base_quantized}
+        result = merge_lora(result, lora, dtype=merged_dtype, **how_merged)
     mode = options.conv_mode if "conv_mode" in made.config else None  # else it was chosen, not given
     if made.layout == "llava-hf":
         how: Any = {"projector_form": options.projector_form, "conv_mode": mode, "image_token": options.image_token}
@@ -128,6 +131,7 @@ def _options(made: Checkpoint) -> RecordedOptions:
         "dtype": lambda value: value in FLOATS,
         "arithmetic": lambda value: value in get_args(Arithmetic),
         "scale": lambda value: type(value) in (int, float) and math.isfinite(value),
+        "base_quantized": lambda value: value in ROUNDINGS,
         "projector_form": lambda value: value in PROJECTOR_FORMS,
         "conv_mode": lambda value: value in CONVERSATIONS,
         "image_token": lambda value: 0 < len(value) < 256,

@@ -7,7 +7,22 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, one_of
-from .options import AcceptBase, ArithmeticRule, Base, Conversion, Dtype, Lora, NonLora, Output, Run, Scale, Show, To, grouped
+from .options import (
+    AcceptBase,
+    ArithmeticRule,
+    Base,
+    BaseQuantized,
+    Conversion,
+    Dtype,
+    Lora,
+    NonLora,
+    Output,
+    Run,
+    Scale,
+    Show,
+    To,
+    grouped,
+)
 from .session import carry_out, check_given, check_options, converted, merge, note, session
 
 
@@ -78,6 +93,7 @@ def merge_lora(
     output: Annotated[str, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
     scale: Scale = None,
     arithmetic: ArithmeticRule = None,
+    base_quantized: BaseQuantized = None,
     dtype: Dtype = None,
     to: To = None,
     conversion: Conversion,
@@ -90,7 +106,7 @@ def merge_lora(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
+        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "base_quantized": base_quantized, "non_lora": non_lora}
         check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         model = open_checkpoint(base, revision=revision, progress=show.bars)
         merged = merge(model, lora, dtype=dtype, progress=show.bars, **merging)
@@ -111,6 +127,7 @@ def convert(
     lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge this adapter first, in the same pass. Repeats.")] = None,
     arithmetic: ArithmeticRule = None,
     scale: Scale = None,
+    base_quantized: BaseQuantized = None,
     non_lora: NonLora = None,
     conversion: Conversion,
     dtype: Dtype = None,
@@ -122,7 +139,7 @@ def convert(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
+        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "base_quantized": base_quantized, "non_lora": non_lora}
         check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         if accept_base and not delta:
             raise UsageError("`--accept-base` belongs to a delta", hint="add `--delta DELTA`, or leave it out")

@@ -56,6 +56,14 @@ ArithmeticRule = Annotated[
         help="Which bits a merge gives: those of a PEFT version, or exact, the same on every machine.",
     ),
 ]
+BaseQuantized = Annotated[
+    str | None,
+    typer.Option(
+        "--base-quantized",
+        metavar="nf4|fp4|int8",
+        help="Round the base first as bitsandbytes did while a QLoRA was trained; nf4-double: with double quantisation.",
+    ),
+]
 To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]
 VisionTowerOption = Annotated[
     str | None, typer.Option("--vision-tower", help="CLIP for a checkpoint that holds none: folder, file or owner/name[@rev].")

@@ -156,6 +156,7 @@ def check_options(
     lora: Sequence[str] | None = None,
     arithmetic: str | None = None,
     scale: float | None = None,
+    base_quantized: str | None = None,
     non_lora: Path | None = None,
 ) -> None:
     """Raise UsageError, before anything is opened, for a value that an option can't have and for an option without effect."""
@@ -167,10 +168,11 @@ def check_options(
     if not output:
         raise UsageError("`-o` is empty", hint="give the folder to write")
     given = conversion.given if conversion else {}
-    merging = {"--arithmetic": arithmetic, "--scale": scale, "--non-lora": non_lora}
+    merging = {"--arithmetic": arithmetic, "--scale": scale, "--base-quantized": base_quantized, "--non-lora": non_lora}
     if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
         raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
-    check_merge(arithmetic=arithmetic or "peft", scale=1.0 if scale is None else scale, dtype=to_dtype(dtype))
+    usual = 1.0 if scale is None else scale
+    check_merge(arithmetic=arithmetic or "peft", scale=usual, dtype=to_dtype(dtype), base_quantized=base_quantized)
     if to is None and (given or (dtype and not lora)):
         names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given or ("dtype",))
         raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
@@ -191,6 +193,7 @@ def merge(
     arithmetic: str | None,
     *,
     scale: float | None = None,
+    base_quantized: str | None = None,
     dtype: str | None = None,
     non_lora: Path | None = None,
     progress: bool | None = None,
@@ -202,7 +205,8 @@ def merge(
 
     adapters = [open_weighted(text, non_lora=non_lora, progress=progress) for text in loras]
     rule = to_arithmetic(arithmetic or "peft")
-    return merge_lora(model, adapters, arithmetic=rule, scale=1.0 if scale is None else scale, dtype=dtype)
+    usual = 1.0 if scale is None else scale
+    return merge_lora(model, adapters, arithmetic=rule, scale=usual, dtype=dtype, base_quantized=base_quantized)
 
 
 def converted(

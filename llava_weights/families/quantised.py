@@ -64,6 +64,7 @@ def quantisation(dtypes: Mapping[str, str], method: str) -> tuple[str, list[str]
     title = told[0].title if told and (method in ("", "bitsandbytes") or method not in TITLES) else TITLES.get(method, by_dtype)
     return title or by_dtype, [*named, *packed]
 
+
 # What the codes of bitsandbytes' 4-bit kinds stand for, in units of a block's largest magnitude: NF4 from the QLoRA paper (appendix E), FP4
 # with two exponent bits and one of the fraction. Float32 values of `get_4bit_type` in 0.50.2.
 CODES = {

@@ -7,9 +7,9 @@ depend on the whole tensor, which is then read twice.
 
 8 bits (`int8`, LLM.int8()): the weight is rounded to float16, each row has a scale, and comes back as float32.
 
-The bits are those of bitsandbytes 0.50.2 on the CPU with one thread (`quantize_4bit`, `quantize_blockwise`, `int8_vectorwise_quant` and what
-undoes them), and the same on every machine: every step is a single IEEE operation in a fixed order, the mean of the scales included.
-bitsandbytes' own CPU kernel takes wrong scales where a row is no multiple of 64 values; here its other backends are followed.
+The bits are those of bitsandbytes 0.50.2 on the CPU with one thread (`quantize_4bit`, `quantize_blockwise`, `int8_vectorwise_quant` and
+what undoes them), and the same on every machine: every step is one IEEE operation in a fixed order, the mean of the scales included.
+Where a row is no multiple of 64 values, its compiled CPU kernel takes the scale of another block; here its other backends are followed.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ STEPS = 1 << 16  # of the table in which bitsandbytes looks the 8-bit code of a 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTrip(LazyTensor):
-    """`source`, a matrix, as the model in training had it. `rounding` is the kind, `double` says whether the scales of 4 bits were quantised.
+    """`source`, a matrix, as the model in training had it: in its dtype, or in "F32" for `int8`. Made by `round_trip`.
 
-    The dtype is that of `source`, or "F32" for `int8`. Made by `round_trip`.
+    `rounding` is the kind, `double` says whether the scales of 4 bits were quantised too.
     """
 
     source: LazyTensor
@@ -104,7 +104,7 @@ class RoundTrip(LazyTensor):
                 scale = half.abs().amax(1).float()[:, None]
                 codes = torch.round(half * (127.0 / scale)).to(torch.float32)
                 codes[(scale == 0).expand_as(codes)] = 0.0
-                made[first : first + height] = codes.mul_(scale).mul_(7.874015718698502e-3)
+                made[first : first + height] = codes.add_(0.0).mul_(scale).mul_(7.874015718698502e-3)  # an integer has no -0
 
     def _rows_of_4_bits(self, out: memoryview, start: int, stop: int, scales: np.ndarray | None, work: Workspace) -> None:
         """Rows [start, stop), by the blocks that they touch; the values of those blocks in rows around are read too."""
@@ -124,17 +124,18 @@ class RoundTrip(LazyTensor):
 
     def _rounded(self, stored: torch.Tensor, given: np.ndarray | None) -> torch.Tensor:
         """Whole blocks there and back, in the dtype of the weight; the last may be short. `given` are scales in place of their own."""
-        torch = load_torch()
+        loaded = load_torch()
         table = codebook(self.rounding)
         values = stored.float()
         scale = largest(values)
         codes = nearest(in_units(values, scale), table)
-        back = torch.from_numpy(table)[codes.int()]
-        used = scale if given is None else torch.from_numpy(given)
+        back = loaded.from_numpy(table)[codes.int()]
+        used = scale if given is None else loaded.from_numpy(given)
         full = len(back) // BLOCK
         back[: full * BLOCK].view(full, BLOCK).mul_(used[:full, None])
         back[full * BLOCK :].mul_(used[full:])
-        return back.to(getattr(torch, TORCH_DTYPE[self.dtype]))
+        rounded: torch.Tensor = back.to(getattr(loaded, TORCH_DTYPE[self.dtype]))
+        return rounded
 
     def _scales(self) -> np.ndarray:
         """The scale of each block after its own round trip through 8 bits, float32. Reads all of the weight, with files of its own: what
@@ -171,10 +172,12 @@ def codebook(rounding: Rounding) -> np.ndarray:
 
 def largest(values: torch.Tensor) -> torch.Tensor:
     """The largest magnitude of each block of flat float32 `values`; of a short last one it is at least 1e-38."""
-    torch = load_torch()
+    loaded = load_torch()
     full = len(values) // BLOCK * BLOCK
-    found = values[:full].view(-1, BLOCK).abs().amax(1)
-    return torch.cat([found, values[full:].abs().max().clamp(min=1e-38)[None]]) if full < len(values) else found
+    found: torch.Tensor = values[:full].view(-1, BLOCK).abs().amax(1)
+    if full < len(values):
+        found = loaded.cat([found, values[full:].abs().max().clamp(min=1e-38)[None]])
+    return found
 
 
 def in_units(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -189,8 +192,8 @@ def in_units(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def nearest(values: torch.Tensor, table: np.ndarray) -> torch.Tensor:
     """The place in the ascending `table` of the entry that is nearest to each value, the lower one of two: the number of midpoints below
     it, counted, which is faster than searching."""
-    torch = load_torch()
-    places = torch.zeros(len(values), dtype=torch.uint8)
+    loaded = load_torch()
+    places: torch.Tensor = loaded.zeros(len(values), dtype=loaded.uint8)
     for middle in ((table[:-1] + table[1:]) / np.float32(2)).tolist():
         places.add_(values > middle)
     return places
@@ -198,26 +201,27 @@ def nearest(values: torch.Tensor, table: np.ndarray) -> torch.Tensor:
 
 def mean_as_torch(values: np.ndarray) -> np.float32:
     """The mean of float32 values in the order in which torch's CPU kernel of one thread adds them, which is not the exact sum."""
-    vectors = values[: len(values) // LANES * LANES].reshape(-1, LANES)
-    rows = vectors[: len(vectors) // COLUMNS * COLUMNS].reshape(-1, COLUMNS * LANES)
+    width = LANES if len(values) >= LANES else 1
+    vectors = values[: len(values) // width * width].reshape(-1, width)
+    rows = vectors[: len(vectors) // COLUMNS * COLUMNS].reshape(-1, COLUMNS * width)
     step = 1 << max(4, ((len(rows) - 1).bit_length() if len(rows) > 1 else 0) // LEVELS)
-    total = np.zeros(COLUMNS * LANES, np.float32)
+    total = np.zeros(COLUMNS * width, np.float32)
     for level in range(LEVELS):
         full = len(rows) // step if level < LEVELS - 1 else 0
-        rest = np.zeros(COLUMNS * LANES, np.float32)
+        rest = np.zeros(COLUMNS * width, np.float32)
         for row in rows[full * step :]:
             rest += row
         total += rest
-        groups, rows = rows[: full * step].reshape(full, step, COLUMNS * LANES), np.zeros((full, COLUMNS * LANES), np.float32)
+        groups, rows = rows[: full * step].reshape(full, step, COLUMNS * width), np.zeros((full, COLUMNS * width), np.float32)
         for place in range(step):
             rows += groups[:, place]
-    lanes = total.reshape(COLUMNS, LANES)
+    lanes = total.reshape(COLUMNS, width)
     for vector in vectors[len(vectors) // COLUMNS * COLUMNS :]:
         lanes[0] += vector
     for other in lanes[1:]:
         lanes[0] += other
     found = np.float32(0)
-    for value in (*values[len(vectors) * LANES :], *lanes[0]):
+    for value in (*values[len(vectors) * width :], *lanes[0]):
         found += value
     return np.float32(found / np.float32(len(values)))
 

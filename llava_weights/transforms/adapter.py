@@ -474,10 +474,7 @@ def _with_facts(adapter: Adapter, rules: LoraRules) -> Adapter:
     quantised = quantised_base(base, adapter.config)
     notes = [f"trained on {shown(short_base(base))}, by adapter_config.json"] if base else []
     if quantised:
-        merging = (
-            "its update was fitted to rounded weights; merged into the 16-bit base, the result is close to what was trained, not equal"
-        )
-        notes.append(f"trained on a quantised base, by {quantised}: {merging}")
+        notes.append(f"trained on a quantised base, by {quantised}")
     held = [f".{module.name}" for module in adapter.modules]
     missing = [key for key in rules.target_modules if key != "all-linear" and not any(name.endswith(f".{key}") for name in held)]
     held = [f".{name}." for name in adapter.replacements]
