@@ -9,6 +9,7 @@ import typer
 from ..errors import UsageError, one_of
 from .options import (
     AcceptBase,
+    AdapterName,
     ArithmeticRule,
     Base,
     BaseQuantized,
@@ -98,6 +99,7 @@ def merge_lora(
     to: To = None,
     conversion: Conversion,
     non_lora: NonLora = None,
+    adapter: AdapterName = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a base on the Hub.")] = None,
     run: Run,
     show: Show,
@@ -106,7 +108,13 @@ def merge_lora(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "base_quantized": base_quantized, "non_lora": non_lora}
+        merging: dict[str, Any] = {
+            "arithmetic": arithmetic,
+            "scale": scale,
+            "base_quantized": base_quantized,
+            "non_lora": non_lora,
+            "adapter": adapter,
+        }
         check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         model = open_checkpoint(base, revision=revision, progress=show.bars)
         merged = merge(model, lora, dtype=dtype, progress=show.bars, **merging)
@@ -129,6 +137,7 @@ def convert(
     scale: Scale = None,
     base_quantized: BaseQuantized = None,
     non_lora: NonLora = None,
+    adapter: AdapterName = None,
     conversion: Conversion,
     dtype: Dtype = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of SRC on the Hub.")] = None,
@@ -139,7 +148,13 @@ def convert(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "base_quantized": base_quantized, "non_lora": non_lora}
+        merging: dict[str, Any] = {
+            "arithmetic": arithmetic,
+            "scale": scale,
+            "base_quantized": base_quantized,
+            "non_lora": non_lora,
+            "adapter": adapter,
+        }
         check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         if accept_base and not delta:
             raise UsageError("`--accept-base` belongs to a delta", hint="add `--delta DELTA`, or leave it out")

@@ -46,6 +46,7 @@ Lora = Annotated[
     ),
 ]
 NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
+AdapterName = Annotated[str | None, typer.Option("--adapter", metavar="NAME", help="Which of several adapters in one file or folder.")]
 Scale = Annotated[float | None, typer.Option("--scale", show_default="1.0", help="Multiplies every adapter.")]
 ArithmeticRule = Annotated[
     str | None,

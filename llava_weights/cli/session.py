@@ -158,6 +158,7 @@ def check_options(
     scale: float | None = None,
     base_quantized: str | None = None,
     non_lora: Path | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Raise UsageError, before anything is opened, for a value that an option can't have and for an option without effect."""
     from ..tensors.dtypes import to_dtype
@@ -168,7 +169,13 @@ def check_options(
     if not output:
         raise UsageError("`-o` is empty", hint="give the folder to write")
     given = conversion.given if conversion else {}
-    merging = {"--arithmetic": arithmetic, "--scale": scale, "--base-quantized": base_quantized, "--non-lora": non_lora}
+    merging = {
+        "--arithmetic": arithmetic,
+        "--scale": scale,
+        "--base-quantized": base_quantized,
+        "--non-lora": non_lora,
+        "--adapter": adapter,
+    }
     if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
         raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
     usual = 1.0 if scale is None else scale
@@ -196,6 +203,7 @@ def merge(
     base_quantized: str | None = None,
     dtype: str | None = None,
     non_lora: Path | None = None,
+    adapter: str | None = None,
     progress: bool | None = None,
 ) -> Checkpoint:
     """`model` with the adapters of the command line merged in; itself where there are none."""
@@ -203,7 +211,7 @@ def merge(
         return model
     from ..transforms.lora import merge_lora, open_weighted, to_arithmetic
 
-    adapters = [open_weighted(text, non_lora=non_lora, progress=progress) for text in loras]
+    adapters = [open_weighted(text, non_lora=non_lora, adapter=adapter, progress=progress) for text in loras]
     rule = to_arithmetic(arithmetic or "peft")
     usual = 1.0 if scale is None else scale
     return merge_lora(model, adapters, arithmetic=rule, scale=usual, dtype=dtype, base_quantized=base_quantized)

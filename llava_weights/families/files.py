@@ -31,6 +31,7 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 # Rows of added tokens, which vLLM and mergekit keep beside an adapter, to be put behind the base's.
 NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")
 MLX_FILES = ("adapters.safetensors", "adapters.npz")  # an adapter of mlx-lm or mlx-vlm
+MLX_STEPS = r"\d+_adapters\.safetensors"  # the same adapter at earlier steps
 BESIDE_ADAPTER = (*TRAINED_FILES, *PROJECTOR_FILES, *NEW_ROWS)
 SIDE_FILES = (*ADAPTER_FILES, *PROJECTOR_FILES, *TRAINED_FILES, *NEW_ROWS)
 # What a Trainer leaves of its own state: no part of a model, though some have the suffix of weights.

@@ -148,7 +148,9 @@ def _weighted(adapters: Adapters) -> list[tuple[Adapter, float]]:
     return found
 
 
-def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | None = None) -> tuple[Adapter, float]:
+def open_weighted(
+    text: str, *, non_lora: Path | None = None, adapter: str | None = None, progress: bool | None = None
+) -> tuple[Adapter, float]:
     """An adapter and its weight: `PATH@0.5` weighs it 0.5, unless a path of that very name exists.
 
     The first `@` behind a repository's name is always its revision: `owner/name@main@0.5`.
@@ -156,9 +158,9 @@ def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | N
     source, _, number = text.rpartition("@")
     weighed = source and re.fullmatch(r"-?\d+(\.\d+)?", number) and not os.path.lexists(os.path.expanduser(text))
     if weighed and (os.path.exists(os.path.expanduser(source)) or not may_be_revised(source)):
-        return open_adapter(source, non_lora=non_lora, progress=progress), float(number)
+        return open_adapter(source, non_lora=non_lora, adapter=adapter, progress=progress), float(number)
     try:
-        return open_adapter(text, non_lora=non_lora, progress=progress), 1.0
+        return open_adapter(text, non_lora=non_lora, adapter=adapter, progress=progress), 1.0
     except HubError as error:
         if weighed:
             error.hint = f"write `{source}@main@{number}` to weigh it: the first `@` behind a repository's name is its revision"
@@ -249,6 +251,7 @@ def _update(module: Module, weight: float) -> LowRank:
         weight=weight,
         magnitude=module.magnitude,
         fan_in_fan_out=module.fan_in_fan_out,
+        mlx=module.mlx,
     )
 
 

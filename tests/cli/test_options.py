@@ -172,6 +172,7 @@ MERGING = {
     "--scale": "--scale 0.5",
     "--base-quantized": "--base-quantized nf4",
     "--non-lora": "--non-lora nowhere.bin",
+    "--adapter": "--adapter other",
 }
 CASES: dict[str, dict[str, list[Case]]] = {
     "apply-delta": {

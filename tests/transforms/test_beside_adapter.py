@@ -164,13 +164,6 @@ def test_several_adapters_in_one_file_are_called_so(tmp_path: Path) -> None:
     assert "`default`" in told
 
 
-def test_an_adapter_of_mlx_is_called_so(tmp_path: Path) -> None:
-    path = folder(tmp_path / "mlx", {}, llava=False)
-    save_file({"language_model.model.layers.0.self_attn.q_proj.lora_a": torch.rand(4, 2)}, path / "adapters.safetensors")
-    assert "MLX" in text_of(path)
-    assert "MLX" in text_of(path / "adapters.safetensors")
-
-
 def test_buffers_of_a_training_state_are_no_part_of_it(tmp_path: Path) -> None:
     path = folder(tmp_path / "run", {})
     buffers = {"base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4), "a.embeddings.position_ids": torch.arange(4)}
