@@ -37,11 +37,9 @@ from ..tensors.low_rank import Arithmetic, LowRank, add_low_rank, fits
 from ..text import few
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
-from .adapter_tokens import check_rows, explaining_files
+from .adapter_tokens import asked_tokens, check_rows, explaining_files, in_base_vocabulary
 from .quantised_training import Training, recorded_training, round_base, settled, to_rounding
 
-# The tokens that LLaVA adds, in its order, with the config key that asks for them (llava/model/builder.py at c121f04).
-IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
 NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
 
 AdapterSource = Adapter | str | Path  # what a public function takes as an adapter: one that is open, or where it is
@@ -87,6 +85,10 @@ def merge_lora(
     untied = _untie(base, tensors, weighted)
     places: defaultdict[str, Placed] = defaultdict(Placed)
     tokens = read_special_ids(base.files, base.vocabulary).added if base.vocabulary else {}
+    moved = [in_base_vocabulary(base, adapter, tensors) for adapter, _ in weighted]
+    weighted = [
+        (replace(adapter, notes=(*adapter.notes, *told)), weight) for (adapter, told), (_, weight) in zip(moved, weighted, strict=True)
+    ]
     check_rows(base, [adapter for adapter, _ in weighted], tensors)
     for adapter, weight in weighted:
         _place(adapter, weight * scale, tensors, tokens, places)
@@ -367,8 +369,7 @@ def _follow_tensors(config: dict[str, Any], tensors: Mapping[str, LazyTensor], b
 
 def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces: int, rows: int) -> dict[str, int]:
     """Ids of image tokens that have a row and are named in no file: LLaVA's own code numbers them when it loads."""
-    asked = [token for key, tokens in IMAGE_TOKENS for token in tokens if config.get(key)]
-    new = [token for token in asked if token not in added]
+    new = [token for token in asked_tokens(config) if token not in added]
     first = max([pieces - 1, *added.values()]) + 1
     return {token: first + number for number, token in enumerate(new)} if first + len(new) == rows else {}
 
