@@ -23,6 +23,8 @@ Container = Literal["safetensors", "torch", "meta"]
 STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}  # stem, suffix
 SINGLE_FILES = tuple(stem + suffix for stem, suffix in STANDARD.values())
 INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+# A whole training state, as transformers, `zero_to_fp32.py` and accelerate's FSDP write it.
+STATES = (*INDEXES, *SINGLE_FILES, "pytorch_model_fsdp.bin")
 WEIGHT_SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter

@@ -18,19 +18,18 @@ from ..checkpoint.checkpoint import Origin, to_place
 from ..errors import InputError
 from ..families.files import (
     ADAPTER_FILES,
-    INDEXES,
     MLX_FILES,
     MLX_STEPS,
     NEW_ROWS,
     PROJECTOR_FILES,
-    SINGLE_FILES,
+    STATES,
     TOKENIZER_FILES,
     TRAINED_BESIDE,
     TRAINED_FILES,
     TRAINER_STATE,
     WEIGHT_SUFFIXES,
 )
-from ..families.layouts import DROPPED, VOCABULARY, canonical
+from ..families.layouts import DROPPED, VOCABULARY, placed
 from ..formats.folder import WeightFiles, first_difference, index_file, index_shards, member, optional, shard_count
 from ..formats.safetensors import index_safetensors
 from ..formats.torch_zip import index_torch_zip
@@ -202,7 +201,7 @@ def _weights_in(folder: Path) -> Path:
     Raises InputError saying what is there instead, and where an adapter is near, and where two adapter files differ."""
     names = _names(folder)
     whole = any(re.fullmatch(r"(pytorch_)?model\b.*\.(bin|safetensors)", name) for name in names)
-    states = (*INDEXES, *SINGLE_FILES) if "adapter_config.json" in names else ()
+    states = STATES if "adapter_config.json" in names else ()
     wanted = ADAPTER_FILES if whole or "adapter_config.json" in names else (*ADAPTER_FILES, *PROJECTOR_FILES)
     found = [name for name in wanted if name in names]
     if len(found) > 1 and (differ := first_difference(*(index_file(member(folder, name)).tensors for name in found[:2]))):
@@ -259,7 +258,7 @@ def _beside(folder: Path, read: WeightFiles, non_lora: Path | None, *, chosen: b
         raise InputError(what, facts={"folder": folder}, hint=hint)
     if not others or chosen:
         return (f"not read, beside the file that was given: {listed(others)}",) if others else ()
-    state = next((name for name in (*SINGLE_FILES, *INDEXES) if name in _names(folder)), None)
+    state = next((name for name in STATES if name in _names(folder)), None)
     more = f"give `--non-lora {folder / state}` to take what it holds besides the LoRA, or " if state and not non_lora else ""
     hint = f"{more}give the file of the adapter in place of the folder, to leave the others out"
     facts = {"folder": folder, "read": listed(file.name for file in read.files)}
@@ -377,7 +376,26 @@ def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Pa
         if config := next(found, {}):
             note = "config.json is the one of the finished training, the adapter has none"
             adapter = replace(adapter, config=config, notes=(*adapter.notes, note))
+    if given and paths:
+        _refuse_missing_projector(adapter, paths[0])
     return adapter
+
+
+def _refuse_missing_projector(adapter: Adapter, given: Path) -> None:
+    """Raise InputError where LLaVA's config says that the projector was trained, but the file that was given for it holds none.
+
+    LLaVA trains the projector with every LoRA unless `freeze_mm_mlp_adapter` is set (train.py at c121f04)."""
+    if not _is_llava(adapter.config) or adapter.config.get("freeze_mm_mlp_adapter") is True or _has_projector(adapter.replacements):
+        return
+    facts = {"file": given, "config.json": "`mm_vision_tower`, and no `freeze_mm_mlp_adapter`: the projector was trained"}
+    hint = "give the file that holds `mm_projector` tensors: the non_lora_trainables.bin of the run, or a whole training state"
+    raise InputError(f"{shown(given.name)} lacks the projector that was trained with this adapter", facts=facts, hint=hint)
+
+
+def _is_projector(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a file under any name is a projector with the two rows of `<im_start>` and `<im_end>` that LLaVA saves beside it."""
+    tables = [tensor for name, tensor in tensors.items() if f".{name}".endswith(".embed_tokens.weight")]
+    return any("mm_projector." in name for name in tensors) and [table.rows for table in tables] == [2]
 
 
 def _with_file(adapter: Adapter, path: Path, contents: Contents, chosen: str | None) -> Adapter:
@@ -386,7 +404,7 @@ def _with_file(adapter: Adapter, path: Path, contents: Contents, chosen: str | N
     tensors = _without_buffers(tensors)
     _check_sound(tensors, path.name)
     rows = dict(adapter.rows)
-    if path.name in PROJECTOR_FILES:
+    if path.name in PROJECTOR_FILES or _is_projector(tensors):
         found, more = Contents(), _projector_names(tensors, path.name)
         found.replacements, rows = more[0], rows | more[1]
     else:
@@ -397,7 +415,7 @@ def _with_file(adapter: Adapter, path: Path, contents: Contents, chosen: str | N
     both = [name for name in found.replacements if name in adapter.replacements]
     _refuse_unplaced([name for name in both if found.replacements[name].shape != adapter.replacements[name].shape], path.name)
     differ = first_difference(*({name: where[name] for name in both} for where in (found.replacements, adapter.replacements)))
-    if differ and path.name in PROJECTOR_FILES:
+    if differ and (path.name in PROJECTOR_FILES or _is_projector(tensors)):
         facts = {"files": listed([*(file.name for file in adapter.origin.files), path.name]), "they differ in": differ}
         hint = "see which of them belongs to the adapter, and move the other elsewhere"
         raise InputError(f"{shown(path.name)} holds another projector than the files beside it", facts=facts, hint=hint)
@@ -432,7 +450,7 @@ def _find_non_lora(folder: Path, adapter: Adapter, contents: Contents) -> list[P
 
 
 def _has_projector(names: Iterable[str]) -> bool:
-    return any(canonical(name).startswith("projector.") for name in names)
+    return any(placed(name).startswith("projector.") for name in names)
 
 
 def _is_llava(config: Mapping[str, Any]) -> bool:
@@ -445,7 +463,7 @@ def _resolved(path: Path) -> Path:
     if not path.is_dir():
         return path
     names = _names(path)
-    wanted = (*TRAINED_FILES, *INDEXES, *SINGLE_FILES)
+    wanted = (*TRAINED_FILES, *STATES, *PROJECTOR_FILES)
     if found := next((name for name in wanted if name in names), None):
         return member(path, found)
     facts = {"folder": path, "found": listed(names) or "nothing", "accepted": listed(wanted)}
