@@ -65,7 +65,7 @@ def remake(
     if lora:
         merged_dtype = None if made.layout == "llava-hf" else dtype
         how_merged: Any = {"arithmetic": options.arithmetic, "scale": options.scale, "base_quantized": options.base_quantized}
-        result = merge_lora(result, lora, dtype=merged_dtype, **how_merged)
+        result = merge_lora(result, lora, dtype=merged_dtype, tower=tower, accept_tower=accept_tower, **how_merged)
     mode = options.conv_mode if "conv_mode" in made.config else None  # else it was chosen, not given
     if made.layout == "llava-hf":
         how: Any = {"projector_form": options.projector_form, "conv_mode": mode, "image_token": options.image_token}
@@ -75,7 +75,7 @@ def remake(
         result = convert(
             result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, conv_mode=mode, accept_tower=accept_tower
         )
-    elif tower:
+    elif tower and not any(role == "tower" for step in result.history for role, _ in step.inputs):
         raise UsageError(f"`{made.origin.name}` was not converted, so no vision tower went into it", hint="leave `--vision-tower` out")
     return result
 

@@ -57,7 +57,7 @@ def apply_delta(
         if check_inputs:
             check_given(console, (("base", llama), ("delta", difference)))
         merged = transform(llama, difference, accept_base=accept_base)
-        merged = merge(merged, lora or [], arithmetic, dtype=None if to else dtype, progress=show.bars)
+        merged = merge(merged, lora or [], arithmetic, dtype=None if to else dtype, to=to, conversion=conversion, progress=show.bars)
         made = converted(merged, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -117,7 +117,7 @@ def merge_lora(
         }
         check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         model = open_checkpoint(base, revision=revision, progress=show.bars)
-        merged = merge(model, lora, dtype=dtype, progress=show.bars, **merging)
+        merged = merge(model, lora, dtype=dtype, to=to, conversion=conversion, progress=show.bars, **merging)
         made = converted(merged, to, conversion, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -163,6 +163,6 @@ def convert(
             from ..transforms.delta import apply_delta as add
 
             model = add(model, open_checkpoint(delta, progress=show.bars), accept_base=accept_base)
-        model = merge(model, lora or [], progress=show.bars, **merging)
+        model = merge(model, lora or [], to=to, conversion=conversion, progress=show.bars, **merging)
         made = converted(model, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)

@@ -180,7 +180,8 @@ def check_options(
         raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
     usual = 1.0 if scale is None else scale
     check_merge(arithmetic=arithmetic or "peft", scale=usual, dtype=to_dtype(dtype), base_quantized=base_quantized)
-    if to is None and (given or (dtype and not lora)):
+    tower_only = bool(lora) and given.keys() <= {"vision_tower", "accept_tower"}
+    if to is None and ((given and not tower_only) or (dtype and not lora)):
         names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given or ("dtype",))
         raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
     if given.pop("accept_tower", False) and "vision_tower" not in given:
@@ -204,17 +205,30 @@ def merge(
     dtype: str | None = None,
     non_lora: Path | None = None,
     adapter: str | None = None,
+    to: str | None = None,
+    conversion: Conversion,
     progress: bool | None = None,
 ) -> Checkpoint:
-    """`model` with the adapters of the command line merged in; itself where there are none."""
+    """`model` with the adapters of the command line merged in, and the vision tower that they change; itself where there are none.
+
+    Raises UsageError where a tower was given that nothing uses."""
     if not loras:
         return model
+    from ..checkpoint.checkpoint import open_checkpoint
+    from ..transforms.adapter_tower import tower_changes
     from ..transforms.lora import merge_lora, open_weighted, to_arithmetic
 
     adapters = [open_weighted(text, non_lora=non_lora, adapter=adapter, progress=progress) for text in loras]
     rule = to_arithmetic(arithmetic or "peft")
     usual = 1.0 if scale is None else scale
-    return merge_lora(model, adapters, arithmetic=rule, scale=usual, dtype=dtype, base_quantized=base_quantized)
+    named = conversion.vision_tower
+    needed = bool(tower_changes(model.tensors, [one for one, _ in adapters]))
+    if named and to is None and not needed:
+        what = "`--vision-tower` changes nothing: the adapter leaves the vision tower alone, and nothing is converted"
+        raise UsageError(what, hint="add `--to llava-hf`, or leave it out")
+    given: dict[str, Any] = {"accept_tower": conversion.accept_tower} if needed else {}
+    given |= {"tower": open_checkpoint(named, progress=progress)} if needed and named else {}
+    return merge_lora(model, adapters, arithmetic=rule, scale=usual, dtype=dtype, base_quantized=base_quantized, **given)
 
 
 def converted(

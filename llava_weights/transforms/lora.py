@@ -38,6 +38,7 @@ from ..text import few
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
 from .adapter_tokens import asked_tokens, check_rows, explaining_files, in_base_vocabulary
+from .adapter_tower import with_tower
 from .quantised_training import Training, recorded_training, round_base, settled, to_rounding
 
 NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
@@ -63,6 +64,8 @@ def merge_lora(
     scale: float = 1.0,
     dtype: str | None = None,
     base_quantized: str | None = None,
+    tower: Source | None = None,
+    accept_tower: bool = False,
 ) -> Checkpoint:
     """`base` with `adapters` merged in: a checkpoint in the layout of the base, in its own dtype or in `dtype` ("F16", "BF16", "F32").
     Nothing is written.
@@ -75,6 +78,9 @@ def merge_lora(
     `base_quantized` ("nf4", "nf4-double", "fp4", "fp4-double", "int8") first gives the decoder's matrices the values that bitsandbytes made
     of them while a QLoRA was trained; by default the update goes into the weights as they are stored. Rounded is what `dtype` made of them.
 
+    `tower` is the vision tower, where adapters change one that the base does not hold; the result then holds it. With `accept_tower` it
+    may be another published one than the config names.
+
     Raises UsageError for a value that an option can't have, InputError where an input is damaged, InputError or MismatchError, naming the
     tensors, where an adapter's tensor has no place in the base or does not fit it, HubError where the Hub can't serve one.
     """
@@ -82,6 +88,9 @@ def merge_lora(
     base, weighted = opened(base, "base"), _weighted(adapters)
     refuse_kind(quantised_kind(base), base, "base")
     tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
+    clip = opened(tower, "tower") if tower is not None else None
+    joined = with_tower(base, tensors, [adapter for adapter, _ in weighted], clip, accept=accept_tower)
+    tensors |= joined
     untied = _untie(base, tensors, weighted)
     places: defaultdict[str, Placed] = defaultdict(Placed)
     tokens = read_special_ids(base.files, base.vocabulary).added if base.vocabulary else {}
@@ -104,6 +113,10 @@ def merge_lora(
         assert place.replacement is not None
         merged[name] = cast(place.replacement, dtype or main_dtype(tensors))
     made = _finish(base, weighted, merged, untied, arithmetic, scale)
+    if joined and clip:
+        step = made.history[-1]
+        told = {**step.summary, "tower": f"{len(joined)} tensors from `{clip.origin.name}`, which the adapter changes"}
+        made = replace(made, history=(*made.history[:-1], replace(step, inputs=(*step.inputs, ("tower", clip.origin)), summary=told)))
     return _told_of_rounding(made, recorded, training, len(rounded))
 
 
