@@ -140,22 +140,21 @@ class RoundTrip(LazyTensor):
     def _scales(self) -> np.ndarray:
         """The scale of each block after its own round trip through 8 bits, float32. Reads all of the weight, with files of its own: what
         is read twice shall be checked once."""
-        torch = load_torch()
-        found, rows, kept = [], self._window, torch.empty(0)
+        scales, rows = np.empty(-(-self.numel // BLOCK), np.float32), self._window
         with closing(Workspace(drop_cache=False)) as work:
             for first in range(0, self.rows, rows):
                 last = min(first + rows, self.rows)
                 with work.scratch((last - first) * self.source.row_nbytes) as raw:
                     self.source.rows_into(raw, first, last, work)
-                    stored = as_torch(raw, self.source.dtype)
+                    stored, begin = as_torch(raw, self.source.dtype), first * self.columns // BLOCK  # windows end with their blocks
                     for at in range(0, len(stored), PIECE):
-                        values = torch.cat([kept, stored[at : at + PIECE].float()])
-                        whole = len(values) if last == self.rows and at + PIECE >= len(stored) else len(values) // BLOCK * BLOCK
-                        found.append(largest(values[:whole]))
-                        kept = values[whole:]
-        scales = torch.cat(found)
-        mean = mean_as_torch(scales.numpy())
-        return round_scales(scales.numpy() - mean) + mean
+                        part = largest(stored[at : at + PIECE].float()).numpy()
+                        scales[begin + at // BLOCK : begin + at // BLOCK + len(part)] = part
+        mean = mean_as_torch(scales)
+        scales -= mean
+        back = round_scales(scales)
+        back += mean
+        return back
 
 
 def round_trip(source: LazyTensor, rounding: Rounding, *, double: bool = False) -> RoundTrip:
