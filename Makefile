@@ -28,7 +28,7 @@ check: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layering.py
 
-peer: $(READY) $(PEERS)/fschat/.stamp $(TRANSFORMERS:=/.stamp)
+peer: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/bitsandbytes/.stamp $(PEERS)/mlx/.stamp $(TRANSFORMERS:=/.stamp)
 	@$(BIN)/python -m pytest -m peer tests/peers $(ARGS)
 
 bench: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/mergekit/.stamp
@@ -83,6 +83,14 @@ $(PEERS)/transformers-%/.stamp: | $(READY)
 	@echo "setting up $(@D)"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python $(INSTALL) transformers==$*
+	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
+	@touch $@
+
+# torch and transformers are the main environment's here too.
+$(PEERS)/bitsandbytes/.stamp $(PEERS)/mlx/.stamp: $(PEERS)/%/.stamp: tests/peers/%.txt | $(READY)
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) --no-deps --requirement tests/peers/$*.txt
 	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
 	@touch $@
 

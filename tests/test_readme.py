@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -12,7 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from llava_weights.cli.main import app
@@ -27,6 +30,7 @@ NAMES = {  # what the documents call a checkpoint: the one of the reference set 
     "vicuna-13b": "B-lora/base-vicuna-tiny",
     "vicuna-7b": "B-lora/base-vicuna-tiny",
     "my-llava-lora": "B-lora/llava-v1.5-tiny-lora",
+    "my-llava-qlora": "B-lora/llava-v1.5-tiny-lora",
     "another-lora": "another-lora",
     "my-v0-lora": "another-lora",
     "llama": "F-peft/base-fp16",
@@ -54,6 +58,7 @@ def commands(name: str) -> list[str]:
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
     """A folder with the documents' checkpoints, and `llava-weights` on the path."""
+    put_mlx_adapter(tmp_path / "my-mlx-lora")
     for name, source in NAMES.items():
         if "/" in source:
             shutil.copytree(FIXTURES / source, tmp_path / name)
@@ -64,6 +69,18 @@ def shelf(tmp_path: Path) -> Path:
     shutil.copy(FIXTURES / "A-delta-v0/base-meta/tokenizer.model", tmp_path / "LLaMA")
     put_command(tmp_path)
     return tmp_path
+
+
+def put_mlx_adapter(folder: Path) -> None:
+    """An adapter of MLX for the reference llava-hf checkpoint."""
+    module, tensors = "language_model.model.layers.0.self_attn.q_proj", {}
+    for path in (FIXTURES / NAMES["llava-hf-base"]).glob("*.safetensors"):
+        tensors |= load_file(path)
+    out, inside = tensors[f"{module}.weight"].shape
+    folder.mkdir()
+    save_file({f"{module}.lora_a": torch.ones(inside, 1), f"{module}.lora_b": torch.ones(1, out)}, folder / "adapters.safetensors")
+    settings = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 1, "scale": 0.01, "dropout": 0.0}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 def put_command(folder: Path) -> None:

@@ -25,13 +25,18 @@ def listed_tokens(files: Files) -> dict[str, int]:
 
 def every_token(files: Files) -> dict[str, int]:
     """Ids by text of the whole vocabulary and of the added tokens. Raises InputError for damaged files."""
+    return ordinary_tokens(files) | listed_tokens(files)
+
+
+def ordinary_tokens(files: Files) -> dict[str, int]:
+    """Ids by text of the vocabulary without what was added to it. Raises InputError for damaged files."""
     model = _core(files).get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if MODEL in files:
         vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT)).ids
     elif not isinstance(vocabulary, Mapping):
         vocabulary = small_object(files, VOCABULARY_FILE, limit=FAST_LIMIT)
-    return {name: i for name, i in vocabulary.items() if is_token_id(i)} | listed_tokens(files)
+    return {name: i for name, i in vocabulary.items() if is_token_id(i)}
 
 
 def without_stale_list(files: Files) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:

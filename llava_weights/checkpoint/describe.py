@@ -195,7 +195,7 @@ def beside(checkpoint: Checkpoint) -> str:
 
 def base_name(config: Mapping[str, Any]) -> str:
     """The base that adapter_config.json records: `owner/name` of the Hub, or the last part of a path on its author's machine."""
-    recorded = str(config.get("base_model_name_or_path") or "")
+    recorded = str(config.get("base_model_name_or_path") or config.get("model") or "")  # the second is MLX's
     if re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", recorded):
         return recorded
     return re.split(r"[/\\]+", recorded.rstrip("/\\"))[-1]
@@ -230,6 +230,6 @@ def next_command(checkpoint: Checkpoint, given: str) -> str:
         "projector": merge,
         "clip": f"llava-weights convert LLAVA --to llava-hf --vision-tower {given} -o OUT",
         "loha": "merge it with PEFT, the library that trained it",
-        "mlx-adapter": "merge it with mlx-lm or mlx-vlm, which trained it (`fuse`)",
+        "mlx-adapter": merge,
     }
     return commands.get(checkpoint.layout, "")

@@ -22,9 +22,10 @@ from ..text import shown
 from ..transforms.convert import TO_LAYOUTS, convert
 from ..transforms.delta import apply_delta
 from ..transforms.lora import Adapters, merge_lora
+from ..transforms.quantised_training import ROUNDINGS
 from .checksums import failed, folded
 
-USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "projector_form": "identity"}
+USUAL_OPTIONS = {"arithmetic": "peft", "scale": 1.0, "base_quantized": None, "projector_form": "identity"}
 KINDS: dict[str, Any] = {"scale": (int, float), "lossy": bool}  # of the recorded values that are no texts
 RIGHT_SOURCES = "give the sources and options that it was made with: README.md and the manifest name them"
 
@@ -37,6 +38,7 @@ class RecordedOptions:
     dtype: str | None = None
     arithmetic: Arithmetic = "peft"
     scale: float = 1.0
+    base_quantized: str | None = None
     projector_form: str | None = None
     conv_mode: str | None = None
     image_token: str | None = None
@@ -56,15 +58,16 @@ def remake(
 ) -> Checkpoint:
     """What `made` should be, as lazy tensors: `base` with the delta and the adapters, in the layout of `made`.
 
-    The options (arithmetic, scale, dtype, projector form) are those of its manifest, the defaults where it has none. Raises
-    InputError where the manifest records options that no command takes, or the sources do not fit.
+    The options (arithmetic, scale, rounding of the base, dtype, projector form) are those of its manifest, the defaults where it has none.
+    Raises InputError where the manifest records options that no command takes, or the sources do not fit.
     """
     options = _options(made)
     result = apply_delta(base, delta, accept_base=True) if delta else base
     dtype = None if options.dtype == "F64" else options.dtype  # which no command makes
     if lora:
         merged_dtype = None if made.layout == "llava-hf" else dtype
-        result = merge_lora(result, lora, arithmetic=options.arithmetic, scale=options.scale, dtype=merged_dtype)
+        how_merged: Any = {"arithmetic": options.arithmetic, "scale": options.scale, "base_quantized": options.base_quantized}
+        result = merge_lora(result, lora, dtype=merged_dtype, tower=tower, accept_tower=accept_tower, **how_merged)
     mode = options.conv_mode if "conv_mode" in made.config else None  # else it was chosen, not given
     if made.layout == "llava-hf":
         how: Any = {"projector_form": options.projector_form, "conv_mode": mode, "image_token": options.image_token}
@@ -74,7 +77,7 @@ def remake(
         result = convert(
             result, "llava", tower=tower, dtype=dtype, tower_name=options.tower_name, conv_mode=mode, accept_tower=accept_tower
         )
-    elif tower:
+    elif tower and not any(role == "tower" for step in result.history for role, _ in step.inputs):
         raise UsageError(f"`{made.origin.name}` was not converted, so no vision tower went into it", hint="leave `--vision-tower` out")
     return result
 
@@ -130,6 +133,7 @@ def _options(made: Checkpoint) -> RecordedOptions:
         "dtype": lambda value: value in FLOATS,
         "arithmetic": lambda value: value in get_args(Arithmetic),
         "scale": lambda value: type(value) in (int, float) and math.isfinite(value),
+        "base_quantized": lambda value: value in ROUNDINGS,
         "projector_form": lambda value: value in PROJECTOR_FORMS,
         "conv_mode": lambda value: value in CONVERSATIONS,
         "image_token": lambda value: 0 < len(value) < 256,

@@ -7,7 +7,23 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError, one_of
-from .options import AcceptBase, ArithmeticRule, Base, Conversion, Dtype, Lora, NonLora, Output, Run, Scale, Show, To, grouped
+from .options import (
+    AcceptBase,
+    AdapterName,
+    ArithmeticRule,
+    Base,
+    BaseQuantized,
+    Conversion,
+    Dtype,
+    Lora,
+    NonLora,
+    Output,
+    Run,
+    Scale,
+    Show,
+    To,
+    grouped,
+)
 from .session import carry_out, check_given, check_options, converted, merge, note, session
 
 
@@ -41,7 +57,7 @@ def apply_delta(
         if check_inputs:
             check_given(console, (("base", llama), ("delta", difference)))
         merged = transform(llama, difference, accept_base=accept_base)
-        merged = merge(merged, lora or [], arithmetic, dtype=None if to else dtype, progress=show.bars)
+        merged = merge(merged, lora or [], arithmetic, dtype=None if to else dtype, to=to, conversion=conversion, progress=show.bars)
         made = converted(merged, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -78,10 +94,12 @@ def merge_lora(
     output: Annotated[str, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
     scale: Scale = None,
     arithmetic: ArithmeticRule = None,
+    base_quantized: BaseQuantized = None,
     dtype: Dtype = None,
     to: To = None,
     conversion: Conversion,
     non_lora: NonLora = None,
+    adapter: AdapterName = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a base on the Hub.")] = None,
     run: Run,
     show: Show,
@@ -90,10 +108,16 @@ def merge_lora(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
+        merging: dict[str, Any] = {
+            "arithmetic": arithmetic,
+            "scale": scale,
+            "base_quantized": base_quantized,
+            "non_lora": non_lora,
+            "adapter": adapter,
+        }
         check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         model = open_checkpoint(base, revision=revision, progress=show.bars)
-        merged = merge(model, lora, dtype=dtype, progress=show.bars, **merging)
+        merged = merge(model, lora, dtype=dtype, to=to, conversion=conversion, progress=show.bars, **merging)
         made = converted(merged, to, conversion, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -139,7 +163,9 @@ def convert(
     lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge this adapter first, in the same pass. Repeats.")] = None,
     arithmetic: ArithmeticRule = None,
     scale: Scale = None,
+    base_quantized: BaseQuantized = None,
     non_lora: NonLora = None,
+    adapter: AdapterName = None,
     conversion: Conversion,
     dtype: Dtype = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of SRC on the Hub.")] = None,
@@ -150,7 +176,13 @@ def convert(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {"arithmetic": arithmetic, "scale": scale, "non_lora": non_lora}
+        merging: dict[str, Any] = {
+            "arithmetic": arithmetic,
+            "scale": scale,
+            "base_quantized": base_quantized,
+            "non_lora": non_lora,
+            "adapter": adapter,
+        }
         check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
         if accept_base and not delta:
             raise UsageError("`--accept-base` belongs to a delta", hint="add `--delta DELTA`, or leave it out")
@@ -159,6 +191,6 @@ def convert(
             from ..transforms.delta import apply_delta as add
 
             model = add(model, open_checkpoint(delta, progress=show.bars), accept_base=accept_base)
-        model = merge(model, lora or [], progress=show.bars, **merging)
+        model = merge(model, lora or [], to=to, conversion=conversion, progress=show.bars, **merging)
         made = converted(model, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)

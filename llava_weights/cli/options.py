@@ -46,6 +46,7 @@ Lora = Annotated[
     ),
 ]
 NonLora = Annotated[Path | None, typer.Option("--non-lora", help="The non_lora_trainables.bin that a checkpoint-N folder lacks.")]
+AdapterName = Annotated[str | None, typer.Option("--adapter", metavar="NAME", help="Which of several adapters in one file or folder.")]
 Scale = Annotated[float | None, typer.Option("--scale", show_default="1.0", help="Multiplies every adapter.")]
 ArithmeticRule = Annotated[
     str | None,
@@ -54,6 +55,14 @@ ArithmeticRule = Annotated[
         metavar="peft|peft-safe|peft-half|exact",
         show_default="peft",
         help="Which bits a merge gives: those of a PEFT version, or exact, the same on every machine.",
+    ),
+]
+BaseQuantized = Annotated[
+    str | None,
+    typer.Option(
+        "--base-quantized",
+        metavar="nf4|fp4|int8",
+        help="Round the base first as bitsandbytes did while a QLoRA was trained; nf4-double: with double quantisation.",
     ),
 ]
 To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]

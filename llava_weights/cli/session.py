@@ -156,7 +156,9 @@ def check_options(
     lora: Sequence[str] | None = None,
     arithmetic: str | None = None,
     scale: float | None = None,
+    base_quantized: str | None = None,
     non_lora: Path | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Raise UsageError, before anything is opened, for a value that an option can't have and for an option without effect."""
     from ..tensors.dtypes import to_dtype
@@ -167,11 +169,19 @@ def check_options(
     if not output:
         raise UsageError("`-o` is empty", hint="give the folder to write")
     given = conversion.given if conversion else {}
-    merging = {"--arithmetic": arithmetic, "--scale": scale, "--non-lora": non_lora}
+    merging = {
+        "--arithmetic": arithmetic,
+        "--scale": scale,
+        "--base-quantized": base_quantized,
+        "--non-lora": non_lora,
+        "--adapter": adapter,
+    }
     if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
         raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
-    check_merge(arithmetic=arithmetic or "peft", scale=1.0 if scale is None else scale, dtype=to_dtype(dtype))
-    if to is None and (given or (dtype and not lora)):
+    usual = 1.0 if scale is None else scale
+    check_merge(arithmetic=arithmetic or "peft", scale=usual, dtype=to_dtype(dtype), base_quantized=base_quantized)
+    tower_only = bool(lora) and given.keys() <= {"vision_tower", "accept_tower"}
+    if to is None and ((given and not tower_only) or (dtype and not lora)):
         names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given or ("dtype",))
         raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
     if given.pop("accept_tower", False) and "vision_tower" not in given:
@@ -191,18 +201,34 @@ def merge(
     arithmetic: str | None,
     *,
     scale: float | None = None,
+    base_quantized: str | None = None,
     dtype: str | None = None,
     non_lora: Path | None = None,
+    adapter: str | None = None,
+    to: str | None = None,
+    conversion: Conversion,
     progress: bool | None = None,
 ) -> Checkpoint:
-    """`model` with the adapters of the command line merged in; itself where there are none."""
+    """`model` with the adapters of the command line merged in, and the vision tower that they change; itself where there are none.
+
+    Raises UsageError where a tower was given that nothing uses."""
     if not loras:
         return model
+    from ..checkpoint.checkpoint import open_checkpoint
+    from ..transforms.adapter_tower import tower_changes
     from ..transforms.lora import merge_lora, open_weighted, to_arithmetic
 
-    adapters = [open_weighted(text, non_lora=non_lora, progress=progress) for text in loras]
+    adapters = [open_weighted(text, non_lora=non_lora, adapter=adapter, progress=progress) for text in loras]
     rule = to_arithmetic(arithmetic or "peft")
-    return merge_lora(model, adapters, arithmetic=rule, scale=1.0 if scale is None else scale, dtype=dtype)
+    usual = 1.0 if scale is None else scale
+    named = conversion.vision_tower
+    needed = bool(tower_changes(model.tensors, [one for one, _ in adapters]))
+    if named and to is None and not needed:
+        what = "`--vision-tower` changes nothing: the adapter leaves the vision tower alone, and nothing is converted"
+        raise UsageError(what, hint="add `--to llava-hf`, or leave it out")
+    given: dict[str, Any] = {"accept_tower": conversion.accept_tower} if needed else {}
+    given |= {"tower": open_checkpoint(named, progress=progress)} if needed and named else {}
+    return merge_lora(model, adapters, arithmetic=rule, scale=usual, dtype=dtype, base_quantized=base_quantized, **given)
 
 
 def converted(

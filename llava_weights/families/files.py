@@ -23,6 +23,8 @@ Container = Literal["safetensors", "torch", "meta"]
 STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}  # stem, suffix
 SINGLE_FILES = tuple(stem + suffix for stem, suffix in STANDARD.values())
 INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
+# A whole training state, as transformers, `zero_to_fp32.py` and accelerate's FSDP write it.
+STATES = (*INDEXES, *SINGLE_FILES, "pytorch_model_fsdp.bin")
 WEIGHT_SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter
@@ -31,6 +33,7 @@ PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
 # Rows of added tokens, which vLLM and mergekit keep beside an adapter, to be put behind the base's.
 NEW_ROWS = ("new_embeddings.safetensors", "new_embeddings.bin")
 MLX_FILES = ("adapters.safetensors", "adapters.npz")  # an adapter of mlx-lm or mlx-vlm
+MLX_STEPS = r"\d+_adapters\.safetensors"  # the same adapter at earlier steps
 BESIDE_ADAPTER = (*TRAINED_FILES, *PROJECTOR_FILES, *NEW_ROWS)
 SIDE_FILES = (*ADAPTER_FILES, *PROJECTOR_FILES, *TRAINED_FILES, *NEW_ROWS)
 # What a Trainer leaves of its own state: no part of a model, though some have the suffix of weights.

@@ -74,6 +74,16 @@ CANONICAL = (
     (r"model\.language_model\.(.+)", r"text.\1"),
     (r"model\.(.+)", r"text.\1"),
 )
+# What a part of a model calls its own tensors, where a trainer saw that part alone or wrapped once more, and the original's or the Hub's
+# name for the same. Only for finding what an adapter changes: no whole LLaVA is named so.
+WITHIN = (
+    (r"(?:(?:model|language_model|text_model)\.)*((?:layers|embed_tokens|norm)\..+)", r"model.\1"),
+    (r"(?:(?:model|language_model)\.)*(lm_head\..+)", r"\1"),
+    (r"(?:(?:model|vision_tower)\.)*(vision_model\..+)", r"vision_tower.\1"),
+    (r"(?:model\.)*(mm_projector\..+)", r"model.\1"),
+    (r"(?:model\.)*(multi_modal_projector\..+)", r"\1"),
+    (r"(?:model\.)*(image_newline)", r"model.\1"),
+)
 # The other way: how the two layouts that are written spell a canonical name. llava-hf has no name for the single Linear of v0 and v1
 # (`projector.weight`), which convert.py makes a pair.
 HF_NAMES = (
@@ -185,6 +195,15 @@ def canonical(name: str) -> str:
     return name
 
 
+@lru_cache(maxsize=1 << 16)
+def placed(name: str) -> str:
+    """The canonical name of a tensor or module that a trainer named from within a part of the model, with fewer or more prefixes."""
+    for pattern, target in WITHIN:
+        if found := re.fullmatch(pattern, name):
+            return canonical(found.expand(target))
+    return canonical(name)
+
+
 def spelled(name: str, layout: str) -> str:
     """The canonical `name` as `layout`, a key of `SPELLINGS`, spells it: "llava-hf", "llava", or that of a target with names of its own; in
     an adapter of a llava-hf model "llava-hf adapted" or "llava-hf trained" (whole, beside the low-rank updates).
@@ -201,12 +220,13 @@ VOCABULARY_TABLES = tuple(map(canonical, VOCABULARY))
 
 
 class BaseNames:
-    """The names of a base, to be found by an adapter's: by the same name, by its canonical form, or with or without the prefix of
-    the model class (`transformer.h.0` and `h.0`)."""
+    """The names of a base, to be found by an adapter's: by the same name, by its canonical form, by the part of the model that it names, or
+    with or without the prefix of the model class (`transformer.h.0` and `h.0`)."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.exact = {name: name for name in names}
         self.canonical = _unique((canonical(name), name) for name in self.exact)
+        self.placed = _unique((placed(name), name) for name in self.exact)
         self.without_prefix = _unique((name.partition(".")[2], name) for name in self.exact)
 
     def match(self, wanted: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -215,6 +235,7 @@ class BaseNames:
         rules = (
             {name: self.exact.get(name) for name in every},
             {name: self.canonical.get(canonical(name)) for name in every},
+            {name: self.placed.get(placed(name)) for name in every},
             {name: self.exact.get(name.partition(".")[2]) for name in every},
             {name: self.without_prefix.get(name) for name in every},
         )

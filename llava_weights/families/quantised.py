@@ -69,3 +69,18 @@ def quantisation(dtypes: Mapping[str, str], method: str) -> tuple[str, list[str]
     by_dtype = f"{PACKED[dtypes[packed[0]]]}" if packed else ""
     title = told[0].title if told and (method in ("", "bitsandbytes") or method not in TITLES) else TITLES.get(method, by_dtype)
     return title or by_dtype, [*named, *packed]
+
+
+# What the codes of bitsandbytes' 4-bit kinds stand for, in units of a block's largest magnitude: NF4 from the QLoRA paper (appendix E), FP4
+# with two exponent bits and one of the fraction. Float32 values of `get_4bit_type` in 0.50.2.
+CODES = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": (
+        -1.0, -0.6666666865348816, -0.5, -0.3333333432674408, -0.25, -0.1666666716337204, -0.0052083334885537624, 0.0, 0.0,
+        0.0052083334885537624, 0.1666666716337204, 0.25, 0.3333333432674408, 0.5, 0.6666666865348816, 1.0,
+    ),
+}  # fmt: skip

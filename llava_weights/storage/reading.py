@@ -131,7 +131,7 @@ class Watcher(Protocol):
 
 @dataclass
 class Workspace:
-    """Open files, scratch buffers, CRC pieces, tallies and one cached value of a worker. Not shared between threads."""
+    """Open files, scratch buffers, CRC pieces, tallies and cached values of a worker. Not shared between threads."""
 
     drop_cache: bool = True
     behind: DropBehind = field(default_factory=DropBehind)  # shared by the workers of a file
@@ -142,7 +142,7 @@ class Workspace:
     _fds: dict[SourceFile, int] = field(default_factory=dict)
     _buffers: list[memoryview] = field(default_factory=list)
     _depth: int = 0
-    _latest: tuple[object, Any] | None = None
+    _latest: list[tuple[object, Any]] = field(default_factory=list)
 
     @contextmanager
     def scratch(self, nbytes: int) -> Iterator[memoryview]:
@@ -159,11 +159,16 @@ class Workspace:
             self._depth -= 1
 
     def latest(self, owner: object, make: Callable[[], T]) -> T:
-        """Cache one value, such as the factors that every window of a tensor needs; a new owner evicts it."""
-        if self._latest is None or self._latest[0] is not owner:
-            self._latest = None  # freed before the next one is made
-            self._latest = owner, make()
-        made: T = self._latest[1]
+        """Cache one value, such as the factors that every window of a tensor needs; a new owner evicts all but those of the tensors that
+        it is an input of."""
+        for known, value in self._latest:
+            if known is owner:
+                kept: T = value
+                return kept
+        around = [(known, value) for known, value in self._latest if any(owner is part for part in getattr(known, "inputs", ()))]
+        self._latest = around  # the others are freed before the next one is made
+        made = make()
+        self._latest = [*around, (owner, made)]
         return made
 
     def read(self, file: SourceFile, offset: int, out: memoryview) -> None:
@@ -212,7 +217,7 @@ class Workspace:
             os.close(fd)
         self._fds.clear()
         self._buffers.clear()
-        self._latest = None
+        self._latest = []
 
 
 def private_buffer(nbytes: int) -> memoryview:

@@ -18,7 +18,7 @@ from ..errors import MismatchError
 from ..storage.reading import Record, SourceFile, Workspace
 from ..storage.threads import in_threads
 from ..text import brief
-from .dtypes import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, to_float32
+from .dtypes import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, raw_bits, to_float32
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SAMPLES_AT_ONCE = 16  # of remote tensors
@@ -320,6 +320,31 @@ class ReplaceRows(LazyTensor):
             if start <= row < stop:
                 at = (row - start) * self.row_nbytes
                 self.values.rows_into(out[at : at + self.row_nbytes], number, number + 1, work)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transposed(LazyTensor):
+    """The matrix `source` on its side. All of it is read for any row: only for small ones, such as the factors of an adapter."""
+
+    source: LazyTensor
+
+    @property
+    def inputs(self) -> tuple[LazyTensor, ...]:
+        return (self.source,)
+
+    def scratch(self, rows: int) -> int:
+        return self.source.nbytes + self.source.scratch(self.source.rows)
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        with work.scratch(self.source.nbytes) as raw:
+            self.source.rows_into(raw, 0, self.source.rows, work)
+            values = raw_bits(raw, self.dtype).reshape(self.source.shape)
+            raw_bits(out, self.dtype).reshape(stop - start, self.source.rows)[:] = values[:, start:stop].T
+
+
+def transposed(tensor: LazyTensor) -> LazyTensor:
+    """The matrix `tensor` on its side."""
+    return Transposed(dtype=tensor.dtype, shape=tensor.shape[::-1], source=tensor)
 
 
 def cast(tensor: LazyTensor, dtype: str) -> LazyTensor:

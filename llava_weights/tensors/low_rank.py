@@ -103,7 +103,8 @@ class LowRank:
 
     `fan_in_fan_out` says that a linear tensor, or each matrix of a stack of experts, is stored (in, out); for experts, PEFT reads this
     from the module's `is_transposed`. `parameter` is PEFT's `target_parameters`. A `magnitude`, of `out` values, makes it a DoRA; then
-    `weight` scales the whole change of the tensor.
+    `weight` scales the whole change of the tensor. `mlx` stands for the rules of MLX's `fuse` in every arithmetic but "exact": the scale
+    goes into the factor of the outputs, D is rounded before it is added, and a DoRA takes the norms of that sum, rounded too.
     """
 
     kind: UpdateKind
@@ -113,6 +114,7 @@ class LowRank:
     weight: float = 1.0
     magnitude: LazyTensor | None = None
     fan_in_fan_out: bool = False
+    mlx: bool = False
 
     @property
     def transposed(self) -> bool:
@@ -262,8 +264,14 @@ class AddLowRank(LazyTensor):
     @property
     def _rounds_first(self) -> bool:
         kind = self.updates[0].kind
+        if self._by_mlx:
+            return True
         rules = {"peft": kind in ("embedding", "parameter"), "peft-safe": kind != "bias", "peft-half": True, "exact": False}
         return rules[self.arithmetic]
+
+    @property
+    def _by_mlx(self) -> bool:
+        return self.arithmetic != "exact" and any(update.mlx for update in self.updates)
 
     def rounded(self, values: torch.Tensor) -> torch.Tensor:
         import torch
@@ -271,7 +279,9 @@ class AddLowRank(LazyTensor):
         return values.to(getattr(torch, TORCH_DTYPE[self.dtype]))
 
     def moved(self, weight: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """W + D in a DoRA, whose every step `peft-half` rounds."""
+        """W + D in a DoRA, whose every step `peft-half` rounds; MLX takes the norms of the sum after its rounding."""
+        if self._by_mlx:
+            return self.rounded(weight + self.rounded(change)).to(weight.dtype)
         return self.rounded(weight + self.rounded(change)) if self.arithmetic == "peft-half" else weight + change
 
     def norms(self, rows: torch.Tensor) -> torch.Tensor:
@@ -308,6 +318,9 @@ def load(update: LowRank, target: AddLowRank, work: Workspace) -> Factors:
     if update.a is None:
         return Factors(update, (), b[:, None])
     a, magnitude = read(update.a), read(update.magnitude).flatten() if update.magnitude else None
+    if update.mlx and not exact:
+        (a if update.kind == "embedding" else b).mul_(update.scale)
+        update = replace(update, scale=1.0)
     if magnitude is not None and half:
         magnitude = magnitude.to(dtype)
     if not exact and not update.is_product:

@@ -88,6 +88,32 @@ def tail(tensor: LazyTensor, first: int) -> LazyTensor:
     return Tail(dtype=tensor.dtype, shape=(tensor.rows - first, *tensor.shape[1:]), source=tensor, first=first)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Overlaid(LazyTensor):
+    """`source` with stretches of its rows taken from `values`: each of `runs` is (row here, row of `values`, number of rows)."""
+
+    source: LazyTensor
+    values: LazyTensor
+    runs: tuple[tuple[int, int, int], ...]
+
+    @property
+    def inputs(self) -> tuple[LazyTensor, ...]:
+        return (self.source, self.values)
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        self.source.rows_into(out, start, stop, work)
+        for here, there, count in self.runs:
+            first, last = max(start, here), min(stop, here + count)
+            if first < last:
+                at = out[(first - start) * self.row_nbytes : (last - start) * self.row_nbytes]
+                self.values.rows_into(at, first - here + there, last - here + there, work)
+
+
+def overlaid(source: LazyTensor, values: LazyTensor, runs: tuple[tuple[int, int, int], ...]) -> LazyTensor:
+    """`source` with stretches of rows of `values`, which have its dtype and width."""
+    return Overlaid(dtype=source.dtype, shape=source.shape, source=source, values=values, runs=runs)
+
+
 def resized(tensor: LazyTensor, rows: int) -> LazyTensor:
     """`tensor` with `rows` rows: as it is, cut, or grown by rows that hold the mean of the others."""
     if rows == tensor.rows:

@@ -18,18 +18,18 @@ from ..checkpoint.checkpoint import Origin, to_place
 from ..errors import InputError
 from ..families.files import (
     ADAPTER_FILES,
-    INDEXES,
     MLX_FILES,
+    MLX_STEPS,
     NEW_ROWS,
     PROJECTOR_FILES,
-    SINGLE_FILES,
+    STATES,
     TOKENIZER_FILES,
     TRAINED_BESIDE,
     TRAINED_FILES,
     TRAINER_STATE,
     WEIGHT_SUFFIXES,
 )
-from ..families.layouts import DROPPED, VOCABULARY, canonical
+from ..families.layouts import DROPPED, VOCABULARY, placed
 from ..families.targets import TOWER_KEYS
 from ..formats.folder import WeightFiles, first_difference, index_file, index_shards, member, optional, shard_count
 from ..formats.safetensors import index_safetensors
@@ -41,7 +41,8 @@ from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import brief, few, legible, listed, shown
 from .adapter_config import RIGHT_ADAPTER_CONFIG, LoraRules, quantised_base, read_rules, short_base
-from .adapter_names import Contents, bare, parameter_names, sort_names
+from .adapter_names import Contents, adapter_names, bare, of_adapter, parameter_names, sort_names
+from .mlx_adapter import FUSE, MlxRules, is_mlx, read_mlx_rules, sort_mlx
 
 Rows = dict[str, tuple[tuple[int, ...], LazyTensor]]
 ModuleKind = Literal["linear", "embedding", "conv", "parameter"]
@@ -54,7 +55,6 @@ COMPLETE_SLOTS = (
 )
 
 ZERO_3 = "gather the full weights with DeepSpeed's `zero_to_fp32.py` from the `global_stepN` folder, then merge those"
-FUSE = "merge it with mlx-lm or mlx-vlm, which trained it (`fuse`), and convert the result"
 UNPLACED = "an adapter with such a tensor can't be merged as a whole; check that the file is the one its training wrote"
 
 
@@ -66,6 +66,7 @@ class Module:
     Shapes of a linear module: `a` [rank, in], `b` [out, rank]. Of an embedding: [rank, vocabulary] and [width, rank]. Of a convolution: the
     same with the kernel's axes behind. Of the experts in one `parameter`: [rank * experts, in] and [out, rank * experts]. `magnitude` [out]
     is that of a DoRA, `bias` [out] that of a module with `lora_bias`. With `fan_in_fan_out` the weight is stored as [in, out].
+    `mlx` says that MLX trained it: its factors, which are stored the other way round, are turned here, and merged by MLX's rules.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Module:
     bias: LazyTensor | None = None
     fan_in_fan_out: bool = False
     parameter: str = ""
+    mlx: bool = False
 
     def __repr__(self) -> str:
         return f"Module({brief(self.name, 80)}, {self.kind!r}, rank {self.rank}, scale {self.scale:g})"
@@ -109,14 +111,19 @@ class Adapter:
 
 
 def open_adapter(
-    source: str | Path, *, revision: str | None = None, non_lora: str | Path | None = None, progress: bool | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    non_lora: str | Path | None = None,
+    adapter: str | None = None,
+    progress: bool | None = None,
 ) -> Adapter:
-    """Open an adapter, PEFT's or LLaVA's. Reads headers and small JSON files only.
+    """Open an adapter, PEFT's, LLaVA's or MLX's. Reads headers and small JSON files only.
 
     `source` is a folder, one of its files, a projector (`mm_projector.bin`), `owner/name[@revision]` on the Hub, or an address as
     `open_checkpoint` takes it. `revision` is a branch, tag or commit of a repository. `non_lora` is the path of the
-    `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. `progress` shows the bars of a download: None only on a terminal, False
-    never.
+    `non_lora_trainables.bin` that a `checkpoint-N` folder lacks. `adapter` is the name of one of several in a file, or of the folder in the
+    folder where PEFT saves all but the first. `progress` shows the bars of a download: None only on a terminal, False never.
 
     Raises UsageError for what is no path, InputError for what is missing, damaged, hostile, no LoRA or without a place, HubError where the
     Hub can't serve it.
@@ -125,18 +132,20 @@ def open_adapter(
     text = source_text(source)
     if is_remote(text):
         with shadowed(text, revision) as shadow:
-            return _open(shadow.path, shadow.name, shadow.revision, non_lora)
+            return _open(shadow.path, shadow.name, shadow.revision, non_lora, adapter)
     parsed = parse_source(text)
     if isinstance(parsed, HubSource):
         repo = fetch(parsed, revision=revision, progress=progress)
-        opened = _open(repo.folder, repo.repo_id, repo.revision, non_lora)
+        opened = _open(repo.folder, repo.repo_id, repo.revision, non_lora, adapter)
         return replace(opened, notes=(*opened.notes, f"{repo.repo_id} comes from the cache")) if repo.from_cache else opened
     if revision is not None:
         raise InputError(f"`{source}` is a local path, so it has no revision `{revision}`", hint="leave out `--revision`")
-    return _open(parsed.path, parsed.path.resolve().name, None, non_lora)
+    return _open(parsed.path, parsed.path.resolve().name, None, non_lora, adapter)
 
 
-def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) -> Adapter:
+def _open(path: Path, name: str, revision: str | None, non_lora: Path | None, chosen: str | None) -> Adapter:
+    if chosen and Path(chosen).name == chosen and path.is_dir() and any(present(path / chosen / file) for file in ADAPTER_FILES):
+        path, chosen = path / chosen, None
     folder = path if path.is_dir() else path.parent
     file = _weights_in(path) if path.is_dir() else path
     found = _indexed(file)
@@ -147,20 +156,46 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None) ->
     adapter = Adapter(origin, config=_config_in(folder), files=files, notes=_beside(folder, found, non_lora, chosen=not path.is_dir()))
     if any("mm_projector." in key for key in found.tensors) and not any("lora_" in key for key in found.tensors):
         return _projector(adapter, file, found.tensors, non_lora)
-    if any(re.fullmatch(r".*\.lora_[ab]", key) for key in found.tensors):
-        raise InputError(f"{shown(file.name)} is an adapter of MLX, whose factors are stored the other way round", hint=FUSE)
     if not present(folder / "adapter_config.json"):
         facts = {"folder": folder, "tensors": few(found.tensors)}
         hint = "its rank and alpha are there, without which the weights mean nothing; download the whole adapter"
         raise InputError(f"there is no `adapter_config.json` beside {shown(file.name)}", facts=facts, hint=hint)
+    if is_mlx(found.tensors):
+        if chosen:
+            raise InputError(f"{shown(file.name)} is an adapter of MLX, which has no name", hint="leave `--adapter` out")
+        return _of_mlx(adapter, found.tensors, read_mlx_rules(member(folder, "adapter_config.json")), file.name)
     rules = read_rules(member(folder, "adapter_config.json"))
     adapter = replace(adapter, settings=load_object(member(folder, "adapter_config.json")))
-    contents = sort_names(found.tensors, file.name)
+    contents = sort_names(of_adapter(found.tensors, chosen, file.name), file.name)
     modules, rows = _modules(contents, rules, file.name), _rows(contents, rules)
     _refuse_unplaced(contents.unplaced, file.name)
     adapter = replace(adapter, modules=modules, rows=rows, replacements=contents.replacements)
     adapter = replace(adapter, notes=(*adapter.notes, *found.notes, *contents.notes))
-    return _with_facts(_with_non_lora(adapter, folder, contents, non_lora), rules)
+    return _with_facts(_with_non_lora(adapter, folder, contents, non_lora, chosen), rules)
+
+
+def _of_mlx(adapter: Adapter, tensors: Mapping[str, LazyTensor], rules: MlxRules, file: str) -> Adapter:
+    """An adapter of MLX, with its factors turned. Whole tensors beside them, such as a tuned projector, replace the base's."""
+    found, contents = sort_mlx(tensors, rules, file)
+    _refuse_unplaced(contents.unplaced, file)
+    modules = tuple(
+        Module(
+            name=module.name,
+            kind="embedding" if module.embedding else "linear",
+            a=module.a,
+            b=module.b,
+            scale=rules.scale,
+            rank=rules.rank,
+            magnitude=module.magnitude,
+            mlx=True,
+        )
+        for module in found
+    )
+    base = str(rules.facts.get("base_model_name_or_path", ""))
+    quantised = quantised_base(base, {})
+    notes = [f"trained on {shown(short_base(base))}, by adapter_config.json of MLX"] if base else []
+    notes += [f"trained on a quantised base, by {quantised}"] if quantised else []
+    return replace(adapter, modules=modules, replacements=contents.replacements, peft=rules.facts, notes=(*adapter.notes, *notes))
 
 
 def _weights_in(folder: Path) -> Path:
@@ -169,7 +204,7 @@ def _weights_in(folder: Path) -> Path:
     Raises InputError saying what is there instead, and where an adapter is near, and where two adapter files differ."""
     names = _names(folder)
     whole = any(re.fullmatch(r"(pytorch_)?model\b.*\.(bin|safetensors)", name) for name in names)
-    states = (*INDEXES, *SINGLE_FILES) if "adapter_config.json" in names else ()
+    states = STATES if "adapter_config.json" in names else ()
     wanted = ADAPTER_FILES if whole or "adapter_config.json" in names else (*ADAPTER_FILES, *PROJECTOR_FILES)
     found = [name for name in wanted if name in names]
     if len(found) > 1 and (differ := first_difference(*(index_file(member(folder, name)).tensors for name in found[:2]))):
@@ -178,9 +213,12 @@ def _weights_in(folder: Path) -> Path:
         raise InputError(f"{listed(found[:2])} lie in one folder, and are not the same", facts=facts, hint=hint)
     if found or (found := [name for name in states if name in names]):
         return member(folder, found[0])
-    if mlx := [name for name in names if name in MLX_FILES]:
+    if MLX_FILES[0] in names:
+        return member(folder, MLX_FILES[0])
+    if MLX_FILES[1] in names:
         facts = {"folder": folder, "found": listed(names)}
-        raise InputError(f"{shown(mlx[0])} is an adapter of MLX, whose factors are stored the other way round", facts=facts, hint=FUSE)
+        what = f"{shown(MLX_FILES[1])} is an adapter of MLX in numpy's format, which MLX wrote until 2024"
+        raise InputError(what, facts=facts, hint=FUSE)
     near = [name for name in names if any(present(folder / name / file) for file in ADAPTER_FILES)]
     hint = f"there is one in {listed(near)}" if near else "give the folder that its training wrote, with `adapter_config.json` in it"
     facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": listed(wanted)}
@@ -213,6 +251,7 @@ def _beside(folder: Path, read: WeightFiles, non_lora: Path | None, *, chosen: b
     used = {file.name for file in read.files} | {path.name for path in given}
     suffixes = tuple(WEIGHT_SUFFIXES)
     others = [name for name in _names(folder) if name.endswith(suffixes) and not re.fullmatch(TRAINER_STATE, name)]
+    others = [name for name in others if not (re.fullmatch(MLX_STEPS, name) and used & {*MLX_FILES})]
     others = [name for name in others if name not in (*used, *ADAPTER_FILES, *TRAINED_FILES, *PROJECTOR_FILES)]
     if rows := [name for name in others if name in NEW_ROWS]:
         what = f"{shown(rows[0])} beside the adapter holds rows of tokens that were added to the base's tables"
@@ -222,7 +261,7 @@ def _beside(folder: Path, read: WeightFiles, non_lora: Path | None, *, chosen: b
         raise InputError(what, facts={"folder": folder}, hint=hint)
     if not others or chosen:
         return (f"not read, beside the file that was given: {listed(others)}",) if others else ()
-    state = next((name for name in (*SINGLE_FILES, *INDEXES) if name in _names(folder)), None)
+    state = next((name for name in STATES if name in _names(folder)), None)
     more = f"give `--non-lora {folder / state}` to take what it holds besides the LoRA, or " if state and not non_lora else ""
     hint = f"{more}give the file of the adapter in place of the folder, to leave the others out"
     facts = {"folder": folder, "read": listed(file.name for file in read.files)}
@@ -324,7 +363,7 @@ def _rows(contents: Contents, rules: LoraRules) -> Rows:
     return rows
 
 
-def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None) -> Adapter:
+def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None, chosen: str | None) -> Adapter:
     """With what the files beside the adapter replace, `non_lora_trainables.bin` above all, and the config that was written with it."""
     paths = [_resolved(given)] if given else _find_non_lora(folder, adapter, contents)
     if not paths and present(folder / "trainer_state.json") and not _has_projector(adapter.replacements):
@@ -333,34 +372,53 @@ def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Pa
         )
         return replace(adapter, notes=(*adapter.notes, note))
     for path in paths:
-        adapter = _with_file(adapter, path, contents)
+        adapter = _with_file(adapter, path, contents, chosen)
     config = adapter.config
     if paths and not config:
         found = (c for c in map(_config_in, (paths[0].parent, folder.absolute().parent)) if _is_llava(c))
         if config := next(found, {}):
             note = "config.json is the one of the finished training, the adapter has none"
             adapter = replace(adapter, config=config, notes=(*adapter.notes, note))
+    if given and paths:
+        _refuse_missing_projector(adapter, paths[0])
     return adapter
 
 
-def _with_file(adapter: Adapter, path: Path, contents: Contents) -> Adapter:
+def _refuse_missing_projector(adapter: Adapter, given: Path) -> None:
+    """Raise InputError where LLaVA's config says that the projector was trained, but the file that was given for it holds none.
+
+    LLaVA trains the projector with every LoRA unless `freeze_mm_mlp_adapter` is set (train.py at c121f04)."""
+    if not _is_llava(adapter.config) or adapter.config.get("freeze_mm_mlp_adapter") is True or _has_projector(adapter.replacements):
+        return
+    facts = {"file": given, "config.json": "`mm_vision_tower`, and no `freeze_mm_mlp_adapter`: the projector was trained"}
+    hint = "give the file that holds `mm_projector` tensors: the non_lora_trainables.bin of the run, or a whole training state"
+    raise InputError(f"{shown(given.name)} lacks the projector that was trained with this adapter", facts=facts, hint=hint)
+
+
+def _is_projector(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a file under any name is a projector with the two rows of `<im_start>` and `<im_end>` that LLaVA saves beside it."""
+    tables = [tensor for name, tensor in tensors.items() if f".{name}".endswith(".embed_tokens.weight")]
+    return any("mm_projector." in name for name in tensors) and [table.rows for table in tables] == [2]
+
+
+def _with_file(adapter: Adapter, path: Path, contents: Contents, chosen: str | None) -> Adapter:
     """With what one file beside the adapter replaces. Raises InputError where two files hold different values for one tensor."""
     tensors, files = _index(path)
     tensors = _without_buffers(tensors)
     _check_sound(tensors, path.name)
     rows = dict(adapter.rows)
-    if path.name in PROJECTOR_FILES:
+    if path.name in PROJECTOR_FILES or _is_projector(tensors):
         found, more = Contents(), _projector_names(tensors, path.name)
         found.replacements, rows = more[0], rows | more[1]
     else:
-        found = sort_names(_strip(tensors), path.name)
+        found = sort_names(of_adapter(_strip(tensors), chosen if chosen in adapter_names(tensors) else None, path.name), path.name)
     again = [f"{key}.{slot}" for key, parts in found.modules.items() for slot in parts]
     strange = [f"{key}.{slot}" for key, parts in found.modules.items() for slot in parts if slot not in contents.modules.get(key, {})]
     _refuse_unplaced([*found.unplaced, *found.rows, *strange], path.name)
     both = [name for name in found.replacements if name in adapter.replacements]
     _refuse_unplaced([name for name in both if found.replacements[name].shape != adapter.replacements[name].shape], path.name)
     differ = first_difference(*({name: where[name] for name in both} for where in (found.replacements, adapter.replacements)))
-    if differ and path.name in PROJECTOR_FILES:
+    if differ and (path.name in PROJECTOR_FILES or _is_projector(tensors)):
         facts = {"files": listed([*(file.name for file in adapter.origin.files), path.name]), "they differ in": differ}
         hint = "see which of them belongs to the adapter, and move the other elsewhere"
         raise InputError(f"{shown(path.name)} holds another projector than the files beside it", facts=facts, hint=hint)
@@ -395,7 +453,7 @@ def _find_non_lora(folder: Path, adapter: Adapter, contents: Contents) -> list[P
 
 
 def _has_projector(names: Iterable[str]) -> bool:
-    return any(canonical(name).startswith("projector.") for name in names)
+    return any(placed(name).startswith("projector.") for name in names)
 
 
 def _is_llava(config: Mapping[str, Any]) -> bool:
@@ -408,7 +466,7 @@ def _resolved(path: Path) -> Path:
     if not path.is_dir():
         return path
     names = _names(path)
-    wanted = (*TRAINED_FILES, *INDEXES, *SINGLE_FILES)
+    wanted = (*TRAINED_FILES, *STATES, *PROJECTOR_FILES)
     if found := next((name for name in wanted if name in names), None):
         return member(path, found)
     facts = {"folder": path, "found": listed(names) or "nothing", "accepted": listed(wanted)}
@@ -477,10 +535,7 @@ def _with_facts(adapter: Adapter, rules: LoraRules) -> Adapter:
     quantised = quantised_base(base, adapter.config)
     notes = [f"trained on {shown(short_base(base))}, by adapter_config.json"] if base else []
     if quantised:
-        merging = (
-            "its update was fitted to rounded weights; merged into the 16-bit base, the result is close to what was trained, not equal"
-        )
-        notes.append(f"trained on a quantised base, by {quantised}: {merging}")
+        notes.append(f"trained on a quantised base, by {quantised}")
     held = [f".{module.name}" for module in adapter.modules]
     missing = [key for key in rules.target_modules if key != "all-linear" and not any(name.endswith(f".{key}") for name in held)]
     held = [f".{name}." for name in adapter.replacements]

@@ -53,15 +53,33 @@ class Contents:
     notes: tuple[str, ...] = ()
 
 
-def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
-    """Sort the tensors of a file by what they change; those that no rule takes are in `unplaced`.
+def adapter_names(tensors: Iterable[str]) -> list[str]:
+    """The adapters that names of tensors mention; PEFT leaves the name out when it saves one."""
+    return sorted({found for name in tensors if (found := _place(_key(name))[2])})
 
-    Raises InputError where two claim one place, or the file holds several adapters.
+
+def of_adapter(tensors: Mapping[str, LazyTensor], chosen: str | None, file: str) -> Mapping[str, LazyTensor]:
+    """Without the tensors of adapters other than the `chosen` one.
+
+    Raises InputError where several are there and none is chosen, and where the chosen one is not there, naming those that are."""
+    there = adapter_names(tensors)
+    if chosen is None and len(there) > 1:
+        what = f"{shown(file)} holds several adapters: {listed(map(shown, there))}"
+        raise InputError(what, hint=f"choose one, for example with `--adapter {there[0]}`")
+    if chosen is not None and chosen not in there:
+        facts = {"adapters in it": listed(map(shown, there)) or "one, without a name"}
+        raise InputError(f"{shown(file)} holds no adapter {shown(chosen)}", facts=facts, hint="leave `--adapter` out, or give one of those")
+    if len(there) < 2:
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if _place(_key(name))[2] in (None, chosen)}
+
+
+def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
+    """Sort the tensors of a file, which holds one adapter, by what they change; those that no rule takes are in `unplaced`.
+
+    Raises InputError where two claim one place.
     """
-    contents, adapters = Contents(), {found[2] for name in tensors if (found := _place(_key(name)))[2]}
-    if len(adapters) > 1:
-        several = listed(sorted(filter(None, adapters)))
-        raise InputError(f"{shown(file)} holds several adapters: {several}", hint="save the one to merge by itself")
+    contents = Contents()
     whole: dict[str, dict[str, str]] = {}  # by base name, then by spelling: the name in the file
     taken: dict[tuple[str, str], str] = {}
     for name, tensor in tensors.items():
@@ -84,7 +102,10 @@ def sort_names(tensors: Mapping[str, LazyTensor], file: str) -> Contents:
 
 
 def _key(name: str) -> str:
-    return WRAPPERS.sub("", name).removeprefix(PEFT_PREFIX)
+    """A name without what wrappers put before it, in any order and number."""
+    while (short := WRAPPERS.sub("", name).removeprefix(PEFT_PREFIX)) != name:
+        name = short
+    return name
 
 
 def _place(key: str) -> tuple[str, str, str | None]:

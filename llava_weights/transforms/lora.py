@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from ..checkpoint.small_files import small_object
 from ..checkpoint.tokenizer import read_special_ids, repair_tokenizer
 from ..checkpoint.tower import holds_tower, named_tower, tower_hint
 from ..errors import HubError, InputError, MismatchError, UsageError, finite, one_of
-from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical, spelled
+from ..families.layouts import MULTIMODAL, VOCABULARY, VOCABULARY_TABLES, BaseNames, canonical, placed, spelled
 from ..families.targets import TOWER_KEYS
 from ..families.xtuner import ADAPTERS, TOWER
 from ..storage.hub import may_be_revised
@@ -39,10 +40,10 @@ from ..tensors.low_rank import Arithmetic, LowRank, add_low_rank, fits
 from ..text import few
 from .adapter import Adapter, Module, open_adapter
 from .adapter_config import short_base
-from .adapter_tokens import check_rows, explaining_files
+from .adapter_tokens import asked_tokens, check_rows, explaining_files, in_base_vocabulary
+from .adapter_tower import with_tower
+from .quantised_training import Training, recorded_training, round_base, settled, to_rounding
 
-# The tokens that LLaVA adds, in its order, with the config key that asks for them (llava/model/builder.py at c121f04).
-IMAGE_TOKENS = (("mm_use_im_patch_token", ("<im_patch>",)), ("mm_use_im_start_end", ("<im_start>", "<im_end>")))
 NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
 
 AdapterSource = Adapter | str | Path  # what a public function takes as an adapter: one that is open, or where it is
@@ -65,6 +66,9 @@ def merge_lora(
     arithmetic: Arithmetic = "peft",
     scale: float = 1.0,
     dtype: str | None = None,
+    base_quantized: str | None = None,
+    tower: Source | None = None,
+    accept_tower: bool = False,
 ) -> Checkpoint:
     """`base` with `adapters` merged in: a checkpoint in the layout of the base, in its own dtype or in `dtype` ("F16", "BF16", "F32").
     Nothing is written.
@@ -74,26 +78,50 @@ def merge_lora(
     is rounded: "peft" as PEFT's `merge_and_unload()` (0.21.2), "peft-safe" as with `safe_merge=True`, "peft-half" as PEFT 0.7 to 0.11 and
     so LLaVA's own merges of 2024, "exact" computes in float64 and rounds once, with the same bits on every machine.
 
+    `base_quantized` ("nf4", "nf4-double", "fp4", "fp4-double", "int8") first gives the decoder's matrices the values that bitsandbytes made
+    of them while a QLoRA was trained; by default the update goes into the weights as they are stored. Rounded is what `dtype` made of them.
+
+    `tower` is the vision tower, where adapters change one that the base does not hold; the result then holds it. With `accept_tower` it
+    may be another published one than the config names.
+
     Raises UsageError for a value that an option can't have, InputError where an input is damaged or the base is quantised or of a family
-    that nothing here reads, InputError or MismatchError, naming the
-    tensors, where an adapter's tensor has no place in the base or does not fit it, HubError where the Hub can't serve one.
+    that nothing here reads, InputError or MismatchError, naming the tensors, where an adapter's tensor has no place in the base or does
+    not fit it, HubError where the Hub can't serve one.
     """
-    dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype)
+    dtype = check_merge(arithmetic=arithmetic, scale=scale, dtype=dtype, base_quantized=base_quantized)
     base, weighted = with_own_adapters(opened(base, "base", unmerged=True))[0], _weighted(adapters)
     refuse_kind(kind_of(base), base, "base")
     tensors = {name: cast(tensor, dtype) if dtype else tensor for name, tensor in base.parameters().items()}
+    clip = opened(tower, "tower") if tower is not None else None
+    joined = with_tower(base, tensors, [adapter for adapter, _ in weighted], clip, accept=accept_tower)
+    tensors |= joined
     untied = _untie(base, tensors, weighted)
     places: defaultdict[str, Placed] = defaultdict(Placed)
     tokens = read_special_ids(base.files, base.vocabulary).added if base.vocabulary else {}
+    moved = [in_base_vocabulary(base, adapter, tensors) for adapter, _ in weighted]
+    weighted = [
+        (replace(adapter, notes=(*adapter.notes, *told)), weight) for (adapter, told), (_, weight) in zip(moved, weighted, strict=True)
+    ]
     check_rows(base, [adapter for adapter, _ in weighted], tensors)
     for adapter, weight in weighted:
         _place(adapter, weight * scale, tensors, tokens, places)
     _drop_old_projector(tensors, places)
-    merged = {name: _merged(name, tensor, places.pop(name, Placed()), arithmetic) for name, tensor in tensors.items()}
+    recorded = recorded_training(base, [adapter for adapter, _ in weighted])
+    training = settled(base_quantized, recorded) if base_quantized else None
+    rounded = round_base(tensors, training) if training else {}
+    merged = {
+        name: cast(_merged(name, rounded.get(name, tensor), places.pop(name, Placed()), arithmetic), tensor.dtype)
+        for name, tensor in tensors.items()
+    }
     for name, place in places.items():  # what the base lacks: a projector, an image_newline, a tuned tower
         assert place.replacement is not None
         merged[name] = cast(place.replacement, dtype or main_dtype(tensors))
-    return _finish(base, weighted, merged, untied, arithmetic, scale)
+    made = _finish(base, weighted, merged, untied, arithmetic, scale)
+    if joined and clip:
+        step = made.history[-1]
+        told = {**step.summary, "tower": f"{len(joined)} tensors from `{clip.origin.name}`, which the adapter changes"}
+        made = replace(made, history=(*made.history[:-1], replace(step, inputs=(*step.inputs, ("tower", clip.origin)), summary=told)))
+    return _told_of_rounding(made, recorded, training, len(rounded))
 
 
 def with_own_adapters(checkpoint: Checkpoint, tower: Checkpoint | None = None) -> tuple[Checkpoint, Checkpoint | None]:
@@ -141,10 +169,29 @@ def _of_tower(adapter: Adapter) -> Adapter:
     return replace(adapter, modules=modules, replacements=replacements, rows=rows)
 
 
-def check_merge(*, arithmetic: str, scale: float, dtype: str | None) -> str | None:
+def _told_of_rounding(made: Checkpoint, recorded: Training | None, applied: Training | None, count: int) -> Checkpoint:
+    """With what its last step says of a base that was quantised in training, and whether it was here."""
+    if not (recorded or applied):
+        return made
+    step = made.history[-1]
+    if applied:
+        summary = {**step.summary, "round": f"{count} matrices of the base first, as {applied.title} did in training"}
+        step = replace(step, options={**step.options, "base_quantized": applied.rounding}, summary=summary)
+    elif recorded:
+        way = f": `--base-quantized {recorded.rounding}` rounds the base first" if recorded.rounding else ""
+        note = (
+            f"trained on a base that was quantised ({recorded.title}, by {recorded.evidence}); the update was fitted to rounded weights "
+            f"and is merged into those that are stored, so the result is close to what was trained, not equal{way}"
+        )
+        step = replace(step, notes=(*step.notes, note))
+    return replace(made, history=(*made.history[:-1], step))
+
+
+def check_merge(*, arithmetic: str, scale: float, dtype: str | None, base_quantized: str | None = None) -> str | None:
     """`dtype` as safetensors spells it. Raises UsageError where `merge_lora` could not take these options."""
     to_arithmetic(arithmetic)
     finite("scale", scale)
+    to_rounding(base_quantized)
     return to_dtype(dtype)
 
 
@@ -165,7 +212,9 @@ def _weighted(adapters: Adapters) -> list[tuple[Adapter, float]]:
     return found
 
 
-def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | None = None) -> tuple[Adapter, float]:
+def open_weighted(
+    text: str, *, non_lora: Path | None = None, adapter: str | None = None, progress: bool | None = None
+) -> tuple[Adapter, float]:
     """An adapter and its weight: `PATH@0.5` weighs it 0.5, unless a path of that very name exists.
 
     The first `@` behind a repository's name is always its revision: `owner/name@main@0.5`.
@@ -173,9 +222,9 @@ def open_weighted(text: str, *, non_lora: Path | None = None, progress: bool | N
     source, _, number = text.rpartition("@")
     weighed = source and re.fullmatch(r"-?\d+(\.\d+)?", number) and not os.path.lexists(os.path.expanduser(text))
     if weighed and (os.path.exists(os.path.expanduser(source)) or not may_be_revised(source)):
-        return open_adapter(source, non_lora=non_lora, progress=progress), float(number)
+        return open_adapter(source, non_lora=non_lora, adapter=adapter, progress=progress), float(number)
     try:
-        return open_adapter(text, non_lora=non_lora, progress=progress), 1.0
+        return open_adapter(text, non_lora=non_lora, adapter=adapter, progress=progress), 1.0
     except HubError as error:
         if weighed:
             error.hint = f"write `{source}@main@{number}` to weigh it: the first `@` behind a repository's name is its revision"
@@ -207,7 +256,8 @@ def _place(
     wanted = {_target(module): module for module in adapter.modules}
     biases = {f"{module.name}.bias": module for module in adapter.modules if module.bias is not None}
     found, lost = BaseNames(tensors).match((*wanted, *biases, *adapter.replacements, *adapter.rows))
-    new = [name for name in lost if name in adapter.replacements and _may_be_new(name, tensors)]
+    new = {name: named for name in lost if name in adapter.replacements and (named := _new_name(name, tensors))}
+    found |= new
     if lost := [name for name in lost if name not in new]:
         raise InputError(
             f"{len(lost)} of the adapter's targets are not in the base: {few(lost)}",
@@ -215,9 +265,9 @@ def _place(
             hint="give the base that the adapter was trained on, or its conversion to another layout",
         )
     for name, tensor in adapter.replacements.items():
-        place = places[found.get(name, name)]
+        place = places[found[name]]
         if place.replacement is not None:
-            raise MismatchError(f"two adapters replace `{found.get(name, name)}`", hint="merge them one after the other")
+            raise MismatchError(f"two adapters replace `{found[name]}`", hint="merge them one after the other")
         place.replacement = tensor
     for name, rows in adapter.rows.items():
         if min(rows[0]) < 0 and not {"<im_start>", "<im_end>"} <= tokens.keys():
@@ -242,9 +292,13 @@ def _target(module: Module) -> str:
     return f"{module.name}.{module.parameter or 'weight'}"
 
 
-def _may_be_new(name: str, tensors: Mapping[str, LazyTensor]) -> bool:
-    """LLaVA's own parts may be new to a plain LLaMA, as its training added them."""
-    return bool(re.fullmatch(MULTIMODAL, name)) and "model.embed_tokens.weight" in tensors
+def _new_name(name: str, tensors: Mapping[str, LazyTensor]) -> str:
+    """The original's name of one of LLaVA's own parts, which may be new to a plain LLaMA, as training added them; empty for others."""
+    if "model.embed_tokens.weight" not in tensors:
+        return ""
+    with suppress(KeyError):
+        name = spelled(placed(name), "llava")
+    return name if re.fullmatch(MULTIMODAL, name) else ""
 
 
 def _neighbours(names: Iterable[str], tensors: Mapping[str, LazyTensor]) -> list[str]:
@@ -261,6 +315,7 @@ def _update(module: Module, weight: float) -> LowRank:
         weight=weight,
         magnitude=module.magnitude,
         fan_in_fan_out=module.fan_in_fan_out,
+        mlx=module.mlx,
     )
 
 
@@ -376,8 +431,7 @@ def _follow_tensors(config: dict[str, Any], tensors: Mapping[str, LazyTensor], b
 
 def _missing_tokens(config: Mapping[str, Any], added: Mapping[str, int], pieces: int, rows: int) -> dict[str, int]:
     """Ids of image tokens that have a row and are named in no file: LLaVA's own code numbers them when it loads."""
-    asked = [token for key, tokens in IMAGE_TOKENS for token in tokens if config.get(key)]
-    new = [token for token in asked if token not in added]
+    new = [token for token in asked_tokens(config) if token not in added]
     first = max([pieces - 1, *added.values()]) + 1
     return {token: first + number for number, token in enumerate(new)} if first + len(new) == rows else {}
 

@@ -171,7 +171,13 @@ def layout(context: str, converting: str) -> dict[str, list[Case]]:
     return cases
 
 
-MERGING = {"--arithmetic": "--arithmetic exact", "--scale": "--scale 0.5", "--non-lora": "--non-lora nowhere.bin"}
+MERGING = {
+    "--arithmetic": "--arithmetic exact",
+    "--scale": "--scale 0.5",
+    "--base-quantized": "--base-quantized nf4",
+    "--non-lora": "--non-lora nowhere.bin",
+    "--adapter": "--adapter other",
+}
 CASES: dict[str, dict[str, list[Case]]] = {
     "apply-delta": {
         **writing("apply"),

@@ -319,7 +319,7 @@ def test_factors_are_read_once_and_let_go(tmp_path: Path) -> None:
     factor = update.b.offset  # type: ignore[attr-defined]
     assert (len(reads), reads.count(factor)) == (3 + 2 * 2, 2)
     work.close()
-    assert work._latest is None
+    assert not work._latest
 
 
 def test_pickles_hashes_and_knows_its_files(tmp_path: Path) -> None:

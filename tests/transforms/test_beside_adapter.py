@@ -164,15 +164,37 @@ def test_several_adapters_in_one_file_are_called_so(tmp_path: Path) -> None:
     assert "`default`" in told
 
 
-def test_an_adapter_of_mlx_is_called_so(tmp_path: Path) -> None:
-    path = folder(tmp_path / "mlx", {}, llava=False)
-    save_file({"language_model.model.layers.0.self_attn.q_proj.lora_a": torch.rand(4, 2)}, path / "adapters.safetensors")
-    assert "MLX" in text_of(path)
-    assert "MLX" in text_of(path / "adapters.safetensors")
-
-
 def test_buffers_of_a_training_state_are_no_part_of_it(tmp_path: Path) -> None:
     path = folder(tmp_path / "run", {})
     buffers = {"base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4), "a.embeddings.position_ids": torch.arange(4)}
     torch.save({**state(), **buffers}, path / "pytorch_model.bin")
     assert not any("inv_freq" in name or "position_ids" in name for name in open_adapter(path).replacements)
+
+
+@pytest.mark.parametrize("holds", ["nothing", "the tables"])
+def test_a_given_file_without_the_trained_projector_is_refused(tmp_path: Path, holds: str) -> None:
+    path = folder(tmp_path / "lora")
+    tensors = {} if holds == "nothing" else {"base_model.model.lm_head.weight": torch.rand(6, 4)}
+    torch.save(tensors, tmp_path / "beside.bin")
+    told = text_of(path, non_lora=tmp_path / "beside.bin")
+    assert "lacks the projector" in told
+    assert "`beside.bin`" in told
+    (path / "config.json").write_text(json.dumps({**LLAVA, "freeze_mm_mlp_adapter": True}))
+    assert open_adapter(path, non_lora=tmp_path / "beside.bin").modules
+    torch.save(projector(), tmp_path / "other-name.bin")
+    (path / "config.json").write_text(json.dumps(LLAVA))
+    assert open_adapter(path, non_lora=tmp_path / "other-name.bin").replacements.keys() == REPLACED
+
+
+def test_a_projector_with_its_two_rows_is_read_under_any_name(tmp_path: Path) -> None:
+    tensors = {**projector("model.mm_projector."), "model.embed_tokens.weight": torch.rand(2, 6)}
+    torch.save(tensors, tmp_path / "checkpoint-projector.bin")
+    adapter = open_adapter(folder(tmp_path / "lora"), non_lora=tmp_path / "checkpoint-projector.bin")
+    assert adapter.replacements.keys() == REPLACED
+    assert adapter.rows["model.embed_tokens.weight"][0] == (-2, -1)
+
+
+def test_a_whole_state_of_fsdp_is_an_adapter_with_its_projector(tmp_path: Path) -> None:
+    path = folder(tmp_path / "run", {})
+    torch.save({f"_fsdp_wrapped_module.{name}": tensor for name, tensor in state().items()}, path / "pytorch_model_fsdp.bin")
+    assert open_adapter(path).replacements.keys() >= REPLACED

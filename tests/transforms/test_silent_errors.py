@@ -297,3 +297,102 @@ def test_a_stale_list_of_added_tokens_gives_way_to_tokenizer_json(listed: dict[s
     assert ("added_tokens.json" not in kept) is stale
     assert bool(notes) is stale
     assert "added_tokens.json" in without_stale_list({**files, "tokenizer.model": b""})[0]  # the slow tokenizer's own list
+
+
+# --- two vocabularies ------------------------------------------------------------------------------------------------
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IM_START_END = "B-lora/llava-v1-tiny-lora-imstartend"
+
+
+def hub_of_v1(fixtures: Path, folder: Path, tokens: dict[str, int]) -> Path:
+    """A llava-hf checkpoint with these added tokens, in rows that it had as padding."""
+    copied(fixtures / HUB, folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink()
+    (folder / "added_tokens.json").write_text(json.dumps(tokens))
+    return folder
+
+
+def trained_tables(fixtures: Path, folder: Path) -> tuple[Path, Tensors]:
+    """LLaVA's adapter that trained `<im_patch>` 304, `<im_start>` 305 and `<im_end>` 306, without its LoRA's own layers."""
+    copied(fixtures / IM_START_END, folder)
+    tensors = torch.load(folder / "non_lora_trainables.bin")
+    kept = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
+    kept |= {f"base_model.model.model.mm_projector.{name}": torch.ones(shape) for name, shape in PROJECTOR_SHAPES.items()}
+    torch.save(kept, folder / "non_lora_trainables.bin")
+    return folder, {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+
+
+PROJECTOR_SHAPES = {"0.weight": (48, 24), "0.bias": (48,), "2.weight": (48, 48), "2.bias": (48,)}
+
+
+def test_rows_go_to_their_tokens_in_another_vocabulary(fixtures: Path, tmp_path: Path) -> None:
+    """<image> stands where <im_patch> was trained: every trained token is placed by its text, all other rows stay."""
+    base = hub_of_v1(fixtures, tmp_path / "base", {"<image>": 304, "<pad>": 305, "<im_end>": 306, "<im_patch>": 307, "<im_start>": 308})
+    lora, trained = trained_tables(fixtures, tmp_path / "lora")
+    before = tensors_of(base)
+    checkpoint = lw.merge_lora(base, lora)
+    assert any("<im_patch> 304 at 307" in note for note in checkpoint.history[-1].notes)
+    after = written(checkpoint, tmp_path / "out")
+    for name, own in (("language_model.model.embed_tokens.weight", EMBED), ("language_model.lm_head.weight", HEAD)):
+        expected = before[name].clone()
+        expected[:304] = trained[own][:304]
+        expected[307], expected[308], expected[306] = trained[own][304], trained[own][305], trained[own][306]
+        assert torch.equal(after[name], expected)
+    assert json.loads((tmp_path / "out/added_tokens.json").read_text())["<image>"] == 304
+
+
+def test_a_token_that_the_base_lacks_is_refused_with_the_order_that_works(fixtures: Path, tmp_path: Path) -> None:
+    lora, _ = trained_tables(fixtures, tmp_path / "lora")
+    with pytest.raises(MismatchError, match="other tokens") as refused:
+        lw.merge_lora(fixtures / HUB, lora)
+    assert "<im_patch> 304" in str(refused.value)
+    assert "merge-lora --base ORIGINAL --lora ADAPTER --to llava-hf" in (refused.value.hint or "")
+    assert refused.value.exit_code == 3
+
+
+def test_rows_that_no_file_names_are_refused(fixtures: Path, tmp_path: Path) -> None:
+    lora, _ = trained_tables(fixtures, tmp_path / "lora")
+    configured(lora, mm_use_im_patch_token=False)
+    with pytest.raises(MismatchError, match="no file says of which tokens"):
+        lw.merge_lora(fixtures / HUB, lora)
+
+
+def test_the_two_last_rows_of_a_projector_s_file_are_those_of_their_tokens(fixtures: Path, tmp_path: Path) -> None:
+    """Not of the padding that stands last in a table of llava-hf."""
+    base = hub_of_v1(fixtures, tmp_path / "base", {"<im_patch>": 304, "<im_start>": 305, "<im_end>": 306})
+    (tmp_path / "projector").mkdir()
+    rows = torch.rand(2, 48).half()
+    tensors = {f"model.mm_projector.{name}": torch.ones(shape).half() for name, shape in PROJECTOR_SHAPES.items()}
+    torch.save({**tensors, "model.embed_tokens.weight": rows}, tmp_path / "projector/mm_projector.bin")
+    before, after = tensors_of(base), written(lw.merge_lora(base, tmp_path / "projector"), tmp_path / "out")
+    name = "language_model.model.embed_tokens.weight"
+    assert torch.equal(after[name][305:307], rows)
+    assert torch.equal(after[name][307:], before[name][307:])
+
+
+def test_one_shorter_table_keeps_the_base_s_rows_behind_it(fixtures: Path, tmp_path: Path) -> None:
+    base, name = fixtures / HUB, "language_model.model.embed_tokens.weight"
+    table = tensors_of(base)[name]
+    adapter = vocabulary_adapter(tmp_path / "lora", table[:306] * 2, None, name)
+    after = written(lw.merge_lora(base, adapter), tmp_path / "out")
+    assert torch.equal(after[name], torch.cat([table[:306] * 2, table[306:]]))
+    assert after["language_model.lm_head.weight"].shape == table.shape
+
+
+def test_trained_rows_are_placed_by_their_tokens(fixtures: Path, tmp_path: Path) -> None:
+    """`trainable_token_indices` of PEFT, with the adapter's own tokenizer beside it."""
+    base = hub_of_v1(fixtures, tmp_path / "base", {"<image>": 304, "<pad>": 305, "<im_start>": 306})
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    values = torch.rand(2, 48)
+    save_file({"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": values}, lora / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "trainable_token_indices": {"embed_tokens": [304, 7]}}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    (lora / "added_tokens.json").write_text(json.dumps({"<im_start>": 304}))
+    name = "language_model.model.embed_tokens.weight"
+    before, after = tensors_of(base), written(lw.merge_lora(base, lora), tmp_path / "out")
+    changed = (before[name] != after[name]).any(1).nonzero().flatten().tolist()
+    assert changed == [7, 306]
+    assert torch.equal(after[name][306], values[0].half())
