@@ -126,7 +126,7 @@ def _projector(s: SmallFiles) -> Iterator[str]:
 
 
 def _tower_name(s: SmallFiles) -> Iterator[str]:
-    if not named_tower(s.of(CONFIG)):
+    if not any(isinstance(s.of(CONFIG).get(key), str) for key in TOWER_KEYS):
         yield "`mm_vision_tower` is missing: LLaVA's code then loads a text model without images"
 
 
