@@ -127,7 +127,7 @@ def _projector(s: SmallFiles) -> Iterator[str]:
 
 def _tower_name(s: SmallFiles) -> Iterator[str]:
     beside = s.checkpoint.folders and s.checkpoint.folders.vision_config  # the tower has a folder of its own, and no code asks for a name
-    if not beside and not named_tower(s.of(CONFIG)):
+    if not beside and not any(isinstance(s.of(CONFIG).get(key), str) for key in TOWER_KEYS):
         yield "`mm_vision_tower` is missing: LLaVA's code then loads a text model without images"
 
 
