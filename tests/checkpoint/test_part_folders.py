@@ -272,6 +272,16 @@ def test_weights_of_no_part_are_named(tmp_path: Path, place: str) -> None:
         lw.convert(folders, "llava-hf")
 
 
+@pytest.mark.parametrize("name", ["visual_encoder", "llm_adapter", "llm"])
+def test_a_part_without_its_weights_is_named(tmp_path: Path, name: str) -> None:
+    folders, _ = toy(tmp_path, "3")
+    low_rank(folders / "llm_adapter", TEXT_MODULES)
+    for path in (folders / name).glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=f"`{name}` holds a config and no weights"):
+        lw.convert(folders, "llava-hf", tower=tmp_path / "tower")
+
+
 def test_two_text_models_are_refused(tmp_path: Path) -> None:
     folders, _ = toy(tmp_path, "3")
     shutil.copy(folders / "llm/model.safetensors", folders)
