@@ -197,6 +197,12 @@ def test_an_adapter_changes_the_tower_that_is_given(tmp_path: Path) -> None:
     made = lw.convert(folders, "llava-hf", tower=tmp_path / "eye")
     assert same(written(made, tmp_path / "given")[0], inside)
     assert [[role for role, _ in step.inputs] for step in made.history] == [["source", "tower", "lora"], ["tower"]]
+    low_rank(folders / "llm_adapter", TEXT_MODULES, base="lmsys/vicuna-7b-v1.5")
+    first, second, _ = lw.convert(folders, "llava-hf", tower=tmp_path / "eye").history
+    assert [role for role, _ in first.inputs] == ["base", "lora"]
+    assert [role for role, _ in second.inputs] == ["tower", "lora"]
+    assert not first.warnings
+    assert not any("the base given is" in text for text in first.notes)
 
 
 def test_another_adapter_comes_behind_its_own(tmp_path: Path) -> None:
