@@ -82,10 +82,15 @@ def find_parts(folder: Path, layout_of: Callable[[Mapping[str, LazyTensor]], str
     """The folders of parts that hold weights in `folder`, none where it is no checkpoint of this kind: `llm` alone is not enough, and a
     LLaVA beside such folders is read as it is.
 
-    Raises InputError for links that lead out of it, and for two text models."""
-    names = [name for name in FOLDERS if name in _listing(folder) and holds_weights(inside(folder, name))]
+    Raises InputError for links that lead out of it, for a part whose weights are missing, and for two text models."""
+    there = _listing(folder)
+    names = [name for name in FOLDERS if name in there and holds_weights(inside(folder, name))]
     if not set(names) & set(TELLING):
         return ()
+    for name in FOLDERS:
+        if name in there and name not in names and {"config.json", ADAPTER_CONFIG} & set(_listing(folder / name)):
+            hint = "download its weights too, or move the folder elsewhere to go on without them"
+            raise InputError(f"`{name}` holds a config and no weights", facts={"folder": folder / name}, hint=hint)
     if holds_weights(folder):
         if layout_of(index_folder(folder).tensors) not in ("llama", "unknown", "mpt"):
             return ()
@@ -164,7 +169,7 @@ def _check_used(folder: Path, found: WeightFiles | None) -> None:
     used = {file.name for file in found.files} if found else set()
     names = [name for name in _listing(folder) if name.endswith(tuple(WEIGHT_SUFFIXES)) and name not in used]
     if names := [name for name in names if not re.fullmatch(TRAINER_STATE, name) and (folder / name).is_file()]:
-        what = f"{shown(folder.name)} holds weights that are of no part of a LLaVA: {listed(names)}"
+        what = f"{shown(folder.name)} holds weight files that are of no part of a LLaVA, or that nothing reads: {listed(names)}"
         raise InputError(what, facts={"folder": folder, "read": listed(sorted(used)) or "nothing"}, hint="move them elsewhere")
 
 

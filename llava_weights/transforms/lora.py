@@ -143,7 +143,11 @@ def with_own_adapters(checkpoint: Checkpoint, tower: Checkpoint | None = None) -
     ]
     if own:
         merged = merge_lora(checkpoint, own)
-        checkpoint = replace(merged, config={**checkpoint.config, **merged.config})
+        *before, step = merged.history
+        step = replace(
+            step, warnings=tuple(text for text in step.warnings if text != NO_TOWER)
+        )  # what comes next takes a tower, or says it
+        checkpoint = replace(merged, config={**checkpoint.config, **merged.config}, history=(*before, step))
     trained = [adapter for name, adapter in given.items() if ADAPTERS[name] == TOWER]
     if inside or not trained:
         return checkpoint, tower
@@ -500,9 +504,9 @@ def _joined(values: Sequence[Any]) -> str:
 def _other_names(base: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> Iterator[str]:
     """A note for each adapter that records a base of another name. No more than a note: names and shapes of tensors tell what fits.
 
-    A base that was just made has no name yet.
+    A base that was just made has no name yet, and a folder of parts is not named after its text model.
     """
-    for adapter, _ in adapters if not base.history else ():
+    for adapter, _ in adapters if not base.history and base.folders is None else ():
         last = short_base(str(adapter.peft.get("base_model_name_or_path") or "")).rpartition("/")[2]
         if last and last.lower() not in (base.origin.name.lower(), base.origin.name.rpartition("/")[2].lower()):
             yield f"`{adapter.origin.name}` was trained on `{last}`, the base given is `{base.origin.name}`"

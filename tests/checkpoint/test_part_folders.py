@@ -197,6 +197,12 @@ def test_an_adapter_changes_the_tower_that_is_given(tmp_path: Path) -> None:
     made = lw.convert(folders, "llava-hf", tower=tmp_path / "eye")
     assert same(written(made, tmp_path / "given")[0], inside)
     assert [[role for role, _ in step.inputs] for step in made.history] == [["source", "tower", "lora"], ["tower"]]
+    low_rank(folders / "llm_adapter", TEXT_MODULES, base="lmsys/vicuna-7b-v1.5")
+    first, second, _ = lw.convert(folders, "llava-hf", tower=tmp_path / "eye").history
+    assert [role for role, _ in first.inputs] == ["base", "lora"]
+    assert [role for role, _ in second.inputs] == ["tower", "lora"]
+    assert not first.warnings
+    assert not any("the base given is" in text for text in first.notes)
 
 
 def test_another_adapter_comes_behind_its_own(tmp_path: Path) -> None:
@@ -270,6 +276,16 @@ def test_weights_of_no_part_are_named(tmp_path: Path, place: str) -> None:
     torch.save({"x": torch.ones(2)}, folders / place)
     with pytest.raises(InputError, match=Path(place).name.replace(".", r"\.")):
         lw.convert(folders, "llava-hf")
+
+
+@pytest.mark.parametrize("name", ["visual_encoder", "llm_adapter", "llm"])
+def test_a_part_without_its_weights_is_named(tmp_path: Path, name: str) -> None:
+    folders, _ = toy(tmp_path, "3")
+    low_rank(folders / "llm_adapter", TEXT_MODULES)
+    for path in (folders / name).glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=f"`{name}` holds a config and no weights"):
+        lw.convert(folders, "llava-hf", tower=tmp_path / "tower")
 
 
 def test_two_text_models_are_refused(tmp_path: Path) -> None:
