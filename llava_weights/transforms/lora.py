@@ -44,6 +44,7 @@ from .adapter_tokens import asked_tokens, check_rows, explaining_files, in_base_
 from .adapter_tower import with_tower
 from .quantised_training import Training, recorded_training, round_base, settled, to_rounding
 
+UNTOLD = "nothing says in which way"
 NO_TOWER = "no config names the vision tower: set `mm_vision_tower` in the output's config.json"
 
 AdapterSource = Adapter | str | Path  # what a public function takes as an adapter: one that is open, or where it is
@@ -121,6 +122,8 @@ def merge_lora(
         step = made.history[-1]
         told = {**step.summary, "tower": f"{len(joined)} tensors from `{clip.origin.name}`, which the adapter changes"}
         made = replace(made, history=(*made.history[:-1], replace(step, inputs=(*step.inputs, ("tower", clip.origin)), summary=told)))
+    if recorded is None and (named := next((str(adapter.peft["quantised"]) for adapter, _ in weighted if "quantised" in adapter.peft), "")):
+        recorded = Training("", UNTOLD, named)
     return _told_of_rounding(made, recorded, training, len(rounded))
 
 
@@ -183,6 +186,7 @@ def _told_of_rounding(made: Checkpoint, recorded: Training | None, applied: Trai
         step = replace(step, options={**step.options, "base_quantized": applied.rounding}, summary=summary)
     elif recorded:
         way = f": `--base-quantized {recorded.rounding}` rounds the base first" if recorded.rounding else ""
+        way = ": `--base-quantized` rounds the base first, if bitsandbytes had" if recorded.title == UNTOLD else way
         note = (
             f"trained on a base that was quantised ({recorded.title}, by {recorded.evidence}); the update was fitted to rounded weights "
             f"and is merged into those that are stored, so the result is close to what was trained, not equal{way}"

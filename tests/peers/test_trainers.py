@@ -159,8 +159,7 @@ def by_llava(trained: Trained, folder: Path, fixtures: Path) -> None:
     given = [name.replace("multi_modal_projector", "mm_projector") for name in modules or []] or None
     (folder / "adapter_config.json").write_text(config_of(trained, modules_to_save=given))
     shutil.copy(fixtures / "C-v1.5/original-with-vision-safetensors/config.json", folder)
-    if any("embed_tokens.weight" in name or "lm_head.weight" in name for name in tensors):  # else nothing names the tokens of these rows
-        shutil.copy(fixtures / "C-v1.5/hf-by-tf4.47.1/added_tokens.json", folder)
+    shutil.copy(fixtures / "C-v1.5/hf-by-tf4.47.1/added_tokens.json", folder)  # else nothing names the tokens of trained rows
 
 
 def by_llama_factory(trained: Trained, folder: Path, fixtures: Path) -> None:

@@ -163,6 +163,13 @@ def test_a_record_beside_the_base_counts_too(base: Path, lora: Path, tmp_path: P
     assert any("--base-quantized nf4-double" in note for note in lw.merge_lora(copy, lora).history[-1].notes)
 
 
+def test_a_base_that_is_quantised_by_its_name_is_told_of(base: Path, lora: Path) -> None:
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "unsloth/llama-3-8b-bnb-4bit"}))
+    assert any("not equal" in note and "--base-quantized" in note for note in lw.merge_lora(base, lora).history[-1].notes)
+    assert lw.merge_lora(base, lora, base_quantized="fp4").history[-1].options["base_quantized"] == "fp4"
+
+
 def test_a_rounding_that_does_not_exist_is_refused(base: Path, lora: Path) -> None:
     with pytest.raises(UsageError, match="nf4, nf4-double, fp4, fp4-double, int8"):
         lw.merge_lora(base, lora, base_quantized="4bit")
