@@ -132,6 +132,7 @@ def convert_lora(
         str | None, typer.Option("--base", "--model-base", help="Model that it belongs to, in either layout: what the names do not tell.")
     ] = None,
     non_lora: NonLora = None,
+    adapter: AdapterName = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of an adapter on the Hub.")] = None,
     run: Run,
     show: Show,
@@ -145,9 +146,9 @@ def convert_lora(
 
         check_options(run, output)
         one_of("layout", to, TO_LAYOUTS)
-        adapter = open_adapter(lora, revision=revision, non_lora=non_lora, progress=show.bars)
+        opened = open_adapter(lora, revision=revision, non_lora=non_lora, adapter=adapter, progress=show.bars)
         model = open_checkpoint(base, progress=show.bars) if base else None
-        carry_out(console, transform(adapter, to, base=model), output, run)
+        carry_out(console, transform(opened, to, base=model), output, run)
 
 
 @grouped

@@ -64,10 +64,10 @@ def of_adapter(tensors: Mapping[str, LazyTensor], chosen: str | None, file: str)
     Raises InputError where several are there and none is chosen, and where the chosen one is not there, naming those that are."""
     there = adapter_names(tensors)
     if chosen is None and len(there) > 1:
-        what = f"{shown(file)} holds several adapters: {listed(map(shown, there))}"
+        what = f"{shown(file)} holds several adapters: {listed(there)}"
         raise InputError(what, hint=f"choose one, for example with `--adapter {there[0]}`")
     if chosen is not None and chosen not in there:
-        facts = {"adapters in it": listed(map(shown, there)) or "one, without a name"}
+        facts = {"adapters in it": listed(there) or "one, without a name"}
         raise InputError(f"{shown(file)} holds no adapter {shown(chosen)}", facts=facts, hint="leave `--adapter` out, or give one of those")
     if len(there) < 2:
         return tensors

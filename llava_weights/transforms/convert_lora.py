@@ -622,6 +622,8 @@ def _notes(parts: Parts, adapter: Adapter, config: Mapping[str, Any], held: tupl
     yield f"`target_modules` lists {len(config['target_modules'])} whole names: short ones such as `q_proj` are the vision tower's too"
     if config["modules_to_save"]:
         yield f"trained whole, so `modules_to_save`: {few(config['modules_to_save'])}"
+    if any(module.mlx for module in parts.modules.values()):
+        yield "MLX trained it: PEFT rounds a merge of it in other places than MLX's `fuse`, which `merge-lora` follows on MLX's own files"
     if held:
         yield f"left out, the base holds the same values: {few(held)}"
     if to == "llava-hf" and any(name.startswith("tower.") for name in _saved(parts)):

@@ -94,7 +94,7 @@ def round_base(tensors: Mapping[str, LazyTensor], training: Training) -> dict[st
 
     Raises InputError for a skipped module that is an expression, MismatchError where the base has no such matrices."""
     if strange := [key for key in training.skipped if re.search(r"[*+?\[\](){}|^$\\]", key)]:
-        what = f"`llm_int8_skip_modules` holds {listed(map(shown, strange))}, an expression in place of a module's name"
+        what = f"`llm_int8_skip_modules` holds {listed(strange)}, an expression in place of a module's name"
         raise InputError(what, facts={"where": training.evidence}, hint="write the names of the modules that were not quantised")
     kind, double = training.rounding.removesuffix(DOUBLE), training.rounding.endswith(DOUBLE)
     found = {

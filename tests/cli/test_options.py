@@ -210,6 +210,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--to": [Changes("rename, plan", "--to llava"), Refused("rename, plan", "--to gguf")],
         "--base": [Changes("rename, plan", f"--base {VICUNA}")],
         "--non-lora": [Changes("rename, plan", MERGING["--non-lora"])],
+        "--adapter": [Changes("rename, plan", MERGING["--adapter"])],
         "--revision": [Changes("rename, plan", "--revision main")],
     },
     "convert": {

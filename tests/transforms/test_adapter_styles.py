@@ -198,6 +198,9 @@ def test_one_of_several_adapters_is_chosen(tmp_path: Path, bases: dict[str, Path
         lw.open_adapter(both, adapter="third")
     assert "`default`" in str(refused.value)
     assert lw.open_adapter(one, adapter="reference").modules == lw.open_adapter(one).modules
+    for which, words in ((both, ["--adapter", "reference"]), (one, [])):
+        assert cli("convert-lora", which, *words, "--to", "llava", "-o", f"lora-{which.name}")[0] == 0
+    check(load_file(tmp_path / "lora-both/adapter_model.safetensors"), load_file(tmp_path / "lora-one/adapter_model.safetensors"))
 
 
 def test_the_folder_of_a_named_adapter_is_chosen(tmp_path: Path, whole: Tensors) -> None:
@@ -240,6 +243,19 @@ def test_an_adapter_of_mlx_is_merged_by_its_formula(tmp_path: Path, bases: dict[
         weight = whole[f"{module}.weight"]
         update = ((3.0 * factors[f"{module}.lora_B"]) @ factors[f"{module}.lora_A"]).to(weight.dtype)
         assert torch.equal(found[canonical(f"{module}.weight")], weight + update)
+
+
+def test_an_adapter_of_mlx_becomes_one_of_peft(tmp_path: Path, whole: Tensors) -> None:
+    """Its factors turned, its scale as alpha; the merge of it is PEFT's, which the plan says."""
+    factors = {name: tensor for name, tensor in parts(whole)[0].items() if "layers" in name}  # tables want a base
+    lora = mlx(tmp_path / "mlx", factors, "Hub")
+    made = lw.convert_lora(lora, "llava")
+    assert any("MLX" in note for note in made.history[-1].notes)
+    lw.execute(lw.make_plan(made), tmp_path / "out")
+    there = {module.name: module for module in lw.open_adapter(tmp_path / "out").modules}
+    for module in lw.open_adapter(lora).modules:
+        turned = next(each for name, each in there.items() if canonical(f"{name}.weight") == canonical(f"{module.name}.weight"))
+        assert (turned.scale, turned.rank, turned.mlx) == (module.scale, module.rank, False)
 
 
 def test_a_dora_of_mlx_takes_its_norms_of_the_rounded_sum(tmp_path: Path, bases: dict[str, Path], whole: Tensors) -> None:
