@@ -96,7 +96,7 @@ def processed(folder: Path, model: Any, job: Json) -> Json:
     return found
 
 
-CONFIGS = {"LlavaConfig", "LlavaNextConfig", "LlavaOnevisionConfig", "LlavaNextVideoConfig", "VipLlavaConfig"}
+CONFIGS = {"LlavaConfig", "LlavaNextConfig", "LlavaOnevisionConfig", "LlavaNextVideoConfig", "VipLlavaConfig", "VideoLlavaConfig"}
 VIP_LAYERS = 5
 
 
@@ -159,7 +159,14 @@ def make_original(folder: Path, job: Json) -> None:
     tower.save_pretrained(folder / job["tower"])
     last = f"encoder.layers.{job['vision']['num_hidden_layers']}."
     tensors = {name: tensor for name, tensor in decoder.state_dict().items() if not (config.tie_word_embeddings and "lm_head" in name)}
-    tensors |= {f"model.vision_tower.vision_tower.{name}": x for name, x in tower.state_dict().items() if last not in name}
+    stored = {name: x for name, x in tower.state_dict().items() if last not in name}
+    if job["two"]:  # another for videos, with tensors for what lies between the frames
+        plain = {name.removeprefix("vision_model."): x for name, x in stored.items()}
+        tensors |= {f"model.image_tower.image_tower.{name}": x for name, x in plain.items()}
+        tensors |= {f"model.video_tower.video_tower.{name}": torch.randn_like(x.float()) * 0.1 for name, x in plain.items()}
+        tensors["model.video_tower.video_tower.encoder.layers.0.temporal_embedding"] = torch.randn(1, 8, vision["hidden_size"])
+    else:
+        tensors |= {f"model.vision_tower.vision_tower.{name}": x for name, x in stored.items()}
     hidden, wide = config.hidden_size, vision["hidden_size"]
     wide *= VIP_LAYERS if job["norm"] else 1
     sizes = {"0.weight": (hidden, wide), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
@@ -191,7 +198,7 @@ def compare(job: Json) -> Json:
         torch.manual_seed(7)
         ids = torch.tensor(job["ids"])
         ids = forwards.one_an_image(ids, job["image"]) if SINGLE and not job["widened"] else ids  # 4.47 goes by `image_seq_length`
-        given = {"input_ids": ids.view(1, -1), "pixel_values": torch.randn(job["pixels"])}
+        given = {"input_ids": ids.view(1, -1), job["pixels_are"]: torch.randn(job["pixels"])}
         given |= {"image_sizes": torch.tensor([job["image_size"]])} if job["image_size"] else {}
         with torch.inference_mode():
             logits.append(model(**given, attention_mask=torch.ones_like(given["input_ids"])).logits[0, :, : job["rows"]])

@@ -29,6 +29,8 @@ def cases() -> dict[str, tuple[Original, str, str]]:
     """The first row for each target, decoder and tower."""
     found: dict[str, tuple[Original, str, str]] = {}
     for row in ORIGINALS:
+        if TARGETS[row.target].two_towers:  # of which nothing comes back: test_video_llava.py
+            continue
         for decoder in row.decoders:
             for tower in row.towers:
                 found.setdefault(f"{row.target}-{decoder}-{tower}", (row, decoder, tower))

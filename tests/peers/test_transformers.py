@@ -189,13 +189,13 @@ TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_hea
 OTHER_KEYS = {
     "image_seq_length", "_name_or_path", "text_config._name_or_path", "tie_word_embeddings", "text_config.factor", "text_config.type",
 }  # fmt: skip
-UNREAD = {"next-video": {"ignore_index"}}  # what 4.47's class wrote and later ones only keep
+UNREAD = {"next-video": {"ignore_index"}, "two-towers": {"ignore_index"}}  # what 4.47's class wrote and later ones only keep
 OLD, NEXT = "llava.convert_llava_weights_to_hf", "llava_next.convert_llava_next_weights_to_hf"
 ONEVISION, VIDEO = "llava_onevision.convert_llava_onevision_weights_to_hf", "llava_next_video.convert_llava_next_video_weights_to_hf"
-VIP = "vipllava.convert_vipllava_weights_to_hf"
+VIP, TWO = "vipllava.convert_vipllava_weights_to_hf", "video_llava.convert_video_llava_weights_to_hf"
 FUNCTIONS = {
     OLD: "convert_llava_llama_to_hf", NEXT: "convert_llava_to_hf", ONEVISION: "convert_llava_to_hf", VIDEO: "convert_llava_to_hf",
-    VIP: "convert_vipllava_llama_to_hf",
+    VIP: "convert_vipllava_llama_to_hf", TWO: "convert_video_llava_llama_to_hf",
 }  # fmt: skip
 BY_NAME = (NEXT, ONEVISION, VIDEO)  # of the model, where the others are given folders
 
@@ -239,6 +239,7 @@ CASES = {
     "interleave-untied": Case(OLD, "qwen2", 48, 4, 4, 330, 303, siglip=True, constants=("151646",)),
     "onevision": Case(ONEVISION, "qwen2", 64, 4, 2, 320, 303, *ONEVISION_7B, siglip=True, newline=True, constants=()),
     "next-video": Case(VIDEO, "llama", 48, 4, 2, 320, 320, *VIDEO_7B, newline=True, dtype="bfloat16", constants=("32000", "32001")),
+    "two-towers": Case(TWO, "llama", 48, 4, 2, 320, 320, constants=("32000", "32002")),
     "vip": Case(VIP, "llama", 48, 4, 2, 320, 320, constants=("32000", "32001")),
     "interleave-newline": Case(OLD, "qwen2", 48, 4, 4, 384, 303, siglip=True, newline=True, constants=("151646",)),
 }
@@ -317,19 +318,32 @@ def conversion_job(folder: Path, name: str, case: Case) -> Json:
     tiles = {"image_aspect_ratio": ratio, "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": grid}
     tiles |= {"mm_spatial_pool_mode": "average", "mm_spatial_pool_stride": 2} if case.module == VIDEO else {}
     ids = {"bos_token_id": case.tokens - 3, "eos_token_id": case.tokens - 1} if qwen or llama_3 else {"bos_token_id": 1, "eos_token_id": 2}
-    added = {number: case.tokens + i for i, number in enumerate(case.constants)}
+    added = {
+        number: case.tokens + int(number) - 32000 if case.module == TWO else case.tokens + i for i, number in enumerate(case.constants)
+    }
     features = {"num_image_tokens=729": f"num_image_tokens={FEATURES}"} if case.module == ONEVISION else {}
     # What the classes assume, the sizes of published models, as those of the tiny ones.
     assumed = {
         ONEVISION: {"image_token_index": case.tokens, "video_token_index": case.tokens + 1, "image_grid_pinpoints": grid},
         VIDEO: {"video_seq_length": FEATURES // 2},
         VIP: {"image_token_index": case.tokens},
+        TWO: {
+            "image_token_index": case.tokens,
+            "video_token_index": case.tokens + 1,
+            "image_seq_length": FEATURES,
+            "video_seq_length": 8 * (FEATURES + 1),
+        },
     }.get(case.module, {})
     text_id = {f'"{case.text_id}"': f'"{folder / "text"}"'} if case.text_id else {}
     text = str(folder / "text")
+    named = (
+        {"mm_image_tower": str(folder / tower), "mm_video_tower": "video"}
+        if case.module == TWO
+        else {"mm_vision_tower": str(folder / tower)}
+    )
     return {
         "folder": str(folder), "module": case.module, "function": FUNCTIONS[case.module], "tower": tower, "newline": case.newline,
-        "dtype": case.dtype, "vision": vision, "assumed": assumed, "norm": case.module == VIP,
+        "dtype": case.dtype, "vision": vision, "assumed": assumed, "norm": case.module == VIP, "two": case.module == TWO,
         "replaced": {**added, **features, **text_id, **(SIGLIP_SIZES if case.siglip else {})},
         "arguments": [case.model_id, str(folder / "theirs")] if case.module in BY_NAME else
             [text, str(folder / tower), str(folder / "theirs"), "original"],
@@ -339,7 +353,8 @@ def conversion_job(folder: Path, name: str, case: Case) -> Json:
         },
         "config": {
             "model_type": f"llava_{kind}", "architectures": [f"Llava{kind.capitalize()}ForCausalLM"], "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_tower": str(folder / tower), "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+            **named,
+            "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
             **(tiles if case.newline else {"image_aspect_ratio": "pad"}),
         },
     }  # fmt: skip
@@ -355,7 +370,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         without_error(found[name])
         tower = open_checkpoint(places[name] / ("siglip" if case.siglip else "clip"))
         aspect = None if case.newline else "square"  # as the converter's
-        made = convert(open_checkpoint(places[name] / "original"), "llava-hf", tower=tower, image_aspect=aspect)
+        made = convert(open_checkpoint(places[name] / "original"), "llava-hf", tower=tower, image_aspect=aspect, lossy=case.module == TWO)
         write(made, places[name] / "ours")
     return places
 
@@ -379,6 +394,7 @@ def comparison_job(folder: Path, case: Case) -> Json:
     side, tiled = (SIGLIP if case.siglip else CLIP)["image_size"], case.module in BY_NAME
     return {
         "folder": str(folder), "image": image, "rows": case.rows, "widened": case.module == ONEVISION,
+        "pixels_are": "pixel_values_images" if case.module == TWO else "pixel_values",
         "ids": [5, 6, 7, *[image] * (24 if tiled else 4), *range(20, 40)],
         "pixels": [1, 5, 3, side, side] if tiled else [1, 3, side, side], "image_size": [50, 50] if tiled else None,
     }  # fmt: skip

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peers.environments import MAIN, NEWEST, run, without_error
 
 import llava_weights as lw
 from llava_weights.cli.toy import make_llava
 from llava_weights.families.originals import ORIGINALS
 
-from .test_transformers import MAIN, run, without_error
-
-VERSIONS = ("4.57.6", MAIN)
+VERSIONS = ("4.57.6", MAIN, NEWEST)
 CLOSE = 1e-6
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(300)]
