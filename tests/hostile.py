@@ -384,7 +384,7 @@ CONFIG_CASES = (
         "nested in a llava-hf config",
         edited(HUB, "config.json", lambda c: c["text_config"].update(trust_remote_code=True, _attn_implementation_internal="evil/kernels")),  # type: ignore[attr-defined]
         "`trust_remote_code`",
-        {"hub": 0, "verify": 4},
+        {"hub": 0, "verify": 3},
         ("trust_remote_code", "_attn", "evil"),
     ),
     Case(64, "vocab_size 10^12", setting(PLACES["base"], vocab_size=10**12), "1000000000000", {"base": 0, "verify": 4}, ("1000000000000",)),
@@ -488,10 +488,11 @@ PREPROCESSORS: Mapping[str, tuple[Change, str]] = {
 }
 LORA_ONLY: Mapping[str, int] = {"lora": 3}
 ONLY_VERIFY: Mapping[str, int] = {"verify": 4}
+ONLY_WARNED: Mapping[str, int] = {"verify": 3}  # a warning of `verify`, which has no checksums to prove the rest by
 OUTSIDE = [{"path": "../x", "size": 1, "sha256": "0" * 64}]
 ON_VERIFY = (
-    *(Case(81, f"chat template in {name}", setting(HUB, name, chat_template=TEMPLATE), "`__class__`", ONLY_VERIFY) for name in TEMPLATES),
-    Case(81, "chat_template.jinja", edited(HUB, "chat_template.jinja", bare(TEMPLATE.encode())), "`__class__`", ONLY_VERIFY),
+    *(Case(81, f"chat template in {name}", setting(HUB, name, chat_template=TEMPLATE), "`__class__`", ONLY_WARNED) for name in TEMPLATES),
+    Case(81, "chat_template.jinja", edited(HUB, "chat_template.jinja", bare(TEMPLATE.encode())), "`__class__`", ONLY_WARNED),
     Case(81, "chat template of 2 MiB", edited(HUB, TEMPLATES[1], bare(b"{}".ljust(2 << 20))), "at most 1,048,576", {"verify": 4}),
     Case(82, "manifest of 17 MiB", edited(LLAVA, MANIFEST, bare(b"{}".ljust(17 << 20))), "at most 16,777,216", ONLY_VERIFY),
     Case(82, "manifest 100,000 deep", edited(LLAVA, MANIFEST, bare(deep(100_000))), "64 levels", ONLY_VERIFY),
