@@ -56,6 +56,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
     "image_token": (), "vocab_size": (), "lossy": (),
 }  # fmt: skip
+KIND = "mm_projector_type"
 ZERO_BIASES = "the projector has no biases, which LLaVA's code needs: zeros are written, which compute the same"
 PADDED = (
     "images are padded to squares in the mean colour, as the original does it (`image_aspect_ratio` pad): by LlavaImageProcessor, which "
@@ -182,6 +183,8 @@ def to_llava_hf(
         config.pop("unpadded_vocab_size", None)
     else:
         config |= {key: model.config[key] for key in KEPT_BACK if key in model.config} | own_names(model.config)
+        if model.config.get(KIND) == STACK_OF_ONE_TYPE:
+            config[KIND] = STACK_OF_ONE_TYPE  # whose single Linear has other names in the original
         config = dict(sorted(config.items()))
     if bare:
         config["multimodal_projector_bias"] = False
@@ -251,7 +254,7 @@ def to_llava(
         tensors = {name: tensor for name, tensor in tensors.items() if name not in PROJECTOR_NAMES} | dict(
             zip(LINEAR_NAMES, one, strict=True)
         )
-    if model.config.get("mm_projector_type") == STACK_OF_ONE_TYPE:
+    if LINEAR_NAMES[0] in tensors and STACK_OF_ONE_TYPE in (model.config.get(KIND), checkpoint.config.get(KIND)):
         stack = dict(zip(LINEAR_NAMES, STACK_OF_ONE, strict=True))
         tensors = {stack.get(name, name): tensor for name, tensor in tensors.items()}
     projector = projector_type(tensors)
