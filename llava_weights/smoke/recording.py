@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
-from ..checkpoint.manifest import environment, find_manifest, root_of_tensors
+from ..checkpoint.manifest import environment, find_manifest
 from ..errors import InputError, UsageError, whole_number
 from ..events import Listener, Note, check_listener
 from ..formats.safetensors import index_safetensors, make_header
@@ -182,7 +182,7 @@ def make_recording(
         made.append(one)
         on_event(Note(f"{probe.name}: ran {len(one.image):,} places, kept the logits of {len(one.positions):,}"))
     manifest = find_manifest(checkpoint.origin.path)
-    root = {"root.tensors": root_of_tensors(manifest.tensors.values())} if manifest else {}
+    root = {"root.tensors": manifest.root} if manifest else {}
     metadata = {
         "model": checkpoint.origin.name,
         "layout": checkpoint.layout,
