@@ -96,6 +96,11 @@ class Reference:
         return tuple(dict.fromkeys((FILES, *md5, *(entry.algorithm for entry in self.sums))))
 
     @property
+    def has_tensors(self) -> bool:
+        """Whether it is compared with by tensors, not by files alone."""
+        return self.tensors is not None or self.checkpoint is not None
+
+    @property
     def has_values(self) -> bool:
         """Whether its tensors can be read, and are not digests in a manifest."""
         return self.checkpoint is not None and bool(self.checkpoint.origin.files)

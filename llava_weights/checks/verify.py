@@ -248,7 +248,7 @@ def _itself(
     chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
     algorithms, tensors = reference.algorithms if reference else (FILES,), subject.tensors if everything else {}
     own = subject.manifest.algorithm if subject.manifest else TENSORS
-    each = tuple(dict.fromkeys((own, reference.algorithm if reference else own)))
+    each = tuple(dict.fromkeys((own, reference.algorithm if reference and reference.has_tensors else own)))
     watch = watch_over(subject.checkpoint) if tensors and subject.checkpoint else None
     reading = rehash(chosen, tensors, algorithms=algorithms, tensor_algorithms=each, jobs=jobs, on_event=on_event, watch=watch)
     findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject), part="structure")

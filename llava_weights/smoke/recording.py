@@ -15,7 +15,9 @@ One safetensors file. For each probe NAME:
 A projection is a sum with signs by `signs`. `hidden` may be missing, as in a reference by another program. `__metadata__` holds
 texts: `schema`, `layout` ("llava", "llava-hf", "llama": whose form the ids are in), `dtype` of the computation ("F32"), and for people
 `model`, `root.tensors`, `producer`, `device`, `attention`, `tf32`, `date`, versions, and `seed`, with which the ids of the built-in
-probes were drawn. `adapter` = "unmerged" says that a LoRA was applied beside the weights, so that a merge may differ by its rounding.
+probes were drawn. `root.tensors` is that of the model's manifest and names its algorithm, "blake3:..." or "sha256:..."; 64 digits alone are
+a sha256, as version 0.1 wrote it. `adapter` = "unmerged" says that a LoRA was applied beside the weights, so that a merge may differ by its
+rounding.
 """
 
 from __future__ import annotations
