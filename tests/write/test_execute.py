@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,12 +24,13 @@ from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint.checkpoint import Checkpoint, Step, open_checkpoint
-from llava_weights.errors import InputError, OutputError
+from llava_weights.errors import InputError, Interrupted, OutputError
 from llava_weights.events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from llava_weights.transforms.delta import apply_delta, make_delta
 from llava_weights.write.execute import execute
 from llava_weights.write.plan import Plan, make_plan
 from llava_weights.write.portions import Portion, execute_portion
+from llava_weights.write.read_back import disk_sum
 from llava_weights.write.work_folder import Job, open_job, partial_folder
 
 
@@ -445,6 +447,37 @@ def test_a_shard_that_does_not_come_back_is_not_kept(source: Path, tmp_path: Pat
     assert 1 <= int(found[1]) <= 5
     assert not (tmp_path / "out").exists()
     assert execute(plan_of(source), tmp_path / "out").resumed == int(found[1])
+
+
+def test_a_shard_that_is_gone_when_it_is_read_back(source: Path, tmp_path: Path) -> None:
+    victim = partial_folder(tmp_path / "out") / "out" / "model-00006-of-00006.safetensors"
+    with pytest.raises(OutputError, match="does not come back") as caught:
+        execute(plan_of(source), tmp_path / "out", on_event=at_shard(6, victim.unlink))
+    assert "does not exist" in str(caught.value.facts["read"])
+    assert caught.value.kept == "5 of 6 shards are kept in `out.partial`; `out` was not touched"
+    assert execute(plan_of(source), tmp_path / "out").resumed == 5
+
+
+@pytest.mark.parametrize("way", ["signal", "listener"])
+def test_an_interruption_while_it_is_read_back(source: Path, tmp_path: Path, way: str) -> None:
+    """By Ctrl-C, or by what a listener raises in the thread that reads: no thread stays, and every shard is kept."""
+    before, folder, sums = threading.active_count(), partial_folder(tmp_path / "out") / "out", list[str]()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ShardDone):
+            sums.append(disk_sum(folder / event.name))
+        if isinstance(event, Progress) and event.read_back:
+            if way == "listener":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as caught:
+        execute(plan_of(source, max_shard_size="5GB"), tmp_path / "out", on_event=listen)
+    assert caught.value.kept == "1 of 1 shards are kept in `out.partial`; `out` was not touched"
+    assert threading.active_count() == before
+    assert not (tmp_path / "out").exists()
+    assert execute(plan_of(source, max_shard_size="5GB"), tmp_path / "out").resumed == 1
+    assert disk_sum(tmp_path / "out" / "model.safetensors") == sums[0]
 
 
 def test_a_shard_is_read_back_while_the_next_are_made(source: Path, tmp_path: Path) -> None:
