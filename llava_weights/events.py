@@ -14,7 +14,8 @@ from .errors import UsageError
 @dataclass(frozen=True)
 class Started:
     """Work begins: `shards` output files (of `what` "Comparing" tensors, of "Reading" input files) with `nbytes` bytes. `done_shards` and
-    `done_nbytes` of them were finished by an earlier run. `what` is a word for people: "Writing", "Reading", "Making", "Comparing".
+    `done_nbytes` of them were finished by an earlier run; `to_read_back` bytes are read from the disk again beside the writing. `what` is a
+    word for people: "Writing", "Reading", "Making", "Comparing".
     """
 
     shards: int
@@ -22,14 +23,18 @@ class Started:
     done_shards: int = 0
     done_nbytes: int = 0
     what: str = "Writing"
+    to_read_back: int = 0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """`nbytes` bytes of all are done by now, those of earlier runs included; `shard` is the current file or tensor."""
+    """`nbytes` bytes of all are done by now, those of earlier runs included, and `read_back` of the bytes `to_read_back` are read again;
+    `shard` is the current file or tensor.
+    """
 
     nbytes: int
     shard: str
+    read_back: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class ShardDone:
 
 @dataclass(frozen=True)
 class ReadingBack:
-    """Everything is written; `nbytes` bytes of it are read from the disk again before the output gets its name."""
+    """Everything is written; `nbytes` bytes of it are still to be read from the disk again before the output gets its name."""
 
     nbytes: int
 

@@ -32,7 +32,7 @@ OTHER_RULES = {
     "bfloat16": "values that went through bfloat16",
     "vocabulary-rows": "rows of tokens that no training touched",
     "files": "sha256 of the files, as recorded beside them",
-    "tensors": "sha256 of the tensors, as recorded beside them",
+    "tensors": "digests of the tensors, as recorded beside them",
     "recorded": "warnings that the manifest's recipe records",
     "sources": "every tensor made again from the sources",
     "small-files": "config, tokenizer and processor beside those of the reference or the sources",

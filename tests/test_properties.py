@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections import Counter
@@ -15,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from blake3 import blake3
 from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,13 +87,13 @@ def test_resharding_keeps_every_byte(tensors: dict[str, torch.Tensor], container
 
 
 def root_by_hand(tensors: Mapping[str, torch.Tensor]) -> str:
-    """`root.tensors` from docs/, by torch and hashlib alone."""
+    """`root.tensors` from docs/, by torch and blake3 alone."""
     codes = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
     lines = (
-        f"{name}\t{codes[tensor.dtype]}\t{','.join(map(str, tensor.shape))}\t{hashlib.sha256(bits(tensor)[2]).hexdigest()}\n"
+        f"{name}\t{codes[tensor.dtype]}\t{','.join(map(str, tensor.shape))}\t{blake3(bits(tensor)[2]).hexdigest()}\n"
         for name, tensor in sorted(tensors.items(), key=lambda item: item[0].encode())
     )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return f"blake3:{blake3(''.join(lines).encode()).hexdigest()}"
 
 
 # Every prefix under which a checkpoint of llava-hf style may keep its parts, by version of transformers (PR #44431, #45357).

@@ -225,7 +225,7 @@ def test_the_python_runs(shelf: Path) -> None:
         [sys.executable, "-c", block], cwd=shelf, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert re.fullmatch("[0-9a-f]{64}", result.stdout.strip())
+    assert re.fullmatch("blake3:[0-9a-f]{64}", result.stdout.strip())
 
 
 def test_the_converted_model_answers(shelf: Path) -> None:

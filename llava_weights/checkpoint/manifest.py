@@ -1,16 +1,17 @@
 """The records of a folder's checksums, written and read: `SHA256SUMS` for standard tools, and a manifest with a digest for each tensor.
 
-The digest of a tensor is over its raw little-endian, row-major values only, so it does not depend on shards, container or file names.
+The digest of a tensor is over its raw little-endian, row-major values only, so it does not depend on shards, container or file names. It
+is BLAKE3 in schema 2, which is written, and sha256 in schema 1, which is still read. Digests of two algorithms say nothing of each other:
+who compares with a record hashes the values by the record's own algorithm.
 Records are read as untrusted input, whoever wrote them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 from .. import __version__
 from ..errors import InputError
 from ..formats.folder import member
+from ..storage.digests import FILES, TENSOR_DIGESTS, TENSORS, digest_of, is_digest, named
 from ..storage.reading import open_regular, present, refuse_disguise
 from ..storage.strict_json import load_object, read_exactly
 from ..tensors.dtypes import ITEMSIZE
@@ -27,7 +29,8 @@ from .checkpoint import Step, describe
 
 MANIFEST = "llava-weights.manifest.json"
 SUMS = "SHA256SUMS"
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 2
+OLD_SCHEMA = 1  # of version 0.1: sha256 for everything, and roots that do not name it
 
 
 @dataclass(frozen=True)
@@ -39,29 +42,47 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """`shard` is the file that holds the tensor; the roots do not depend on it."""
+    """`digest`, by `algorithm`, is that of the values. `shard` is the file that holds the tensor; the roots do not depend on it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    sha256: str
+    digest: str
     shard: str
+    algorithm: str = TENSORS
+
+    def same_values(self, other: TensorEntry) -> bool:
+        """Whether both hold the same bytes. Raises ValueError for digests of two algorithms, which can't tell."""
+        if self.algorithm != other.algorithm:
+            raise ValueError(f"`{self.name}`: its {self.algorithm} can't be compared with a {other.algorithm}")
+        return self.digest == other.digest
 
 
-def root_of_tensors(tensors: Iterable[TensorEntry]) -> str:
-    """sha256 of a line for each tensor, sorted by name: `name TAB dtype TAB dim,dim TAB sha256 LF`. `sha256sum` gives the same."""
-    lines = (f"{t.name}\t{_content(t)}" for t in sorted(tensors, key=lambda t: t.name.encode()))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def root_of_tensors(tensors: Iterable[TensorEntry], algorithm: str = TENSORS) -> str:
+    """`algorithm:digest` of a line for each tensor, sorted by name: `name TAB dtype TAB dim,dim TAB digest LF`. `b3sum` gives the same.
+
+    Raises ValueError where the tensors' digests are of another algorithm.
+    """
+    lines = (f"{t.name}\t{_content(t, algorithm)}" for t in sorted(tensors, key=lambda t: t.name.encode()))
+    return named(algorithm, digest_of("".join(lines).encode(), algorithm))
 
 
-def root_of_content(tensors: Iterable[TensorEntry]) -> str:
+def root_of_content(tensors: Iterable[TensorEntry], algorithm: str = TENSORS) -> str:
     """As `root_of_tensors`, but without names, and lines sorted: a pure renaming does not change it."""
-    return hashlib.sha256("".join(sorted(map(_content, tensors))).encode()).hexdigest()
+    lines = sorted(_content(tensor, algorithm) for tensor in tensors)
+    return named(algorithm, digest_of("".join(lines).encode(), algorithm))
 
 
-def _content(tensor: TensorEntry) -> str:
-    return f"{tensor.dtype}\t{','.join(map(str, tensor.shape))}\t{tensor.sha256}\n"
+def root_of_files(files: Sequence[FileEntry]) -> str:
+    """`sha256:digest` of `SHA256SUMS`."""
+    return named(FILES, digest_of(make_sums(files), FILES))
+
+
+def _content(tensor: TensorEntry, algorithm: str) -> str:
+    if tensor.algorithm != algorithm:
+        raise ValueError(f"`{tensor.name}` has a {tensor.algorithm}, which is no part of a root by {algorithm}")
+    return f"{tensor.dtype}\t{','.join(map(str, tensor.shape))}\t{tensor.digest}\n"
 
 
 ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}  # as coreutils writes a name, in a line that then begins with a backslash
@@ -89,18 +110,21 @@ def make_manifest(
     return {
         "schema": MANIFEST_SCHEMA,
         "tool": {"name": "llava-weights", "version": __version__},
-        "root": {
-            "tensors": root_of_tensors(tensors),
-            "content": root_of_content(tensors),
-            "files": hashlib.sha256(make_sums(files)).hexdigest(),
-        },
+        "digests": {"files": FILES, "tensors": TENSORS},
+        "root": {"tensors": root_of_tensors(tensors), "content": root_of_content(tensors), "files": root_of_files(files)},
         "recipe": [describe(step) for step in history],
         "options": dict(options),
         "tallies": dict(tallies),
         "environment": environment(),
         "files": [file.__dict__ for file in sorted(files, key=lambda file: file.path)],
-        "tensors": [{**tensor.__dict__, "shape": list(tensor.shape)} for tensor in sorted(tensors, key=lambda t: t.name.encode())],
+        "tensors": [tensor_row(tensor) for tensor in sorted(tensors, key=lambda t: t.name.encode())],
     }
+
+
+def tensor_row(tensor: TensorEntry) -> dict[str, Any]:
+    """A tensor as the manifest has it: its digest stands under the name of the algorithm."""
+    about = {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "nbytes": tensor.nbytes}
+    return about | {tensor.algorithm: tensor.digest, "shard": tensor.shard}
 
 
 def environment() -> dict[str, str]:
@@ -131,7 +155,7 @@ Entry = TypeVar("Entry", FileEntry, TensorEntry)
 
 @dataclass(frozen=True)
 class Manifest:
-    """A `llava-weights.manifest.json` that agrees with itself.
+    """A `llava-weights.manifest.json` that agrees with itself. `algorithm` is that of its tensors' digests.
 
     `recipe` has an object for each step, with objects `inputs` and `options` and a list of texts `warnings`; where it can't be read it
     is empty, and `doubt` says so.
@@ -140,8 +164,14 @@ class Manifest:
     path: Path
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
+    algorithm: str = TENSORS
     recipe: tuple[Mapping[str, Any], ...] = ()
     doubt: str = ""
+
+    @property
+    def root(self) -> str:
+        """`algorithm:digest` of all tensors, as `root_of_tensors`."""
+        return root_of_tensors(self.tensors.values(), self.algorithm)
 
 
 @dataclass(frozen=True)
@@ -178,24 +208,38 @@ def find_manifest(place: Path) -> Manifest | None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in a file. Raises InputError unless it has this schema and its roots are those of its own lists."""
+    """The manifest in a file. Raises InputError unless it has a known schema, known digests, and its roots are those of its own lists."""
     found = load_object(path, limit=MAX_MANIFEST)
-    if found.get("schema") != MANIFEST_SCHEMA:
-        hint = "verify it with the version of llava-weights that wrote it" if type(found.get("schema")) is int else WRITE_AGAIN
-        what = f"{shown(path.name)} is not a manifest of schema {MANIFEST_SCHEMA}"
-        raise InputError(what, facts={"path": path, "schema": shown(str(found.get("schema")))}, hint=hint)
-    files = _entries(path, found.get("files"), FileEntry)
-    tensors = _entries(path, found.get("tensors"), TensorEntry)
-    true = {"tensors": root_of_tensors(tensors.values()), "files": hashlib.sha256(make_sums(list(files.values()))).hexdigest()}
-    root = found.get("root")
-    wrong = [name for name, digest in true.items() if not isinstance(root, dict) or root.get(name) != digest]
+    schema = found.get("schema")
+    if type(schema) is not int or schema not in (OLD_SCHEMA, MANIFEST_SCHEMA):
+        hint = "verify it with the version of llava-weights that wrote it" if type(schema) is int else WRITE_AGAIN
+        what = f"{shown(path.name)} is not a manifest of schema {OLD_SCHEMA} or {MANIFEST_SCHEMA}"
+        raise InputError(what, facts={"path": path, "schema": shown(str(schema))}, hint=hint)
+    algorithm = "sha256" if schema == OLD_SCHEMA else _algorithm(path, found.get("digests"))
+    files = _entries(path, found.get("files"), "path", _file_of)
+    tensors = _entries(path, found.get("tensors"), "name", lambda row: _tensor_of(row, algorithm))
+    true = {"tensors": root_of_tensors(tensors.values(), algorithm), "files": root_of_files(list(files.values()))}
+    if schema == OLD_SCHEMA:
+        true = {name: root.removeprefix("sha256:") for name, root in true.items()}
+    stated = found.get("root")
+    wrong = [name for name, root in true.items() if not isinstance(stated, dict) or stated.get(name) != root]
     if wrong:
         raise _refusal(path, f"`root.{wrong[0]}` is not that of its list of {wrong[0]}")
     recipe = found.get("recipe", [])
     sound = isinstance(recipe, list) and all(map(_step_is_sound, recipe))
     doubt = "" if sound else f"{shown(path.name)} has no recipe that can be read"
-    by_path, by_name = {entry.path: entry for entry in files.values()}, {entry.name: entry for entry in tensors.values()}
-    return Manifest(path, by_path, by_name, tuple(recipe) if sound else (), doubt)
+    return Manifest(path, files, tensors, algorithm, tuple(recipe) if sound else (), doubt)
+
+
+def _algorithm(path: Path, digests: Any) -> str:
+    """That of the tensors' digests. Raises InputError for one that is not known, by its name."""
+    names = {name: digests.get(name) if isinstance(digests, dict) else None for name in ("files", "tensors")}
+    for what, known in (("files", (FILES,)), ("tensors", TENSOR_DIGESTS)):
+        if names[what] not in known:
+            facts = {"path": path, "known": ", ".join(known)}
+            hint = "verify it with a newer version of llava-weights" if isinstance(names[what], str) else WRITE_AGAIN
+            raise InputError(f"{shown(path.name)} has digests of {what} by {shown(str(names[what]))}", facts=facts, hint=hint)
+    return str(names["tensors"])
 
 
 def _step_is_sound(step: Any) -> bool:
@@ -204,36 +248,39 @@ def _step_is_sound(step: Any) -> bool:
     return isinstance(texts, list) and all(isinstance(text, str) for text in texts)
 
 
-def _entries(path: Path, rows: Any, kind: type[Entry]) -> dict[str, Entry]:
+def _entries(path: Path, rows: Any, name: str, read: Callable[[Mapping[str, Any]], Entry | None]) -> dict[str, Entry]:
+    """What `read` makes of each row, by its `name`. Raises InputError where it makes nothing of one."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise _refusal(path, "a list of files or tensors is missing")
     entries: dict[str, Entry] = {}
-    keys = {field.name for field in fields(kind)}
     for row in rows:
-        if row.keys() != keys or not (_file_is_sound(row) if kind is FileEntry else _tensor_is_sound(row)):
+        entry = read(row)
+        if entry is None:
             raise _refusal(path, f"the entry {shown(str(row))} is not sound")
-        name = row["path" if kind is FileEntry else "name"]
-        if name in entries:
-            raise _refusal(path, f"it lists {shown(name)} twice")
-        values: dict[str, Any] = {key: tuple(value) if key == "shape" else value for key, value in row.items()}
-        entries[name] = kind(**values)
+        if row[name] in entries:
+            raise _refusal(path, f"it lists {shown(row[name])} twice")
+        entries[row[name]] = entry
     return entries
 
 
-def _file_is_sound(row: Mapping[str, Any]) -> bool:
-    return _is_digest(row["sha256"]) and _counts(row["size"]) and isinstance(row["path"], str) and is_inside(row["path"])
+def _file_of(row: Mapping[str, Any]) -> FileEntry | None:
+    """None for a row that is not sound."""
+    if row.keys() != {"path", "size", FILES} or not is_digest(row[FILES]) or not _counts(row["size"]):
+        return None
+    return FileEntry(**row) if isinstance(row["path"], str) and is_inside(row["path"]) else None
 
 
-def _tensor_is_sound(row: Mapping[str, Any]) -> bool:
+def _tensor_of(row: Mapping[str, Any], algorithm: str) -> TensorEntry | None:
+    """None for a row that is not sound."""
+    if row.keys() != {"name", "dtype", "shape", "nbytes", algorithm, "shard"}:
+        return None
     texts = all(isinstance(row[key], str) for key in ("name", "dtype", "shard"))
-    if not texts or not row["name"] or not row["name"].isprintable() or row["dtype"] not in ITEMSIZE or not _is_digest(row["sha256"]):
-        return False
-    shape = row["shape"]
-    return isinstance(shape, list) and _counts(row["nbytes"], *shape) and row["nbytes"] == prod(shape) * ITEMSIZE[row["dtype"]]
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+    if not texts or not row["name"] or not row["name"].isprintable() or row["dtype"] not in ITEMSIZE or not is_digest(row[algorithm]):
+        return None
+    name, dtype, shape, nbytes, digest, shard = (row[key] for key in ("name", "dtype", "shape", "nbytes", algorithm, "shard"))
+    if not isinstance(shape, list) or not _counts(nbytes, *shape) or nbytes != prod(shape) * ITEMSIZE[dtype]:
+        return None
+    return TensorEntry(name, dtype, tuple(shape), nbytes, digest, shard, algorithm)
 
 
 def _counts(*values: Any) -> bool:

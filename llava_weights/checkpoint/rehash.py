@@ -1,12 +1,11 @@
 """Files read once, front to back, in little memory: digests of the file and of each tensor in it, zip CRC-32s, inf and NaN.
 
 A file is read in windows of 8 MiB into two buffers in turn: while one is filled from the disk, the other is digested. Each digest and
-each scan is a lane, which gets the windows in file order; lanes run in parallel, since hashlib, zlib and numpy release the GIL.
+each scan is a lane, which gets the windows in file order; lanes run in parallel, since digests, zlib and numpy release the GIL.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import zlib
@@ -22,6 +21,7 @@ import numpy as np
 from ..errors import InputError
 from ..events import Listener, Progress, Started, silent
 from ..formats.folder import same_header
+from ..storage.digests import FILES, TENSORS, Digest, new_digest
 from ..storage.reading import CHECK_DISK, Record, SourceFile, Workspace, check_crcs, crc_errors, steady, touched
 from ..storage.threads import Shield, in_threads
 from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits
@@ -32,7 +32,7 @@ from .manifest import GIT, TensorEntry
 
 SCAN_VALUES = 1 << 17  # scanned at once: with their copy they stay in the processor's cache
 
-Digest = tuple[str, tuple[int, ...], str]  # dtype, shape, sha256
+Values = tuple[str, tuple[int, ...], str]  # dtype, shape, digest
 
 # The bits that are all ones in every inf and NaN and in no other value. F8_E4M3 has no inf.
 NOT_FINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E5M2": 0x7C, "F8_E4M3": 0x7F}
@@ -40,7 +40,10 @@ NOT_FINITE = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 
 
 @dataclass(frozen=True)
 class Reading:
-    """Digests and findings of the files that were read. A file that could not be read to its end has no digest, nor have its tensors."""
+    """Digests and findings of the files that were read. A file that could not be read to its end has no digest, nor have its tensors.
+
+    `tensors` have digests by `algorithm`; `by` gives them with those of another one that was asked for.
+    """
 
     files: Mapping[str, Mapping[str, str]]  # name -> algorithm -> hex digest
     tensors: Mapping[str, TensorEntry]
@@ -49,16 +52,30 @@ class Reading:
     broken: Mapping[str, list[str]]  # .bin file -> tensors whose zip record does not have the CRC-32 that its writer took
     nbytes: int
     holes: tuple[str, ...] = ()  # sentences on zeros where values should be
+    algorithm: str = TENSORS
+    digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # tensor -> algorithm -> hex digest
+
+    def by(self, algorithm: str) -> Reading:
+        """The same with the tensors' digests by `algorithm`. Raises KeyError where they were not asked for when it was read."""
+        if algorithm == self.algorithm:
+            return self
+        entries = {name: replace(entry, digest=self.digests[name][algorithm], algorithm=algorithm) for name, entry in self.tensors.items()}
+        return replace(self, tensors=entries, algorithm=algorithm)
 
 
 @dataclass
 class _Range:
-    """The sha256 and the count of inf and NaN of a tensor, while its bytes are read."""
+    """The digests and the count of inf and NaN of a tensor, while its bytes are read."""
 
     dtype: str
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+    digests: Mapping[str, Digest]
     non_finite: int = 0
     tail: bytes = b""
+
+    @property
+    def found(self) -> dict[str, str]:
+        """algorithm -> hex digest"""
+        return {algorithm: digest.hexdigest() for algorithm, digest in self.digests.items()}
 
     def scan(self, piece: memoryview) -> None:
         """Count inf and NaN; a value that two windows share is joined first."""
@@ -114,11 +131,19 @@ class Rehash:
     """One run over a set of files. An interrupt ends `read` after the current windows."""
 
     def __init__(
-        self, algorithms: Sequence[str], jobs: int, on_event: Listener = silent, watch: Watch | None = None, window: int = WINDOW_BYTES
+        self,
+        algorithms: Sequence[str],
+        jobs: int,
+        on_event: Listener = silent,
+        watch: Watch | None = None,
+        window: int = WINDOW_BYTES,
+        tensor_algorithms: Sequence[str] = (TENSORS,),
     ) -> None:
         self.algorithms, self.jobs, self.on_event, self.watch, self.window = algorithms, jobs, on_event, watch, window
+        self.tensor_algorithms = tensor_algorithms
         self.stop, self.turn, self.nbytes = threading.Event(), threading.Lock(), 0
         self.entries: dict[str, TensorEntry] = {}
+        self.digests: dict[str, Mapping[str, str]] = {}
         self.non_finite: dict[str, int] = {}
         self.damaged: dict[str, str] = {}
         self.broken: dict[str, list[str]] = defaultdict(list)
@@ -147,21 +172,26 @@ class Rehash:
         ordered = {name: self.entries[name] for name in tensors if name in self.entries}
         known = {name: found[name] for name in files if name not in self.damaged}
         holes = hole_sentences(hole.text for hole in sorted(self.watch.found)) if self.watch else ()
-        return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes, holes)
+        first = self.tensor_algorithms[0]
+        return Reading(known, ordered, self.non_finite, self.damaged, self.broken, self.nbytes, holes, first, self.digests)
+
+    def _range(self, tensor: LazyTensor) -> _Range:
+        return _Range(tensor.dtype, {algorithm: new_digest(algorithm) for algorithm in self.tensor_algorithms})
 
     def _file(self, name: str, path: Path, tensors: Mapping[str, Stored], lanes: Executor) -> dict[str, str]:
         """Digests of one file by algorithm; what is found of its tensors is kept in this object."""
         ranges: dict[tuple[int, int], _Range] = {}
         records: dict[Record, _Crc] = {}
         for tensor in tensors.values():
-            ranges.setdefault(_place(tensor), _Range(tensor.dtype))
+            ranges.setdefault(_place(tensor), self._range(tensor))
             if tensor.record:
                 records.setdefault(tensor.record, _Crc())
         try:
             file = next((tensor.file for tensor in tensors.values()), None) or SourceFile.at(path)
             whole = {algorithm: _new(algorithm, file.size) for algorithm in self.algorithms}
             work = [_Lane([((0, file.size), digest.update)]) for digest in whole.values()]
-            work += [_Lane([(place, found.digest.update) for place, found in ranges.items()])]
+            for algorithm in self.tensor_algorithms:
+                work += [_Lane([(place, found.digests[algorithm].update) for place, found in ranges.items()])]
             work += [_Lane([(place, found.scan) for place, found in ranges.items() if found.dtype in NOT_FINITE])]
             work += [_Lane([((record.offset, record.offset + record.size), crc.add) for record, crc in records.items()])]
             self._pass(file, name, work, lanes)
@@ -170,7 +200,7 @@ class Rehash:
             return {}
         for tensor_name, tensor in tensors.items():
             found = ranges[_place(tensor)]
-            self._found(tensor_name, tensor, found.digest.hexdigest(), found.non_finite, name)
+            self._found(tensor_name, tensor, found, name)
         bad = {record for record, crc in records.items() if crc.value != record.crc32}
         if bad:
             self.broken[name] = [tensor_name for tensor_name, tensor in tensors.items() if tensor.record in bad]
@@ -199,12 +229,13 @@ class Rehash:
     def _made(self, item: tuple[str, LazyTensor]) -> None:
         """Digest a tensor that is joined or reordered (Meta's layout): its rows are made, which reads its bytes again."""
         name, tensor = item
-        found, first = _Range(tensor.dtype), tensor.leaves()[0].file
+        found, first = self._range(tensor), tensor.leaves()[0].file
         shard = self.names.get(first.path, first.name)
         with closing(Workspace(watch=self.watch)) as workspace:
             try:
                 for rows in made_rows(tensor, workspace):
-                    found.digest.update(rows)
+                    for digest in found.digests.values():
+                        digest.update(rows)
                     found.non_finite += inf_and_nan(rows, tensor.dtype)
                     self._advance(len(rows), shard)
                     if self.stop.is_set():
@@ -215,12 +246,13 @@ class Rehash:
             with self.turn:
                 for file, _ in crc_errors([workspace]):
                     self.broken[self.names.get(file.path, file.name)].append(name)
-        self._found(name, tensor, found.digest.hexdigest(), found.non_finite, shard)
+        self._found(name, tensor, found, shard)
 
-    def _found(self, name: str, tensor: LazyTensor, digest: str, non_finite: int, file: str) -> None:
-        self.entries[name] = TensorEntry(name, tensor.dtype, tensor.shape, tensor.nbytes, digest, file)
-        if non_finite:
-            self.non_finite[name] = non_finite
+    def _found(self, name: str, tensor: LazyTensor, found: _Range, file: str) -> None:
+        first, self.digests[name] = self.tensor_algorithms[0], found.found
+        self.entries[name] = TensorEntry(name, tensor.dtype, tensor.shape, tensor.nbytes, found.found[first], file, first)
+        if found.non_finite:
+            self.non_finite[name] = found.non_finite
 
     def _advance(self, nbytes: int, name: str) -> None:
         with self.turn:
@@ -232,23 +264,28 @@ def rehash(
     files: Mapping[str, Path],
     tensors: Mapping[str, LazyTensor],
     *,
-    algorithms: Sequence[str] = ("sha256",),
+    algorithms: Sequence[str] = (FILES,),
+    tensor_algorithms: Sequence[str] = (TENSORS,),
     jobs: int = 2,
     on_event: Listener = silent,
     watch: Watch | None = None,
 ) -> Reading:
     """Read `files` (by their names in messages) once, `jobs` at a time, and digest them and the `tensors` that lie in them.
 
-    Takes 16 MiB of memory a job. A file that can't be read, or changes meanwhile, is in `damaged`. `watch`, which must accept holes,
-    sees every byte.
+    `algorithms` are of the files, `tensor_algorithms` of the tensors, the first of them that of `Reading.tensors`. Takes 16 MiB of memory a
+    job. A file that can't be read, or changes meanwhile, is in `damaged`. `watch`, which must accept holes, sees every byte.
     """
     begun = {name: SourceFile.at(path) for name, path in files.items() if path.exists()}
     indexed = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}
-    found = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
+
+    def read() -> Reading:
+        return Rehash(algorithms, jobs, on_event, watch, tensor_algorithms=tensor_algorithms).read(files, tensors)
+
+    found = read()
     there = [file for file in (*begun.values(), *indexed) if file.remote or os.path.exists(file.path)]  # others are in `damaged`
     if not (moved := touched(there)):
         return found
-    again = Rehash(algorithms, jobs, on_event, watch).read(files, tensors)
+    again = read()
     if again == found and all(map(same_header, moved)):
         return again
     names = {name for name, path in files.items() if os.path.abspath(path) in {file.path for file in moved}}
@@ -257,14 +294,16 @@ def rehash(
     return replace(again, files=kept, damaged={**damaged, **again.damaged})
 
 
-def digests(tensors: Mapping[str, LazyTensor], *, jobs: int = 2, on_event: Listener = silent) -> dict[str, Digest]:
-    """dtype, shape and sha256 of the values of each tensor, made `jobs` at a time in windows of rows."""
+def digests(
+    tensors: Mapping[str, LazyTensor], *, algorithm: str = TENSORS, jobs: int = 2, on_event: Listener = silent
+) -> dict[str, Values]:
+    """dtype, shape and digest by `algorithm` of the values of each tensor, made `jobs` at a time in windows of rows."""
     on_event(Started(len(tensors), sum(tensor.nbytes for tensor in tensors.values()), what="Making"))
     done, turn = [0], threading.Lock()
 
-    def digest(item: tuple[str, LazyTensor]) -> Digest:
+    def digest(item: tuple[str, LazyTensor]) -> Values:
         name, tensor = item
-        found = hashlib.sha256()
+        found = new_digest(algorithm)
         with closing(Workspace()) as work:
             for rows in made_rows(tensor, work):
                 found.update(rows)
@@ -290,10 +329,10 @@ def made_rows(tensor: LazyTensor, work: Workspace) -> Iterator[memoryview]:
 
 def digest_file(path: Path) -> str:
     """The sha256 of a file, in 8 MiB of memory. Raises InputError where it can't be read, or changes meanwhile."""
-    found = Rehash(("sha256",), 1, window=WINDOW_BYTES // 2).read({path.name: path}, {})
+    found = Rehash((FILES,), 1, window=WINDOW_BYTES // 2).read({path.name: path}, {})
     for what in found.damaged.values():
         raise InputError(what, facts={"file": path}, hint=CHECK_DISK)
-    return found.files[path.name]["sha256"]
+    return found.files[path.name][FILES]
 
 
 def size_of(path: Path) -> int:
@@ -308,10 +347,11 @@ def _place(tensor: Stored) -> tuple[int, int]:
     return tensor.offset, tensor.offset + tensor.nbytes
 
 
-def _new(algorithm: str, size: int) -> hashlib._Hash:
+def _new(algorithm: str, size: int) -> Digest:
+    digest = new_digest("sha1" if algorithm == GIT else algorithm)
     if algorithm == GIT:
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    return hashlib.new(algorithm, usedforsecurity=False)
+        digest.update(b"blob %d\0" % size)
+    return digest
 
 
 def _wait(busy: Iterable[Future[None]]) -> None:

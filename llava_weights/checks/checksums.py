@@ -25,6 +25,7 @@ from ..families.targets import TARGET_BY_TYPE
 from ..families.towers import BESIDE_TOWER
 from ..findings import Finding, Verdict
 from ..formats.folder import member
+from ..storage.digests import FILES, TENSORS
 from ..storage.http import endpoint
 from ..storage.hub import HubSource, hub_error, parse_source, source_text
 from ..storage.retry import ANSWER_SECONDS, within
@@ -86,11 +87,18 @@ class Reference:
     source: Path | None = None  # the list
     complete: bool = True  # a file that is listed must be there
     checkpoint: Checkpoint | None = None  # beside a manifest: its small files alone, those that are as it lists them
+    algorithm: str = TENSORS  # of the digests of `tensors`
 
     @property
     def algorithms(self) -> tuple[str, ...]:
+        """Of the files."""
         md5 = ("md5",) if self.label == PUBLISHED_TABLE else ()
-        return tuple(dict.fromkeys(("sha256", *md5, *(entry.algorithm for entry in self.sums))))
+        return tuple(dict.fromkeys((FILES, *md5, *(entry.algorithm for entry in self.sums))))
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether it is compared with by tensors, not by files alone."""
+        return self.tensors is not None or self.checkpoint is not None
 
     @property
     def has_values(self) -> bool:
@@ -135,7 +143,8 @@ def find_reference(against: str | Path) -> Reference:
     if path.suffix == ".json":
         manifest = read_manifest(path)
         files = {name: entry.sha256 for name, entry in manifest.files.items()}
-        return Reference(label, manifest.tensors, files, checkpoint=_recorded_checkpoint(manifest))
+        checkpoint = _recorded_checkpoint(manifest)
+        return Reference(label, manifest.tensors, files, checkpoint=checkpoint, algorithm=manifest.algorithm)
     if not path.is_dir() and path.suffix not in WEIGHT_SUFFIXES:
         return Reference(label, sums=read_sums(path), source=path.absolute())
     return Reference(label, checkpoint=open_checkpoint(path))
@@ -165,17 +174,19 @@ def read_reference(reference: Reference, *, jobs: int = 2, on_event: Listener = 
     if checkpoint is None or reference.tensors is not None:
         return reference, []
     files = {name: Path(file.path) for name, file in checkpoint.origin.by_name.items()}
-    reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
-    if reading.damaged:
-        raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=GET_AGAIN)
-    stale = f"the manifest beside {reference.label}"
+    stale, text, manifest = f"the manifest beside {reference.label}", "", None
     try:
         manifest = find_manifest(checkpoint.origin.path)
-        recorded = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
-        wrong = [name for name, entry in reading.tensors.items() if manifest and recorded.get(name) != entry.sha256]
-        text = f"{stale} is not of its values, which were compared: {few(wrong)}" if wrong else ""
     except InputError as error:
         text = f"{stale} was not asked: {error.what}"
+    wanted = tuple(dict.fromkeys((reference.algorithm, manifest.algorithm if manifest else reference.algorithm)))
+    reading = rehash(files, checkpoint.tensors, tensor_algorithms=wanted, jobs=jobs, on_event=on_event)
+    if reading.damaged:
+        raise InputError(f"{reference.label} can't be compared with: {next(iter(reading.damaged.values()))}", hint=GET_AGAIN)
+    if manifest:
+        read = reading.by(manifest.algorithm).tensors
+        wrong = [name for name, entry in read.items() if name not in manifest.tensors or not manifest.tensors[name].same_values(entry)]
+        text = f"{stale} is not of its values, which were compared: {few(wrong)}" if wrong else ""
     found = [Finding("against", "warning", reference.label, text, "see which of the two is right", "stale-manifest")] if text else []
     return replace(reference, tensors=reading.tensors), found
 
@@ -186,6 +197,7 @@ def compare(subject: Side, reference: Reference, *, tower: Checkpoint | None = N
         return list(_published(subject))
     if reference.tensors is None:
         return list(_by_files(subject, reference))
+    subject = replace(subject, reading=subject.reading.by(reference.algorithm))
     findings = list(_by_tensors(subject, reference, jobs))
     if reference.files and (by_files := _by_recorded_files(subject, reference)):
         return findings + by_files
@@ -205,8 +217,8 @@ def compare_tower(
         text = f"{shown(checkpoint.origin.name)} holds no vision tower to compare with {label}"
         return [Finding("against", "unproved", label, text, rule="vision-tower", part="no vision tower to compare")], {}
     same_dtype = {inside[part]: cast(tensor, reading.tensors[inside[part]].dtype) for part, tensor in pairs.items()}
-    expected = digests(same_dtype, jobs=jobs, on_event=on_event)
-    found = {name: (reading.tensors[name].dtype, reading.tensors[name].shape, reading.tensors[name].sha256) for name in expected}
+    expected = digests(same_dtype, algorithm=reading.algorithm, jobs=jobs, on_event=on_event)
+    found = {name: (reading.tensors[name].dtype, reading.tensors[name].shape, reading.tensors[name].digest) for name in expected}
     wrong = [failed("against", name, f"{shown(name)} is not that of {label}") for name in expected if expected[name] != found[name]]
     extra = [
         name for part, name in inside.items() if part.startswith("tower.") and name not in expected and not re.fullmatch(DROPPED, name)
@@ -310,18 +322,17 @@ def _in_form_of(subject: Side, expected: Mapping[str, TensorEntry], jobs: int) -
     except InputError:  # no such form, or no room for it
         pass
     rest = {name: entry for name, entry in read.items() if name not in names.values()}
+    algorithm, shard = subject.reading.algorithm, read[next(iter(names.values()))].shard
     entries = [
         {
-            expected_names[part]: TensorEntry(
-                expected_names[part], dtype, shape, form[part].nbytes, digest, read[next(iter(names.values()))].shard
-            )
-            for part, (dtype, shape, digest) in digests(form, jobs=jobs).items()
+            expected_names[part]: TensorEntry(expected_names[part], dtype, shape, form[part].nbytes, digest, shard, algorithm)
+            for part, (dtype, shape, digest) in digests(form, algorithm=algorithm, jobs=jobs).items()
         }
         for form in forms
     ]
     if not entries:
         return read
-    return rest | max(entries, key=lambda form: sum(entry.sha256 == expected[name].sha256 for name, entry in form.items()))
+    return rest | max(entries, key=lambda form: sum(entry.same_values(expected[name]) for name, entry in form.items()))
 
 
 def _projector_of(side: Mapping[str, TensorEntry]) -> dict[str, str]:
@@ -350,9 +361,10 @@ def _heads(checkpoint: Checkpoint | None, entries: Mapping[str, TensorEntry], ro
     """Digests of the first rows of these tables, as many as `rows` says."""
     tensors = checkpoint.tensors if checkpoint else {}
     heads = {name: resized(tensors[name], count) for name, count in rows.items()}
+    algorithm = next((entries[name].algorithm for name in heads), TENSORS)
     return {
-        name: replace(entries[name], shape=shape, nbytes=heads[name].nbytes, sha256=digest)
-        for name, (_, shape, digest) in digests(heads, jobs=jobs).items()
+        name: replace(entries[name], shape=shape, nbytes=heads[name].nbytes, digest=digest)
+        for name, (_, shape, digest) in digests(heads, algorithm=algorithm, jobs=jobs).items()
     }
 
 
@@ -458,16 +470,16 @@ def differing(
     level: str, found: Mapping[str, TensorEntry], expected: Mapping[str, TensorEntry], pairs: Mapping[str, str], whose: str
 ) -> Iterator[Finding]:
     """A finding for each pair (name -> name in `expected`) of tensors whose values differ; two that changed places are one finding."""
-    wrong = {name: other for name, other in pairs.items() if found[name].sha256 != expected[other].sha256}
+    wrong = {name: other for name, other in pairs.items() if not found[name].same_values(expected[other])}
     owners: dict[str, list[str]] = defaultdict(list)
     for name, other in wrong.items():
-        owners[expected[other].sha256].append(name)
+        owners[expected[other].digest].append(name)
     done: set[str] = set()
     for name, other in wrong.items():
         if name in done:
             continue
-        entry, digest, owner = found[name], expected[other].sha256, owners[found[name].sha256]
-        partner = next((each for each in owner if found[each].sha256 == digest and each not in done), None)
+        entry, digest, owner = found[name], expected[other].digest, owners[found[name].digest]
+        partner = next((each for each in owner if found[each].digest == digest and each not in done), None)
         if partner is not None:
             done.add(partner)
             where = listed(dict.fromkeys((entry.shard, found[partner].shard)))

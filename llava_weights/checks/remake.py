@@ -16,6 +16,7 @@ from ..families.projectors import PROJECTOR_FORMS
 from ..families.prompts import CONVERSATIONS
 from ..findings import Finding
 from ..smoke.probes import table_rows
+from ..storage.digests import TENSORS
 from ..tensors.lazy import FLOATS
 from ..tensors.low_rank import Arithmetic
 from ..text import shown
@@ -96,11 +97,12 @@ def compare_remade(
     not used.
     """
     parameters = made.parameters()
+    algorithm = next((entry.algorithm for entry in (entries or {}).values()), TENSORS)
     if entries is None:
-        wanted = digests(parameters, jobs=jobs, on_event=on_event)
+        wanted = digests(parameters, algorithm=algorithm, jobs=jobs, on_event=on_event)
     else:
-        wanted = {name: (entry.dtype, entry.shape, entry.sha256) for name, entry in entries.items() if name in parameters}
-    found = digests(remade.parameters(), jobs=jobs, on_event=on_event)
+        wanted = {name: (entry.dtype, entry.shape, entry.digest) for name, entry in entries.items() if name in parameters}
+    found = digests(remade.parameters(), algorithm=algorithm, jobs=jobs, on_event=on_event)
     wrong = [
         failed("L4", name, f"`{name}` is not what the sources give", RIGHT_SOURCES) for name in wanted if wanted[name] != found.get(name)
     ]

@@ -42,6 +42,7 @@ from ..findings import OTHER_RULES, STATE_RULES, Finding, exit_code
 from ..formats.folder import META_SIZE, WEIGHTS, member, optional
 from ..formats.integer_delta import is_integer_delta
 from ..storage.atomic import output_error, write_file
+from ..storage.digests import FILES, TENSORS
 from ..storage.hub import HubSource, parse_source, source_text
 from ..storage.output_file import check_file
 from ..storage.reading import present
@@ -80,8 +81,8 @@ WRITE_SUMS = "run `llava-weights checksum` now to find any later change"
 @dataclass(frozen=True)
 class Verification:
     """What `verify` found. `name` is that of the checkpoint. `findings` are in the order of their levels. `facts` is plain data: counts,
-    bytes, and where values were read their roots (`root.tensors` is the SHA-256 of all tensors, however they are cut into files). `against`
-    names what was compared with, "" where nothing was.
+    bytes, and where values were read their roots (`root` is the digest of all tensors, however they are cut into files, with the name of
+    its algorithm: "blake3:..."). `against` names what was compared with, "" where nothing was.
     """
 
     name: str
@@ -245,9 +246,11 @@ def _itself(
 ) -> tuple[list[Finding], Reading]:
     """Findings by itself and by its own records: the part that all modes share."""
     chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
-    algorithms, tensors = reference.algorithms if reference else ("sha256",), subject.tensors if everything else {}
+    algorithms, tensors = reference.algorithms if reference else (FILES,), subject.tensors if everything else {}
+    own = subject.manifest.algorithm if subject.manifest else TENSORS
+    each = tuple(dict.fromkeys((own, reference.algorithm if reference and reference.has_tensors else own)))
     watch = watch_over(subject.checkpoint) if tensors and subject.checkpoint else None
-    reading = rehash(chosen, tensors, algorithms=algorithms, jobs=jobs, on_event=on_event, watch=watch)
+    reading = rehash(chosen, tensors, algorithms=algorithms, tensor_algorithms=each, jobs=jobs, on_event=on_event, watch=watch)
     findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject), part="structure")
     findings += _files(subject, reading, everything) + list(_recorded(subject)) + _health(subject)
     findings += _tensors(subject, reading) if everything else [_unread(subject)]
@@ -340,14 +343,16 @@ def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: List
     for target in (sums_path(place), manifest_path(place)):
         if not target.is_file():  # what is there already is compared first
             check_file(target)
-    reading = rehash(files, checkpoint.tensors, jobs=jobs, on_event=on_event)
+    earlier = _earlier(manifest_path(place))
+    each = tuple(dict.fromkeys((TENSORS, earlier.algorithm if earlier else TENSORS)))
+    reading = rehash(files, checkpoint.tensors, tensor_algorithms=each, jobs=jobs, on_event=on_event)
     for name, why in (*reading.damaged.items(), *((name, "its zip records do not match their CRC-32") for name in reading.broken)):
         raise InputError(f"{shown(name)} is damaged, so nothing was written: {why}", hint=GET_AGAIN)
-    entries = [FileEntry(name, size_of(files[name]), digests["sha256"]) for name, digests in reading.files.items()]
-    tensors = tuple(reading.tensors.values())
-    manifest = make_manifest((), {}, entries, tensors, {})
-    outputs = {sums_path(place): make_sums(entries), manifest_path(place): json_bytes(manifest)}
-    wanted = {target: data for target, data in outputs.items() if not _says_the_same(target, entries, tensors, data)}
+    entries = [FileEntry(name, size_of(files[name]), digests[FILES]) for name, digests in reading.files.items()]
+    sums = make_sums(entries)
+    wanted = {} if _holds(sums_path(place), sums) else {sums_path(place): sums}
+    if not earlier or not _says_the_same(earlier, entries, reading):
+        wanted[manifest_path(place)] = json_bytes(make_manifest((), {}, entries, tuple(reading.tensors.values()), {}))
     if not force and (taken := [target for target in wanted if os.path.lexists(target)]):
         hint = "run `llava-weights verify` to see what changed, or pass `--force` to replace it"
         raise OutputError(f"{shown(taken[0].name)} exists and records something else", facts={"file": taken[0]}, hint=hint)
@@ -359,19 +364,26 @@ def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: List
     return list(wanted)
 
 
-def _says_the_same(target: Path, files: list[FileEntry], tensors: Iterable[TensorEntry], data: bytes) -> bool:
-    """Whether a manifest or list is there and right. Another recipe or environment is no difference: the recorded one may tell more."""
+def _holds(target: Path, data: bytes) -> bool:
+    """Whether a file is there, with these bytes."""
+    return not target.is_symlink() and target.is_file() and size_of(target) == len(data) and target.read_bytes() == data
+
+
+def _earlier(target: Path) -> Manifest | None:
+    """The manifest that is there already, where it can be read."""
     if target.is_symlink() or not target.is_file():
-        return False
-    if not target.name.endswith(".json"):
-        return size_of(target) == len(data) and target.read_bytes() == data
+        return None
     try:
-        found = read_manifest(target)
+        return read_manifest(target)
     except InputError:
-        return False
-    digests = {entry.name: entry.sha256 for entry in tensors}
-    same_tensors = {entry.name: entry.sha256 for entry in found.tensors.values()} == digests
-    return same_tensors and found.files == {entry.path: entry for entry in files}
+        return None
+
+
+def _says_the_same(earlier: Manifest, files: list[FileEntry], reading: Reading) -> bool:
+    """Whether a manifest is right. Another schema, recipe or environment is no difference: the recorded one may tell more."""
+    digests = {name: entry.digest for name, entry in reading.by(earlier.algorithm).tensors.items()}
+    same_tensors = {entry.name: entry.digest for entry in earlier.tensors.values()} == digests
+    return same_tensors and earlier.files == {entry.path: entry for entry in files}
 
 
 # --- the subject ----------------------------------------------------------------------------------------------------
@@ -393,7 +405,7 @@ def open_subject(path: str | Path) -> Subject:
         manifest = find_manifest(place)
         if not manifest and present(listing := sums_path(place)):
             listing = member(listing.parent, listing.name)
-            sums = {entry.path: entry.digest for entry in read_sums(listing) if entry.algorithm == "sha256"}
+            sums = {entry.path: entry.digest for entry in read_sums(listing) if entry.algorithm == FILES}
     except InputError as error:
         problems.append(_refused(error, MANIFEST))
     if manifest:
@@ -629,14 +641,14 @@ def _recorder(subject: Subject) -> str:
 
 
 def _facts(subject: Subject, reading: Reading) -> dict[str, Any]:
-    """`root` and `content` are those of the values that were read, empty where they were not."""
-    entries = list(reading.tensors.values())
+    """`root` and `content` are those of the values that were read, by the algorithm of its manifest; empty where they were not."""
+    entries, algorithm = list(reading.tensors.values()), reading.algorithm
     complete = len(entries) == len(subject.tensors) > 0
     return {
         "files": len(subject.files),
         "tensors": len(subject.tensors),
         "nbytes": sum(map(size_of, subject.files.values())),
         "read": reading.nbytes,
-        "root": root_of_tensors(entries) if complete else "",
-        "content": root_of_content(entries) if complete else "",
+        "root": root_of_tensors(entries, algorithm) if complete else "",
+        "content": root_of_content(entries, algorithm) if complete else "",
     }

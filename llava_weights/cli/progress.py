@@ -19,7 +19,10 @@ RATE_SECONDS = 30.0  # seconds that the rate looks back: an average since the st
 
 @dataclass
 class Meter:
-    """How far a run is, and how fast over the last RATE_SECONDS; bytes of earlier runs count as done but not as speed."""
+    """How far a run is, and how fast over the last RATE_SECONDS; bytes of earlier runs count as done but not as speed.
+
+    Rate, share and time left are of all that is done to bytes: written, and read back. The amount is what is written.
+    """
 
     started: Started
     begun: float
@@ -27,6 +30,7 @@ class Meter:
     done_shards: int
     done_nbytes: int
     shard: str = ""
+    read_back: int = 0
     samples: deque[tuple[float, int]] = field(default_factory=deque)
 
     @classmethod
@@ -36,9 +40,10 @@ class Meter:
 
     def update(self, event: Progress, now: float) -> None:
         self.nbytes = min(max(self.nbytes, event.nbytes), self.started.nbytes)  # workers may report out of order
+        self.read_back = min(max(self.read_back, event.read_back), self.started.to_read_back)
         self.shard = event.shard
         if now - self.samples[-1][0] >= 1:
-            self.samples.append((now, self.nbytes))
+            self.samples.append((now, self.done))
 
     def finish(self, event: ShardDone, now: float) -> None:
         """A pool reports no bytes on the way, only finished shards."""
@@ -46,17 +51,25 @@ class Meter:
         self.done_nbytes += event.nbytes
         self.update(Progress(self.done_nbytes, event.name), now)
 
+    @property
+    def done(self) -> int:
+        return self.nbytes + self.read_back
+
+    @property
+    def total(self) -> int:
+        return self.started.nbytes + self.started.to_read_back
+
     def rate(self, now: float) -> float | None:
         """Bytes per second, or None before there is a measurement."""
         while len(self.samples) > 1 and self.samples[1][0] <= now - RATE_SECONDS:
             self.samples.popleft()
         since, before = self.samples[0]
-        return (self.nbytes - before) / (now - since) if now > since else None
+        return (self.done - before) / (now - since) if now > since else None
 
     def remaining(self, now: float) -> float | None:
         """Seconds left at the present rate."""
         rate = self.rate(now)
-        return (self.started.nbytes - self.nbytes) / rate if rate else None
+        return (self.total - self.done) / rate if rate else None
 
     @property
     def finished(self) -> str:
@@ -64,7 +77,7 @@ class Meter:
 
     @property
     def percent(self) -> int:
-        return 100 * self.nbytes // self.started.nbytes if self.started.nbytes else 100
+        return 100 * self.done // self.total if self.total else 100
 
     @property
     def amount(self) -> str:
@@ -79,8 +92,10 @@ class Meter:
         return text if remaining is None else f"{text}, about {clock_face(remaining)} left"
 
     def document(self, now: float) -> dict[str, object]:
-        """`nbytes` of `total` are written, at `rate` bytes per second, `remaining` seconds left; null where unknown."""
+        """`nbytes` of `total` are written, `read_back` of `to_read_back` read again, at `rate` bytes per second of both, `remaining`
+        seconds left; null where unknown."""
         known = {"nbytes": self.nbytes, "total": self.started.nbytes, "shard": self.shard}
+        known |= {"read_back": self.read_back, "to_read_back": self.started.to_read_back}
         return known | {"rate": self.rate(now), "remaining": self.remaining(now)}
 
     def bar(self, now: float, columns: int, ascii_only: bool) -> str:
@@ -91,8 +106,8 @@ class Meter:
         speed = "" if rate is None else f"  {size(round(rate))}/s"
         left = "" if remaining is None else f"  {clock_face(remaining)} left"
         line: str = tqdm.format_meter(
-            self.nbytes,
-            self.started.nbytes,
+            self.done,
+            self.total,
             now - self.begun,
             ncols=columns,
             ascii=ascii_only,
@@ -105,10 +120,10 @@ class Meter:
 class ProgressBar:
     """A bar for scripts and notebooks: `with lw.ProgressBar() as bar: lw.execute(plan, out, on_event=bar)`.
 
-    Give it as `on_event` to any function that takes one. It shows the bytes done of all (a widget in a notebook that has `ipywidgets`, else
-    a line on standard error), one bar for each stage, and the notes and warnings above it as lines. Outside a `with` the bar of the last
-    stage is closed once it is full; inside, also where an error ends the run. `close` may be called at any time; the next stage opens
-    a new bar. May be told from several threads.
+    Give it as `on_event` to any function that takes one. It shows the bytes done of all, written and read back (a widget in a notebook that
+    has `ipywidgets`, else a line on standard error), one bar for each stage, and the notes and warnings above it as lines. Outside a `with`
+    the bar of the last stage is closed once it is full; inside, also where an error ends the run. `close` may be called at any time; the
+    next stage opens a new bar. May be told from several threads.
 
     `disable` is tqdm's: True shows no bars, None shows them only where standard error is a terminal. Notes are shown all the same.
     Raises UsageError for another value.
@@ -121,6 +136,7 @@ class ProgressBar:
         self._bar: Any = None  # tqdm's classes are not typed
         self._seen = 0  # bytes of the stage that are done, by the largest report
         self._finished = 0  # bytes of its finished shards
+        self._written = self._read_back = 0
         self._turn = threading.RLock()
 
     def __enter__(self) -> ProgressBar:
@@ -136,12 +152,11 @@ class ProgressBar:
                 case Started():
                     self._open(event)
                 case Progress():
-                    self._reach(event.nbytes)
+                    self._reach(event.nbytes, event.read_back)
                 case ShardDone():  # all that a pool reports
                     self._finished += event.nbytes
                     self._reach(self._finished)
                 case ReadingBack():
-                    self.close()
                     self._write(f"Reading back {size(event.nbytes)}")
                 case Note():
                     self._write(f"warning: {event.text}" if event.warning else event.text)
@@ -155,10 +170,11 @@ class ProgressBar:
 
     def _open(self, event: Started) -> None:
         self.close()
-        self._seen = self._finished = event.done_nbytes
+        self._seen = self._finished = self._written = event.done_nbytes
+        self._read_back = 0
         self._bar = _bar_class()(
             desc=event.what,
-            total=event.nbytes,
+            total=event.nbytes + event.to_read_back,
             initial=event.done_nbytes,
             unit="B",
             unit_scale=True,
@@ -166,10 +182,11 @@ class ProgressBar:
         )
         self._reach(self._seen)
 
-    def _reach(self, nbytes: int) -> None:
+    def _reach(self, nbytes: int, read_back: int = 0) -> None:
         if self._bar is None:
             return
-        new = min(nbytes, self._bar.total) - self._seen  # workers may report out of order
+        self._written, self._read_back = max(self._written, nbytes), max(self._read_back, read_back)  # workers may report out of order
+        new = min(self._written + self._read_back, self._bar.total) - self._seen
         if new > 0:
             self._seen += new
             self._bar.update(new)

@@ -6,16 +6,15 @@ high bytes hardly vary: measured on fp16 weights of deviation 0.02 changed by 1e
 difference takes 0.56.
 
 A tensor is stored under its own name as U8 data: one zstandard frame after another, each with `block_rows` rows. The file's
-`__metadata__` holds `format`, `version`, and in `tensors` JSON that says by name what the bytes stand for (`FIELDS`).
+`__metadata__` holds `format`, `version`, and in `tensors` JSON that says by name what the bytes stand for (`FIELDS`, and the digest of the
+tuned tensor under the name of its algorithm: BLAKE3 in version 2, which is written, sha256 in version 1, which is still read).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import InputError, MismatchError, VerificationError
+from ..storage.digests import FILES, READ_BACK, TENSORS, is_digest, new_digest
 from ..storage.reading import DOWNLOAD_AGAIN, Watcher, Workspace, check_crcs
 from ..storage.strict_json import parse_json
 from ..storage.threads import Shield
@@ -140,9 +140,10 @@ def _zstandard() -> ModuleType:
     return zstandard
 
 
-FORMAT, VERSION = "llava-weights.integer-delta", "1"
+FORMAT, VERSION = "llava-weights.integer-delta", "2"
+DIGEST_OF_VERSION = {"1": "sha256", VERSION: TENSORS}
 INTEGER_DTYPES = ("F16", "BF16", "F32")
-FIELDS = {"dtype", "shape", "base_rows", "block_rows", "blocks", "sha256"}
+FIELDS = {"dtype", "shape", "base_rows", "block_rows", "blocks"}
 BLOCK_BYTES = 4 << 20  # raw bytes of a block at most, unless one row has more
 LARGEST_BLOCK = 64 << 20  # bytes that a reader holds at once, against files made to exhaust memory
 AHEAD = 2  # finished blocks that may wait to be written
@@ -153,7 +154,8 @@ class IntegerDifference:
     """One tensor of an integer delta: `dtype` and `shape` of the tuned tensor, and where its compressed blocks lie.
 
     The first `base_rows` rows are differences. `blocks` are the compressed sizes, in bytes, of the blocks of `block_rows` rows
-    that lie end to end in `stored`; `sha256` is that of the tuned tensor's values, which shows that the base is the right one.
+    that lie end to end in `stored`; `digest`, by `algorithm`, is that of the tuned tensor's values, which shows that the base is the right
+    one.
     """
 
     name: str
@@ -162,7 +164,8 @@ class IntegerDifference:
     base_rows: int
     block_rows: int
     blocks: tuple[int, ...]
-    sha256: str
+    algorithm: str
+    digest: str
     stored: Stored
 
     def onto(self, base: LazyTensor | None) -> LazyTensor:
@@ -186,8 +189,8 @@ class AddInteger(LazyTensor):
         return (self.difference.stored, self.base) if self.base else (self.difference.stored,)
 
     @property
-    def expected_sha256(self) -> str | None:
-        return self.difference.sha256
+    def expected_digest(self) -> tuple[str, str] | None:
+        return self.difference.algorithm, self.difference.digest
 
     @property
     def row_unit(self) -> int:
@@ -237,10 +240,11 @@ class ToInteger(LazyTensor):
 
 @dataclass(frozen=True)
 class IntegerShard:
-    """A finished file; `tensors` holds the sha256 of each tensor's stored, compressed bytes by name."""
+    """A finished file; `tensors` holds the BLAKE3 of each tensor's stored, compressed bytes by name, `read_back` is the file's XXH3-128."""
 
     nbytes: int
     sha256: str
+    read_back: str
     tensors: dict[str, str]
     raw_nbytes: int
     packed_nbytes: int
@@ -257,6 +261,7 @@ def index_integer_delta(tensors: Mapping[str, LazyTensor], metadata: Mapping[str
     Raises InputError where a file is of another format or version, or where its description does not fit its bytes exactly.
     """
     described = {name: (file, entry) for file, texts in metadata.items() for name, entry in _read_description(file, texts).items()}
+    digest_of = {file: DIGEST_OF_VERSION[texts["version"]] for file, texts in metadata.items()}
     if strangers := described.keys() ^ tensors.keys():
         raise _refusal(f"description and tensors differ: {listed(sorted(strangers))}")
     differences = {}
@@ -264,10 +269,11 @@ def index_integer_delta(tensors: Mapping[str, LazyTensor], metadata: Mapping[str
         file, entry = described[name]
         if not isinstance(stored, Stored) or stored.file.name != file:
             raise _refusal(f"{shown(name)} is described in {shown(file)}, but lies in another file")
-        if problem := _entry_problem(entry, stored):
+        if problem := _entry_problem(entry, stored, digest_of[file]):
             raise _refusal(f"tensor {shown(name)}: {problem}")
-        entry |= {"shape": tuple(entry["shape"]), "blocks": tuple(entry["blocks"])}
-        differences[name] = IntegerDifference(name=name, stored=stored, **entry)
+        about = {**entry, "shape": tuple(entry["shape"]), "blocks": tuple(entry["blocks"])}
+        digest = about.pop(digest_of[file])
+        differences[name] = IntegerDifference(name=name, stored=stored, algorithm=digest_of[file], digest=digest, **about)
     return differences
 
 
@@ -302,11 +308,21 @@ def write_integer_shard(
             file.flush()
             os.fsync(file.fileno())
             file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            whole = _digest(file, FILES, READ_BACK)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return IntegerShard(reserved + packed, digest, digests, sum(pair.tuned.nbytes for pair in sources.values()), packed)
+    raw = sum(pair.tuned.nbytes for pair in sources.values())
+    return IntegerShard(reserved + packed, whole[FILES], whole[READ_BACK], digests, raw, packed)
+
+
+def _digest(file: IO[bytes], *algorithms: str) -> dict[str, str]:
+    """Digests of the rest of a file, by algorithm."""
+    found = {algorithm: new_digest(algorithm) for algorithm in algorithms}
+    while data := file.read(1 << 20):
+        for digest in found.values():
+            digest.update(data)
+    return {algorithm: digest.hexdigest() for algorithm, digest in found.items()}
 
 
 @dataclass(frozen=True)
@@ -334,8 +350,8 @@ def _blocks(name: str, source: ToInteger, entry: Mapping[str, Any]) -> Iterator[
 def _write_blocks(
     file: IO[bytes], finished: Generator[Packed], entries: Mapping[str, dict[str, Any]], on_bytes: Callable[[int], None]
 ) -> dict[str, str]:
-    """Write the blocks end to end, enter sizes and digests into `entries`, return the sha256 of each tensor's stored bytes."""
-    tuned, stored = {name: hashlib.sha256() for name in entries}, {name: hashlib.sha256() for name in entries}
+    """Write the blocks end to end, enter sizes and digests into `entries`, return the digest of each tensor's stored bytes."""
+    tuned, stored = {name: new_digest(TENSORS) for name in entries}, {name: new_digest(TENSORS) for name in entries}
     with closing(finished):
         for block, raw, packed in finished:
             tuned[block.name].update(raw)
@@ -344,7 +360,7 @@ def _write_blocks(
             file.write(packed)
             on_bytes(len(raw))
     for name, entry in entries.items():
-        entry["sha256"] = tuned[name].hexdigest()
+        entry[TENSORS] = tuned[name].hexdigest()
     return {name: digest.hexdigest() for name, digest in stored.items()}
 
 
@@ -403,7 +419,7 @@ def _entry(name: str, tuned: LazyTensor, base: LazyTensor | None) -> dict[str, A
         )
     sizes = {"base_rows": _common_rows(name, tuned, base) if base else 0, "block_rows": rows}
     longest = [2 * rows * tuned.row_nbytes + 1000] * _block_count(tuned, rows)  # zstandard adds 1/256 and a few bytes at most
-    return {"dtype": tuned.dtype, "shape": list(tuned.shape), **sizes, "blocks": longest, "sha256": "0" * 64}
+    return {"dtype": tuned.dtype, "shape": list(tuned.shape), **sizes, "blocks": longest, TENSORS: "0" * 64}
 
 
 def _make_header(entries: Mapping[str, Mapping[str, Any]], size: int = 0) -> bytes:
@@ -417,7 +433,7 @@ def _make_header(entries: Mapping[str, Mapping[str, Any]], size: int = 0) -> byt
 def _read_description(file: str, texts: Mapping[str, str]) -> dict[str, Any]:
     if texts.get("format") != FORMAT:
         raise _refusal(f"{shown(file)} is not one of its files")
-    if texts.get("version") != VERSION:
+    if texts.get("version") not in DIGEST_OF_VERSION:
         raise _refusal(f"{shown(file)} is of version {shown(texts.get('version', ''))}", hint="upgrade llava-weights to read it")
     entries = parse_json(texts.get("tensors", "").encode(), name=f"{file}: tensors")
     if isinstance(entries, dict):
@@ -425,10 +441,11 @@ def _read_description(file: str, texts: Mapping[str, str]) -> dict[str, Any]:
     raise _refusal(f"{shown(file)} does not describe its tensors")
 
 
-def _entry_problem(entry: Any, stored: Stored) -> str:
-    """Why this description is not valid or not that of `stored`, else empty."""
-    if not isinstance(entry, dict) or entry.keys() != FIELDS:
-        return f"its description needs exactly {', '.join(sorted(FIELDS))}"
+def _entry_problem(entry: Any, stored: Stored, algorithm: str) -> str:
+    """Why this description is not valid or not that of `stored`, else empty. Its digest must be by `algorithm`."""
+    fields = {*FIELDS, algorithm}
+    if not isinstance(entry, dict) or entry.keys() != fields:
+        return f"its description needs exactly {', '.join(sorted(fields))}"
     if entry["dtype"] not in INTEGER_DTYPES:
         return f"its dtype {shown(str(entry['dtype']))} is not one of {', '.join(INTEGER_DTYPES)}"
     if not are_counts(entry["shape"]) or len(entry["shape"]) > MAX_AXES or any(axis >= MAX_AXIS for axis in entry["shape"]):
@@ -443,8 +460,7 @@ def _entry_problem(entry: Any, stored: Stored) -> str:
         return f"its list of blocks does not have {_block_count(tensor, block_rows):,} sizes"
     if stored.dtype != "U8" or stored.shape != (sum(entry["blocks"]),):
         return f"its blocks do not fill {stored.dtype} {list(stored.shape)}"
-    sound = isinstance(entry["sha256"], str) and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
-    return "" if sound else "its sha256 is not 64 hexadecimal digits"
+    return "" if is_digest(entry[algorithm]) else f"its {algorithm} is not 64 hexadecimal digits"
 
 
 def _block_count(tensor: LazyTensor, block_rows: int) -> int:

@@ -15,7 +15,9 @@ One safetensors file. For each probe NAME:
 A projection is a sum with signs by `signs`. `hidden` may be missing, as in a reference by another program. `__metadata__` holds
 texts: `schema`, `layout` ("llava", "llava-hf", "llama": whose form the ids are in), `dtype` of the computation ("F32"), and for people
 `model`, `root.tensors`, `producer`, `device`, `attention`, `tf32`, `date`, versions, and `seed`, with which the ids of the built-in
-probes were drawn. `adapter` = "unmerged" says that a LoRA was applied beside the weights, so that a merge may differ by its rounding.
+probes were drawn. `root.tensors` is that of the model's manifest and names its algorithm, "blake3:..." or "sha256:..."; 64 digits alone are
+a sha256, as version 0.1 wrote it. `adapter` = "unmerged" says that a LoRA was applied beside the weights, so that a merge may differ by its
+rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
-from ..checkpoint.manifest import environment, find_manifest, root_of_tensors
+from ..checkpoint.manifest import environment, find_manifest
 from ..errors import InputError, UsageError, whole_number
 from ..events import Listener, Note, check_listener
 from ..formats.safetensors import index_safetensors, make_header
@@ -182,7 +184,7 @@ def make_recording(
         made.append(one)
         on_event(Note(f"{probe.name}: ran {len(one.image):,} places, kept the logits of {len(one.positions):,}"))
     manifest = find_manifest(checkpoint.origin.path)
-    root = {"root.tensors": root_of_tensors(manifest.tensors.values())} if manifest else {}
+    root = {"root.tensors": manifest.root} if manifest else {}
     metadata = {
         "model": checkpoint.origin.name,
         "layout": checkpoint.layout,

@@ -76,8 +76,8 @@ class LazyTensor:
         return any(tensor.uses_torch for tensor in self.inputs)
 
     @property
-    def expected_sha256(self) -> str | None:
-        """SHA-256 that its finished values must have, in hexadecimal, where an input records it."""
+    def expected_digest(self) -> tuple[str, str] | None:
+        """The digest that its finished values must have, where an input records it: algorithm, and hexadecimal digits."""
         return None
 
     @property
@@ -372,7 +372,7 @@ def read_rows(tensor: LazyTensor, start: int, stop: int, work: Workspace) -> np.
 
 
 def wrong_digest(name: str) -> MismatchError:
-    """The error for a tensor whose values do not have its `expected_sha256`."""
+    """The error for a tensor whose values do not have its `expected_digest`."""
     return MismatchError(
         f"`{name}` does not come out as the delta's maker recorded: the base is not the one that the delta was made against",
         hint="give exactly the base that the maker used, in the same dtype",

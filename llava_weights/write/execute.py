@@ -26,13 +26,14 @@ from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
 from ..storage.reading import SourceFile
 from ..storage.strict_json import json_bytes
-from ..storage.threads import Shield, in_threads, interruption
+from ..storage.threads import Shield, interruption
 from ..tensors.windows import MiB
 from ..text import is_text, listed, shown, size
 from .card import make_card
 from .destinations import is_address
 from .executors import completed
 from .plan import LARGEST_SMALL_FILE, Plan, Shard, accepted
+from .read_back import ReadBack, disk_sum
 from .shard import ShardResult, write_shard
 from .work_folder import Job, check_work_folder, lies_in, meets, mount_of, open_job
 
@@ -42,8 +43,9 @@ ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
 @dataclass(frozen=True)
 class Report:
     """What a finished run did. `out` is the folder that was made, of `shards` weight files with `nbytes` bytes of values; `resumed` of the
-    shards were finished by an earlier run. `root` is the SHA-256 of all tensors (their names, dtypes, shapes and values), the same however
-    they are cut into files. `tallies` counts what was measured on the way, such as values that a delta does not give back.
+    shards were finished by an earlier run. `root` is the digest of all tensors (their names, dtypes, shapes and values), the same however
+    they are cut into files, with the name of its algorithm: "blake3:...". `tallies` counts what was measured on the way, such as values
+    that a delta does not give back.
     """
 
     out: Path
@@ -132,10 +134,13 @@ def _run(
     resumed = len(results)
     with keeping(plan, job, results):
         note_sources(plan, job, fresh=not results)
-        write_shards(plan, job, pool, results, on_event)
-        _check_sources(plan, job, pool, results, on_event)
-        if reread and not job.remote:
-            _read_back(job, results, list(results)[resumed:], pool, plan.settings.jobs, on_event)
+        counter = ByteCounter(results, on_event)
+        with ReadBack(job.folder, results, pool, counter.read_back) as reader:
+            write_shards(plan, job, pool, results, counter, reader if reread and not job.remote else None)
+            _check_sources(plan, job, pool, results, on_event)
+            if left := reader.left:
+                on_event(ReadingBack(left))
+            reader.finish()
         _sweep(job, results)  # of workers that died
         finish(plan, job, results)
         report = _report(plan, job, results, resumed)
@@ -209,20 +214,29 @@ def _incomplete(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Out
     return error
 
 
-def write_shards(plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], on_event: Listener) -> None:
-    """Write the shards of `plan` that `results` lacks, each with its journal line as it is finished."""
-    done = sum(result.nbytes for result in results.values())
-    on_event(Started(len(plan.shards), plan.nbytes, len(results), done))
+def write_shards(
+    plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], counter: ByteCounter, reader: ReadBack | None = None
+) -> None:
+    """Write the shards of `plan` that `results` lacks, each with its journal line as it is finished. Each is then read back by `reader`,
+    while the next is made; those of an earlier run were read when this one began. Raises OutputError as `ReadBack.check`.
+    """
+    on_event = counter.on_event
+    again = sum(shard.nbytes for shard in plan.shards if shard.name not in results) if reader else 0
+    on_event(Started(len(plan.shards), plan.nbytes, len(results), counter.nbytes, to_read_back=again))
     job.record({name: asdict(result) for name, result in results.items()})  # without a torn line, and what is not trusted
     indices = {shard.name: index for index, shard in enumerate(plan.shards, 1)}
     for result in list(results.values()):
         job.shard_done(asdict(result))
-    with Shield(), closing(_write(plan, job, pool, dict(results), done, on_event)) as written:
+    with Shield(), closing(_write(plan, job, pool, dict(results), counter)) as written:
         for result in written:
             job.append(asdict(result))
             results[result.name] = result  # from here on it is kept
             job.shard_done(asdict(result))
             on_event(ShardDone(result.name, indices[result.name], len(plan.shards), result.nbytes, result.sha256))
+            if reader:
+                reader.add(result)
+                if pool is None:  # else what the pool has begun is finished and kept first
+                    reader.check()
 
 
 def to_folder(out: str | os.PathLike[str]) -> Path:
@@ -258,33 +272,6 @@ def _clean(job: Job, on_event: Listener) -> None:
         on_event(Note(f"`{job.partial.name}` can't be deleted: {error.strerror}", warning=True))
     except KeyboardInterrupt as error:
         raise Interrupted.of(error, f"`{job.out.name}` is complete; what is left of `{job.partial.name}` can be deleted") from error
-
-
-def _read_back(
-    job: Job, results: dict[str, ShardResult], written: Sequence[str], pool: Executor | None, jobs: int, on_event: Listener
-) -> None:
-    """Hash the shards of this run again, from the disk: their pages were dropped when they were written. Those of an earlier
-    run were read when this one began. Raises OutputError for one that differs, and takes it out of `results`: the next run makes it
-    again."""
-    if not written:
-        return
-    on_event(ReadingBack(sum(results[name].nbytes for name in written)))
-    paths = [job.folder / name for name in written]
-    with Shield():
-        found = dict(in_threads(_read, paths, jobs) if pool is None else completed(pool, [partial(_read, path) for path in paths]))
-    wrong = [(name, results.pop(name).sha256) for name in written if found[name] != results[name].sha256]
-    for name, digest in wrong:
-        facts = {"written": digest, "read": found[name]}
-        hint = "check the disk, or choose another `-o`; the same command writes this shard again"
-        raise OutputError(f"`{name}` does not come back from the disk as it was written", facts=facts, hint=hint)
-
-
-def _read(path: Path) -> tuple[str, str]:
-    """The name of a written file and its sha256, or why it has none."""
-    try:
-        return path.name, digest_file(path)
-    except InputError as error:
-        return path.name, error.what
 
 
 def _digest(path: Path) -> str:
@@ -395,22 +382,21 @@ def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResu
             continue
         with suppress(OSError, InputError):  # one that can't be read is made again
             same = not path.is_symlink() and path.stat().st_size == result.nbytes
-            if same and (job.uploaded(entry) or digest_file(path) == result.sha256):
+            if same and (job.uploaded(entry) or disk_sum(path) == result.read_back):
                 yield name, result
 
 
 def _result(entry: Mapping[str, Any]) -> ShardResult | None:
     """A line of the journal; None for one that no run of this version wrote."""
-    kinds = {"name": str, "nbytes": int, "sha256": str, "tensors": dict, "tallies": dict, "holes": list}
+    kinds = {"name": str, "nbytes": int, "sha256": str, "read_back": str, "tensors": dict, "tallies": dict, "holes": list}
     sound = entry.keys() == kinds.keys() and all(type(entry[key]) is kind for key, kind in kinds.items())
     sound = sound and {type(text) for text in (*entry["tensors"].values(), *entry["holes"])} <= {str}
     return ShardResult(**entry) if sound and {type(count) for count in entry["tallies"].values()} <= {int} else None
 
 
-def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], nbytes: int, on_event: Listener) -> Generator[ShardResult]:
+def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], counter: ByteCounter) -> Generator[ShardResult]:
     """Results of the shards that are left, as they finish."""
     left = [shard for shard in plan.shards if shard.name not in done]
-    counter = _Counter(nbytes, on_event)
     if pool is not None:
         add = {shard.name: partial(counter.of(shard), shard.nbytes) for shard in left}
         for result in completed(pool, [partial(write_shard, shard, job.folder, plan.settings) for shard in left]):
@@ -430,19 +416,24 @@ def _not_shared(job: Job, result: ShardResult) -> OutputError:
     return OutputError(f"`{result.name}` was written where this machine does not see it", facts={"folder": job.folder}, hint=hint)
 
 
-class _Counter:
-    """Adds up what the workers write; they call from several threads."""
+class ByteCounter:
+    """Adds up what is written, from the `results` of an earlier run on, and what is read back; workers call from several threads."""
 
-    def __init__(self, nbytes: int, on_event: Listener) -> None:
-        self.nbytes, self.on_event, self.lock = nbytes, on_event, threading.Lock()
+    def __init__(self, results: Mapping[str, ShardResult], on_event: Listener) -> None:
+        self.nbytes, self.back, self.on_event, self.lock = sum(result.nbytes for result in results.values()), 0, on_event, threading.Lock()
 
     def of(self, shard: Shard) -> Callable[[int], None]:
         def add(nbytes: int) -> None:
             with self.lock:
                 self.nbytes += nbytes
-                self.on_event(Progress(self.nbytes, shard.name))
+                self.on_event(Progress(self.nbytes, shard.name, self.back))
 
         return add
+
+    def read_back(self, nbytes: int, shard: str) -> None:
+        with self.lock:
+            self.back += nbytes
+            self.on_event(Progress(self.nbytes, shard, self.back))
 
 
 def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:

@@ -30,6 +30,7 @@ SHARD_METADATA = {"format": "pt"}  # without it transformers 4.37 and 4.45 stop 
 SMALLEST_WINDOW = MiB
 LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
 LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
+READ_BACK_BYTES = 4 * MiB  # of one finished shard, while the next is made
 BUFFERS_BEYOND_JOBS = 4  # windows by which the digest threads may lag behind the workers
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
@@ -215,7 +216,7 @@ def _memory(shards: tuple[Shard, ...], settings: Settings) -> int:
     uses_torch = any(tensor.uses_torch for shard in shards for _, tensor in shard.tensors)
     buffers = (settings.jobs + BUFFERS_BEYOND_JOBS) * largest + settings.jobs * 2 * scratch
     network = (_uses_network(shards) or settings.upload) * WITH_NETWORK + settings.upload * UPLOADING
-    return (WITH_TORCH if uses_torch else INTERPRETER) + network + buffers
+    return (WITH_TORCH if uses_torch else INTERPRETER) + network + buffers + READ_BACK_BYTES
 
 
 def _uses_network(shards: tuple[Shard, ...]) -> bool:

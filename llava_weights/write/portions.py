@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import OutputError, UsageError
 from ..events import Listener, Note, check_listener
 from ..storage.atomic import output_error, remove
-from .execute import keeping, note_sources, preflight, to_folder, trusted, write_shards
+from .execute import ByteCounter, keeping, note_sources, preflight, to_folder, trusted, write_shards
 from .plan import Plan
 from .work_folder import Job, lock, open_job
 
@@ -88,7 +88,7 @@ def execute_portion(
             _sweep(job, own, set(results))
             resumed = len(results)
             with keeping(own, job, results):
-                write_shards(own, job, None, results, on_event)
+                write_shards(own, job, None, results, ByteCounter(results, on_event))
             return PortionReport(target, portion, len(results), sum(result.nbytes for result in results.values()), resumed)
     except OSError as error:
         raise output_error(error, target) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import secrets
 import threading
@@ -24,6 +23,7 @@ from queue import SimpleQueue
 from ..formats.integer_delta import ToInteger, write_integer_shard
 from ..formats.safetensors import make_header
 from ..storage.atomic import NOT_SUPPORTED, output_error, sync_folder
+from ..storage.digests import FILES, READ_BACK, TENSORS, new_digest
 from ..storage.reading import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
 from ..storage.threads import Shield
 from ..tensors.dtypes import one_thread
@@ -38,12 +38,15 @@ SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What is known of a finished shard: small, picklable, and one line of the journal."""
+    """What is known of a finished shard: small, picklable, and one line of the journal. `sha256` and `read_back`, an XXH3-128, are those of
+    the file: one for others, one for reading it back.
+    """
 
     name: str
     nbytes: int
     sha256: str
-    tensors: dict[str, str]  # name -> sha256 of the raw little-endian values
+    read_back: str
+    tensors: dict[str, str]  # name -> BLAKE3 of the raw little-endian values
     tallies: dict[str, int]
     holes: tuple[str, ...] | list[str] = ()  # sentences on zeros that were accepted; a list where the journal tells
 
@@ -71,7 +74,7 @@ def write_shard(
             pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch)
             pipeline.run()
             for name, tensor in shard.tensors:
-                if tensor.expected_sha256 not in (None, pipeline.tensor_digests[name]):
+                if tensor.expected_digest and tensor.expected_digest[1] != pipeline.checked.get(name):
                     raise wrong_digest(name)
             sink.sync()
         if keep:
@@ -82,9 +85,8 @@ def write_shard(
     finally:
         with suppress(OSError):  # the next run deletes it
             temporary.unlink(missing_ok=True)
-    return ShardResult(
-        shard.name, size, pipeline.file_digest.hexdigest(), pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch)
-    )
+    whole, fast = pipeline.file_digest.hexdigest(), pipeline.read_back.hexdigest()
+    return ShardResult(shard.name, size, whole, fast, pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch))
 
 
 def _accepted(watch: Watch | None) -> tuple[str, ...]:
@@ -111,7 +113,7 @@ def _write_integer(
     except OSError as error:
         raise output_error(error, folder / shard.name) from error
     tallies = {"raw": result.raw_nbytes, "packed": result.packed_nbytes}
-    return ShardResult(shard.name, result.nbytes, result.sha256, result.tensors, tallies, _accepted(watch))
+    return ShardResult(shard.name, result.nbytes, result.sha256, result.read_back, result.tensors, tallies, _accepted(watch))
 
 
 @dataclass
@@ -126,10 +128,13 @@ class Pipeline:
     on_bytes: Callable[[int], None]
     watch: Watch | None = None
     tensor_digests: dict[str, str] = field(default_factory=dict)
+    checked: dict[str, str] = field(default_factory=dict)  # of tensors with an expected digest, by its algorithm
     tallies: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.file_digest = hashlib.sha256(self.header)
+        self.file_digest, self.read_back = new_digest(FILES), new_digest(READ_BACK)
+        for digest in (self.file_digest, self.read_back):
+            digest.update(self.header)
         self.failures: list[BaseException] = []
         self.numbers = iter(range(len(self.windows)))
         self.changed = threading.Condition()
@@ -232,15 +237,20 @@ class Pipeline:
     def _digest_file(self) -> None:
         for window, buffer in self._in_order():
             self.file_digest.update(buffer[: window.nbytes])
+            self.read_back.update(buffer[: window.nbytes])
 
     def _digest_tensors(self) -> None:
         for window, buffer in self._in_order():
             for piece in window.pieces:
+                expected = piece.tensor.expected_digest
                 if piece.start == 0:
-                    digest = hashlib.sha256()
-                digest.update(buffer[piece.at : piece.at + piece.nbytes])
+                    digests = {algorithm: new_digest(algorithm) for algorithm in (TENSORS, expected[0] if expected else TENSORS)}
+                for digest in digests.values():
+                    digest.update(buffer[piece.at : piece.at + piece.nbytes])
                 if piece.stop == piece.tensor.rows:
-                    self.tensor_digests[piece.name] = digest.hexdigest()
+                    self.tensor_digests[piece.name] = digests[TENSORS].hexdigest()
+                    if expected:
+                        self.checked[piece.name] = digests[expected[0]].hexdigest()
 
 
 class Nowhere:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import MANIFEST, MAX_MANIFEST, SUMS, read_manifest, read_sums
-from ..checkpoint.rehash import digest_file
 from ..errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
 from ..events import Listener, Note
 from ..formats.folder import member
@@ -26,6 +25,7 @@ from ..storage.strict_json import load_object
 from ..storage.threads import GLANCE, interruption
 from ..text import scheme_of
 from .destinations import Destination, Repository, is_address, open_destination
+from .read_back import disk_sum
 from .work_folder import Job
 
 SHARDS_HELD = 2  # shards on this machine: one goes up while the next is made
@@ -110,18 +110,18 @@ class UploadJob(Job):
         if self.uploaded(entry):
             _keep_header(self.folder / entry["name"], self.partial / "header")
         else:
-            self.sending = threading.Thread(target=self._guard, args=(entry["name"], entry["sha256"]), daemon=True)
+            self.sending = threading.Thread(target=self._guard, args=(entry["name"], entry["sha256"], entry["read_back"]), daemon=True)
             self.sending.start()
 
-    def _guard(self, name: str, sha256: str) -> None:
+    def _guard(self, name: str, sha256: str, read_back: str) -> None:
         try:
-            self._upload(name, sha256)
+            self._upload(name, sha256, read_back)
         except BaseException as error:  # handed to the caller's thread
             self.failure = error
 
-    def _upload(self, name: str, sha256: str) -> None:
+    def _upload(self, name: str, sha256: str, read_back: str) -> None:
         path = self.folder / name
-        if self.reread and not _reads_as(path, sha256):
+        if self.reread and not _reads_as(path, read_back):
             hint = "check the disk; the same command writes this shard again"
             raise OutputError(f"`{name}` does not come back from the disk as it was written", hint=hint)
         size, tag = path.stat().st_size, self.destination.put(path, name)
@@ -169,9 +169,9 @@ class UploadJob(Job):
         return {}
 
 
-def _reads_as(path: Path, sha256: str) -> bool:
+def _reads_as(path: Path, read_back: str) -> bool:
     try:
-        return digest_file(path) == sha256
+        return disk_sum(path) == read_back
     except InputError:
         return False
 

@@ -34,7 +34,7 @@ from ..storage.reading import unreadable
 MARKER = ".llava-weights-work"
 MARK = b"Work in progress of `llava-weights`, which deletes this folder when the output beside it is complete.\n"
 MOST_ON_PATH = 10_000  # files and folders; the kernel itself follows 40 links
-WORK_FORMAT = "2"  # of the work folder, in plan.json; 0.1.0 wrote none
+WORK_FORMAT = "3"  # of the work folder, in plan.json; 0.1.0 wrote none
 KNOWN_NAMES = re.compile(
     r"\.{0,2}(lock(-begin|-\d{5}-of-\d{5})?|plan\.json|journal(-\d{5}-of-\d{5})?|uploads|header|sources|out|replaced|llava-weights-work)(\.[0-9a-f]{8})?(\.part)?"
 )

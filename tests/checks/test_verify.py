@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hub_server import HubServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import llava_weights as lw
-from llava_weights.checkpoint.manifest import MANIFEST, SUMS
+from llava_weights.checkpoint.manifest import MANIFEST, SUMS, read_manifest, root_of_tensors
 from llava_weights.checkpoint.rehash import NOT_FINITE, Rehash, inf_and_nan, rehash
 from llava_weights.checks.verify import Verification, checksum, verify
 from llava_weights.errors import HubError, InputError, OutputError
@@ -30,6 +32,7 @@ from llava_weights.families.published import PUBLISHED
 from llava_weights.formats.safetensors import index_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
+HASHES = {"sha256": hashlib.sha256, "blake3": blake3}
 NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -80,17 +83,18 @@ def largest(folder: Path) -> Path:
 def record_again(folder: Path, shard: Path) -> None:
     """Make manifest and SHA256SUMS agree with the bytes of `shard`, as somebody would who knows the schema."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    data = shard.read_bytes()
+    data, kind = shard.read_bytes(), manifest["digests"]["tensors"]
     for entry in manifest["files"]:
         if entry["path"] == shard.name:
             entry["sha256"] = hashlib.sha256(data).hexdigest()
     for entry in manifest["tensors"]:
         if entry["shard"] == shard.name:
             place = index_safetensors(shard)[0][entry["name"]]
-            entry["sha256"] = hashlib.sha256(data[place.offset : place.offset + place.nbytes]).hexdigest()
-    rows = (f"{t['name']}\t{t['dtype']}\t{','.join(map(str, t['shape']))}\t{t['sha256']}\n" for t in manifest["tensors"])
+            entry[kind] = HASHES[kind](data[place.offset : place.offset + place.nbytes]).hexdigest()
+    rows = (f"{t['name']}\t{t['dtype']}\t{','.join(map(str, t['shape']))}\t{t[kind]}\n" for t in manifest["tensors"])
     sums = "".join(f"{entry['sha256']}  {entry['path']}\n" for entry in manifest["files"])
-    manifest["root"] |= {"tensors": hashlib.sha256("".join(rows).encode()).hexdigest(), "files": hashlib.sha256(sums.encode()).hexdigest()}
+    root = f"{kind}:{HASHES[kind](''.join(rows).encode()).hexdigest()}"
+    manifest["root"] |= {"tensors": root, "files": f"sha256:{hashlib.sha256(sums.encode()).hexdigest()}"}
     (folder / SUMS).write_text(sums)
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
@@ -274,6 +278,157 @@ def test_manifest_that_can_not_be_trusted(model: Path, change: str) -> None:
         verify(model, against=model / MANIFEST)
 
 
+@pytest.mark.parametrize(
+    ("digests", "told"),
+    [({"files": "sha256", "tensors": "md4"}, "tensors by `md4`"), ({"files": "crc32", "tensors": "blake3"}, "files by `crc32`"), ([], "")],
+)
+def test_manifest_with_digests_that_are_not_known(model: Path, digests: Any, told: str) -> None:
+    manifest = json.loads((model / MANIFEST).read_text()) | {"digests": digests}
+    (model / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError) as caught:
+        verify(model, against=model / MANIFEST)
+    assert told in caught.value.what
+    assert any(MANIFEST in each for each in failures(verify(model), level="L0"))
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_manifest_with_the_rows_of_another_schema(model: Path, schema: int) -> None:
+    manifest = json.loads((model / MANIFEST).read_text())
+    if schema == 1:
+        manifest["schema"] = 1
+    else:
+        manifest["tensors"] = [{("sha256" if key == "blake3" else key): row[key] for key in row} for row in manifest["tensors"]]
+    (model / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="not sound"):
+        verify(model, against=model / MANIFEST)
+
+
+# --- schema 1 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old(model: Path, tmp_path: Path) -> Path:
+    """`model` with its manifest as version 0.1 wrote it: sha256 for everything, roots that do not name it."""
+    folder = Path(shutil.copytree(model, tmp_path / "old"))
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"schema": 1}
+    del manifest["digests"]
+    raw = {name: value.numpy().tobytes() for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+    for entry in manifest["tensors"]:
+        del entry["blake3"]
+        entry["sha256"] = hashlib.sha256(raw[entry["name"]]).hexdigest()
+    rows = [f"{t['name']}\t{t['dtype']}\t{','.join(map(str, t['shape']))}\t{t['sha256']}\n" for t in manifest["tensors"]]
+    content = sorted(row.partition("\t")[2] for row in rows)
+    manifest["root"] = {
+        "tensors": hashlib.sha256("".join(rows).encode()).hexdigest(),
+        "content": hashlib.sha256("".join(content).encode()).hexdigest(),
+        "files": hashlib.sha256((folder / SUMS).read_bytes()).hexdigest(),
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def test_what_an_earlier_version_wrote_is_verified(fixtures: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fixtures / "H-manifest" / "schema-1", tmp_path / "model"))
+    found = verify(folder, deep=True)
+    root = json.loads((folder / MANIFEST).read_text())["root"]
+    assert (found.exit_code, verdicts(found, "L2"), verdicts(found, "L3")) == (0, {"ok"}, {"ok"})
+    assert (found.facts["root"], found.facts["content"]) == (f"sha256:{root['tensors']}", f"sha256:{root['content']}")
+    assert checksum(folder) == []
+    place = index_safetensors(folder / "model.safetensors")[0]["model.norm.weight"]
+    flip(folder / "model.safetensors", place.offset)
+    assert any("`model.norm.weight`" in each for each in failures(verify(folder, deep=True), level="L3"))
+
+
+def test_an_old_manifest_is_compared_by_its_own_digests(old: Path) -> None:
+    root = json.loads((old / MANIFEST).read_text())["root"]
+    found = verify(old, deep=True)
+    assert (found.exit_code, verdicts(found, "L3")) == (0, {"ok"})
+    assert (found.facts["root"], found.facts["content"]) == (f"sha256:{root['tensors']}", f"sha256:{root['content']}")
+    shard = largest(old)
+    name, place = next(iter(index_safetensors(shard)[0].items()))
+    flip(shard, place.offset)
+    assert any(f"`{name}`" in each for each in failures(verify(old, deep=True), level="L3"))
+
+
+@pytest.mark.parametrize("what", ["manifest", "folder"])
+def test_across_schemas_values_are_compared_and_never_records(old: Path, model: Path, what: str) -> None:
+    """In both directions. One flipped bit is named, equal values are equal, though no two recorded digests are."""
+    for subject, other in ((old, model), (model, old)):
+        against = other / MANIFEST if what == "manifest" else other
+        found = verify(subject, against=against)
+        assert (found.exit_code, verdicts(found, "against") - {"note", "unchecked"}) == (0, {"ok"}), text(found)
+    shard = largest(model)
+    name, place = next(iter(index_safetensors(shard)[0].items()))
+    flip(shard, place.offset)
+    record_again(model, shard)
+    for subject, other in ((old, model), (model, old)):
+        against = other / MANIFEST if what == "manifest" else other
+        found = verify(subject, against=against)
+        assert found.exit_code == 4
+        (wrong,) = (each for each in failures(found, level="against") if "safetensors" in each and "does not have the values" in each)
+        assert f"`{name}`" in wrong
+
+
+def test_digests_of_two_algorithms_are_never_compared(old: Path, model: Path) -> None:
+    one, other = (read_manifest(folder / MANIFEST) for folder in (old, model))
+    name = next(iter(one.tensors))
+    assert one.tensors[name].same_values(one.tensors[name])
+    with pytest.raises(ValueError, match="sha256 can't be compared with a blake3"):
+        one.tensors[name].same_values(other.tensors[name])
+    with pytest.raises(ValueError, match="no part of a root by blake3"):
+        root_of_tensors(one.tensors.values())
+    assert (one.root.partition(":")[0], other.root.partition(":")[0]) == ("sha256", "blake3")
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_an_old_manifest_beside_the_reference(old: Path, model: Path, stale: bool) -> None:
+    if stale:
+        for folder in (old, model):  # the same change in both: the values agree, the old record does not
+            flip(largest(folder), largest(folder).stat().st_size - 1)
+    found = verify(model, against=old)
+    assert [each.rule for each in found.findings if each.level == "against" and each.verdict == "warning"] == ["stale-manifest"] * stale
+    assert not failures(found, level="against")
+
+
+def test_checksum_beside_an_old_manifest(old: Path) -> None:
+    before = (old / MANIFEST).read_bytes()
+    assert checksum(old) == []
+    shard = largest(old)
+    flip(shard, shard.stat().st_size - 1)
+    with pytest.raises(OutputError, match="records something else"):
+        checksum(old)
+    assert (old / MANIFEST).read_bytes() == before
+    checksum(old, force=True)
+    assert json.loads((old / MANIFEST).read_text())["schema"] == 2
+    assert verify(old, deep=True).exit_code == 0
+
+
+def test_sources_of_what_an_earlier_version_made(old: Path, fixtures: Path) -> None:
+    sources = fixtures / "A-delta-v0"
+    given: Any = {"base": sources / "base-hf-bin", "delta": sources / "delta-307-apr17"}
+    assert "ok" in verdicts(verify(old, **given), "L4")
+    shard = largest(old)
+    flip(shard, shard.stat().st_size - 1)
+    assert failures(verify(old, **given), level="L4")
+
+
+def test_the_root_of_the_documents_is_what_a_shell_gives(tmp_path: Path) -> None:
+    """The lines of docs/formats.md, run by bash, and the same two tensors by `checksum`."""
+    section = (ROOT / "docs" / "formats.md").read_text().partition("### The root by hand")[2]
+    script, said = re.findall(r"```(?:sh)?\n(.*?)```", section, re.DOTALL)[:2]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    paths = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={**os.environ, "PATH": paths})
+    assert run.stdout == said, run.stderr
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1, 2, 3], dtype=torch.uint8)}, model / "model.safetensors")
+    checksum(model)
+    assert json.loads((model / MANIFEST).read_text())["root"]["tensors"] == f"blake3:{said.strip()}"
+
+
 def test_many_failures_are_folded(model: Path) -> None:
     for shard in model.glob("*.safetensors"):
         for place in index_safetensors(shard)[0].values():
@@ -310,9 +465,9 @@ def test_checksum_of_a_bin_folder_is_sha256sums(containers: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name in before} == before
     assert verify(folder, deep=True).exit_code == 0
     assert checksum(folder) == []
-    tensors = {entry["name"]: entry["sha256"] for entry in json.loads((folder / MANIFEST).read_text())["tensors"]}
+    tensors = {entry["name"]: entry["blake3"] for entry in json.loads((folder / MANIFEST).read_text())["tensors"]}
     weights = {k: v for path in folder.glob("*.bin") for k, v in torch.load(path, weights_only=True).items()}
-    assert tensors == {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in weights.items()}
+    assert tensors == {name: blake3(value.numpy().tobytes()).hexdigest() for name, value in weights.items()}
 
 
 def test_checksum_keeps_what_says_something_else(containers: Path) -> None:
@@ -494,9 +649,11 @@ def test_against_published(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_windows_change_no_digest(made: Path, window: int, jobs: int) -> None:
     shards = {path.name: path for path in sorted(made.glob("*.safetensors"))[-1:]}
     tensors = {name: t for path in shards.values() for name, t in index_safetensors(path)[0].items()}
-    found = Rehash(("sha256",), jobs, window=window).read(shards, tensors)
+    found = Rehash(("sha256",), jobs, window=window, tensor_algorithms=("blake3", "sha256")).read(shards, tensors)
     raw = {name: value.numpy().tobytes() for path in shards.values() for name, value in load_file(path).items()}
-    assert {name: entry.sha256 for name, entry in found.tensors.items()} == {name: hashlib.sha256(raw[name]).hexdigest() for name in raw}
+    for kind, new in HASHES.items():
+        assert {name: entry.digest for name, entry in found.by(kind).tensors.items()} == {name: new(raw[name]).hexdigest() for name in raw}
+        assert {entry.algorithm for entry in found.by(kind).tensors.values()} == {kind}
     assert found.files == {name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for name, path in shards.items()}
 
 
@@ -524,7 +681,7 @@ def test_inf_and_nan_are_counted_as_numpy_does(tmp_path: Path, data: bytes, dtyp
     tensors, _ = index_safetensors(tmp_path / "x.safetensors")
     found = Rehash(("sha256",), 1, window=window).read({"x": tmp_path / "x.safetensors"}, tensors)
     assert found.non_finite == {"b": int((~np.isfinite(values)).sum())}
-    assert found.tensors["b"].sha256 == hashlib.sha256(raw).hexdigest()
+    assert found.tensors["b"].digest == blake3(raw).hexdigest()
 
 
 def test_every_16_and_8_bit_pattern_is_judged_as_torch_does() -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from llava_weights.cli.console import Console
 from llava_weights.errors import HubError, InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, VerificationError
-from llava_weights.events import Note, Progress, ShardDone, Started
+from llava_weights.events import Note, Progress, ReadingBack, ShardDone, Started
 from llava_weights.text import duration, size, visible
 
 GB = 10**9
@@ -153,7 +153,7 @@ def test_json_lines_end_in_a_summary_and_come_at_most_once_a_second(make: Any, c
     assert err.getvalue() == ""
     assert all(list(line)[:2] == ["type", "schema"] and line["schema"] == 1 for line in lines)
     assert lines[0] == {"type": "plan", "schema": 1, "command": "apply-delta", "nbytes": 26 * GB}
-    started = {"shards": 3, "nbytes": 26 * GB, "done_shards": 0, "done_nbytes": 0, "what": "Writing"}
+    started = {"shards": 3, "nbytes": 26 * GB, "done_shards": 0, "done_nbytes": 0, "what": "Writing", "to_read_back": 0}
     assert lines[1] == {"type": "started", "schema": 1, **started}
     assert lines[-1] == {"type": "summary", "schema": 1, "out": "out", "shards": 3}
     shards = [line for line in lines if line["type"] == "shard"]
@@ -161,7 +161,30 @@ def test_json_lines_end_in_a_summary_and_come_at_most_once_a_second(make: Any, c
     progress = [line for line in lines if line["type"] == "progress"]
     assert len(progress) == 130
     nine = {"type": "progress", "schema": 1, "nbytes": 9 * GB, "total": 26 * GB, "shard": SHARDS[0], "rate": 2e8, "remaining": 85.0}
-    assert progress[44] == nine
+    assert progress[44] == nine | {"read_back": 0, "to_read_back": 0}
+
+
+def test_share_and_time_left_count_what_is_read_back(make: Any, clock: Clock) -> None:
+    """Two shards of 10 GB, written at 200 MB/s; the first is read back at 100 MB/s meanwhile, the second at 250 after it is written."""
+    console, _, err = make()
+    console.on_event(Started(2, 20 * GB, to_read_back=20 * GB))
+    for done, read_back in ((6, 0), (10, 0), (16, 3), (20, 5)):
+        clock.now += 30
+        console.on_event(Progress(done * GB, SHARDS[done > 10], read_back * GB))
+    console.on_event(ReadingBack(15 * GB))
+    for read_back in (10, 20):
+        clock.now += 30
+        console.on_event(Progress(0, SHARDS[1], read_back * GB))  # from another thread: nothing goes back
+    assert err.getvalue().splitlines() == [
+        "Writing 2 shards, 20.0 GB",
+        "[0:30] 6.0/20.0 GB 15% 200 MB/s, about 2:50 left",
+        "[1:00] 10.0/20.0 GB 25% 133 MB/s, about 3:45 left",
+        "[1:30] 16.0/20.0 GB 47% 300 MB/s, about 1:10 left",
+        "[2:00] 20.0/20.0 GB 62% 200 MB/s, about 1:15 left",
+        "Reading back 15.0 GB",
+        "[2:30] 20.0/20.0 GB 75% 167 MB/s, about 1:00 left",
+        "[3:00] 20.0/20.0 GB 100% 333 MB/s, about 0:00 left",
+    ]
 
 
 def test_json_and_quiet_leave_the_summary(make: Any, clock: Clock) -> None:

@@ -59,6 +59,15 @@ def test_it_goes_on_from_an_earlier_run_and_never_back(capsys: pytest.CaptureFix
     assert capsys.readouterr().err == ""
 
 
+def test_it_counts_what_is_read_back(capsys: pytest.CaptureFixture[str]) -> None:
+    started = lw.Started(2, 1000, done_shards=1, done_nbytes=500, to_read_back=500)
+    told(started, lw.Progress(1000, "b", 0), lw.ReadingBack(500), lw.Progress(1000, "b", 250), lw.Progress(1000, "b", 600)).close()
+    text = capsys.readouterr().err
+    assert next(int(found) for found in re.findall(r"(\d+)%", text)) == 33
+    assert "Reading back 500 bytes\n" in text
+    assert "1.50k/1.50k" in text.splitlines()[-1]
+
+
 def test_an_error_ends_the_bar_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     def run() -> None:
         with lw.ProgressBar() as bar:

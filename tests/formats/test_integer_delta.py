@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from blake3 import blake3
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from xxhash import xxh3_128
 
 from llava_weights.errors import InputError, MismatchError, VerificationError
 from llava_weights.formats import integer_delta
@@ -36,6 +38,8 @@ from llava_weights.formats.integer_delta import (
 from llava_weights.formats.safetensors import index_safetensors
 from llava_weights.storage.reading import Workspace
 from llava_weights.tensors.lazy import LazyTensor
+from llava_weights.write.plan import Settings, Shard
+from llava_weights.write.shard import write_shard
 
 FLOATS = {"F16": (torch.float16, torch.int16), "BF16": (torch.bfloat16, torch.int16), "F32": (torch.float32, torch.int32)}
 Tensors = dict[str, torch.Tensor]
@@ -180,13 +184,13 @@ def test_a_decoder_written_from_the_definition(small_blocks: None, tmp_path: Pat
         assert set(file.keys()) == set(tuned)
         metadata = file.metadata()
         stored = {name: file.get_tensor(name) for name in tuned}
-    assert (metadata["format"], metadata["version"]) == ("llava-weights.integer-delta", "1")
+    assert (metadata["format"], metadata["version"]) == ("llava-weights.integer-delta", "2")
     entries = json.loads(metadata["tensors"])
     for name, entry in entries.items():
         assert stored[name].dtype == torch.uint8
         assert decode(raw(stored[name]), entry, raw(base.get(name, torch.empty(0)))) == raw(tuned[name])
-        assert entry["sha256"] == sha256(raw(tuned[name])).hexdigest() == index(made.path)[name].sha256
-        assert made.result.tensors[name] == sha256(raw(stored[name])).hexdigest()
+        assert entry["blake3"] == blake3(raw(tuned[name])).hexdigest() == index(made.path)[name].digest
+        assert made.result.tensors[name] == blake3(raw(stored[name])).hexdigest()
     assert entries["projector"]["base_rows"] == 0
     assert len(entries["F32"]["blocks"]) == 10
 
@@ -201,6 +205,7 @@ def test_the_file_does_not_depend_on_jobs(small_blocks: None, tmp_path: Path) ->
     assert set(map(repr, results)) == {repr(made.result)}
     assert sum(sizes) == 3 * made.result.raw_nbytes == 3 * 6 * 50 * 8 * 2
     assert made.result.sha256 == sha256(whole).hexdigest()
+    assert made.result.read_back == xxh3_128(whole).hexdigest()
     assert made.result.nbytes == len(whole)
     assert made.result.packed_nbytes == sum(difference.stored.nbytes for difference in index(made.path).values())
 
@@ -288,8 +293,8 @@ def test_a_base_that_does_not_fit(tmp_path: Path) -> None:
         with pytest.raises(MismatchError, match="`a`"):
             difference.onto(lazy)
     wrong = saved(tmp_path / "wrong", {"a": bits("F16", 6, 3, seed=5)})["a"]
-    assert sha256(read(difference.onto(wrong))).hexdigest() != difference.sha256
-    assert sha256(read(difference.onto(made.base["a"]))).hexdigest() == difference.sha256
+    assert blake3(read(difference.onto(wrong))).hexdigest() != difference.digest
+    assert blake3(read(difference.onto(made.base["a"]))).hexdigest() == difference.digest
 
 
 def test_what_can_not_be_stored(tmp_path: Path) -> None:
@@ -354,7 +359,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18" + bytes(4)
 
 
 def forged(path: Path, payload: bytes, *, texts: dict[str, str] | None = None, tensor: torch.Tensor | None = None, **changes: Any) -> Path:
-    """A file whose tensor `a` is F16 [32] in one block, without a base, with something changed."""
+    """A file of version 1 whose tensor `a` is F16 [32] in one block, without a base, with something changed."""
     entry = {"dtype": "F16", "shape": [32], "base_rows": 0, "block_rows": 32, "blocks": [len(payload)], "sha256": "0" * 64}
     described = json.dumps({"a": {key: value for key, value in {**entry, **changes}.items() if value is not ...}})
     metadata = {"format": "llava-weights.integer-delta", "version": "1", "tensors": described, **(texts or {})}
@@ -365,6 +370,23 @@ def forged(path: Path, payload: bytes, *, texts: dict[str, str] | None = None, t
 def test_a_file_by_hand_is_read(tmp_path: Path) -> None:
     lazy = index(forged(tmp_path / "x", SOUND))["a"].onto(None)
     assert read(lazy) == bytes(np.frombuffer(TUNED, np.uint8).reshape(2, 32).T.reshape(-1))
+
+
+@pytest.mark.parametrize(("version", "algorithm"), [("1", "sha256"), ("2", "blake3")])
+@pytest.mark.parametrize("right", [True, False])
+def test_what_the_maker_recorded_is_compared_when_it_is_written(tmp_path: Path, version: str, algorithm: str, right: bool) -> None:
+    values = bytes(np.frombuffer(TUNED, np.uint8).reshape(2, 32).T.reshape(-1))
+    digest = {"sha256": sha256, "blake3": blake3}[algorithm](values if right else values[::-1]).hexdigest()
+    changes: dict[str, Any] = {"sha256": ...} | {algorithm: digest}
+    difference = index(forged(tmp_path / "x", SOUND, texts={"version": version}, **changes))["a"]
+    assert (difference.algorithm, difference.digest) == (algorithm, digest)
+    shard = Shard("y.safetensors", (("a", difference.onto(None)),))
+    if right:
+        assert write_shard(shard, tmp_path, Settings()).tensors == {"a": blake3(values).hexdigest()}
+    else:
+        with pytest.raises(MismatchError, match="`a` does not come out as the delta's maker recorded"):
+            write_shard(shard, tmp_path, Settings())
+        assert not (tmp_path / "y.safetensors").exists()
 
 
 HOSTILE_BLOCKS = {
@@ -448,7 +470,11 @@ HOSTILE_DESCRIPTIONS: dict[str, dict[str, Any]] = {
     "no description": {"texts": {"tensors": ""}},
     "key twice": {"texts": {"tensors": '{"a":{},"a":{}}'}},
     "deep": {"texts": {"tensors": '{"a":' + "[" * 5000 + "]" * 5000 + "}"}},
-    "version 2": {"texts": {"version": "2"}},
+    "version 2 with a sha256": {"texts": {"version": "2"}},
+    "version 1 with a BLAKE3": {"sha256": ..., "blake3": "0" * 64},
+    "both digests": {"blake3": "0" * 64},
+    "version 3": {"texts": {"version": "3"}},
+    "no version": {"texts": {"version": ""}},
     "another format": {"texts": {"format": "pt"}},
 }
 

@@ -10,6 +10,7 @@ import io
 import json
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save
 from targets import FIXTURES, SEEDS
 
-from llava_weights.checkpoint.manifest import FileEntry, TensorEntry, make_sums, root_of_tensors
+from llava_weights.checkpoint.manifest import FileEntry, TensorEntry, root_of_files, root_of_tensors, tensor_row
 from llava_weights.formats.integer_delta import ToInteger, write_integer_shard
 from llava_weights.smoke.forward import Probe
 from llava_weights.smoke.recording import SKETCH_SIZE, Recorded, Recording, write_recording
@@ -89,9 +90,9 @@ def integer_deltas(folder: Path) -> dict[str, bytes]:
     (folder / "tuned").write_bytes((values + 1).tobytes())
     base, tuned = (Stored(dtype="F16", shape=(4, 3), file=SourceFile.at(folder / name), offset=0) for name in ("base", "tuned"))
     rows = Stored(dtype="F16", shape=(2, 3), file=base.file, offset=0)
-    items = {
-        "one": [("w", ToInteger(dtype="F16", shape=(4, 3), tuned=tuned, base=base))],
-        "more-rows": [
+    items = {  # those of version 1, without the 2, were written by earlier versions
+        "one-2": [("w", ToInteger(dtype="F16", shape=(4, 3), tuned=tuned, base=base))],
+        "more-rows-2": [
             ("w", ToInteger(dtype="F16", shape=(4, 3), tuned=tuned, base=rows)),
             ("new", ToInteger(dtype="F16", shape=(4, 3), tuned=tuned, base=None)),
         ],
@@ -109,14 +110,19 @@ def manifests() -> dict[str, bytes]:
     ]
     found = {}
     for name, some, others in (("two", files, tensors), ("files", files[:1], []), ("empty", [], [])):
-        root = {"tensors": root_of_tensors(others), "files": hashlib.sha256(make_sums(some)).hexdigest()}
-        lists = {"files": [file.__dict__ for file in some], "tensors": [tensor.__dict__ for tensor in others]}
-        found[name] = json.dumps({"schema": 1, "root": root, **lists}).encode()
+        for schema, algorithm in ((1, "sha256"), (2, "blake3")):
+            ours = [replace(tensor, algorithm=algorithm) for tensor in others]
+            root = {"tensors": root_of_tensors(ours, algorithm), "files": root_of_files(some)}
+            if schema == 1:
+                root = {key: text.removeprefix("sha256:") for key, text in root.items()}
+            digests = {"digests": {"files": "sha256", "tensors": algorithm}} if schema == 2 else {}
+            lists = {"files": [file.__dict__ for file in some], "tensors": [tensor_row(tensor) for tensor in ours]}
+            found[name if schema == 1 else f"{name}-{schema}"] = json.dumps({"schema": schema, **digests, "root": root, **lists}).encode()
     return found
 
 
 def journals(folder: Path) -> dict[str, bytes]:
-    entry = {"nbytes": 80, "sha256": DIGEST, "tensors": {"a": DIGEST}, "tallies": {}}
+    entry = {"nbytes": 80, "sha256": DIGEST, "read_back": DIGEST[:32], "tensors": {"a": DIGEST}, "tallies": {}, "holes": []}
     job = Job(folder / "out")
     job.partial.mkdir()
     job.record({name: {"name": name, **entry} for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")})

@@ -8,8 +8,11 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
+import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,15 +20,17 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from llava_weights.checkpoint.checkpoint import Checkpoint, Step, open_checkpoint
-from llava_weights.errors import InputError, OutputError
-from llava_weights.events import Event, Note, ReadingBack, ShardDone, Started
+from llava_weights.errors import InputError, Interrupted, OutputError
+from llava_weights.events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from llava_weights.transforms.delta import apply_delta, make_delta
 from llava_weights.write.execute import execute
 from llava_weights.write.plan import Plan, make_plan
 from llava_weights.write.portions import Portion, execute_portion
+from llava_weights.write.read_back import disk_sum
 from llava_weights.write.work_folder import Job, open_job, partial_folder
 
 
@@ -79,11 +84,13 @@ def test_manifest_roots_can_be_recomputed_with_standard_tools(source: Path, tmp_
     manifest = json.loads((tmp_path / "out" / "llava-weights.manifest.json").read_text())
     lines = []
     for name, tensor in sorted(load_file(source / "model.safetensors").items()):
-        lines.append(f"{name}\tF16\t20,30\t{hashlib.sha256(tensor.numpy().tobytes()).hexdigest()}\n")
-    assert manifest["root"]["tensors"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+        lines.append(f"{name}\tF16\t20,30\t{blake3(tensor.numpy().tobytes()).hexdigest()}\n")
+    assert manifest["digests"] == {"files": "sha256", "tensors": "blake3"}
+    assert [entry["blake3"] for entry in manifest["tensors"]] == [line.split("\t")[-1].strip() for line in lines]
+    assert manifest["root"]["tensors"] == "blake3:" + blake3("".join(lines).encode()).hexdigest()
     content = sorted(line.split("\t", 1)[1] for line in lines)
-    assert manifest["root"]["content"] == hashlib.sha256("".join(content).encode()).hexdigest()
-    assert manifest["root"]["files"] == hashlib.sha256((tmp_path / "out" / "SHA256SUMS").read_bytes()).hexdigest()
+    assert manifest["root"]["content"] == "blake3:" + blake3("".join(content).encode()).hexdigest()
+    assert manifest["root"]["files"] == "sha256:" + hashlib.sha256((tmp_path / "out" / "SHA256SUMS").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("options", [{"jobs": 1}, {"jobs": 4}, {"max_memory": "100MB"}])
@@ -424,6 +431,7 @@ def test_a_shard_whose_journal_line_fails_is_not_kept(source: Path, tmp_path: Pa
 
 
 def test_a_shard_that_does_not_come_back_is_not_kept(source: Path, tmp_path: Path) -> None:
+    """It is read while the next one is made: the run ends within one shard, and keeps all others that it has written by then."""
     victim = partial_folder(tmp_path / "out") / "out" / "model-00002-of-00006.safetensors"
 
     def damage() -> None:
@@ -432,9 +440,70 @@ def test_a_shard_that_does_not_come_back_is_not_kept(source: Path, tmp_path: Pat
         victim.write_bytes(data)
 
     with pytest.raises(OutputError, match="does not come back") as caught:
-        execute(plan_of(source), tmp_path / "out", on_event=at_shard(4, damage))
+        execute(plan_of(source), tmp_path / "out", on_event=at_shard(2, damage))
+    assert caught.value.facts["written"] != caught.value.facts["read"]
+    found = re.fullmatch(r"(\d) of 6 shards are kept in `out.partial`; `out` was not touched", caught.value.kept or "")
+    assert found
+    assert 1 <= int(found[1]) <= 5
+    assert not (tmp_path / "out").exists()
+    assert execute(plan_of(source), tmp_path / "out").resumed == int(found[1])
+
+
+def test_a_shard_that_is_gone_when_it_is_read_back(source: Path, tmp_path: Path) -> None:
+    victim = partial_folder(tmp_path / "out") / "out" / "model-00006-of-00006.safetensors"
+    with pytest.raises(OutputError, match="does not come back") as caught:
+        execute(plan_of(source), tmp_path / "out", on_event=at_shard(6, victim.unlink))
+    assert "does not exist" in str(caught.value.facts["read"])
     assert caught.value.kept == "5 of 6 shards are kept in `out.partial`; `out` was not touched"
     assert execute(plan_of(source), tmp_path / "out").resumed == 5
+
+
+@pytest.mark.parametrize("way", ["signal", "listener"])
+def test_an_interruption_while_it_is_read_back(source: Path, tmp_path: Path, way: str) -> None:
+    """By Ctrl-C, or by what a listener raises in the thread that reads: no thread stays, and every shard is kept."""
+    before, folder, sums = threading.active_count(), partial_folder(tmp_path / "out") / "out", list[str]()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ShardDone):
+            sums.append(disk_sum(folder / event.name))
+        if isinstance(event, Progress) and event.read_back:
+            if way == "listener":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as caught:
+        execute(plan_of(source, max_shard_size="5GB"), tmp_path / "out", on_event=listen)
+    assert caught.value.kept == "1 of 1 shards are kept in `out.partial`; `out` was not touched"
+    assert threading.active_count() == before
+    assert not (tmp_path / "out").exists()
+    assert execute(plan_of(source, max_shard_size="5GB"), tmp_path / "out").resumed == 1
+    assert disk_sum(tmp_path / "out" / "model.safetensors") == sums[0]
+
+
+def test_a_shard_is_read_back_while_the_next_are_made(source: Path, tmp_path: Path) -> None:
+    """Writing waits here, before its third shard, until the first is read."""
+    read, events = threading.Event(), []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Progress) and event.read_back:
+            read.set()
+        if isinstance(event, ShardDone) and event.index == 2:
+            assert read.wait(60)
+
+    execute(plan_of(source), tmp_path / "out", on_event=listen)
+    started = next(event for event in events if isinstance(event, Started))
+    assert started.to_read_back == started.nbytes == plan_of(source).nbytes
+    last = [event for event in events if isinstance(event, Progress)][-1]
+    assert (last.nbytes, last.read_back) == (started.nbytes, sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")))
+
+
+def test_without_reading_back(source: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    execute(plan_of(source), tmp_path / "out", on_event=events.append, reread=False)
+    assert not any(isinstance(event, ReadingBack) for event in events)
+    assert {event.to_read_back for event in events if isinstance(event, Started)} == {0}
+    assert {event.read_back for event in events if isinstance(event, Progress)} == {0}
 
 
 def test_nothing_is_read_back_twice(source: Path, tmp_path: Path) -> None:

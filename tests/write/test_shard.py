@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+from xxhash import xxh3_128
 
 from llava_weights.errors import InputError, OutputError
 from llava_weights.storage.reading import Record, SourceFile
@@ -69,7 +71,8 @@ def test_bytes_and_digests(tmp_path: Path, tensors: dict[str, torch.Tensor], set
     assert result.nbytes == len(found)
     assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
     raw = {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
-    assert result.tensors == {name: hashlib.sha256(data).hexdigest() for name, data in raw.items()}
+    assert result.tensors == {name: blake3(data).hexdigest() for name, data in raw.items()}
+    assert result.read_back == xxh3_128(found).hexdigest()
     assert sorted(os.listdir(tmp_path)) == ["expected", "found.safetensors", "weights.raw"]
 
 
