@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,9 +24,10 @@ from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started, 
 from ..formats.folder import same_header
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
-from ..storage.reading import SourceFile
+from ..storage.reading import DropBehind, SourceFile
 from ..storage.strict_json import json_bytes
-from ..storage.threads import Shield, in_threads, interruption
+from ..storage.threads import Brake, Shield, in_threads, interruption
+from ..tensors.dtypes import one_thread
 from ..tensors.windows import MiB
 from ..text import is_text, listed, shown, size
 from .card import make_card
@@ -174,7 +175,8 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         return
     on_event(Note(f"{listed(sorted(file.name for file in moved))}: touched since this work began, so what was read is read again"))
     shards = [shard for shard in plan.shards if any(leaf.file in moved for _, tensor in shard.tensors for leaf in tensor.leaves())]
-    calls = [partial(write_shard, shard, job.folder, plan.settings, keep=False) for shard in shards]
+    alone = replace(plan.settings, in_flight=1)
+    calls = [partial(write_shard, shard, job.folder, alone, keep=False) for shard in shards]
     with Shield():
         again = completed(pool, calls) if pool is not None else (call() for call in calls)
         found = {result.name: result.sha256 for result in again}
@@ -413,16 +415,24 @@ def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any],
     counter = _Counter(nbytes, on_event)
     if pool is not None:
         add = {shard.name: partial(counter.of(shard), shard.nbytes) for shard in left}
-        for result in completed(pool, [partial(write_shard, shard, job.folder, plan.settings) for shard in left]):
+        alone = replace(plan.settings, in_flight=1)  # each worker of the pool writes one shard with all jobs
+        for result in completed(pool, [partial(write_shard, shard, job.folder, alone) for shard in left]):
             if result.name not in os.listdir(job.folder):
                 raise _not_shared(job, result)
             yield result
             add[result.name]()
         return
-    for shard in left:
+    settings = replace(plan.settings, in_flight=max(1, min(plan.settings.in_flight, len(left))))
+    behind, brake = DropBehind(), Brake()
+    calls = [partial(write_shard, shard, job.folder, settings, on_bytes=counter.of(shard), behind=behind, brake=brake) for shard in left]
+    if settings.in_flight > 1:
+        with one_thread(), ThreadPoolExecutor(settings.in_flight) as threads:
+            yield from completed(threads, calls, in_flight=settings.in_flight, stop=brake.pull)
+        return
+    for call in calls:
         if (stopped := interruption()) is not None:
             raise stopped
-        yield write_shard(shard, job.folder, plan.settings, on_bytes=counter.of(shard))
+        yield call()
 
 
 def _not_shared(job: Job, result: ShardResult) -> OutputError:

@@ -25,7 +25,7 @@ from ..formats.integer_delta import ToInteger, write_integer_shard
 from ..formats.safetensors import make_header
 from ..storage.atomic import NOT_SUPPORTED, output_error, sync_folder
 from ..storage.reading import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
-from ..storage.threads import Shield
+from ..storage.threads import Brake, Shield
 from ..tensors.dtypes import one_thread
 from ..tensors.holes import Watch
 from ..tensors.lazy import wrong_digest
@@ -50,14 +50,23 @@ class ShardResult:
 
 @one_thread()
 def write_shard(
-    shard: Shard, folder: Path, settings: Settings, *, on_bytes: Callable[[int], None] = lambda nbytes: None, keep: bool = True
+    shard: Shard,
+    folder: Path,
+    settings: Settings,
+    *,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    keep: bool = True,
+    behind: DropBehind | None = None,
+    brake: Brake | None = None,
 ) -> ShardResult:
     """Write `shard` into `folder` under its final name: temporary file, fsync, rename, fsync of the folder.
 
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
-    result has the digests of what the inputs hold now.
+    result has the digests of what the inputs hold now. `behind` is shared with the shards that are written at the same time, `brake` stops
+    them all: what it is pulled with is raised.
     """
+    settings, brake = settings.of_one_shard, brake or Brake()
     watch = shard._watch.fresh() if shard._watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
         return _write_integer(shard, folder, settings, on_bytes, keep, watch)
@@ -68,7 +77,7 @@ def write_shard(
     try:
         with Sink(temporary, size, settings) if keep else Nowhere() as sink:
             sink.write(memoryview(header), 0)
-            pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch)
+            pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake)
             pipeline.run()
             for name, tensor in shard.tensors:
                 if tensor.expected_sha256 not in (None, pipeline.tensor_digests[name]):
@@ -125,6 +134,8 @@ class Pipeline:
     settings: Settings
     on_bytes: Callable[[int], None]
     watch: Watch | None = None
+    behind: DropBehind = field(default_factory=DropBehind)
+    brake: Brake = field(default_factory=Brake)
     tensor_digests: dict[str, str] = field(default_factory=dict)
     tallies: Counter[str] = field(default_factory=Counter)
 
@@ -136,9 +147,8 @@ class Pipeline:
         self.made: dict[int, memoryview] = {}
         self.users: dict[int, int] = {}
         self.free: SimpleQueue[memoryview | None] = SimpleQueue()
-        behind = DropBehind()
         self.stopping = threading.Event()
-        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
+        self.workspaces = [Workspace(self.settings.drop_cache, self.behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
 
     def run(self) -> None:
         """Start the threads, wait for them, then judge what was read. Raises the first failure."""
@@ -148,7 +158,7 @@ class Pipeline:
         tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
         tasks += [(self._digest_file, ()), (self._digest_tensors, ())]
         threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
-        with Shield(self._fail):  # the files are closed when no thread lives
+        with Shield(self._fail), self.brake.held(self._fail):  # the files are closed when no thread lives
             try:
                 for thread in threads:
                     thread.start()
