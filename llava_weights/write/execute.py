@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +35,7 @@ from .destinations import is_address
 from .executors import completed
 from .plan import LARGEST_SMALL_FILE, Plan, Shard, accepted
 from .shard import ShardResult, write_shard
+from .windows_kept import shard_of
 from .work_folder import Job, check_work_folder, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
@@ -129,10 +130,11 @@ def _run(
     results = dict(trusted(job, plan, job.folder))
     if complete and len(results) < len(plan.shards):
         raise _incomplete(plan, job, results)
-    _sweep(job, results)
+    unfinished = {shard.name for shard in plan.shards} - set(results)
+    _sweep(job, results, unfinished)
     resumed = len(results)
     with keeping(plan, job, results):
-        note_sources(plan, job, fresh=not results)
+        note_sources(plan, job, fresh=not (results or has_windows(job)))
         write_shards(plan, job, pool, results, on_event)
         _check_sources(plan, job, pool, results, on_event)
         if reread and not job.remote:
@@ -195,9 +197,17 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         raise InputError(f"{listed(names)} changed while it was being read, in size and time the same", facts=facts, hint=hint)
 
 
-def _sweep(job: Job, results: Mapping[str, ShardResult]) -> None:
+def _sweep(job: Job, results: Mapping[str, ShardResult], unfinished: Collection[str] = ()) -> None:
+    """Delete what is no finished shard, nor the windows of an unfinished one."""
     for stray in set(os.listdir(job.folder)) - set(results):
-        remove(job.folder / stray)
+        path = job.folder / stray
+        if shard_of(stray) not in unfinished or path.is_symlink() or not path.is_file():
+            remove(path)
+
+
+def has_windows(job: Job) -> bool:
+    """Whether windows of an unfinished shard are kept."""
+    return any(shard_of(name) for name in os.listdir(job.folder))
 
 
 def _incomplete(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> OutputError:
@@ -424,7 +434,10 @@ def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any],
         return
     settings = replace(plan.settings, in_flight=max(1, min(plan.settings.in_flight, len(left))))
     behind, brake = DropBehind(), Brake()
-    calls = [partial(write_shard, shard, job.folder, settings, on_bytes=counter.of(shard), behind=behind, brake=brake) for shard in left]
+    calls = [
+        partial(write_shard, shard, job.folder, settings, on_bytes=counter.of(shard), behind=behind, brake=brake, resume=True)
+        for shard in left
+    ]
     if settings.in_flight > 1:
         with one_thread(), ThreadPoolExecutor(settings.in_flight) as threads:
             yield from completed(threads, calls, in_flight=settings.in_flight, stop=brake.pull)
