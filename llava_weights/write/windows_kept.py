@@ -18,7 +18,7 @@ from fcntl import LOCK_EX, LOCK_NB
 from pathlib import Path
 from typing import Any
 
-from ..storage.atomic import remove
+from ..storage.atomic import naming, remove
 from ..storage.reading import Workspace
 from ..tensors.windows import Window, make
 from .work_folder import is_still, lock
@@ -127,12 +127,14 @@ def made_by(work: Workspace) -> Iterator[tuple[Counter[str], Any]]:
 def open_kept(folder: Path, name: str) -> Iterator[KeptWindows | None]:
     """The kept windows of the shard `name`; None where another process is at it, or where there are no locks."""
     part = part_path(folder, name)
-    fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    with naming(folder / name):
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        if not _locked(fd, part):
+        with naming(folder / name):
+            kept = KeptWindows(fd, part, windows_path(folder, name)) if _locked(fd, part) else None
+        if kept is None:
             yield None
             return
-        kept = KeptWindows(fd, part, windows_path(folder, name))
         try:
             yield kept
         finally:
@@ -151,7 +153,8 @@ def checksum(data: memoryview | bytes) -> str:
     """The XXH3-128 of bytes, in hexadecimal: as fast as memory."""
     from xxhash import xxh3_128
 
-    return xxh3_128(data).hexdigest()
+    digest: str = xxh3_128(data).hexdigest()
+    return digest
 
 
 def _read_lines(path: Path) -> dict[int, Line]:

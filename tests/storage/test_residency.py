@@ -99,3 +99,8 @@ def test_an_empty_file_has_no_stretches(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with open(tmp_path / "empty", "rb") as file:
         assert resident_stretches(file.fileno(), 0, STRETCH) == set()
+
+
+def test_a_system_that_drops_nothing_does_no_harm() -> None:
+    drop_cache(-1)
+    assert resident_stretches(-1, 0, STRETCH) == set()
