@@ -230,6 +230,26 @@ def test_sigkill_at_every_event(plan: Plan, expected: Tree, tmp_path: Path, chil
         assert not partial_folder(out).exists()
 
 
+@pytest.mark.parametrize("kills", [6, pytest.param(30, marks=pytest.mark.faults)])
+def test_sigkill_with_shards_in_flight(plan: Plan, expected: Tree, tmp_path: Path, children: Any, kills: int) -> None:
+    """Killed again and again, in the middle of two shards at a time; what is there at the end has the same bytes."""
+    several = replace(plan, settings=Settings(jobs=4, window=300, in_flight=2))
+    events: list[Event] = []
+    execute(several, tmp_path / "undisturbed", on_event=events.append)
+    assert read_tree(tmp_path / "undisturbed") == expected
+    chance = random.Random(5)
+    for number in range(kills):
+        out = tmp_path / str(number)
+        for _ in range(2):
+            process = children.Process(target=run_plan, args=(several, out, chance.randrange(2, len(events))))
+            process.start()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL or out.exists()
+        if not out.exists():
+            execute(several if number % 2 else plan, out)  # any number of jobs continues
+        assert read_tree(out) == expected
+
+
 def identity(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns

@@ -38,6 +38,17 @@ Memory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this.")
 ]
 Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, max=64, envvar="LLAVA_WEIGHTS_JOBS", help="Worker threads.")]
+WritingJobs = Annotated[
+    int | None,
+    typer.Option(
+        "-j",
+        "--jobs",
+        min=1,
+        max=64,
+        envvar="LLAVA_WEIGHTS_JOBS",
+        help="Worker threads in all; by default one for each usable processor, within 500 MiB of memory.",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="F16|BF16|F32", help="Dtype of the output; the base's own by default.")]
 Lora = Annotated[
     list[str],
@@ -161,7 +172,7 @@ class Run:
     accept_values: AcceptValues = False
     max_shard_size: ShardSize = "5GB"
     max_memory: Memory = None
-    jobs: Jobs = 2
+    jobs: WritingJobs = None
     dry_run: DryRun = False
     force: Force = False
     restart: Restart = False

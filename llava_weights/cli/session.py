@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
     from ..families.published import Role
 
+RAY_JOBS = 2  # processors that a task asks a cluster for by default: its nodes are not this machine
+
 
 @contextmanager
 def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
@@ -75,7 +77,8 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     portion = to_portion(run.shards) if run.shards else None
     target, make_job = job_at(output, reread=run.reread, on_event=console.on_event)
     sizes: Any = {"max_shard_size": run.max_shard_size, "max_memory": run.max_memory}
-    plan = make_plan(checkpoint, jobs=run.jobs, upload=is_address(output), accept_values=run.accept_values, **sizes)
+    jobs = run.jobs or (RAY_JOBS if run.executor else None)
+    plan = make_plan(checkpoint, jobs=jobs, upload=is_address(output), accept_values=run.accept_values, **sizes)
     rows, document = explain(plan, output)
     console.plan(rows, document)
     made = run.push is not None and _may_push(run.push, target, document, force=run.force)
@@ -93,7 +96,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     lines, ended = [f"{output} is complete"], {"output": output}
     if not made:
         how |= {"restart": run.restart, "reread": run.reread, "complete": run.finish, "make_job": make_job}
-        with open_executor(run.executor, run.ray_address, cpus=run.jobs) as pool:
+        with open_executor(run.executor, run.ray_address, cpus=jobs or 1) as pool:
             report = run_plan(plan, target, pool=pool, **how)
         lines, ended = outcome(report, output, monotonic() - begun)
     if run.push is not None:

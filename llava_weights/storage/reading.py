@@ -1,7 +1,8 @@
 """Reading local files: what a worker holds while it makes rows, and how any reader opens a file.
 
 Reads are `pread` into private memory, never a memory map: a mapped file that is truncated kills the process with SIGBUS.
-Behind each large read the page cache is dropped, since keeping three times the model there is what makes `cp` slow.
+Behind each large read the page cache is dropped, since keeping three times the model there is what makes `cp` slow; not where the
+file lay in the cache before, since somebody else put it there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import InputError, LlavaWeightsError, shortage
 from ..text import shown
+from .residency import resident_stretches
 
 T = TypeVar("T")
 DROP_BEHIND = 64 << 10  # bytes; smaller reads stay in the page cache, where read-ahead serves their neighbours
@@ -95,20 +97,39 @@ class Record:
 
 
 class DropBehind:
-    """Drops the page cache behind the reads of several threads, once they have read a stretch of a file together."""
+    """Drops the page cache behind the reads of several threads, once they have read a stretch of a file together; not the stretches of
+    which the cache held more than half when the file was opened."""
 
     def __init__(self) -> None:
         self.turn = threading.Lock()
         self.behind: dict[SourceFile, list[tuple[int, int]]] = defaultdict(list)
+        self.warm: dict[SourceFile, frozenset[int]] = {}  # numbers of stretches of STRETCH bytes
+
+    def opened(self, file: SourceFile, fd: int) -> None:
+        """Note what of `file` the page cache holds before it is read; only the first call for a file looks."""
+        with self.turn:
+            if file not in self.warm:
+                self.warm[file] = resident_stretches(fd, file.size, STRETCH)
 
     def passed(self, file: SourceFile, fd: int, start: int, stop: int, least: int = STRETCH) -> None:
         """Note that bytes [start, stop) were read, and drop every range of at least `least` bytes that reads have joined."""
         with self.turn:
-            joined = join_ranges((*self.behind[file], (start, stop)))
+            warm = self.warm.get(file, frozenset())
+            joined = join_ranges((*self.behind[file], *_without(warm, start, stop)))
             self.behind[file] = [(first, last) for first, last in joined if last - first < least]
         for first, last in joined:
             if last - first >= least:
                 drop_cache(fd, first, last - first)
+
+
+def _without(stretches: frozenset[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The ranges of bytes [start, stop) that lie in none of the `stretches`, in order."""
+    if not stretches:
+        yield start, stop
+        return
+    for number in range(start // STRETCH, -(-stop // STRETCH)):
+        if number not in stretches:
+            yield max(start, number * STRETCH), min(stop, (number + 1) * STRETCH)
 
 
 def join_ranges(ranges: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
@@ -176,6 +197,8 @@ class Workspace:
         fd = self._fds.get(file)
         if fd is None:
             fd = self._fds[file] = open_source(file)
+            if self.drop_cache and fd != NO_DESCRIPTOR:
+                self.behind.opened(file, fd)
         if fd == NO_DESCRIPTOR:
             from .ranges import read
 

@@ -9,15 +9,79 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
 GLANCE = 0.1  # seconds between two looks for an interruption while a future is waited for
+
+
+def usable_cores(system: Path = Path("/")) -> int:
+    """The processors that this process may use: those of its affinity, as far as the quotas of its cgroups (v1 and v2) and of those above
+    allow, rounded up, and at least one. `system` holds `proc` and `sys`."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # only Linux tells it
+        cores = os.cpu_count() or 1
+    quotas = []
+    for line in _text(system / "proc/self/cgroup").splitlines():
+        _, controllers, inside = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = system / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = root / inside.lstrip("/")
+        for folder in (group, *group.parents):
+            words = _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
+            quota, period = ([int(word) for word in words.split() if word.isdigit()] + [0, 0])[:2]
+            if quota and period:
+                quotas.append(-(-quota // period))
+            if folder == root:
+                break
+    return max(1, min([cores, *quotas]))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
+
+
+class Brake:
+    """Stops work in other threads, that which has begun and that which would begin later. `pull` calls what each gave to `held`, once, with
+    the error that it is to end with."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._stops: list[Callable[[BaseException], None]] = []
+        self._error: BaseException | None = None
+
+    def pull(self, error: BaseException) -> None:
+        """Stop all."""
+        with self._turn:
+            stops, self._stops, self._error = self._stops, [], error
+        for stop in stops:
+            stop(error)
+
+    @contextmanager
+    def held(self, stop: Callable[[BaseException], None]) -> Iterator[None]:
+        """Inside, `stop` is called where the brake is pulled, or was pulled before."""
+        with self._turn:
+            error = self._error
+            if error is None:
+                self._stops.append(stop)
+        if error is not None:
+            stop(error)
+        try:
+            yield
+        finally:
+            with self._turn, suppress(ValueError):
+                self._stops.remove(stop)
 
 
 class Shield:

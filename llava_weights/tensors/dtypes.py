@@ -76,7 +76,8 @@ def load_torch() -> ModuleType:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, torch has one thread of its own, since the workers are the parallelism: the barriers between its threads made blocks
-    3 to 20 times slower on a busy machine with 2 cores. Afterwards it has as many as before. Does not import torch."""
+    3 to 20 times slower on a busy machine with 2 cores. When the last one that is open ends, it has as many as before. Does not
+    import torch."""
     with _Threads.turn:
         _Threads.users += 1
     try:
@@ -86,10 +87,10 @@ def one_thread() -> Iterator[None]:
     finally:
         with _Threads.turn:
             _Threads.users -= 1
-            before = _Threads.before
-            _Threads.before = before if _Threads.users else 0
-        if before:
-            sys.modules["torch"].set_num_threads(before)
+            before = 0 if _Threads.users else _Threads.before
+            if before:
+                _Threads.before = 0
+                sys.modules["torch"].set_num_threads(before)
 
 
 @contextmanager

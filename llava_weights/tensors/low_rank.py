@@ -235,6 +235,9 @@ class AddLowRank(LazyTensor):
         matrix, begin = divmod(at, self.matrices[1])
         counts = begin // BLOCK_ROWS % max(self.matrices[1] // BLOCK_ROWS // COUNTED, 1) == 0
         changes = [factor.product(matrix, slice(begin, begin + len(weight))) for factor in factors]
+        if not (counts or self._rounds_first or any(factor.magnitude is not None for factor in factors) or changes[0].element_size() > 4):
+            add_wide(weight[wanted], [change[wanted] for change in changes])
+            return
         for part in blocks_touched(wanted.start, wanted.stop, len(weight), max(PART_VALUES // weight.shape[1], 2)):
             before = weight[part].to(changes[0].dtype, copy=True)
             rows = slice(begin + part.start, begin + part.stop)
@@ -288,6 +291,22 @@ class AddLowRank(LazyTensor):
         import torch
 
         return row_sums(rows * rows).sqrt() if self.arithmetic == "exact" else torch.linalg.vector_norm(rows, dim=1)
+
+
+def add_wide(weight: torch.Tensor, changes: Sequence[torch.Tensor]) -> None:
+    """Add float32 `changes`, of which the first is used up, to `weight` in float32, and round once; the same bits as `_result` and
+    `round_once`, with one buffer in cache in place of three new tensors: less than half of the time."""
+    import torch
+
+    total = changes[0]
+    for change in changes[1:]:
+        total.add_(change)
+    step = max(PART_VALUES // weight.shape[1], 2)
+    wide = torch.empty((min(step, len(weight)), weight.shape[1]), dtype=total.dtype)
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step]
+        wide[: len(part)].copy_(part).add_(total[start : start + step])
+        part.copy_(wide[: len(part)])
 
 
 def blocks_touched(start: int, stop: int, size: int, unit: int) -> list[slice]:

@@ -7,8 +7,8 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,9 +24,10 @@ from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started, 
 from ..formats.folder import same_header
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
-from ..storage.reading import SourceFile
+from ..storage.reading import DropBehind, SourceFile
 from ..storage.strict_json import json_bytes
-from ..storage.threads import Shield, interruption
+from ..storage.threads import Brake, Shield, interruption
+from ..tensors.dtypes import one_thread
 from ..tensors.windows import MiB
 from ..text import is_text, listed, shown, size
 from .card import make_card
@@ -35,6 +36,7 @@ from .executors import completed
 from .plan import LARGEST_SMALL_FILE, Plan, Shard, accepted
 from .read_back import ReadBack, disk_sum
 from .shard import ShardResult, write_shard
+from .windows_kept import shard_of
 from .work_folder import Job, check_work_folder, lies_in, meets, mount_of, open_job
 
 ANOTHER_PLACE = "choose another `-o`: a folder below it will do"
@@ -130,10 +132,11 @@ def _run(
     results = dict(trusted(job, plan, job.folder))
     if complete and len(results) < len(plan.shards):
         raise _incomplete(plan, job, results)
-    _sweep(job, results)
+    unfinished = {shard.name for shard in plan.shards} - set(results)
+    _sweep(job, results, unfinished)
     resumed = len(results)
     with keeping(plan, job, results):
-        note_sources(plan, job, fresh=not results)
+        note_sources(plan, job, fresh=not (results or has_windows(job)))
         counter = ByteCounter(results, on_event)
         with ReadBack(job.folder, results, pool, counter.read_back) as reader:
             write_shards(plan, job, pool, results, counter, reader if reread and not job.remote else None)
@@ -179,7 +182,8 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         return
     on_event(Note(f"{listed(sorted(file.name for file in moved))}: touched since this work began, so what was read is read again"))
     shards = [shard for shard in plan.shards if any(leaf.file in moved for _, tensor in shard.tensors for leaf in tensor.leaves())]
-    calls = [partial(write_shard, shard, job.folder, plan.settings, keep=False) for shard in shards]
+    alone = replace(plan.settings, in_flight=1)
+    calls = [partial(write_shard, shard, job.folder, alone, keep=False) for shard in shards]
     with Shield():
         again = completed(pool, calls) if pool is not None else (call() for call in calls)
         found = {result.name: result.sha256 for result in again}
@@ -198,9 +202,17 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         raise InputError(f"{listed(names)} changed while it was being read, in size and time the same", facts=facts, hint=hint)
 
 
-def _sweep(job: Job, results: Mapping[str, ShardResult]) -> None:
+def _sweep(job: Job, results: Mapping[str, ShardResult], unfinished: Collection[str] = ()) -> None:
+    """Delete what is no finished shard, nor the windows of an unfinished one."""
     for stray in set(os.listdir(job.folder)) - set(results):
-        remove(job.folder / stray)
+        path = job.folder / stray
+        if shard_of(stray) not in unfinished or path.is_symlink() or not path.is_file():
+            remove(path)
+
+
+def has_windows(job: Job) -> bool:
+    """Whether windows of an unfinished shard are kept."""
+    return any(shard_of(name) for name in os.listdir(job.folder))
 
 
 def _incomplete(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> OutputError:
@@ -399,16 +411,27 @@ def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any],
     left = [shard for shard in plan.shards if shard.name not in done]
     if pool is not None:
         add = {shard.name: partial(counter.of(shard), shard.nbytes) for shard in left}
-        for result in completed(pool, [partial(write_shard, shard, job.folder, plan.settings) for shard in left]):
+        alone = replace(plan.settings, in_flight=1)  # each worker of the pool writes one shard with all jobs
+        for result in completed(pool, [partial(write_shard, shard, job.folder, alone) for shard in left]):
             if result.name not in os.listdir(job.folder):
                 raise _not_shared(job, result)
             yield result
             add[result.name]()
         return
-    for shard in left:
+    settings = replace(plan.settings, in_flight=max(1, min(plan.settings.in_flight, len(left))))
+    behind, brake = DropBehind(), Brake()
+    calls = [
+        partial(write_shard, shard, job.folder, settings, on_bytes=counter.of(shard), behind=behind, brake=brake, resume=True)
+        for shard in left
+    ]
+    if settings.in_flight > 1:
+        with one_thread(), ThreadPoolExecutor(settings.in_flight) as threads:
+            yield from completed(threads, calls, in_flight=settings.in_flight, stop=brake.pull)
+        return
+    for call in calls:
         if (stopped := interruption()) is not None:
             raise stopped
-        yield write_shard(shard, job.folder, plan.settings, on_bytes=counter.of(shard))
+        yield call()
 
 
 def _not_shared(job: Job, result: ShardResult) -> OutputError:

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -25,11 +25,18 @@ RETRIES = 3  # lost workers that one task may survive; a task that kills its wor
 ANSWER_SECONDS = 10  # seconds that a cluster has to take up the connection
 
 
-def completed(pool: Executor, calls: Iterable[Callable[[], T]], *, in_flight: int = IN_FLIGHT) -> Iterator[T]:
+def completed(
+    pool: Executor,
+    calls: Iterable[Callable[[], T]],
+    *,
+    in_flight: int = IN_FLIGHT,
+    stop: Callable[[BaseException], None] = lambda error: None,
+) -> Iterator[T]:
     """Results of the calls, as they finish. After a failure no call begins; those that can't be stopped are waited for, and their results
     given too; then the first failure is raised. So nothing is written after this returns, and nothing that was finished is lost.
 
-    The pool has at most `in_flight` of the calls at a time. An interruption ends it too, where a `Shield` is open.
+    The pool has at most `in_flight` of the calls at a time. `stop` is called with the first failure, for those that run to end soon. An
+    interruption ends it too, where a `Shield` is open.
 
     Raises what a call raised, also where the pool wrapped it; OutputError where the pool itself broke.
     """
@@ -55,11 +62,14 @@ def completed(pool: Executor, calls: Iterable[Callable[[], T]], *, in_flight: in
                 left.clear()
                 for other in running:
                     other.cancel()
+                stop(failure)
         if failure is not None:
             raise failure
     finally:
         for future in running:
             future.cancel()
+        if running:
+            stop(CancelledError())
         wait(running)
 
 

@@ -19,7 +19,9 @@ from ..checkpoint.diagnose import role_of
 from ..checkpoint.small_files import small_bytes
 from ..errors import MOST_JOBS, UsageError, whole_number
 from ..families.files import ADAPTER_CONFIG, ADAPTER_FILES, STANDARD
+from ..formats.integer_delta import ToInteger
 from ..storage.strict_json import json_bytes
+from ..storage.threads import usable_cores
 from ..tensors.holes import MORE, Watch, hole_sentences
 from ..tensors.lazy import LazyTensor
 from ..tensors.windows import WINDOW_BYTES, MiB, cut
@@ -31,7 +33,10 @@ SMALLEST_WINDOW = MiB
 LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
 LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
 READ_BACK_BYTES = 4 * MiB  # of one finished shard, while the next is made
-BUFFERS_BEYOND_JOBS = 4  # windows by which the digest threads may lag behind the workers
+BUFFERS_BEYOND_JOBS = 4  # windows by which the digest threads of a shard may lag behind its workers
+JOBS_PER_SHARD = 2  # workers that keep the digest threads of one shard busy: more of them write another shard at the same time
+USUAL_MEMORY = 500 * MiB  # resident bytes of a run for which neither jobs nor memory are chosen
+USUAL_WINDOWS = (WINDOW_BYTES, WINDOW_BYTES // 2)  # measured: smaller ones are slower
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
 WITH_NETWORK = 110 * MiB  # HTTP and fsspec clients, and the 4 MiB that a store's answer takes in each of 8 workers
@@ -71,13 +76,20 @@ class Shard:
 @dataclass(frozen=True)
 class Settings:
     """How a plan is carried out, without effect on what is written. `jobs` threads make `window` bytes each at a time; `drop_cache` drops
-    what was read from the system's page cache; `upload` says that the output goes over a network.
+    what was read from the system's page cache; `upload` says that the output goes over a network; `in_flight` shards are written at the
+    same time, by these jobs together.
     """
 
     jobs: int = 2
     window: int = WINDOW_BYTES
     drop_cache: bool = True
     upload: bool = False
+    in_flight: int = 1
+
+    @property
+    def of_one_shard(self) -> Settings:
+        """What one of the shards in flight is written with."""
+        return replace(self, jobs=max(1, self.jobs // self.in_flight), in_flight=1)
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ def make_plan(
     *,
     max_shard_size: int | str = "5GB",
     max_memory: int | str | None = None,
-    jobs: int = 2,
+    jobs: int | None = None,
     options: Mapping[str, Any] | None = None,
     upload: bool = False,
     accept_values: bool = False,
@@ -145,8 +157,10 @@ def make_plan(
     """Cut `checkpoint` into shards, at the boundaries and with the names that the Hub's libraries use. Nothing is written.
 
     `max_shard_size` is the most bytes of a shard, `max_memory` the most resident bytes of the whole process: whole numbers, or texts such
-    as "5GB" (10**9 bytes each) and "512MiB" (2**20). `jobs` is the number of threads, from 1 to 64. `upload` says that the output goes over
-    a network, which takes memory. `options` is recorded as part of what was asked for: a run with others does not continue this one's work.
+    as "5GB" (10**9 bytes each) and "512MiB" (2**20). `jobs` is the number of worker threads, from 1 to 64; without it, as many as this
+    process may use processors, as far as 500 MiB suffice. With 4 or more, several shards are written at a time. `upload` says that the
+    output goes over a network, which takes memory. `options` is recorded as part of what was asked for: a run with others does not
+    continue this one's work.
 
     Samples of the local inputs are read, and zeros that stand in place of values, as in half a download, raise InputError; with
     `accept_values` they become warnings of the last step. The same holds for what is found while the plan is carried out.
@@ -155,7 +169,8 @@ def make_plan(
     damaged, HubError where the Hub can't serve it.
     """
     limit, memory = parse_size(max_shard_size, "max-shard-size"), None if max_memory is None else parse_size(max_memory, "max-memory")
-    whole_number("jobs", jobs, most=MOST_JOBS)
+    if jobs is not None:
+        whole_number("jobs", jobs, most=MOST_JOBS)
     if options is not None and not isinstance(options, Mapping):
         raise UsageError(f"`options` is of the type `{type(options).__name__}`, no mapping", hint="give a dict, or leave it out")
     checkpoint = opened(checkpoint, "checkpoint")
@@ -164,7 +179,8 @@ def make_plan(
     shards = _shards(checkpoint, limit, watch)
     config = json_bytes(dict(checkpoint.config))
     files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
-    settings = Settings(jobs=jobs * REMOTE_JOBS if _uses_network(shards) else jobs, upload=upload)
+    several = REMOTE_JOBS if _uses_network(shards) else 1
+    settings = _usual(shards, upload, several) if jobs is None else _settings(shards, jobs * several, upload)
     if memory is not None:
         settings = _fit(shards, settings, memory)
     chosen = {"max_shard_size": limit, **(options or {})}
@@ -207,14 +223,42 @@ def _shards(checkpoint: Checkpoint, limit: int, watch: Watch) -> tuple[Shard, ..
     return tuple(Shard(file, tuple((name, tensors[name]) for name in names), watch) for file, names in found.filename_to_tensors.items())
 
 
-def _memory(shards: tuple[Shard, ...], settings: Settings) -> int:
+def _settings(shards: tuple[Shard, ...], jobs: int, upload: bool, window: int = WINDOW_BYTES) -> Settings:
+    """Settings with as many shards in flight as these jobs keep busy; one where a network is the slower part, and of integer deltas, whose
+    compression has no other bound than the jobs."""
+    packed = any(isinstance(tensor, ToInteger) for shard in shards for _, tensor in shard.tensors)
+    alone = upload or packed or _uses_network(shards)
+    in_flight = 1 if alone else max(1, min(len(shards), jobs // JOBS_PER_SHARD))
+    return Settings(jobs=jobs, window=window, upload=upload, in_flight=in_flight)
+
+
+def _usual(shards: tuple[Shard, ...], upload: bool, several: int) -> Settings:
+    """Settings with `several` jobs for each usable processor, of so many processors that the promise stays within USUAL_MEMORY; for two at
+    least, since one job reads while the other computes."""
+    needs = {window: _needs(shards, window) for window in USUAL_WINDOWS}
+    for cores in range(min(usable_cores(), MOST_JOBS), 2, -1):
+        for window in USUAL_WINDOWS:
+            settings = _settings(shards, cores * several, upload, window)
+            if _memory(shards, settings, needs[window]) <= USUAL_MEMORY:
+                return settings
+    return _settings(shards, 2 * several, upload)
+
+
+def _needs(shards: tuple[Shard, ...], size: int) -> tuple[int, int]:
+    """Bytes of the largest window, of about `size` bytes, and of the largest scratch beside one."""
     largest = scratch = 0
     for shard in shards:
-        for window in cut(shard.tensors, 0, settings.window):
+        for window in cut(shard.tensors, 0, size):
             largest = max(largest, window.nbytes)
             scratch = max(scratch, *(piece.tensor.scratch(piece.stop - piece.start) for piece in window.pieces))
+    return largest, scratch
+
+
+def _memory(shards: tuple[Shard, ...], settings: Settings, needs: tuple[int, int] | None = None) -> int:
+    """The promise of `Plan.memory`. `needs` are those of the settings' window, where they are known already."""
+    largest, scratch = needs or _needs(shards, settings.window)
     uses_torch = any(tensor.uses_torch for shard in shards for _, tensor in shard.tensors)
-    buffers = (settings.jobs + BUFFERS_BEYOND_JOBS) * largest + settings.jobs * 2 * scratch
+    buffers = (settings.jobs + settings.in_flight * BUFFERS_BEYOND_JOBS) * largest + settings.jobs * 2 * scratch
     network = (_uses_network(shards) or settings.upload) * WITH_NETWORK + settings.upload * UPLOADING
     return (WITH_TORCH if uses_torch else INTERPRETER) + network + buffers + READ_BACK_BYTES
 
@@ -228,11 +272,11 @@ def _fit(shards: tuple[Shard, ...], settings: Settings, limit: int) -> Settings:
     for jobs in range(settings.jobs, 0, -1):
         window = settings.window
         while window >= SMALLEST_WINDOW:
-            tried = replace(settings, jobs=jobs, window=window)
+            tried = _settings(shards, jobs, settings.upload, window)
             if _memory(shards, tried) <= limit:
                 return tried
             window //= 2
-    least = _memory(shards, replace(settings, jobs=1, window=SMALLEST_WINDOW))
+    least = _memory(shards, _settings(shards, 1, settings.upload, SMALLEST_WINDOW))
     what = f"`--max-memory` is too small: this work needs {least:,} bytes"
     raise UsageError(what, facts={"given": f"{limit:,} bytes"}, hint=f"pass `--max-memory {-(-least // 10**6)}MB` or more")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import OutputError, UsageError
 from ..events import Listener, Note, check_listener
 from ..storage.atomic import output_error, remove
-from .execute import ByteCounter, keeping, note_sources, preflight, to_folder, trusted, write_shards
+from .execute import ByteCounter, has_windows, keeping, note_sources, preflight, to_folder, trusted, write_shards
 from .plan import Plan
 from .work_folder import Job, lock, open_job
 
@@ -118,7 +118,7 @@ def _begin(job: Job, plan: Plan) -> None:
         lock(fd, fcntl.LOCK_EX)
         job.begin(plan.identity, restart=False)
         if not job.sources.exists():
-            note_sources(plan, job, fresh=not job.finished())
+            note_sources(plan, job, fresh=not (job.finished() or has_windows(job)))
     except OutputError as error:
         error.hint = f"repeat the earlier inputs and options, or delete `{job.partial.name}`"
         raise

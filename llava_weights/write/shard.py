@@ -15,22 +15,24 @@ import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
+from ..errors import InputError
 from ..formats.integer_delta import ToInteger, write_integer_shard
 from ..formats.safetensors import make_header
 from ..storage.atomic import NOT_SUPPORTED, output_error, sync_folder
 from ..storage.digests import FILES, READ_BACK, TENSORS, new_digest
 from ..storage.reading import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
-from ..storage.threads import Shield
+from ..storage.threads import Brake, Shield
 from ..tensors.dtypes import one_thread
 from ..tensors.holes import Watch
 from ..tensors.lazy import wrong_digest
 from ..tensors.windows import Window, cut, make
 from .plan import BUFFERS_BEYOND_JOBS, SHARD_METADATA, Settings, Shard
+from .windows_kept import KeptWindows, made_by, open_kept
 
 MOST_HOLES = 64  # that one shard's journal line tells of
 SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
@@ -53,38 +55,57 @@ class ShardResult:
 
 @one_thread()
 def write_shard(
-    shard: Shard, folder: Path, settings: Settings, *, on_bytes: Callable[[int], None] = lambda nbytes: None, keep: bool = True
+    shard: Shard,
+    folder: Path,
+    settings: Settings,
+    *,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    keep: bool = True,
+    behind: DropBehind | None = None,
+    brake: Brake | None = None,
+    resume: bool = False,
 ) -> ShardResult:
     """Write `shard` into `folder` under its final name: temporary file, fsync, rename, fsync of the folder.
 
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
-    result has the digests of what the inputs hold now.
+    result has the digests of what the inputs hold now. `behind` is shared with the shards that are written at the same time, `brake` stops
+    them all: what it is pulled with is raised. With `resume`, windows that were finished when an earlier call was cut off are read and not
+    made (windows_kept.py), and an interruption, a lost connection or a full disk leaves those that are finished now.
     """
+    settings, brake = settings.of_one_shard, brake or Brake()
     watch = shard._watch.fresh() if shard._watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
         return _write_integer(shard, folder, settings, on_bytes, keep, watch)
     header, laid_out = make_header(shard.tensors, SHARD_METADATA)
     windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
     size = len(header) + sum(window.nbytes for window in windows)
-    temporary = temporary_path(folder, shard.name)
-    try:
-        with Sink(temporary, size, settings) if keep else Nowhere() as sink:
-            sink.write(memoryview(header), 0)
-            pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch)
-            pipeline.run()
-            for name, tensor in shard.tensors:
-                if tensor.expected_digest and tensor.expected_digest[1] != pipeline.checked.get(name):
-                    raise wrong_digest(name)
-            sink.sync()
-        if keep:
-            os.rename(temporary, folder / shard.name)
-            sync_folder(folder)
-    except OSError as error:
-        raise output_error(error, folder / shard.name) from error
-    finally:
-        with suppress(OSError):  # the next run deletes it
-            temporary.unlink(missing_ok=True)
+    with open_kept(folder, shard.name) if resume and keep else nullcontext() as kept:
+        temporary = kept.part if kept else temporary_path(folder, shard.name)
+        try:
+            with Sink(temporary, size, settings, anew=kept is None) if keep else Nowhere() as sink:
+                sink.write(memoryview(header), 0)
+                pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake, kept)
+                pipeline.run()
+                for name, tensor in shard.tensors:
+                    if tensor.expected_digest and tensor.expected_digest[1] != pipeline.checked.get(name):
+                        raise wrong_digest(name)
+                sink.sync()
+            if keep:
+                os.rename(temporary, folder / shard.name)
+                sync_folder(folder)
+            if kept:
+                kept.finished()
+        except InputError:
+            if kept:
+                kept.forget()
+            raise
+        except OSError as error:
+            raise output_error(error, folder / shard.name) from error
+        finally:
+            if not kept:
+                with suppress(OSError):  # the next run deletes it
+                    temporary.unlink(missing_ok=True)
     whole, fast = pipeline.file_digest.hexdigest(), pipeline.read_back.hexdigest()
     return ShardResult(shard.name, size, whole, fast, pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch))
 
@@ -127,6 +148,9 @@ class Pipeline:
     settings: Settings
     on_bytes: Callable[[int], None]
     watch: Watch | None = None
+    behind: DropBehind = field(default_factory=DropBehind)
+    brake: Brake = field(default_factory=Brake)
+    kept: KeptWindows | None = None
     tensor_digests: dict[str, str] = field(default_factory=dict)
     checked: dict[str, str] = field(default_factory=dict)  # of tensors with an expected digest, by its algorithm
     tallies: Counter[str] = field(default_factory=Counter)
@@ -141,9 +165,8 @@ class Pipeline:
         self.made: dict[int, memoryview] = {}
         self.users: dict[int, int] = {}
         self.free: SimpleQueue[memoryview | None] = SimpleQueue()
-        behind = DropBehind()
         self.stopping = threading.Event()
-        self.workspaces = [Workspace(self.settings.drop_cache, behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
+        self.workspaces = [Workspace(self.settings.drop_cache, self.behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
 
     def run(self) -> None:
         """Start the threads, wait for them, then judge what was read. Raises the first failure."""
@@ -153,7 +176,7 @@ class Pipeline:
         tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
         tasks += [(self._digest_file, ()), (self._digest_tensors, ())]
         threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
-        with Shield(self._fail):  # the files are closed when no thread lives
+        with Shield(self._fail), self.brake.held(self._fail):  # the files are closed when no thread lives
             try:
                 for thread in threads:
                     thread.start()
@@ -196,11 +219,17 @@ class Pipeline:
             number, buffer = taken
             window = self.windows[number]
             data = buffer[: window.nbytes]
-            make(window, data, workspace)
+            with made_by(workspace) as (tallies, crcs):
+                there = self.kept is not None and self.kept.fill(window, data, workspace)
+                if self.kept is None:
+                    make(window, data, workspace)
             with self.changed:
                 self.made[number], self.users[number] = buffer, 3
                 self.changed.notify_all()
-            self.sink.write(data, window.offset)
+            if not there:
+                self.sink.write(data, window.offset)
+                if self.kept is not None and not (self.watch and self.watch.found):  # zeros that are accepted are found anew
+                    self.kept.add(window, data, tallies, crcs)
             self.on_bytes(window.nbytes)
             self._release(number)
 
@@ -272,12 +301,14 @@ class Nowhere:
 class Sink:
     """The output file: allocated whole, written by position; written pages are sent to the disk early and dropped from the cache."""
 
-    def __init__(self, path: Path, size: int, settings: Settings) -> None:
+    def __init__(self, path: Path, size: int, settings: Settings, *, anew: bool = True) -> None:
         self.path = path
         self.drop_cache = settings.drop_cache
         self.started: deque[tuple[int, int]] = deque()
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * anew | os.O_CLOEXEC, 0o666)
         try:
+            if os.fstat(self.fd).st_size > size:
+                os.ftruncate(self.fd, size)
             allocate(self.fd, size)
         except BaseException:
             os.close(self.fd)

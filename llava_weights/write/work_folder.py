@@ -5,6 +5,7 @@
     OUT.partial/plan.json   what this work is; other work is refused
     OUT.partial/journal     one line for each finished shard, with a checksum; a torn last line is ignored
     OUT.partial/sources     inode and change time of each input when the first shard was begun
+    OUT.partial/out/.NAME.part, .NAME.windows   a shard that is not finished, and which windows of it are (windows_kept.py)
     OUT.partial/journal-00003-of-00016, lock-00003-of-00016   the same of one portion; portions share `lock`, whole runs hold it alone
     OUT.partial/out/        becomes OUT in one rename, when it is complete
 
@@ -236,7 +237,7 @@ def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool =
         try:
             with naming(job.partial / "lock"):
                 job.locked = lock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
-                current = _is_still(fd, job.partial / "lock")
+                current = is_still(fd, job.partial / "lock")
         except BlockingIOError as error:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             os.close(fd)
@@ -317,7 +318,8 @@ def lock(fd: int, kind: int) -> bool:
     return True
 
 
-def _is_still(fd: int, path: Path) -> bool:
+def is_still(fd: int, path: Path) -> bool:
+    """Whether `path` still names the file that is open as `fd`."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
