@@ -20,6 +20,7 @@ from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TO
 from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY, canonical
 from ..families.unsupported import unsupported
 from ..formats.folder import index_file, index_folder, member, optional
+from ..formats.gguf import GgufFile
 from ..storage.hub import HubSource, fetch, parse_source, source_text
 from ..storage.reading import SourceFile, present, unreadable
 from ..storage.remote import is_remote, shadowed
@@ -100,6 +101,7 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
     notes: tuple[str, ...] = ()
     wrapped: str = ""  # what a wrapper put into the names in its files, which `tensors` leaves out
+    gguf: tuple[GgufFile, ...] = ()  # of one that is to be written as GGUF: its files, with their keys and the names of their tensors
     folders: PartFolders | None = None  # of a checkpoint that lies in folders of its parts, as xtuner's do
 
     def __repr__(self) -> str:

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..formats.folder import member
 from ..storage.reading import open_regular, present, refuse_disguise
 from ..storage.strict_json import load_object, read_exactly
-from ..tensors.dtypes import ITEMSIZE
+from ..tensors.dtypes import BLOCKS, ITEMSIZE, bytes_of
 from ..text import listed, shown
 from .checkpoint import Step, describe
 
@@ -226,10 +226,16 @@ def _file_is_sound(row: Mapping[str, Any]) -> bool:
 
 def _tensor_is_sound(row: Mapping[str, Any]) -> bool:
     texts = all(isinstance(row[key], str) for key in ("name", "dtype", "shard"))
-    if not texts or not row["name"] or not row["name"].isprintable() or row["dtype"] not in ITEMSIZE or not _is_digest(row["sha256"]):
+    if (
+        not texts
+        or not row["name"]
+        or not row["name"].isprintable()
+        or row["dtype"] not in {**ITEMSIZE, **BLOCKS}
+        or not _is_digest(row["sha256"])
+    ):
         return False
     shape = row["shape"]
-    return isinstance(shape, list) and _counts(row["nbytes"], *shape) and row["nbytes"] == prod(shape) * ITEMSIZE[row["dtype"]]
+    return isinstance(shape, list) and _counts(row["nbytes"], *shape) and row["nbytes"] == bytes_of(row["dtype"], prod(shape))
 
 
 def _is_digest(value: Any) -> bool:
