@@ -87,7 +87,11 @@ OWN_KINDS = (2, 3, 5, 6)  # unknown, control, unused, byte: the same numbers in 
 ADDED_SCORE, NO_TOKEN_SCORE = -1000.0, -10000.0
 SPECIAL_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 ROLE_KEYS = {"unk": "unknown", "sep": "seperator", "pad": "padding", "cls": "cls", "mask": "mask"}  # spelled so there
-LOOKS_SPECIAL = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))  # first and last characters of added tokens that are control tokens
+LOOKS_SPECIAL = (
+    ("<|", "|>"),
+    ("<\uff5c", "\uff5c>"),
+    ("<unused", ">"),
+)  # first and last characters of added tokens that are control tokens
 SPECIAL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 # How a byte-level tokenizer cuts a text before merges, by the regular expression in its tokenizer.json, and llama.cpp's name of it.

@@ -5,16 +5,15 @@
 
 Numbers are little-endian; shapes stand with the innermost axis first. Source: ggml/src/gguf.cpp and gguf-py of llama.cpp at 0c1e570.
 
-The header is packed here and not by PyPI's `gguf`, though the bytes are the same: that class writes to a file that it opened itself, and the
-engine wants the header as bytes, with all offsets, before a value is read. The reader is our own because the library's maps the file and
-trusts its counts.
+The header is packed here and not by PyPI's `gguf`, though the bytes are the same: that class writes to a file that it opened itself, and
+the engine wants the header as bytes, with all offsets, before a value is read. The reader is our own because the library's maps the file
+and trusts its counts.
 """
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import prod
@@ -26,7 +25,7 @@ import numpy as np
 from ..errors import InputError
 from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, Workspace, open_regular, refuse_disguise
 from ..storage.strict_json import read_exactly
-from ..tensors.dtypes import BLOCKS, ITEMSIZE, bytes_of
+from ..tensors.dtypes import BLOCKS, bytes_of
 from ..tensors.lazy import LazyTensor, Stored
 from ..text import shown
 

@@ -37,8 +37,8 @@ from ..checkpoint.tokenizer import SpecialIds, read_special_ids
 from ..checkpoint.tower import VIDEO, check_tower, lost_tensors, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
-from ..families.llama_cpp import QUANTISED
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
+from ..families.llama_cpp import QUANTISED
 from ..families.originals import of_tokens
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES, STACK_OF_ONE, STACK_OF_ONE_TYPE, projector_type
 from ..families.prompts import CONVERSATIONS
@@ -53,6 +53,7 @@ from .lora import with_own_adapters
 from .projector import paired, single
 
 TO_LAYOUTS = ("llava-hf", "llava", "gguf")
+ADAPTER_LAYOUTS = TO_LAYOUTS[:2]  # that an adapter can have the names of
 # The options of llava-hf, with the values of those that have a few; those of the original layout.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
@@ -97,8 +98,8 @@ def convert(
     the mean of the old; `image_aspect` is "square" (cropped) or "pad", how an image becomes a square, by default as in the checkpoint;
     `lossy` leaves out tensors that the class has no place for, and the step says which. Only with "llava": `tower_name` is the tower that
     the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained with, such as "llava_v1": the chat template
-    of llava-hf and GGUF writes it, and config.json records it. Only with "gguf": `quantize` is "Q8_0" or "Q4_0", the dtype of the text model's
-    matrices; a projector of one layer gets the form "gelu", the only one that llama.cpp computes right.
+    of llava-hf and GGUF writes it, and config.json records it. Only with "gguf": `quantize` is "Q8_0" or "Q4_0", the dtype of the text
+    model's matrices; a projector of one layer gets the form "gelu", the only one that llama.cpp computes right.
 
     Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
     tensors that are unknown or missing, or that would be lost without `lossy`, for shapes that contradict the config and for an image token

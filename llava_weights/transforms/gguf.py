@@ -46,7 +46,7 @@ from ..families.targets import TARGET_BY_TYPE
 from ..formats.gguf import GgufFile, Key
 from ..formats.safetensors import SORT_ORDER
 from ..storage.reading import Workspace
-from ..tensors.dtypes import BLOCKS, ITEMSIZE, as_rows, load_torch, to_float32
+from ..tensors.dtypes import BLOCKS, as_rows, load_torch, to_float32
 from ..tensors.lazy import FromRows, LazyTensor, cast
 from ..text import listed, shown
 from .gguf_tokenizer import tokenizer_keys

@@ -29,6 +29,7 @@ from ..text import brief, is_text, redact, shards, shown, size
 
 SHARD_METADATA = {"format": "pt"}  # without it transformers 4.37 and 4.45 stop with an AttributeError
 
+SHARD_SIZE = "5GB"  # where nobody says
 SMALLEST_WINDOW = MiB
 LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
 MAX_NAME = 200  # characters of the name that GGUF files bear
@@ -143,7 +144,7 @@ class Plan:
 def make_plan(
     checkpoint: Source,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     max_memory: int | str | None = None,
     jobs: int = 2,
     options: Mapping[str, Any] | None = None,
@@ -155,8 +156,8 @@ def make_plan(
 
     `max_shard_size` is the most bytes of a shard, `max_memory` the most resident bytes of the whole process: whole numbers, or texts such
     as "5GB" (10**9 bytes each) and "512MiB" (2**20). `jobs` is the number of threads, from 1 to 64. `upload` says that the output goes over
-    a network, which takes memory. `name` is that of the model, which the files of a GGUF output bear, by default the input's own; such an
-    output has its own two files, whatever `max_shard_size` is. `options` is recorded as part of what was asked for: a run with others does not continue this one's work.
+    a network, which takes memory. `options` is recorded as part of what was asked for: a run with others does not continue this one's work.
+    `name` is that of the model, which the two files of a GGUF output bear whatever `max_shard_size` is, by default the input's own.
 
     Samples of the local inputs are read, and zeros that stand in place of values, as in half a download, raise InputError; with
     `accept_values` they become warnings of the last step. The same holds for what is found while the plan is carried out.
