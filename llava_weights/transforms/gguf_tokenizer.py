@@ -56,7 +56,8 @@ def tokenizer_keys(files: SmallFiles, config: Mapping[str, Any], rows: int, *, p
         raise InputError(what, facts={"there": few(sorted(files))}, hint=hint)
     tokens, types, merges = _byte_level(core, rows)
     keys += [_key("model", "text", "gpt2"), _key("pre", "text", _pre_tokenizer(core)), _key("tokens", "text", tuple(tokens))]
-    keys += [_key("token_type", "i32", tuple(types)), _key("merges", "text", tuple(merges))]
+    keys.append(_key("token_type", "i32", tuple(types)))
+    keys += [_key("merges", "text", tuple(merges))] if merges else []
     return [*keys, *_special(files, settings, core, config, None)]
 
 
