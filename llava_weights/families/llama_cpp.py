@@ -20,6 +20,8 @@ HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_nor
 ROPE_FACTORS = "rope_freqs.weight"  # the factors of Llama 3.1's rope, one for each pair of a head
 PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}  # with the config key of the number of heads
 
+HEAD_KEYS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}  # and the key of a file that has it
+
 
 @dataclass(frozen=True)
 class GgufDecoder:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import pi
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from ..checkpoint.checkpoint import Checkpoint, main_dtype
 from ..checkpoint.small_files import small_object
 from ..errors import InputError, UsageError
 from ..families.files import LICENSE_PREFIXES
-from ..families.layouts import canonical
+from ..families.layouts import canonical, spelled
 from ..families.llama_cpp import (
     FILE_TYPES,
     GGUF_DECODERS,
     GGUF_TARGETS,
     GGUF_TOWERS,
+    HEAD_KEYS,
     PERMUTED,
     PROJECTOR_TENSORS,
     QUANTISATION_VERSION,
@@ -43,16 +45,17 @@ from ..families.llama_cpp import (
 )
 from ..families.projectors import PROJECTOR_ACTIVATION
 from ..families.targets import TARGET_BY_TYPE
-from ..formats.gguf import GgufFile, Key
+from ..formats.gguf import GgufFile, Key, index_gguf
 from ..formats.safetensors import SORT_ORDER
 from ..storage.reading import Workspace
 from ..tensors.dtypes import BLOCKS, as_rows, load_torch, to_float32
-from ..tensors.lazy import FromRows, LazyTensor, cast
+from ..tensors.lazy import FromRows, LazyTensor, PermuteRope, cast
 from ..text import listed, shown
 from .gguf_tokenizer import tokenizer_keys
 
 EXTRA = "`pip install 'llava-weights[gguf]'`"
 USE_HUB = "convert it to llava-hf, which transformers runs"
+TOWER_NUMBER = re.compile(r"tower\.encoder\.layers\.(\d{1,6})\.")
 Config = Mapping[str, Any]
 
 
@@ -183,6 +186,76 @@ def _check_kind(config: Config) -> GgufDecoder:
     return GGUF_DECODERS[text]
 
 
+# --- back, to be compared ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dequantised(FromRows):
+    """`source`, of any type that `gguf.quants` knows, as float32."""
+
+    def scratch(self, rows: int) -> int:
+        return rows * self.source.row_nbytes + self.source.scratch(rows) + 24 * rows * self.shape[-1]
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        with work.scratch((stop - start) * self.source.row_nbytes) as raw:
+            self.source.rows_into(raw, start, stop, work)
+            out[:] = dequantize(as_rows(raw, stop - start), GGMLQuantizationType[self.source.dtype]).astype("<f4").tobytes()
+
+
+def as_llava_hf(checkpoint: Checkpoint) -> Checkpoint:
+    """The tensors of GGUF files under the names and in the order of rows that llava-hf has them, quantised ones as float32; itself where it
+    is no GGUF. Raises InputError for a damaged file, UsageError where a package is missing that quantised values need."""
+    if checkpoint.origin.container != "gguf":
+        return checkpoint
+    if find_spec("gguf") is None and any(tensor.dtype in BLOCKS for tensor in checkpoint.tensors.values()):
+        raise UsageError("quantised values need the package `gguf`, which is not installed", hint=f"install it: {EXTRA}")
+    back = {called: name for name, called in (PROJECTOR_TENSORS | {f"tower.{k}": v for k, v in TOWER_TENSORS.items()}).items()}
+    tensors: dict[str, LazyTensor] = {}
+    for file in checkpoint.origin.files:
+        found, keys = index_gguf(Path(file.path))
+        arch = keys["general.architecture"].value if "general.architecture" in keys else ""
+        row = next((row for row in GGUF_DECODERS.values() if row.arch == arch), None)
+        for name, tensor in found.items():
+            known = back.get(name) or _layer_back(name, row)
+            part = name.split(".")[-2]
+            heads = keys.get(f"{arch}.{dict(HEAD_KEYS).get(part, '')}")
+            made: LazyTensor = tensor
+            if tensor.dtype in BLOCKS:
+                made = Dequantised(dtype="F32", shape=tensor.shape, source=tensor)
+            if row and row.permuted and heads and type(heads.value) is int and heads.value and tensor.rows % (2 * heads.value) == 0:
+                made = PermuteRope(dtype=made.dtype, shape=made.shape, source=made, heads=heads.value)
+            tensors[spelled(known, "llava-hf") if known else name] = made
+    return replace(checkpoint, tensors=tensors)
+
+
+def _layer_back(name: str, row: GgufDecoder | None) -> str:
+    """The canonical name of a tensor of the text model or of a layer of the tower; empty for one that has none."""
+    stem, _, kind = name.rpartition(".")
+    if found := re.fullmatch(r"v\.blk\.(\d+)\.(.+)", stem):
+        module = next((module for module, called in TOWER_LAYER.items() if called == found[2]), "")
+        return f"tower.encoder.layers.{found[1]}.{module}.{kind}" if module else ""
+    if found := re.fullmatch(r"blk\.(\d+)\.(.+)", stem):
+        module = next((module for module, called in (row.layer if row else {}).items() if called == found[2]), "")
+        return f"text.layers.{found[1]}.{module}.{kind}" if module else ""
+    module = next((module for module, called in TEXT_NAMES.items() if called == stem), "")
+    return f"{module}.{kind}" if module else ""
+
+
+def left_out_of_gguf(hub: Checkpoint, gguf: Checkpoint) -> set[str]:
+    """Names of tensors of `hub` that a GGUF of it does not have: of the tower's layers that nothing reads, and its last norm."""
+    there = {int(found[1]) for name in gguf.tensors if (found := TOWER_NUMBER.match(canonical(name)))}
+    if not there:
+        return set()
+    names = {name: canonical(name) for name in hub.tensors}
+    numbers = {name: int(found[1]) for name, known in names.items() if (found := TOWER_NUMBER.match(known))}
+    return {name for name, number in numbers.items() if number > max(there)} | {
+        name for name, known in names.items() if known.startswith("tower.post_layernorm.")
+    }
+
+
 # --- the text model -----------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +270,7 @@ def _text_tensors(hub: Checkpoint, row: GgufDecoder, dtype: str, quantize: str |
         known = canonical(name)
         if not known.startswith(("text.", "head.")):
             continue
-        called, kind = _text_name(known, row)
+        called, kind = text_name(known, row)
         part = called.split(".")[-2]
         if row.permuted and part in PERMUTED:
             tensor = UnpermuteRope(dtype=tensor.dtype, shape=tensor.shape, source=tensor, heads=text[PERMUTED[part]])
@@ -217,7 +290,7 @@ def _as(tensor: LazyTensor, dtype: str) -> LazyTensor:
     return Quantised(dtype=dtype, shape=tensor.shape, source=tensor) if dtype in BLOCKS else cast(tensor, dtype)
 
 
-def _text_name(name: str, row: GgufDecoder) -> tuple[str, str]:
+def text_name(name: str, row: GgufDecoder) -> tuple[str, str]:
     """What llama.cpp calls a tensor of the decoder, and the last part of that name. Raises InputError for one that it has no name for."""
     stem, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"text\.layers\.(\d+)\.(.+)", stem)
@@ -364,7 +437,7 @@ def _step(hub: Checkpoint, notes: tuple[str, ...], quantize: str | None) -> Any:
         step,
         options=options,
         summary={**step.summary, "convert": str(step.summary["convert"]).replace("to llava-hf", "to gguf")},
-        notes=(*step.notes, *notes, *filter(None, (tables,))),
-        warnings=(*step.warnings, *ignored, f"llama.cpp today: {GGUF_TARGETS[config['model_type']]}"),
+        notes=(*step.notes, *notes, *filter(None, (tables,)), f"llama.cpp today: {GGUF_TARGETS[config['model_type']]}"),
+        warnings=(*step.warnings, *ignored),
         checks={**step.checks, "gguf": config["model_type"]},
     )

@@ -186,7 +186,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--check-inputs": [Changes("apply", "--check-inputs")],
         "--lora": [Changes("apply, plan", f"--lora {LORA}")],
         "--arithmetic": [Refused("apply, plan", "--arithmetic exact"), Refused("apply, plan", f"--lora {LORA} --arithmetic fast")],
-        "--to": [Changes("apply, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("apply, plan", "--to gguf")],
+        "--to": [Changes("apply, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("apply, plan", "--to onnx")],
         "--dtype": [
             Refused("apply, plan", "--dtype F32"),
             Refused("apply, plan", "--dtype nonsense"),
@@ -202,7 +202,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         **layout("merge, plan", "merge to llava-hf"),
         **{flag: [Changes("merge, plan", words)] for flag, words in MERGING.items()},
         "--dtype": [Changes("merge, plan", "--dtype F32"), Refused("merge, plan", "--dtype nonsense")],
-        "--to": [Changes("merge, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("merge, plan", "--to gguf")],
+        "--to": [Changes("merge, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("merge, plan", "--to onnx")],
         "--revision": [Changes("merge, plan", "--revision main"), Changes("merge from the Hub", "--revision main")],
     },
     "convert-lora": {
@@ -238,7 +238,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         ],
         "--accept-tower": [Refused("convert llava-hf", "--accept-tower"), ACCEPTED],
         "--lossy": [Refused("convert llava-hf", "--lossy"), Refused("convert to llava", "--lossy"), LOSSY],
-        "--to": [Changes("convert, plan", "--to llava"), Refused("convert, plan", "--to gguf")],
+        "--to": [Changes("convert, plan", "--to llava"), Refused("convert, plan", "--to onnx")],
         "--delta": [Changes("convert a base", f"--delta {DELTA}")],
         "--accept-base": [Changes("convert another base", "--accept-base"), Refused("convert, plan", "--accept-base")],
         "--lora": [Changes("convert, plan", f"--lora {LORA}")],
