@@ -115,6 +115,7 @@ STRICT = Elsewhere("test_verdicts.py", "test_strict_and_allow")
 ZEROS = Elsewhere("tensors/test_holes.py", "test_every_input_of_every_command")
 ACCEPTED = Elsewhere("checkpoint/test_tower.py", "test_a_published_tower_that_is_not_the_named_one_is_refused")
 LOSSY = Elsewhere("transforms/test_video_llava.py", "test_nothing_is_lost_without_a_word")
+QUANTIZE = Elsewhere("transforms/test_gguf.py", "test_the_command")
 THREADS = Elsewhere("checks/test_diff.py", "test_jobs_change_no_number_and_windows_stay_small")
 Case = Changes | Refused | Elsewhere
 
@@ -167,6 +168,7 @@ def layout(context: str, converting: str) -> dict[str, list[Case]]:
     cases["--vision-tower"] += [Changes(converting, f"--vision-tower {CLIP_42}")]
     cases["--projector-form"] = cases["--projector-form"][:1]
     cases["--accept-tower"] = [Refused(context, "--accept-tower"), ACCEPTED]
+    cases["--quantize"] = [Refused(context, "--quantize Q8_0"), Refused(converting, "--quantize Q8_0"), QUANTIZE]
     cases["--lossy"] = [Refused(context, "--lossy"), LOSSY]
     return cases
 
