@@ -12,7 +12,7 @@ from ..families.decoders import DECODERS
 from ..families.layouts import canonical
 from ..families.llama_cpp import GGUF_DECODERS, PROJECTOR_TENSORS, ROPE_FACTORS, TABLES, TEXT_KEYS, TOWER_KEYS, TOWER_LAYER, TOWER_TENSORS
 from ..findings import Finding
-from ..formats.gguf import Key, index_gguf
+from ..formats.gguf import GgufKey, index_gguf
 from ..tensors.lazy import LazyTensor
 from ..text import few, shown
 from ..transforms.gguf import text_name
@@ -43,7 +43,7 @@ def check_gguf(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
 
 
-def _value(keys: Mapping[str, Key], name: str) -> Any:
+def _value(keys: Mapping[str, GgufKey], name: str) -> Any:
     return keys[name].value if name in keys else None
 
 
@@ -51,13 +51,13 @@ def _rows(tensors: Mapping[str, LazyTensor], name: str) -> int:
     return tensors[name].rows if name in tensors else 0
 
 
-def _numbers(keys: Mapping[str, Key], names: Mapping[str, str]) -> dict[str, int]:
+def _numbers(keys: Mapping[str, GgufKey], names: Mapping[str, str]) -> dict[str, int]:
     """The values of these keys by the word of the config, those that are whole numbers of a size that a model can have."""
     found = {word: _value(keys, name) for name, word in names.items()}
     return {word: value for word, value in found.items() if type(value) is int and 0 < value < 1 << 24}
 
 
-def _text(arch: str, tensors: Mapping[str, LazyTensor], keys: Mapping[str, Key]) -> Iterator[str]:
+def _text(arch: str, tensors: Mapping[str, LazyTensor], keys: Mapping[str, GgufKey]) -> Iterator[str]:
     names = {f"{arch}.{name}": word for name, _, word in TEXT_KEYS}
     config: dict[str, Any] = _numbers(keys, names)
     if missing := [name for name, word in names.items() if word not in config]:
@@ -89,7 +89,7 @@ def _text(arch: str, tensors: Mapping[str, LazyTensor], keys: Mapping[str, Key])
     yield from _compared(tensors, wanted, {**biases, **optional})
 
 
-def _vision(tensors: Mapping[str, LazyTensor], keys: Mapping[str, Key]) -> Iterator[str]:
+def _vision(tensors: Mapping[str, LazyTensor], keys: Mapping[str, GgufKey]) -> Iterator[str]:
     names = {f"clip.vision.{name}": word for name, kind, word in TOWER_KEYS if kind == "u32"} | {"clip.vision.block_count": "layers"}
     config: dict[str, Any] = _numbers(keys, names)
     if missing := [name for name, word in names.items() if word not in config and word != "projection_dim"]:

@@ -55,7 +55,7 @@ Value = bool | int | float | str | tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Key:
+class GgufKey:
     """A key of the header and its value. `kind` is "u32", "i32", "f32", "bool", "text" and so on; of an array that of its items."""
 
     name: str
@@ -70,14 +70,14 @@ class GgufFile:
 
     prefix: str
     label: str
-    keys: tuple[Key, ...]
+    keys: tuple[GgufKey, ...]
     names: tuple[str, ...]
     name_key: str = "general.name"
 
     def file_name(self, name: str) -> str:
         return f"{self.prefix}{name}-{self.label}.gguf"
 
-    def named(self, name: str) -> tuple[Key, ...]:
+    def named(self, name: str) -> tuple[GgufKey, ...]:
         """The keys with `name` as that of the model."""
         return tuple(replace(key, value=name) if key.name == self.name_key else key for key in self.keys)
 
@@ -90,7 +90,7 @@ class Zeros(LazyTensor):
         out[:] = bytes(len(out))
 
 
-def make_gguf_header(keys: Sequence[Key], tensors: Sequence[tuple[str, LazyTensor]]) -> tuple[bytes, list[tuple[str, LazyTensor, int]]]:
+def make_gguf_header(keys: Sequence[GgufKey], tensors: Sequence[tuple[str, LazyTensor]]) -> tuple[bytes, list[tuple[str, LazyTensor, int]]]:
     """The first bytes of a file with these keys and tensors, and what then follows without a gap: (name, tensor, offset from the end of
     these bytes), the zeros between tensors, which have an empty name, too.
 
@@ -121,7 +121,7 @@ def _packed_text(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _packed_value(key: Key) -> bytes:
+def _packed_value(key: GgufKey) -> bytes:
     kind = KIND[key.kind]
     values = key.value if isinstance(key.value, tuple) else (key.value,)
     head = struct.pack("<IIQ", ARRAY, kind, len(values)) if isinstance(key.value, tuple) else struct.pack("<I", kind)
@@ -130,7 +130,7 @@ def _packed_value(key: Key) -> bytes:
     return head + struct.pack(f"<{len(values)}{NUMBERS[kind][1]}", *values)
 
 
-def index_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, Key]]:
+def index_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
     """The tensors of a file in the order of their bytes, and its keys by name. Reads the header only.
 
     Raises InputError unless the file is regular, little-endian, of version 2 or 3, and its tensors lie one behind the other up to its end.
@@ -186,8 +186,8 @@ class _Reader:
             raise _refusal(self.path, f"{what} is not UTF-8") from error
 
 
-def _keys(reader: _Reader, count: int) -> dict[str, Key]:
-    keys: dict[str, Key] = {}
+def _keys(reader: _Reader, count: int) -> dict[str, GgufKey]:
+    keys: dict[str, GgufKey] = {}
     for _ in range(count):
         name = reader.text(MAX_KEY, "a key")
         if not name or not name.isprintable() or name in keys:
@@ -196,7 +196,7 @@ def _keys(reader: _Reader, count: int) -> dict[str, Key]:
     return keys
 
 
-def _value(reader: _Reader, name: str) -> Key:
+def _value(reader: _Reader, name: str) -> GgufKey:
     kind = reader.number("I")
     value: Value | None = None
     what = f"the value of {shown(name)}"
@@ -220,7 +220,7 @@ def _value(reader: _Reader, name: str) -> Key:
         value = struct.unpack(f"<{NUMBERS[kind][1]}", raw)[0]
     if value is None:
         raise _refusal(reader.path, f"{what} is of the unknown kind {kind:,}" if kind != ARRAY else f"{what} is an array of arrays")
-    return Key(name, "text" if kind == TEXT else NUMBERS[kind][0], value)
+    return GgufKey(name, "text" if kind == TEXT else NUMBERS[kind][0], value)
 
 
 def _check_bools(reader: _Reader, kind: int, raw: bytes, what: str) -> None:

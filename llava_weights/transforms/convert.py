@@ -69,6 +69,10 @@ PADDED = (
 CROPPED = (
     "images are cropped to squares, where the original pads them (`image_aspect_ratio` pad): pictures that are not square give other pixels"
 )
+UNGATED = (
+    "the projector's form `identity` is exact in transformers; llama.cpp and MLX put a gelu into every projector and would see wrong images: "
+    "`--projector-form gelu` is for them"
+)
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 
 
@@ -230,6 +234,7 @@ def to_llava_hf(
             *notes,
             *squares,
             *model.doubts.notes,
+            *((UNGATED,) if form == "identity" else ()),
             *_remarks(model),
             *(() if retold else prompt.doubts),
         ),

@@ -45,7 +45,7 @@ from ..families.llama_cpp import (
 )
 from ..families.projectors import PROJECTOR_ACTIVATION
 from ..families.targets import TARGET_BY_TYPE
-from ..formats.gguf import GgufFile, Key, index_gguf
+from ..formats.gguf import GgufFile, GgufKey, index_gguf
 from ..formats.safetensors import SORT_ORDER
 from ..storage.reading import Workspace
 from ..tensors.dtypes import BLOCKS, as_rows, load_torch, to_float32
@@ -324,22 +324,22 @@ def _head_width(text: Config) -> int:
     return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
 
 
-def _text_keys(hub: Checkpoint, row: GgufDecoder, tensors: Mapping[str, LazyTensor], label: str) -> Iterator[Key]:
+def _text_keys(hub: Checkpoint, row: GgufDecoder, tensors: Mapping[str, LazyTensor], label: str) -> Iterator[GgufKey]:
     text, arch = hub.config["text_config"], row.arch
-    yield Key("general.architecture", "text", arch)
-    yield Key("general.type", "text", "model")
+    yield GgufKey("general.architecture", "text", arch)
+    yield GgufKey("general.type", "text", "model")
     sampling = small_object(hub.files, "generation_config.json")
     for name, kind, word in SAMPLING_KEYS:
         if isinstance(value := sampling.get(word), int | float) and not isinstance(value, bool):
-            yield Key(name, kind, int(value) if kind == "i32" else float(value))
-    yield Key("general.name", "text", "")
-    yield Key("general.size_label", "text", size_label(sum(tensor.numel for tensor in tensors.values())))
+            yield GgufKey(name, kind, int(value) if kind == "i32" else float(value))
+    yield GgufKey("general.name", "text", "")
+    yield GgufKey("general.size_label", "text", size_label(sum(tensor.numel for tensor in tensors.values())))
     for name, kind, word in TEXT_KEYS:
-        yield Key(f"{arch}.{name}", kind, text[word])
+        yield GgufKey(f"{arch}.{name}", kind, text[word])
     scaling, found = _rope(text)
     for number, (name, kind, words) in enumerate(ROPE_KEYS[scaling] or ()):
         if not number:
-            yield Key(f"{arch}.rope.scaling.type", "text", scaling)
+            yield GgufKey(f"{arch}.rope.scaling.type", "text", scaling)
         value = next((found[word] for word in words if found.get(word) is not None), None)
         if value is None and number == 0:
             raise InputError(
@@ -348,17 +348,17 @@ def _text_keys(hub: Checkpoint, row: GgufDecoder, tensors: Mapping[str, LazyTens
         if value is None and name == "original_context_length":
             value = text["max_position_embeddings"]
         if value is not None:
-            yield Key(f"{arch}.rope.scaling.{name}", kind, value)
-    yield Key(f"{arch}.rope.freq_base", "f32", float(text["rope_theta"]))
-    yield Key(f"{arch}.attention.layer_norm_rms_epsilon", "f32", float(text["rms_norm_eps"]))
+            yield GgufKey(f"{arch}.rope.scaling.{name}", kind, value)
+    yield GgufKey(f"{arch}.rope.freq_base", "f32", float(text["rope_theta"]))
+    yield GgufKey(f"{arch}.attention.layer_norm_rms_epsilon", "f32", float(text["rms_norm_eps"]))
     if row.key_length or text.get("head_dim") is not None:
-        yield Key(f"{arch}.attention.key_length", "u32", _head_width(text))
-        yield Key(f"{arch}.attention.value_length", "u32", _head_width(text))
-    yield Key("general.file_type", "u32", FILE_TYPES[label])
+        yield GgufKey(f"{arch}.attention.key_length", "u32", _head_width(text))
+        yield GgufKey(f"{arch}.attention.value_length", "u32", _head_width(text))
+    yield GgufKey("general.file_type", "u32", FILE_TYPES[label])
     if row.more:
-        yield Key(f"{arch}.vocab_size", "u32", text["vocab_size"])
-        yield Key(f"{arch}.rope.dimension_count", "u32", _head_width(text))
-    yield Key("general.quantization_version", "u32", QUANTISATION_VERSION)
+        yield GgufKey(f"{arch}.vocab_size", "u32", text["vocab_size"])
+        yield GgufKey(f"{arch}.rope.dimension_count", "u32", _head_width(text))
+    yield GgufKey("general.quantization_version", "u32", QUANTISATION_VERSION)
     yield from tokenizer_keys(hub.files, hub.config, text["vocab_size"], prefix=row.more)
 
 
@@ -397,33 +397,33 @@ def _vision_tensors(hub: Checkpoint, dtype: str) -> Iterator[tuple[str, LazyTens
                 yield f"v.blk.{number}.{called}.{kind}", cast(tensor, matrices if len(tensor.shape) == 2 else "F32")
 
 
-def _vision_keys(hub: Checkpoint, dtype: str) -> Iterator[Key]:
+def _vision_keys(hub: Checkpoint, dtype: str) -> Iterator[GgufKey]:
     config, vision = hub.config, hub.config["vision_config"]
-    yield Key("general.architecture", "text", "clip")
+    yield GgufKey("general.architecture", "text", "clip")
     for part, there in (("text_encoder", False), ("vision_encoder", True), ("llava_projector", True)):
-        yield Key(f"clip.has_{part}", "bool", there)
-    yield Key("general.file_type", "u32", FILE_TYPES["F32" if dtype == "F32" else "F16"])
-    yield Key("general.name", "text", "")
-    yield Key("general.description", "text", "image encoder for LLaVA")
-    yield Key("clip.projector_type", "text", "mlp")
+        yield GgufKey(f"clip.has_{part}", "bool", there)
+    yield GgufKey("general.file_type", "u32", FILE_TYPES["F32" if dtype == "F32" else "F16"])
+    yield GgufKey("general.name", "text", "")
+    yield GgufKey("general.description", "text", "image encoder for LLaVA")
+    yield GgufKey("clip.projector_type", "text", "mlp")
     for name, kind, word in TOWER_KEYS:
-        yield Key(f"clip.vision.{name}", kind, vision[word])
+        yield GgufKey(f"clip.vision.{name}", kind, vision[word])
     layers = _feature_layers(config)
-    yield Key("clip.vision.block_count", "u32", max(layers))
+    yield GgufKey("clip.vision.block_count", "u32", max(layers))
     if TARGET_BY_TYPE[config["model_type"]].tiles:
         widths_first = tuple(length for height, width in config["image_grid_pinpoints"] for length in (width, height))
-        yield Key("clip.vision.image_grid_pinpoints", "i32", widths_first)
+        yield GgufKey("clip.vision.image_grid_pinpoints", "i32", widths_first)
         texts = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "mm_projector_type": "mlp2x_gelu"}
         for name in ("image_crop_resolution", "image_aspect_ratio", "image_split_resolution", "mm_patch_merge_type", "mm_projector_type"):
             if name in texts:
-                yield Key(f"clip.vision.{name}", "text", texts[name])
+                yield GgufKey(f"clip.vision.{name}", "text", texts[name])
             elif type(config.get(name)) is int:
-                yield Key(f"clip.vision.{name}", "u32", config[name])
-    yield Key("clip.vision.feature_layer", "i32", tuple(layers))
+                yield GgufKey(f"clip.vision.{name}", "u32", config[name])
+    yield GgufKey("clip.vision.feature_layer", "i32", tuple(layers))
     pixels = small_object(hub.files, "preprocessor_config.json")
     for name in ("image_mean", "image_std"):
-        yield Key(f"clip.vision.{name}", "f32", tuple(map(float, pixels[name])))
-    yield Key("clip.use_gelu", "bool", TOWER_ACTIVATIONS[vision["hidden_act"]])
+        yield GgufKey(f"clip.vision.{name}", "f32", tuple(map(float, pixels[name])))
+    yield GgufKey("clip.use_gelu", "bool", TOWER_ACTIVATIONS[vision["hidden_act"]])
 
 
 def _step(hub: Checkpoint, notes: tuple[str, ...], quantize: str | None) -> Any:

@@ -27,7 +27,7 @@ from ..families.llama_cpp import (
     UNUSED,
     USER_DEFINED,
 )
-from ..formats.gguf import Key
+from ..formats.gguf import GgufKey
 from ..storage.strict_json import JsonObject
 from ..text import few
 
@@ -36,7 +36,7 @@ BYTE_BLANK = chr(256 + ord(" "))  # a blank in a byte-level token
 TOKENIZER = "tokenizer.ggml."
 
 
-def tokenizer_keys(files: SmallFiles, config: Mapping[str, Any], rows: int, *, prefix: bool) -> list[Key]:
+def tokenizer_keys(files: SmallFiles, config: Mapping[str, Any], rows: int, *, prefix: bool) -> list[GgufKey]:
     """The keys of the tokenizer in `files` for a vocabulary of `rows` rows. `config` is config.json; with `prefix` the first key says
     whether a blank is put before a text.
 
@@ -61,8 +61,8 @@ def tokenizer_keys(files: SmallFiles, config: Mapping[str, Any], rows: int, *, p
     return [*keys, *_special(files, settings, core, config, None)]
 
 
-def _key(name: str, kind: str, value: Any) -> Key:
-    return Key(TOKENIZER + name, kind, value)
+def _key(name: str, kind: str, value: Any) -> GgufKey:
+    return GgufKey(TOKENIZER + name, kind, value)
 
 
 def _pieces(files: SmallFiles, settings: JsonObject, rows: int) -> tuple[list[str], list[float], list[int]]:
@@ -124,7 +124,7 @@ def _pre_tokenizer(core: JsonObject) -> str:
     return named[0]
 
 
-def _special(files: SmallFiles, settings: JsonObject, core: JsonObject, config: Mapping[str, Any], rows: int | None) -> Iterator[Key]:
+def _special(files: SmallFiles, settings: JsonObject, core: JsonObject, config: Mapping[str, Any], rows: int | None) -> Iterator[GgufKey]:
     """The ids of special tokens, which of them are put around a text, and the chat template. Ids are below `rows`, if that is given."""
     entries = core.get("added_tokens")
     known: dict[str, int] = {}
@@ -147,7 +147,7 @@ def _special(files: SmallFiles, settings: JsonObject, core: JsonObject, config: 
         yield _key(f"add_{role}_token", "bool", flag)
     template = settings.get("chat_template", small_text(files, "chat_template.jinja"))
     if isinstance(template, str):
-        yield Key("tokenizer.chat_template", "text", template)
+        yield GgufKey("tokenizer.chat_template", "text", template)
 
 
 def _added(settings: JsonObject, core: JsonObject) -> dict[str, bool]:

@@ -19,7 +19,7 @@ from ..checkpoint.diagnose import role_of
 from ..checkpoint.small_files import small_bytes
 from ..errors import MOST_JOBS, UsageError, whole_number
 from ..families.files import ADAPTER_CONFIG, ADAPTER_FILES, STANDARD
-from ..formats.gguf import Key, make_gguf_header
+from ..formats.gguf import GgufKey, make_gguf_header
 from ..formats.safetensors import make_header
 from ..storage.strict_json import json_bytes
 from ..tensors.holes import MORE, Watch, hole_sentences
@@ -51,7 +51,7 @@ class Shard:
     name: str
     tensors: tuple[tuple[str, LazyTensor], ...]
     _watch: Watch | None = field(default=None, repr=False, compare=False)
-    keys: tuple[Key, ...] = ()  # of a GGUF file; without any it is a safetensors file
+    keys: tuple[GgufKey, ...] = ()  # of a GGUF file; without any it is a safetensors file
 
     def __reduce__(self) -> tuple[object, ...]:
         """A worker gets what is known of the files that this shard reads, a few kB, and nothing of the other inputs."""

@@ -239,6 +239,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
             Refused("convert, plan", "--image-aspect wide"),
         ],
         "--accept-tower": [Refused("convert llava-hf", "--accept-tower"), ACCEPTED],
+        "--quantize": [Refused("convert, plan", "--quantize Q8_0"), Refused("convert to llava", "--quantize Q8_0"), QUANTIZE],
         "--lossy": [Refused("convert llava-hf", "--lossy"), Refused("convert to llava", "--lossy"), LOSSY],
         "--to": [Changes("convert, plan", "--to llava"), Refused("convert, plan", "--to onnx")],
         "--delta": [Changes("convert a base", f"--delta {DELTA}")],

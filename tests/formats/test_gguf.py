@@ -14,20 +14,20 @@ from conftest import Finished
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from llava_weights.errors import InputError
-from llava_weights.formats.gguf import MAX_HEADER, TYPES, Key, index_gguf, make_gguf_header
+from llava_weights.formats.gguf import MAX_HEADER, TYPES, GgufKey, index_gguf, make_gguf_header
 from llava_weights.tensors.dtypes import BLOCKS
 from llava_weights.tensors.lazy import LazyTensor
 
 KEYS = (
-    Key("general.architecture", "text", "llama"),
-    Key("general.name", "text", "Café \U0001f999"),
-    Key("a.number", "u32", 2**32 - 1),
-    Key("a.signed", "i32", -5),
-    Key("a.float", "f32", 0.5),
-    Key("a.flag", "bool", True),
-    Key("a.texts", "text", ("", "b", "\u2581a")),
-    Key("a.numbers", "i32", (1, -2, 3)),
-    Key("a.floats", "f32", (0.25, -1000.0)),
+    GgufKey("general.architecture", "text", "llama"),
+    GgufKey("general.name", "text", "Café \U0001f999"),
+    GgufKey("a.number", "u32", 2**32 - 1),
+    GgufKey("a.signed", "i32", -5),
+    GgufKey("a.float", "f32", 0.5),
+    GgufKey("a.flag", "bool", True),
+    GgufKey("a.texts", "text", ("", "b", "\u2581a")),
+    GgufKey("a.numbers", "i32", (1, -2, 3)),
+    GgufKey("a.floats", "f32", (0.25, -1000.0)),
 )
 TENSORS = (("one.weight", "F16", (3, 5)), ("two", "F32", (7,)), ("three.weight", "Q8_0", (2, 64)), ("four", "BF16", (1, 2, 3, 4)))
 
@@ -36,7 +36,7 @@ def lazy(tensors: Sequence[tuple[str, str, tuple[int, ...]]] = TENSORS) -> list[
     return [(name, LazyTensor(dtype=dtype, shape=shape)) for name, dtype, shape in tensors]
 
 
-def whole(path: Path, keys: Sequence[Key] = KEYS, tensors: Sequence[tuple[str, str, tuple[int, ...]]] = TENSORS) -> Path:
+def whole(path: Path, keys: Sequence[GgufKey] = KEYS, tensors: Sequence[tuple[str, str, tuple[int, ...]]] = TENSORS) -> Path:
     """A file with these keys and tensors, whose bytes count up."""
     header, places = make_gguf_header(keys, lazy(tensors))
     data = bytearray()

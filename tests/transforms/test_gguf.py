@@ -22,7 +22,7 @@ import llava_weights as lw
 from llava_weights.cli.toy import make_llava
 from llava_weights.families.llama_cpp import GGUF_DECODERS
 from llava_weights.families.originals import ORIGINALS
-from llava_weights.formats.gguf import Key, index_gguf
+from llava_weights.formats.gguf import GgufKey, index_gguf
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -47,7 +47,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.gguf")}
 
 
-def keys_of(path: Path) -> Mapping[str, Key]:
+def keys_of(path: Path) -> Mapping[str, GgufKey]:
     return index_gguf(path)[1]
 
 
