@@ -70,8 +70,8 @@ CROPPED = (
     "images are cropped to squares, where the original pads them (`image_aspect_ratio` pad): pictures that are not square give other pixels"
 )
 UNGATED = (
-    "the projector's form `identity` is exact in transformers; llama.cpp and MLX put a gelu into every projector and would see wrong images: "
-    "`--projector-form gelu` is for them"
+    "the projector's form `identity` is exact in transformers; llama.cpp and MLX put a gelu into every projector and would see wrong "
+    "images: `--projector-form gelu` is for them"
 )
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 
