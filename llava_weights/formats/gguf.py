@@ -75,6 +75,7 @@ class GgufFile:
     name_key: str = "general.name"
 
     def file_name(self, name: str) -> str:
+        """What the file of a model `name` is called."""
         return f"{self.prefix}{name}-{self.label}.gguf"
 
     def named(self, name: str) -> tuple[GgufKey, ...]:
