@@ -55,6 +55,8 @@ from .gguf_tokenizer import tokenizer_keys
 
 EXTRA = "`pip install 'llava-weights[gguf]'`"
 USE_HUB = "convert it to llava-hf, which transformers runs"
+AT_ONCE = 1 << 19  # values that are quantised at once
+COPIES = 24  # bytes for each of them: float32 copies, and numpy's own between steps
 TOWER_NUMBER = re.compile(r"tower\.encoder\.layers\.(\d{1,6})\.")
 Config = Mapping[str, Any]
 
@@ -86,20 +88,30 @@ class UnpermuteRope(FromRows):
 
 @dataclass(frozen=True, kw_only=True)
 class Quantised(FromRows):
-    """`source` in blocks of 32 values with one scale, each row by itself, as `gguf.quants` does it."""
+    """`source` in blocks of 32 values with one scale, each row by itself, as `gguf.quants` does it: some rows at once, since that takes
+    several times the memory of the values."""
+
+    @property
+    def _step(self) -> int:
+        """Rows at once."""
+        unit = self.source.row_unit
+        return max(AT_ONCE // self.source.shape[-1] // unit * unit, unit)
 
     def scratch(self, rows: int) -> int:
-        values = rows * self.source.shape[-1]
-        return rows * self.source.row_nbytes + self.source.scratch(rows) + 24 * values  # float32 copies, and numpy's own between steps
+        rows = min(rows, self._step)
+        return rows * self.source.row_nbytes + self.source.scratch(rows) + COPIES * rows * self.source.shape[-1]
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         from gguf import GGMLQuantizationType
         from gguf.quants import quantize
 
-        with work.scratch((stop - start) * self.source.row_nbytes) as raw:
-            self.source.rows_into(raw, start, stop, work)
-            values = to_float32(raw, self.source.dtype).reshape(stop - start, self.source.shape[-1])
-            as_rows(out, stop - start)[:] = quantize(values, GGMLQuantizationType[self.dtype])
+        made = as_rows(out, stop - start)
+        for first in range(start, stop, self._step):
+            last = min(first + self._step, stop)
+            with work.scratch((last - first) * self.source.row_nbytes) as raw:
+                self.source.rows_into(raw, first, last, work)
+                values = to_float32(raw, self.source.dtype).reshape(last - first, self.source.shape[-1])
+                made[first - start : last - start] = quantize(values, GGMLQuantizationType[self.dtype])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +206,7 @@ class Dequantised(FromRows):
     """`source`, of any type that `gguf.quants` knows, as float32."""
 
     def scratch(self, rows: int) -> int:
-        return rows * self.source.row_nbytes + self.source.scratch(rows) + 24 * rows * self.shape[-1]
+        return rows * self.source.row_nbytes + self.source.scratch(rows) + COPIES * rows * self.shape[-1]
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         from gguf import GGMLQuantizationType
