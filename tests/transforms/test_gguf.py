@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import Finished
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
 from gguf_models import CASES, Case, make_case
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llava_weights as lw
 from llava_weights.cli.toy import make_llava
 from llava_weights.families.llama_cpp import GGUF_DECODERS
 from llava_weights.families.originals import ORIGINALS
 from llava_weights.formats.gguf import GgufKey, index_gguf
+from llava_weights.storage.reading import Workspace
+from llava_weights.transforms.gguf import Quantised, UnpermuteRope
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -142,6 +146,25 @@ def test_quantised_by_rows_as_whole_tensors(kind: str, dtype: str, tmp_path: Pat
     largest = max(tensor.relative for tensor in lw.diff(out, tmp_path / "plain").tensors)
     assert 1e-4 < largest < {"Q8_0": 0.02, "Q4_0": 0.2}[kind]
     assert dequantize(found["blk.0.ffn_up.weight"].data, GGMLQuantizationType[kind]).shape == (96, 64)
+
+
+def test_large_tensors_are_quantised_in_pieces(tmp_path: Path) -> None:
+    """More values than are taken at once, rows in another order, a range that ends inside of a piece: as the whole tensor."""
+    rows, columns, head = 4096, 384, 128
+    values = np.random.default_rng(5).standard_normal((rows, columns)).astype(np.float16)
+    save_file({"q": torch.from_numpy(values)}, tmp_path / "model.safetensors")
+    source = lw.open_checkpoint(tmp_path / "model.safetensors").tensors["q"]
+    turned = UnpermuteRope(dtype="F16", shape=source.shape, source=source, heads=rows // head)
+    made = Quantised(dtype="Q8_0", shape=source.shape, source=turned)
+    wanted = quantize(
+        values.reshape(-1, 2, head // 2, columns).swapaxes(1, 2).reshape(rows, columns).astype(np.float32), GGMLQuantizationType.Q8_0
+    )
+    with closing(Workspace(drop_cache=False)) as work:
+        for start, stop in ((0, rows), (head, rows - 2 * head)):
+            out = bytearray((stop - start) * made.row_nbytes)
+            made.rows_into(memoryview(out), start, stop, work)
+            assert bytes(out) == wanted[start:stop].tobytes()
+    assert made.scratch(rows) == made.scratch(2 * rows) < 30_000_000
 
 
 def test_rows_of_no_whole_blocks_stay_f16(fixtures: Path, tmp_path: Path) -> None:
