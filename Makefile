@@ -28,7 +28,7 @@ check: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_layering.py
 
-peer: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/bitsandbytes/.stamp $(PEERS)/mlx/.stamp $(TRANSFORMERS:=/.stamp)
+peer: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/bitsandbytes/.stamp $(PEERS)/mlx/.stamp $(PEERS)/llama-cpp/.stamp $(TRANSFORMERS:=/.stamp)
 	@$(BIN)/python -m pytest -m peer tests/peers $(ARGS)
 
 bench: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/mergekit/.stamp
@@ -92,6 +92,18 @@ $(PEERS)/bitsandbytes/.stamp $(PEERS)/mlx/.stamp: $(PEERS)/%/.stamp: tests/peers
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python $(INSTALL) --no-deps --requirement tests/peers/$*.txt
 	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
+	@touch $@
+
+# llama.cpp's converters are Python in the source of llama-cpp-python, which is taken apart and not built.
+LLAMA_CPP := llama_cpp_python-0.3.36
+$(PEERS)/llama-cpp/.stamp: tests/peers/llama_cpp.txt | $(READY)
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) --requirement tests/peers/llama_cpp.txt
+	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
+	@$(@D)/bin/python -m pip download -qq --no-input --no-deps --no-binary :all: --dest $(@D) llama-cpp-python==0.3.36
+	@cd $(@D) && tar xzf $(LLAMA_CPP).tar.gz $(addprefix $(LLAMA_CPP)/vendor/llama.cpp/,convert_hf_to_gguf.py conversion gguf-py tools/mtmd/legacy-models)
+	@rm $(@D)/$(LLAMA_CPP).tar.gz
 	@touch $@
 
 # mergekit too. Of what it asks for, scipy and datasets are imported by none of its modules.

@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .events import ShardDone as ShardDone
     from .events import Started as Started
     from .findings import Finding as Finding
+    from .formats.gguf import GgufFile as GgufFile
+    from .formats.gguf import GgufKey as GgufKey
     from .smoke.forward import Probe as Probe
     from .smoke.logits import Limits as Limits
     from .smoke.logits import Row as Row
@@ -91,6 +93,10 @@ _FROM = {
         "open_checkpoint",
     ),
     "tensors.lazy": ("LazyTensor",),
+    "formats.gguf": (
+        "GgufFile",
+        "GgufKey",
+    ),
     "transforms.delta": (
         "apply_delta",
         "make_delta",

@@ -55,7 +55,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "merge_lora of nothing": (lambda: lib.merge_lora(VICUNA, []), "no adapter was given"),
     "merge_lora of a number": (lambda: lib.merge_lora(VICUNA, [3]), "the adapter is of the type `int`"),
     "merge_lora with a weight": (lambda: lib.merge_lora(VICUNA, [(LORA, "half")]), "`weight` is 'half'"),
-    "convert to another layout": (lambda: lib.convert(NOWHERE, "gguf"), "llava-hf, llava"),
+    "convert to another layout": (lambda: lib.convert(NOWHERE, "onnx"), "llava-hf, llava, gguf"),
     "convert to a number": (lambda: lib.convert(NOWHERE, 3), "llava-hf, llava"),
     "convert in another dtype": (lambda: lib.convert(NOWHERE, "llava-hf", dtype="float8"), "F16, BF16 or F32"),
     "convert by another form": (lambda: lib.convert(NOWHERE, "llava-hf", projector_form="tanh"), "identity, relu, gelu"),

@@ -19,7 +19,8 @@ from ..families.decoders import size_name
 from ..families.files import CONFIG_FILES, LICENSE_PREFIXES, PROCESSOR_FILES, TOKENIZER_FILES, WEIGHT_SUFFIXES
 from ..families.layouts import DROPPED, LAYOUTS, VOCABULARY, canonical
 from ..families.unsupported import unsupported
-from ..formats.folder import index_file, index_folder, member, optional
+from ..formats.folder import index_file, index_folder, index_ggufs, member, optional
+from ..formats.gguf import GgufFile
 from ..storage.hub import HubSource, fetch, parse_source, source_text
 from ..storage.reading import SourceFile, present, unreadable
 from ..storage.remote import is_remote, shadowed
@@ -35,8 +36,9 @@ LARGEST_OBJECT = 1 << 20  # bytes of a small file, where no other limit is given
 @dataclass(frozen=True)
 class Origin:
     """Where a checkpoint came from: `name` is the folder's, the file's or the repository's, `path` where it lies on this machine (of a
-    checkpoint that is read over the network, a folder that holds its headers only). `container` is "safetensors", "torch" or "meta",
-    `files` are the weight files, `revision` the commit on the Hub, None for anything else. Manifest and card show `name`, never `path`.
+    checkpoint that is read over the network, a folder that holds its headers only). `container` is "safetensors", "torch", "meta" or
+    "gguf", `files` are the weight files, `revision` the commit on the Hub, None for anything else. Manifest and card show `name`, never
+    `path`.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of each safetensors file, by file name
     notes: tuple[str, ...] = ()
     wrapped: str = ""  # what a wrapper put into the names in its files, which `tensors` leaves out
+    gguf: tuple[GgufFile, ...] = ()  # of one that is to be written as GGUF: its files, with their keys and the names of their tensors
     folders: PartFolders | None = None  # of a checkpoint that lies in folders of its parts, as xtuner's do
 
     def __repr__(self) -> str:
@@ -167,12 +170,15 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
 Source = Checkpoint | str | Path  # what public functions take as a checkpoint: an open one, or its path, Hub name or address
 
 
-def opened(source: Source, role: str, *, whole: bool = False, unmerged: bool = False) -> Checkpoint:
+def opened(source: Source, role: str, *, whole: bool = False, unmerged: bool = False, gguf: bool = False) -> Checkpoint:
     """`source` as a checkpoint, opened if it is not open yet.
 
     Raises UsageError for what is no source, InputError unless `unmerged` where a part is missing or adapters in its folders are still to
-    be merged, and as `open_checkpoint`."""
+    be merged, unless `gguf` for files of llama.cpp, and as `open_checkpoint`."""
     found = source if isinstance(source, Checkpoint) else open_checkpoint(to_place(source, role), whole=whole)
+    if found.origin.container == "gguf" and not gguf:
+        what = f"the {role} {shown(found.origin.name)} is GGUF, which can be looked at, verified and compared, and not used as an input"
+        raise InputError(what, hint="give the checkpoint that it was made from")
     if found.folders and not unmerged:
         found.folders.refuse(found.origin.name)
         if found.folders.adapters:
@@ -248,7 +254,7 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
     if path.is_dir() and (parts := find_parts(path, layout_of)):
         return _open_parts(path, parts, name=name, revision=revision)
     try:
-        found = index_folder(path) if path.is_dir() else index_file(path)
+        found = index_ggufs(path) or (index_folder(path) if path.is_dir() else index_file(path))
     except InputError as error:
         if (told := _of_parts(path, name, error)) is error:
             raise

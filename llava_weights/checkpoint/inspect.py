@@ -38,10 +38,10 @@ class Inspection:
     `tower` and `tokenizer` are a line of the report each, and so are `adapter` (rank, modules, base) and `beside` (weight files beside an
     adapter), "" where the checkpoint has no such thing. `notes` are what opening it found worth knowing.
 
-    `layout` is "llava", "llava-hf", "llama", "clip", "projector", "mpt", "adapter", "mlx-adapter", "loha" or "unknown", `container` the
-    form of its files: "safetensors", "torch" or "meta". `nbytes` counts the bytes of all values, without headers; `dtypes` says how many
-    tensors have each dtype, spelled as safetensors does ("F16"). `tensors` are in the order of the files; of a lossless delta they are
-    those that it packs.
+    `layout` is "llava", "llava-hf", "llama", "clip", "projector", "mpt", "adapter", "mlx-adapter", "loha", "gguf" or "unknown", `container`
+    the form of its files: "safetensors", "torch", "meta" or "gguf". `nbytes` counts the bytes of all values, without headers; `dtypes` says
+    how many tensors have each dtype, spelled as safetensors and llama.cpp do ("F16", "Q8_0"). `tensors` are in the order of the files; of a
+    lossless delta they are those that it packs.
     """
 
     name: str
@@ -132,7 +132,7 @@ def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
         raise UsageError(f"`given` is of the type `{type(given).__name__}`, no text", hint="give a text, or leave it out")
     if given is None:
         given = "" if isinstance(checkpoint, Checkpoint) else str(to_place(checkpoint, "checkpoint"))
-    checkpoint = opened(checkpoint, "checkpoint", unmerged=True)
+    checkpoint = opened(checkpoint, "checkpoint", unmerged=True, gguf=True)
     if is_integer_delta(checkpoint.metadata):
         described = index_integer_delta(checkpoint.tensors, checkpoint.metadata)
         checkpoint = replace(checkpoint, tensors={name: LazyTensor(dtype=d.dtype, shape=d.shape) for name, d in described.items()})

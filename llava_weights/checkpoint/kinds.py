@@ -36,8 +36,9 @@ class Kind:
 
 
 def kind_of(checkpoint: Checkpoint) -> Kind | None:
-    """What `checkpoint` is where nothing here can convert it: quantised, or a family without a class. None for all others."""
-    return quantised_kind(checkpoint) or unsupported_kind(checkpoint)
+    """What `checkpoint` is where nothing here can convert it: quantised, or a family without a class. None for all others, and for
+    GGUF, which is never an input."""
+    return None if checkpoint.layout == "gguf" else quantised_kind(checkpoint) or unsupported_kind(checkpoint)
 
 
 def quantised_kind(checkpoint: Checkpoint) -> Kind | None:

@@ -23,7 +23,7 @@ from ..formats.folder import member
 from ..storage.digests import FILES, TENSOR_DIGESTS, TENSORS, digest_of, is_digest, named
 from ..storage.reading import open_regular, present, refuse_disguise
 from ..storage.strict_json import load_object, read_exactly
-from ..tensors.dtypes import ITEMSIZE
+from ..tensors.dtypes import BLOCKS, ITEMSIZE, bytes_of
 from ..text import listed, shown
 from .checkpoint import Step, describe
 
@@ -275,10 +275,11 @@ def _tensor_of(row: Mapping[str, Any], algorithm: str) -> TensorEntry | None:
     if row.keys() != {"name", "dtype", "shape", "nbytes", algorithm, "shard"}:
         return None
     texts = all(isinstance(row[key], str) for key in ("name", "dtype", "shard"))
-    if not texts or not row["name"] or not row["name"].isprintable() or row["dtype"] not in ITEMSIZE or not is_digest(row[algorithm]):
+    known = row["dtype"] in {**ITEMSIZE, **BLOCKS}
+    if not texts or not row["name"] or not row["name"].isprintable() or not known or not is_digest(row[algorithm]):
         return None
     name, dtype, shape, nbytes, digest, shard = (row[key] for key in ("name", "dtype", "shape", "nbytes", algorithm, "shard"))
-    if not isinstance(shape, list) or not _counts(nbytes, *shape) or nbytes != prod(shape) * ITEMSIZE[dtype]:
+    if not isinstance(shape, list) or not _counts(nbytes, *shape) or nbytes != bytes_of(dtype, prod(shape)):
         return None
     return TensorEntry(name, dtype, tuple(shape), nbytes, digest, shard, algorithm)
 

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from ..errors import InputError
+from ..families.llama_cpp import QWEN2_SPLIT
 from ..storage.strict_json import JsonObject
 from .sentencepiece import NORMAL, Vocabulary
 
@@ -28,8 +29,6 @@ FIRST = {
 # Limits, since every way to cut each piece in two is tried: characters of a piece (SentencePiece's default is 16), the sum of their
 # squares, and merges (LLaMA has two for each piece).
 LONGEST_PIECE, MAX_CUTTING, MAX_MERGES = 1024, 1 << 26, 1_000_000
-# transformers' Qwen2Tokenizer, the same in 4.37 and 5.23
-QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def added_token(name: str, flags: JsonObject | None = None) -> JsonObject:

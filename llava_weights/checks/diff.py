@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Source, opened
+from ..checkpoint.checkpoint import Checkpoint, Source, opened
 from ..errors import MOST_JOBS, UsageError, finite, whole_number
 from ..events import Listener, Progress, Started, check_listener
 from ..families.layouts import VOCABULARY_TABLES, BaseNames, canonical
@@ -28,6 +28,7 @@ from ..tensors.dtypes import ITEMSIZE, one_thread, raw_bits, to_float32
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..tensors.windows import WINDOW_BYTES, row_ranges
 from ..text import brief, fold_names
+from ..transforms.gguf import as_llava_hf, left_out_of_gguf
 
 Status = Literal["equal", "differs", "shape", "only A", "only B"]
 STATUSES: tuple[Status, ...] = ("shape", "differs", "only A", "only B", "equal")  # worst first, as `table` lists them
@@ -105,6 +106,7 @@ def diff(
 ) -> Difference:
     """Compare every tensor of `a` with its partner in `b`, across layouts, dtypes and shards. Every byte is read, nothing is written.
 
+    GGUF is compared under the names of llava-hf, quantised values as float32, and without what llama.cpp does not read of the tower.
     Of one dtype, equal means equal bits; of two, equal values or both NaN. Values with |a - b| <= `tolerance` count as equal too. With
     `rows`, vocabulary tables of different lengths are compared on the rows that both have. `jobs` is the number of threads, from 1 to 64;
     the figures are the same with any. `on_event` is called in this thread with each Event, such as a ProgressBar; bytes are those read of
@@ -118,13 +120,22 @@ def diff(
         hint = "pass 0 for equal bits, or a small number such as 1e-3"
         raise UsageError(f"the tolerance is {tolerance}, it must be a number from 0 on", hint=hint)
     whole_number("jobs", jobs, most=MOST_JOBS)
-    a, b = opened(a, "first checkpoint"), opened(b, "second checkpoint")
-    tensors_a, tensors_b = a.parameters(), b.parameters()
+    a, b = opened(a, "first checkpoint", gguf=True), opened(b, "second checkpoint", gguf=True)
+    tensors_a, tensors_b = _comparable(a, b), _comparable(b, a)
     pairs = list(_pairs(tensors_a, tensors_b, rows))
     files = {leaf.file for tensors in (tensors_a, tensors_b) for tensor in tensors.values() for leaf in tensor.leaves()}
     found = steady(lambda: _measure_all(pairs, tolerance, jobs, on_event), files, same_header)
     ignored = len(a.tensors) - len(tensors_a), len(b.tensors) - len(tensors_b)
     return Difference(tuple(found), a.origin.name, b.origin.name, tolerance, *ignored)
+
+
+def _comparable(one: Checkpoint, other: Checkpoint) -> dict[str, LazyTensor]:
+    """The tensors of `one` that a program reads; beside a GGUF those that such a file has, and of one under the names of llava-hf."""
+    tensors = as_llava_hf(one).parameters()
+    if (one.origin.container == "gguf") == (other.origin.container == "gguf"):
+        return tensors
+    absent = left_out_of_gguf(one, as_llava_hf(other)) if other.origin.container == "gguf" else set()
+    return {name: tensor for name, tensor in tensors.items() if name not in absent}
 
 
 def _measure_all(

@@ -80,7 +80,7 @@ def health(checkpoint: Checkpoint, folder: Path | None) -> tuple[Finding, ...]:
     """
     small_files, findings = read_small_files(checkpoint)
     findings += check(_rules(checkpoint), small_files)
-    findings += _or_ok("L0", "weight files", "weight-files", _containers(checkpoint), "one container of safetensors, whole by its index")
+    findings += _or_ok("L0", "weight files", "weight-files", _containers(checkpoint), _container_text(checkpoint))
     findings += _ruled("other-weights", _other_weights(checkpoint, folder))
     findings += _or_ok("L0", "code", "code", _code(checkpoint, small_files, folder), "no file that a program would execute")
     try:
@@ -119,6 +119,8 @@ def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
     origin, names = checkpoint.origin, [*checkpoint.origin.by_name]
     if checkpoint.history:
         return
+    if origin.container == "gguf":
+        return
     if origin.container != "safetensors":
         text = f"{listed(names)}: pickles, which other programs may execute; this tool does not, and found nothing but tensors in them"
         yield _warning("L0", names[0], text, SAFETENSORS)
@@ -129,6 +131,10 @@ def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
         )
     if origin.path.is_dir():
         yield from _index(checkpoint)
+
+
+def _container_text(checkpoint: Checkpoint) -> str:
+    return "GGUF" if checkpoint.origin.container == "gguf" else "one container of safetensors, whole by its index"
 
 
 def _other_weights(checkpoint: Checkpoint, folder: Path | None) -> Iterator[Finding]:

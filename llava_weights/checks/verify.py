@@ -71,6 +71,7 @@ from .health import APPLY, RULES_OF_LAYOUT, health, watch_over
 from .published import check_published
 from .remake import compare_remade, remake
 from .rules import refused
+from .rules_gguf import check_gguf
 
 CHECKED_STRUCTURE = ("llama", "llava")  # layouts whose shapes checkpoint/config.py checks
 DEEP = "pass `--deep` to read everything"
@@ -512,6 +513,8 @@ def _config(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield _refused(error, "config.json")
     elif checkpoint.layout == "adapter":
         yield _adapter(checkpoint)
+    elif checkpoint.layout == "gguf":
+        yield from check_gguf(checkpoint)
     elif checkpoint.layout != "llava-hf":  # health.py has the rules of that one
         why = f"there is no rule for this layout ({checkpoint.layout})" if checkpoint.config else "there is no config.json"
         yield Finding("L0", "unchecked", "config.json", f"shapes were not compared with a config: {why}")

@@ -141,11 +141,11 @@ def convert_lora(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
         from ..transforms.adapter import open_adapter
-        from ..transforms.convert import TO_LAYOUTS
+        from ..transforms.convert import ADAPTER_LAYOUTS
         from ..transforms.convert_lora import convert_lora as transform
 
         check_options(run, output)
-        one_of("layout", to, TO_LAYOUTS)
+        one_of("layout", to, ADAPTER_LAYOUTS)
         opened = open_adapter(lora, revision=revision, non_lora=non_lora, adapter=adapter, progress=show.bars)
         model = open_checkpoint(base, progress=show.bars) if base else None
         carry_out(console, transform(opened, to, base=model), output, run)
@@ -158,7 +158,7 @@ def convert(
         str, typer.Argument(metavar="SRC", help="LLaVA to convert, or LLaMA with --delta or --lora: folder, file, owner/name[@rev].")
     ],
     output: Output,
-    to: Annotated[str, typer.Option("--to", metavar="llava-hf|llava", help="Conversion to write.")] = "llava-hf",
+    to: Annotated[str, typer.Option("--to", metavar="llava-hf|llava|gguf", help="Conversion to write.")] = "llava-hf",
     delta: Annotated[str | None, typer.Option("--delta", help="Apply this delta onto SRC first, in the same pass.")] = None,
     accept_base: AcceptBase = False,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge this adapter first, in the same pass. Repeats.")] = None,
@@ -173,7 +173,7 @@ def convert(
     run: Run,
     show: Show,
 ) -> None:
-    """Convert LLaVA's original layout to llava-hf, and back; with a delta and adapters in the same pass."""
+    """Convert LLaVA's original layout to llava-hf and back, or to llama.cpp's GGUF; with a delta and adapters in the same pass."""
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 

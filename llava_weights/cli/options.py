@@ -33,7 +33,9 @@ Reread = Annotated[bool, typer.Option("--reread/--no-reread", help="Read back fr
 Push = Annotated[
     str | None, typer.Option("--push", metavar="OWNER/NAME[@BRANCH]", help="Publish the output on the Hub; a new repository is private.")
 ]
-ShardSize = Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest output file, as 5GB or 512MiB.")]
+ShardSize = Annotated[
+    str | None, typer.Option("--max-shard-size", metavar="SIZE", show_default="5GB", help="Largest output file, as 5GB or 512MiB.")
+]
 Memory = Annotated[
     str | None, typer.Option("--max-memory", metavar="SIZE", envvar="LLAVA_WEIGHTS_MAX_MEMORY", help="Keep the whole process below this.")
 ]
@@ -76,7 +78,7 @@ BaseQuantized = Annotated[
         help="Round the base first as bitsandbytes did while a QLoRA was trained; nf4-double: with double quantisation.",
     ),
 ]
-To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava", help="Convert the result to this layout, in the same pass.")]
+To = Annotated[str | None, typer.Option("--to", metavar="llava-hf|llava|gguf", help="Convert the result to this layout, in the same pass.")]
 VisionTowerOption = Annotated[
     str | None, typer.Option("--vision-tower", help="CLIP for a checkpoint that holds none: folder, file or owner/name[@rev].")
 ]
@@ -89,8 +91,12 @@ Lossy = Annotated[
 ProjectorForm = Annotated[
     str | None,
     typer.Option(
-        "--projector-form", metavar="identity|relu|gelu", help="A linear projector in llava-hf: relu for vLLM, gelu for GGUF and MLX."
+        "--projector-form", metavar="identity|relu|gelu", help="A linear projector in llava-hf: relu for vLLM, gelu for MLX; GGUF has gelu."
     ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="Q8_0|Q4_0", help="Dtype of the text model's matrices in GGUF; needs `llava-weights[gguf]`."),
 ]
 ImageToken = Annotated[str | None, typer.Option("--image-token", help="Text of the image token in llava-hf.")]
 VocabSize = Annotated[int | None, typer.Option("--vocab-size", min=1, help="Rows of the vocabulary tables in llava-hf.")]
@@ -158,6 +164,7 @@ class Conversion:
     image_aspect: ImageAspect = None
     accept_tower: AcceptTower = False
     lossy: Lossy = False
+    quantize: Quantize = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -170,7 +177,7 @@ class Run:
     """How a checkpoint is written."""
 
     accept_values: AcceptValues = False
-    max_shard_size: ShardSize = "5GB"
+    max_shard_size: ShardSize = None
     max_memory: Memory = None
     jobs: WritingJobs = None
     dry_run: DryRun = False

@@ -69,14 +69,14 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     from ..write.destinations import is_address
     from ..write.execute import preflight, run_plan
     from ..write.executors import open_executor
-    from ..write.plan import make_plan
+    from ..write.plan import SHARD_SIZE, make_plan
     from ..write.portions import execute_portion, to_portion
     from ..write.upload import job_at
     from .report import explain, outcome, portion_outcome
 
     portion = to_portion(run.shards) if run.shards else None
     target, make_job = job_at(output, reread=run.reread, on_event=console.on_event)
-    sizes: Any = {"max_shard_size": run.max_shard_size, "max_memory": run.max_memory}
+    sizes: Any = {"max_shard_size": run.max_shard_size or SHARD_SIZE, "max_memory": run.max_memory, "name": target.name or None}
     jobs = run.jobs or (RAY_JOBS if run.executor else None)
     plan = make_plan(checkpoint, jobs=jobs, upload=is_address(output), accept_values=run.accept_values, **sizes)
     rows, document = explain(plan, output)
@@ -186,13 +186,16 @@ def check_options(
     tower_only = bool(lora) and given.keys() <= {"vision_tower", "accept_tower"}
     if to is None and ((given and not tower_only) or (dtype and not lora)):
         names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given or ("dtype",))
-        raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf` or `--to llava`")
+        raise UsageError(f"{names} is an option of conversion", hint="add `--to llava-hf`, `--to llava` or `--to gguf`")
     if given.pop("accept_tower", False) and "vision_tower" not in given:
         raise UsageError("`--accept-tower` belongs to `--vision-tower`", hint="pass both")
     given.pop("vision_tower", None)
     if to is not None:
         check_conversion(to, dtype=dtype, **given)
-    parse_size(run.max_shard_size, "max-shard-size")
+    if run.max_shard_size is not None:
+        parse_size(run.max_shard_size, "max-shard-size")
+        if to == "gguf":
+            raise UsageError("`--max-shard-size` changes nothing of GGUF: the text model is one file", hint="leave it out")
     if run.max_memory is not None:
         parse_size(run.max_memory, "max-memory")
     _one_way(run, output)

@@ -19,13 +19,14 @@ LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")  # what a place without a listing is asked for
 
 # Weight files by container, and what training leaves beside or instead of a model.
-Container = Literal["safetensors", "torch", "meta"]
+Container = Literal["safetensors", "torch", "meta", "gguf"]
 STANDARD: dict[Container, tuple[str, str]] = {"safetensors": ("model", ".safetensors"), "torch": ("pytorch_model", ".bin")}  # stem, suffix
 SINGLE_FILES = tuple(stem + suffix for stem, suffix in STANDARD.values())
 INDEXES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 # A whole training state, as transformers, `zero_to_fp32.py` and accelerate's FSDP write it.
 STATES = (*INDEXES, *SINGLE_FILES, "pytorch_model_fsdp.bin")
 WEIGHT_SUFFIXES: dict[str, Container] = {".safetensors": "safetensors", ".bin": "torch", ".pth": "torch", ".pt": "torch"}
+GGUF_SUFFIX = ".gguf"  # llama.cpp's files, which are looked at and never converted
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_BESIDE = "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter
 TRAINED_FILES = (TRAINED_BESIDE, "non_lora_state_dict.bin")  # the second is what trainers of other models took over from LLaVA's

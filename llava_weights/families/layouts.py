@@ -38,6 +38,7 @@ class Layout:
 
 # Tried in order, the first that fits wins.
 LAYOUTS = (
+    Layout("gguf", "llama.cpp's GGUF", (r"(v\.)?blk\.\d+\..*",)),
     Layout("adapter", "LoRA adapter", (r".*\.lora_(A|B|embedding_A|embedding_B)\b.*",)),
     Layout("mlx-adapter", "LoRA adapter of MLX", (r".*\.lora_(a|b)",)),
     Layout("loha", "PEFT adapter that is not a LoRA", (r"base_model\..*\.(hada_|lokr_|vera_|ia3_|oft_|boft_).*",)),

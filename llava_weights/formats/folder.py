@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..families.files import META_FILE, SIDE_FILES, STANDARD, WEIGHT_SUFFIXES, Container
+from ..families.files import GGUF_SUFFIX, META_FILE, SIDE_FILES, STANDARD, WEIGHT_SUFFIXES, Container
 from ..storage.reading import SourceFile, Workspace, irregular, present, unreadable
 from ..storage.strict_json import MAX_INDEX, load_object
 from ..tensors.lazy import LazyTensor
 from ..tensors.sampling import even
 from ..text import listed, shown
+from .gguf import index_gguf
 from .meta import index_meta
 from .safetensors import index_safetensors
 from .torch_zip import index_torch_zip
@@ -66,6 +67,29 @@ def index_folder(folder: Path) -> WeightFiles:
     unread = [name for name in names if re.fullmatch(WEIGHTS, name) and not name.endswith(".json") and name not in (*read, *SIDE_FILES)]
     note = f"the weights are those of {listed(sorted(read))}; not read: {listed(unread)}"
     return replace(found, notes=(*found.notes, note)) if unread else found
+
+
+def index_ggufs(place: Path) -> WeightFiles | None:
+    """The tensors of a GGUF file, or of all that lie in a folder without other weights; None for anything else. `metadata` has the keys of
+    each file as texts, an array as its length. Raises InputError for a damaged file, and where two hold tensors of the same names."""
+    names = _names(place) if place.is_dir() else [place.name]
+    ggufs = [name for name in names if name.endswith(GGUF_SUFFIX)]
+    if not ggufs or not present(place) or any(re.fullmatch(WEIGHTS, name) for name in names):
+        return None
+    tensors: dict[str, LazyTensor] = {}
+    files, metadata = [], {}
+    for name in ggufs:
+        path = member(place, name) if place.is_dir() else place
+        found, keys = index_gguf(path)
+        if twice := [tensor for tensor in found if tensor in tensors]:
+            what = f"{listed(ggufs)} hold tensors of the same names, such as {shown(twice[0])}"
+            raise InputError(what, facts={"path": place}, hint="give one of the files")
+        tensors |= found
+        metadata[name] = {
+            key.name: f"{len(key.value):,} items" if isinstance(key.value, tuple) else str(key.value) for key in keys.values()
+        }
+        files.append(next((leaf.file for tensor in found.values() for leaf in tensor.leaves()), SourceFile.at(path)))
+    return WeightFiles(tensors, "gguf", tuple(files), metadata)
 
 
 def holds_weights(folder: Path) -> bool:
@@ -132,7 +156,8 @@ def same_header(file: SourceFile) -> bool:
     if not file.header_sha256:
         return True
     with suppress(InputError):  # it has become another thing
-        return any((found.path, found.header_sha256) == (file.path, file.header_sha256) for found in index_file(Path(file.path)).files)
+        path = Path(file.path)
+        return any((it.path, it.header_sha256) == (file.path, file.header_sha256) for it in (index_ggufs(path) or index_file(path)).files)
     return False
 
 

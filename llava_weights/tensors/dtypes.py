@@ -25,6 +25,11 @@ ITEMSIZE = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+# Quantised dtypes of GGUF: values of a block, and its bytes (ggml-common.h of llama.cpp). A row is whole blocks.
+BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "Q8_K": (256, 292),
+}  # fmt: skip
 MAX_AXES = 8  # of a tensor in any file that is read
 TORCH_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
 
@@ -39,6 +44,12 @@ def to_dtype(text: str | None) -> str | None:
     if not isinstance(text, str) or text.upper() not in names:
         raise UsageError(f"there is no output dtype `{text}`", hint="choose F16, BF16 or F32")
     return names[text.upper()]
+
+
+def bytes_of(dtype: str, numel: int) -> int:
+    """Bytes of `numel` values, which of a quantised dtype are whole blocks."""
+    values, nbytes = BLOCKS[dtype] if dtype in BLOCKS else (1, ITEMSIZE[dtype])
+    return numel // values * nbytes
 
 
 def to_float32(raw: bytes | bytearray | memoryview, dtype: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from ..errors import MismatchError
 from ..storage.reading import Record, SourceFile, Workspace
 from ..storage.threads import in_threads
 from ..text import brief
-from .dtypes import ITEMSIZE, as_rows, as_torch, count_non_finite, one_thread, raw_bits, to_float32
+from .dtypes import ITEMSIZE, as_rows, as_torch, bytes_of, count_non_finite, one_thread, raw_bits, to_float32
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SAMPLES_AT_ONCE = 16  # of remote tensors
@@ -93,12 +93,12 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of all its values."""
-        return self.numel * ITEMSIZE[self.dtype]
+        return bytes_of(self.dtype, self.numel)
 
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row."""
-        return math.prod(self.shape[1:]) * ITEMSIZE[self.dtype]
+        return bytes_of(self.dtype, math.prod(self.shape[1:]))
 
     def leaves(self) -> tuple[Stored, ...]:
         """Every stored tensor that this one is made of."""

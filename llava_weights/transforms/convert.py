@@ -38,6 +38,7 @@ from ..checkpoint.tower import VIDEO, check_tower, lost_tensors, tower_shapes
 from ..errors import InputError, UsageError, one_of, whole_number
 from ..families.files import PROCESSOR_FILES
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
+from ..families.llama_cpp import QUANTISED
 from ..families.originals import of_tokens
 from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES, STACK_OF_ONE, STACK_OF_ONE_TYPE, projector_type
 from ..families.prompts import CONVERSATIONS
@@ -47,16 +48,20 @@ from ..tensors.dtypes import TORCH_DTYPE, to_dtype
 from ..tensors.resize import resized
 from ..text import is_text, shown
 from .canonical import BIASES, Canonical, Model, to_canonical
+from .gguf import gguf_checkpoint
 from .lora import with_own_adapters
 from .projector import paired, single
 
-TO_LAYOUTS = ("llava-hf", "llava")
+TO_LAYOUTS = ("llava-hf", "llava", "gguf")
+ADAPTER_LAYOUTS = TO_LAYOUTS[:2]  # that an adapter can have the names of
 # The options of llava-hf, with the values of those that have a few; those of the original layout.
 CHOICES: dict[str, tuple[str, ...]] = {
     "projector_form": tuple(PROJECTOR_FORMS), "image_aspect": ("square", "pad"), "conv_mode": tuple(CONVERSATIONS),
-    "image_token": (), "vocab_size": (), "lossy": (),
+    "image_token": (), "vocab_size": (), "lossy": (), "quantize": QUANTISED,
 }  # fmt: skip
 KIND = "mm_projector_type"
+HUB_OPTIONS = set(CHOICES) - {"quantize"}
+NOT_OF_GGUF = {"image_aspect", "lossy"}  # llama.cpp pads every image, and has no class that would lose tensors
 ZERO_BIASES = "the projector has no biases, which LLaVA's code needs: zeros are written, which compute the same"
 PADDED = (
     "images are padded to squares in the mean colour, as the original does it (`image_aspect_ratio` pad): by LlavaImageProcessor, which "
@@ -64,6 +69,10 @@ PADDED = (
 )
 CROPPED = (
     "images are cropped to squares, where the original pads them (`image_aspect_ratio` pad): pictures that are not square give other pixels"
+)
+UNGATED = (
+    "the projector's form `identity` is exact in transformers; llama.cpp and MLX put a gelu into every projector and would see wrong "
+    "images: `--projector-form gelu` is for them"
 )
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 
@@ -82,9 +91,10 @@ def convert(
     tower_name: str | None = None,
     accept_tower: bool = False,
     lossy: bool = False,
+    quantize: str | None = None,
 ) -> Checkpoint:
-    """`checkpoint` in the layout `to`: "llava-hf", as transformers reads it, or "llava", as haotian-liu's code and SGLang do. Nothing is
-    written.
+    """`checkpoint` in the layout `to`: "llava-hf", as transformers reads it, "llava", as haotian-liu's code and SGLang do, or "gguf", as
+    llama.cpp does. Nothing is written.
 
     `tower` is the vision tower of a checkpoint that holds none; with `accept_tower` it may be another published one than the config names.
     `dtype` is that of the output ("F16", "BF16", "F32"), by default that of each tensor. Only with "llava-hf": `projector_form` is how a
@@ -93,7 +103,8 @@ def convert(
     the mean of the old; `image_aspect` is "square" (cropped) or "pad", how an image becomes a square, by default as in the checkpoint;
     `lossy` leaves out tensors that the class has no place for, and the step says which. Only with "llava": `tower_name` is the tower that
     the config names then. `conv_mode` is LLaVA's name of the prompt that the model was trained with, such as "llava_v1": the chat template
-    of llava-hf writes it, and config.json records it.
+    of llava-hf and GGUF writes it, and config.json records it. Only with "gguf": `quantize` is "Q8_0" or "Q4_0", the dtype of the text
+    model's matrices; a projector of one layer gets the form "gelu", the only one that llama.cpp computes right.
 
     Raises UsageError for a value that an option can't have and for an option that changes nothing of this checkpoint, InputError for
     tensors that are unknown or missing, or that would be lost without `lossy`, for shapes that contradict the config and for an image token
@@ -108,9 +119,11 @@ def convert(
         "lossy": lossy or None,
     }
     given = {key: value for key, value in hub.items() if value is not None}
-    dtype = check_conversion(to, dtype=dtype, **given, tower_name=tower_name)
+    dtype = check_conversion(to, dtype=dtype, **given, tower_name=tower_name, quantize=quantize)
     model, clip = opened(checkpoint, "checkpoint", unmerged=True), opened(tower, "tower") if tower is not None else None
     model, clip = with_own_adapters(model, clip)
+    if to == "gguf":
+        return to_gguf(model, tower=clip, dtype=dtype, quantize=quantize, accept_tower=accept_tower, **given)  # type: ignore[arg-type]
     if to == "llava-hf":
         return to_llava_hf(model, tower=clip, dtype=dtype, accept_tower=accept_tower, **given)  # type: ignore[arg-type]
     return to_llava(model, tower=clip, tower_name=tower_name, conv_mode=conv_mode, dtype=dtype, accept_tower=accept_tower)
@@ -119,7 +132,7 @@ def convert(
 def check_conversion(to: str, *, dtype: str | None = None, **given: Any) -> str | None:
     """`dtype` as safetensors spells it. Raises UsageError where `convert` could not take these options, without a look at a checkpoint."""
     one_of("layout", to, TO_LAYOUTS)
-    own = {"llava-hf": set(CHOICES), "llava": {"tower_name", "conv_mode"}}[to]
+    own = {"llava-hf": HUB_OPTIONS, "llava": {"tower_name", "conv_mode"}, "gguf": {*HUB_OPTIONS, "quantize"} - NOT_OF_GGUF}[to]
     given = {key: value for key, value in given.items() if value is not None}
     if foreign := sorted(given.keys() - own):
         names = ", ".join(f"`--{key.replace('_', '-')}`" for key in foreign)
@@ -149,11 +162,14 @@ def to_llava_hf(
     dtype: str | None = None,
     accept_tower: bool = False,
     lossy: bool = False,
+    gated: bool = False,
 ) -> Checkpoint:
     """`checkpoint`, in the original layout or any key style of llava-hf, as the Hub's llava-hf checkpoints are.
 
     `tower` serves where the checkpoint has no vision tower of its own. New vocabulary rows hold the mean of the old ones. A projector
     that is a single Linear becomes two by `projector_form`, "identity" by default. With `lossy`, tensors without a place are left out.
+    `gated`: it is for a reader that puts a gelu between the layers of every projector, so that a single Linear, in whichever form it is
+    stored, gets the form "gelu".
 
     Raises InputError for unknown or missing tensors, for those without a place unless `lossy`, shapes that contradict the config, an image
     token without a row, MismatchError for a published tower that is not the published one that the config names, unless `accept_tower`,
@@ -161,10 +177,10 @@ def to_llava_hf(
     """
     model = to_canonical(checkpoint, tower, image_token, dtype, accept_tower=accept_tower)
     tiles = pinpoints(model.config, model.tower.image_size) if model.target.tiles else None
-    tensors, activation, form = _two_layers(model, projector_form)
+    tensors, activation, form = _two_layers(model, projector_form, gated=gated)
     tensors, loss = _without_lost(checkpoint, model, tensors, lossy)
     notes = list(model.tower.notes)
-    if tiles and checkpoint.layout == "llava":
+    if tiles and checkpoint.layout == "llava" and not gated:
         notes.append("image_grid_pinpoints: each pair swapped, since the original reads (width, height) and transformers (height, width)")
     elif not tiles and tensors.pop("newline", None) is not None:
         notes.append("`image_newline` is dropped: images are not cut into tiles, so nothing reads it")
@@ -199,6 +215,7 @@ def to_llava_hf(
     if prompt.name and not prompt.doubts and (conv_mode or not retold):
         config = dict(sorted({**config, "conv_mode": prompt.name}.items()))
     aspect, squares = _aspect(checkpoint, model, image_aspect)
+    squares = () if gated else squares  # that reader has a way of its own
     files |= _processor(checkpoint, model, config, aspect, prompt.template)
     step = Step(
         "convert",
@@ -220,6 +237,7 @@ def to_llava_hf(
             *notes,
             *squares,
             *model.doubts.notes,
+            *((UNGATED,) if form == "identity" else ()),
             *_remarks(model),
             *(() if retold else prompt.doubts),
         ),
@@ -227,6 +245,36 @@ def to_llava_hf(
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, prompt_doubt=" ".join(prompt.doubts), projector_form=form),
     )
     return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)
+
+
+def to_gguf(
+    checkpoint: Checkpoint,
+    *,
+    tower: Checkpoint | None = None,
+    projector_form: str | None = None,
+    image_token: str | None = None,
+    vocab_size: int | None = None,
+    conv_mode: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    accept_tower: bool = False,
+) -> Checkpoint:
+    """`checkpoint` as llama.cpp's two files. Options and errors are those of `to_llava_hf` and `gguf_checkpoint`; a single Linear gets the
+    form "gelu", and any other is refused."""
+    if projector_form not in (None, "gelu"):
+        what = f"llama.cpp puts a gelu between the layers of every projector, so the form `{projector_form}` would give wrong images"
+        raise UsageError(what, hint="leave out `--projector-form`: a single Linear gets the form `gelu`")
+    hub = to_llava_hf(
+        checkpoint,
+        tower=tower,
+        projector_form=projector_form,
+        image_token=image_token,
+        vocab_size=vocab_size,
+        conv_mode=conv_mode,
+        accept_tower=accept_tower,
+        gated=True,
+    )
+    return gguf_checkpoint(hub, dtype=dtype, quantize=quantize)
 
 
 def to_llava(
@@ -311,20 +359,22 @@ def _check_way_back(checkpoint: Checkpoint, model: Model) -> None:
         raise InputError(what, facts=facts, hint="take the original checkpoint; `--to llava-hf` renames this one")
 
 
-def _two_layers(model: Model, form: str | None) -> tuple[Canonical, str, str]:
+def _two_layers(model: Model, form: str | None, *, gated: bool) -> tuple[Canonical, str, str]:
     """The tensors with a projector of two layers, its activation, and the form that was chosen for a single Linear.
 
     Raises UsageError for a form where the projector has two layers of its own."""
     tensors = dict(model.tensors)
-    if LINEAR_NAMES[0] not in tensors and form is None:
+    if LINEAR_NAMES[0] not in tensors and form is None and not gated:
         return tensors, model.activation, ""
     if LINEAR_NAMES[0] in tensors:
         weight, bias = (tensors.pop(name) for name in LINEAR_NAMES)
     elif (one := single(tensors, model.activation)) is not None:
         weight, bias = one
+    elif form is None:
+        return tensors, model.activation, ""
     else:
         raise UsageError("the projector has two layers of its own, so `--projector-form` can change nothing", hint="leave it out")
-    form = form or "identity"
+    form = form or ("gelu" if gated else "identity")
     return {**tensors, **paired(weight, bias, form)}, PROJECTOR_FORMS[form], form
 
 

@@ -34,7 +34,7 @@ from ..text import few, listed, shown
 from .adapter import Adapter, Module, Rows, open_adapter
 from .adapter_config import short_base
 from .adapter_tokens import explaining_files
-from .convert import TO_LAYOUTS, convert
+from .convert import ADAPTER_LAYOUTS, convert
 from .lora import AdapterSource, facts_of, merge_lora, oriented
 from .projector import Columns, Diagonals, paired, single
 
@@ -93,7 +93,7 @@ def convert_lora(adapter: AdapterSource, to: str, *, base: Source | None = None)
     `base`, InputError or MismatchError, naming the tensors, for what the other layout or PEFT has no place for and what does not fit
     `base`, HubError where the Hub can't serve an input.
     """
-    one_of("layout", to, TO_LAYOUTS)
+    one_of("layout", to, ADAPTER_LAYOUTS)
     source = adapter if isinstance(adapter, Adapter) else open_adapter(to_place(adapter, "adapter"))
     _check_kind(source)
     given = _base(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..checkpoint.chat_template import bare_prompt
 from ..checkpoint.checkpoint import Origin, Step
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
 from ..families.files import ADAPTER_CONFIG
+from ..families.llama_cpp import GGUF_TARGETS
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import TARGET_BY_TYPE
@@ -25,7 +27,7 @@ def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, 
     title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
     parts = [_front_matter(plan), f"# {markdown_text(title)}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
-    parts += [_use(plan) or _use_adapter(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
+    parts += [_use_gguf(plan) or _use(plan) or _use_adapter(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
     return "\n".join(part for part in parts if part)
 
 
@@ -34,7 +36,7 @@ def _front_matter(plan: Plan) -> str:
     lines = ["---", "tags: [llava, llava-weights]"]
     if ADAPTER_CONFIG in plan.files:
         lines.append("library_name: peft")
-    elif any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
+    elif _last(plan, "gguf") or any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
         lines.append("pipeline_tag: image-text-to-text")
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in ids)]
@@ -98,6 +100,47 @@ def _use(plan: Plan) -> str:
     versions += TORCHVISION if row and row.video else ""
     doubt = f"\n{markdown_text(checks['prompt_doubt'])}\n" if checks.get("prompt_doubt") else ""
     return USE.format(model=model, versions=versions, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]), doubt=doubt)
+
+
+USE_GGUF = """## Use it
+
+```
+llama-mtmd-cli -m {text} --mmproj {vision} --jinja --image IMAGE -p "What is shown in this image?"
+llama-server -m {text} --mmproj {vision} --jinja
+```
+
+Without `--jinja` llama.cpp writes another prompt than the model was trained with, which is this one. Generation stops at {stop}.
+
+{prompt}
+{doubt}
+What llama.cpp gets wrong of such a model today: {wrong}. The text model computes as in transformers, to rounding.
+{smaller}"""
+SMALLER = """
+Smaller files, with other types than can be made without llama.cpp (the text model only):
+
+```
+llama-quantize {text} {small} Q4_K_M
+```
+"""
+
+
+def _use_gguf(plan: Plan) -> str:
+    """How to run a GGUF output with llama.cpp."""
+    checks = _last(plan, "gguf")
+    if not checks:
+        return ""
+    text, vision = (shard.name for shard in plan.shards)
+    label = next((dtype for dtype in ("F32", "BF16", "F16") if text.endswith(f"-{dtype}.gguf")), "")
+    small = shlex.quote(f"{text.removesuffix(f'-{label}.gguf')}-Q4_K_M.gguf") if label else ""
+    words = {"text": shlex.quote(text), "vision": shlex.quote(vision)}
+    return USE_GGUF.format(
+        **words,
+        stop=markdown_text(f"`{checks['stop']}`" if checks.get("stop") else "the token that the file names"),
+        prompt=_block(checks["prompt_text"]) if checks.get("prompt_text") else "Its own chat template writes it.",
+        doubt=f"\n{markdown_text(checks['prompt_doubt'])}\n" if checks.get("prompt_doubt") else "",
+        wrong=GGUF_TARGETS[checks["gguf"]],
+        smaller=SMALLER.format(text=words["text"], small=small) if small else "",
+    )
 
 
 USE_ADAPTER = """## Use it

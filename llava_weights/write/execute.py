@@ -22,6 +22,7 @@ from ..checkpoint.small_files import small_bytes
 from ..errors import InputError, Interrupted, LlavaWeightsError, OutputError, UsageError, shortage
 from ..events import Listener, Note, Progress, ReadingBack, ShardDone, Started, check_listener
 from ..formats.folder import same_header
+from ..formats.gguf import index_gguf
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
 from ..storage.reading import DropBehind, SourceFile
@@ -485,7 +486,7 @@ def tensor_entries(folder: Path, results: Mapping[str, ShardResult]) -> list[Ten
         return [
             TensorEntry(name, tensor.dtype, tensor.shape, tensor.nbytes, results[shard].tensors[name], shard)
             for shard in sorted(results)
-            for name, tensor in index_safetensors(folder / shard)[0].items()
+            for name, tensor in (index_gguf if shard.endswith(".gguf") else index_safetensors)(folder / shard)[0].items()
         ]
     except InputError as error:
         raise OutputError(error.what, facts=error.facts, hint="check the disk") from error
@@ -493,7 +494,7 @@ def tensor_entries(folder: Path, results: Mapping[str, ShardResult]) -> list[Ten
 
 def write_index(folder: Path, tensors: Sequence[TensorEntry]) -> None:
     """`model.safetensors.index.json`, where there is more than one shard."""
-    if len({tensor.shard for tensor in tensors}) > 1:
+    if len({tensor.shard for tensor in tensors if not tensor.shard.endswith(".gguf")}) > 1:
         total = {"total_size": sum(tensor.nbytes for tensor in tensors)}
         placed = {tensor.name: tensor.shard for tensor in sorted(tensors, key=lambda tensor: tensor.name)}
         put_file(folder / "model.safetensors.index.json", json_bytes({"metadata": total, "weight_map": placed}))

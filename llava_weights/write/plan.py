@@ -19,18 +19,22 @@ from ..checkpoint.diagnose import role_of
 from ..checkpoint.small_files import small_bytes
 from ..errors import MOST_JOBS, UsageError, whole_number
 from ..families.files import ADAPTER_CONFIG, ADAPTER_FILES, STANDARD
+from ..formats.gguf import GgufKey, make_gguf_header
 from ..formats.integer_delta import ToInteger
+from ..formats.safetensors import make_header
 from ..storage.strict_json import json_bytes
 from ..storage.threads import usable_cores
 from ..tensors.holes import MORE, Watch, hole_sentences
 from ..tensors.lazy import LazyTensor
 from ..tensors.windows import WINDOW_BYTES, MiB, cut
-from ..text import brief, redact, shards, size
+from ..text import brief, is_text, redact, shards, shown, size
 
 SHARD_METADATA = {"format": "pt"}  # without it transformers 4.37 and 4.45 stop with an AttributeError
 
+SHARD_SIZE = "5GB"  # where nobody says
 SMALLEST_WINDOW = MiB
 LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
+MAX_NAME = 200  # characters of the name that GGUF files bear
 LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
 READ_BACK_BYTES = 4 * MiB  # of one finished shard, while the next is made
 BUFFERS_BEYOND_JOBS = 4  # windows by which the digest threads of a shard may lag behind its workers
@@ -53,11 +57,12 @@ class Shard:
     name: str
     tensors: tuple[tuple[str, LazyTensor], ...]
     _watch: Watch | None = field(default=None, repr=False, compare=False)
+    keys: tuple[GgufKey, ...] = ()  # of a GGUF file; without any it is a safetensors file
 
     def __reduce__(self) -> tuple[object, ...]:
         """A worker gets what is known of the files that this shard reads, a few kB, and nothing of the other inputs."""
         files = {leaf.file for _, tensor in self.tensors for leaf in tensor.leaves()}
-        return Shard, (self.name, self.tensors, self._watch and self._watch.within(files))
+        return Shard, (self.name, self.tensors, self._watch and self._watch.within(files), self.keys)
 
     def __str__(self) -> str:
         """Short, beside the whole `repr`, which is part of a plan's identity."""
@@ -71,6 +76,11 @@ class Shard:
     def nbytes(self) -> int:
         """Bytes of all values, without the header."""
         return sum(tensor.nbytes for _, tensor in self.tensors)
+
+    def header(self) -> tuple[bytes, list[tuple[str, LazyTensor, int]]]:
+        """The first bytes of the file, and the tensors as they follow, end to end: (name, tensor, offset from the end of these bytes). The
+        zeros that pad a GGUF file are among them under an empty name."""
+        return make_gguf_header(self.keys, self.tensors) if self.keys else make_header(self.tensors, SHARD_METADATA)
 
 
 @dataclass(frozen=True)
@@ -147,12 +157,13 @@ class Plan:
 def make_plan(
     checkpoint: Source,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = SHARD_SIZE,
     max_memory: int | str | None = None,
     jobs: int | None = None,
     options: Mapping[str, Any] | None = None,
     upload: bool = False,
     accept_values: bool = False,
+    name: str | None = None,
 ) -> Plan:
     """Cut `checkpoint` into shards, at the boundaries and with the names that the Hub's libraries use. Nothing is written.
 
@@ -160,7 +171,8 @@ def make_plan(
     as "5GB" (10**9 bytes each) and "512MiB" (2**20). `jobs` is the number of worker threads, from 1 to 64; without it, as many as this
     process may use processors, as far as 500 MiB suffice. With 4 or more, several shards are written at a time. `upload` says that the
     output goes over a network, which takes memory. `options` is recorded as part of what was asked for: a run with others does not
-    continue this one's work.
+    continue this one's work. `name` is that of the model, which the two files of a GGUF output bear whatever `max_shard_size` is, by
+    default the input's own.
 
     Samples of the local inputs are read, and zeros that stand in place of values, as in half a download, raise InputError; with
     `accept_values` they become warnings of the last step. The same holds for what is found while the plan is carried out.
@@ -176,14 +188,14 @@ def make_plan(
     checkpoint = opened(checkpoint, "checkpoint")
     watch = _watch(checkpoint, accept_values)
     watch.survey()
-    shards = _shards(checkpoint, limit, watch)
+    shards = _gguf_shards(checkpoint, name, watch) if checkpoint.gguf else _shards(checkpoint, limit, watch)
     config = json_bytes(dict(checkpoint.config))
     files: dict[str, bytes | Path] = {"config.json": config, **checkpoint.files} if checkpoint.config else dict(checkpoint.files)
     several = REMOTE_JOBS if _uses_network(shards) else 1
     settings = _usual(shards, upload, several) if jobs is None else _settings(shards, jobs * several, upload)
     if memory is not None:
         settings = _fit(shards, settings, memory)
-    chosen = {"max_shard_size": limit, **(options or {})}
+    chosen = {**({} if checkpoint.gguf else {"max_shard_size": limit}), **(options or {})}
     history = accepted(checkpoint.history, (hole.text for hole in sorted(watch.found)))
     return Plan(shards, checkpoint.config, files, history, settings, chosen)
 
@@ -204,6 +216,17 @@ def accepted(history: tuple[Step, ...], holes: Iterable[str]) -> tuple[Step, ...
     if not history or not new or any(warning.endswith(MORE) for step in history for warning in step.warnings):
         return history
     return (*history[:-1], replace(history[-1], warnings=(*history[-1].warnings, *new)))
+
+
+def _gguf_shards(checkpoint: Checkpoint, name: str | None, watch: Watch) -> tuple[Shard, ...]:
+    """The files of a GGUF output, called after `name`, or after the input. Raises UsageError for one that no file can have."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.origin.name).strip("-.") or "model" if name is None else name
+    if not isinstance(name, str) or not name or len(name) > MAX_NAME or not is_text(name) or not name.isprintable() or "/" in name:
+        raise UsageError(f"{shown(str(name))} can't be the name of a GGUF file", hint="choose another name for the output")
+    return tuple(
+        Shard(file.file_name(name), tuple((each, checkpoint.tensors[each]) for each in file.names), watch, file.named(name))
+        for file in checkpoint.gguf
+    )
 
 
 def _shards(checkpoint: Checkpoint, limit: int, watch: Watch) -> tuple[Shard, ...]:

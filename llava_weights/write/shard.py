@@ -22,7 +22,6 @@ from queue import SimpleQueue
 
 from ..errors import InputError
 from ..formats.integer_delta import ToInteger, write_integer_shard
-from ..formats.safetensors import make_header
 from ..storage.atomic import NOT_SUPPORTED, output_error, sync_folder
 from ..storage.digests import FILES, READ_BACK, TENSORS, new_digest
 from ..storage.reading import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
@@ -31,7 +30,7 @@ from ..tensors.dtypes import one_thread
 from ..tensors.holes import Watch
 from ..tensors.lazy import wrong_digest
 from ..tensors.windows import Window, cut, make
-from .plan import BUFFERS_BEYOND_JOBS, SHARD_METADATA, Settings, Shard
+from .plan import BUFFERS_BEYOND_JOBS, Settings, Shard
 from .windows_kept import KeptWindows, made_by, open_kept
 
 MOST_HOLES = 64  # that one shard's journal line tells of
@@ -77,7 +76,7 @@ def write_shard(
     watch = shard._watch.fresh() if shard._watch else None
     if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
         return _write_integer(shard, folder, settings, on_bytes, keep, watch)
-    header, laid_out = make_header(shard.tensors, SHARD_METADATA)
+    header, laid_out = shard.header()
     windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
     size = len(header) + sum(window.nbytes for window in windows)
     with open_kept(folder, shard.name) if resume and keep else nullcontext() as kept:
@@ -271,6 +270,8 @@ class Pipeline:
     def _digest_tensors(self) -> None:
         for window, buffer in self._in_order():
             for piece in window.pieces:
+                if not piece.name:  # the zeros that pad a GGUF file
+                    continue
                 expected = piece.tensor.expected_digest
                 if piece.start == 0:
                     digests = {algorithm: new_digest(algorithm) for algorithm in (TENSORS, expected[0] if expected else TENSORS)}

@@ -115,6 +115,7 @@ STRICT = Elsewhere("test_verdicts.py", "test_strict_and_allow")
 ZEROS = Elsewhere("tensors/test_holes.py", "test_every_input_of_every_command")
 ACCEPTED = Elsewhere("checkpoint/test_tower.py", "test_a_published_tower_that_is_not_the_named_one_is_refused")
 LOSSY = Elsewhere("transforms/test_video_llava.py", "test_nothing_is_lost_without_a_word")
+QUANTIZE = Elsewhere("transforms/test_gguf.py", "test_the_command")
 THREADS = Elsewhere("checks/test_diff.py", "test_jobs_change_no_number_and_windows_stay_small")
 Case = Changes | Refused | Elsewhere
 
@@ -167,6 +168,7 @@ def layout(context: str, converting: str) -> dict[str, list[Case]]:
     cases["--vision-tower"] += [Changes(converting, f"--vision-tower {CLIP_42}")]
     cases["--projector-form"] = cases["--projector-form"][:1]
     cases["--accept-tower"] = [Refused(context, "--accept-tower"), ACCEPTED]
+    cases["--quantize"] = [Refused(context, "--quantize Q8_0"), Refused(converting, "--quantize Q8_0"), QUANTIZE]
     cases["--lossy"] = [Refused(context, "--lossy"), LOSSY]
     return cases
 
@@ -186,7 +188,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--check-inputs": [Changes("apply", "--check-inputs")],
         "--lora": [Changes("apply, plan", f"--lora {LORA}")],
         "--arithmetic": [Refused("apply, plan", "--arithmetic exact"), Refused("apply, plan", f"--lora {LORA} --arithmetic fast")],
-        "--to": [Changes("apply, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("apply, plan", "--to gguf")],
+        "--to": [Changes("apply, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("apply, plan", "--to onnx")],
         "--dtype": [
             Refused("apply, plan", "--dtype F32"),
             Refused("apply, plan", "--dtype nonsense"),
@@ -202,7 +204,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         **layout("merge, plan", "merge to llava-hf"),
         **{flag: [Changes("merge, plan", words)] for flag, words in MERGING.items()},
         "--dtype": [Changes("merge, plan", "--dtype F32"), Refused("merge, plan", "--dtype nonsense")],
-        "--to": [Changes("merge, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("merge, plan", "--to gguf")],
+        "--to": [Changes("merge, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("merge, plan", "--to onnx")],
         "--revision": [Changes("merge, plan", "--revision main"), Changes("merge from the Hub", "--revision main")],
     },
     "convert-lora": {
@@ -238,8 +240,9 @@ CASES: dict[str, dict[str, list[Case]]] = {
             Refused("convert, plan", "--image-aspect wide"),
         ],
         "--accept-tower": [Refused("convert llava-hf", "--accept-tower"), ACCEPTED],
+        "--quantize": [Refused("convert, plan", "--quantize Q8_0"), Refused("convert to llava", "--quantize Q8_0"), QUANTIZE],
         "--lossy": [Refused("convert llava-hf", "--lossy"), Refused("convert to llava", "--lossy"), LOSSY],
-        "--to": [Changes("convert, plan", "--to llava"), Refused("convert, plan", "--to gguf")],
+        "--to": [Changes("convert, plan", "--to llava"), Refused("convert, plan", "--to onnx")],
         "--delta": [Changes("convert a base", f"--delta {DELTA}")],
         "--accept-base": [Changes("convert another base", "--accept-base"), Refused("convert, plan", "--accept-base")],
         "--lora": [Changes("convert, plan", f"--lora {LORA}")],

@@ -20,9 +20,14 @@ NEWEST = max((row.tested for row in TARGETS), key=lambda version: tuple(map(int,
 Json = dict[str, Any]
 
 
+def folder_of(version: str) -> Path:
+    """The environment of a version of transformers, or of another program by its name."""
+    return PEERS / (f"transformers-{version}" if version[:1].isdigit() else version)
+
+
 def run(version: str, task: str, jobs: Json, folder: Path, script: str = "run_transformers.py") -> Json:
     """What `script` prints for these jobs in the environment of that version."""
-    python = Path(sys.executable) if version == MAIN else PEERS / f"transformers-{version}" / "bin" / "python"
+    python = Path(sys.executable) if version == MAIN else folder_of(version) / "bin" / "python"
     if not python.exists():
         pytest.fail(f"{python} is missing: run `make peer`, which sets it up")
     path = folder / f"{task}-{version}.json"

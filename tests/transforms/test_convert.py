@@ -275,7 +275,7 @@ def test_an_unapplied_delta_is_refused(fixtures: Path) -> None:
 def test_unknown_choices(fixtures: Path) -> None:
     source = open_checkpoint(fixtures / SOURCES["A-307"][0])
     tower = open_checkpoint(fixtures / "common/clip-tiny-28px")
-    for options in ({"to": "gguf"}, {"projector_form": "tanh"}, {"conv_mode": "llava_v9"}, {"to": "llava", "image_token": "<x>"}):
+    for options in ({"to": "onnx"}, {"projector_form": "tanh"}, {"conv_mode": "llava_v9"}, {"to": "llava", "image_token": "<x>"}):
         with pytest.raises(UsageError):
             convert(source, **{"to": "llava-hf", **options}, tower=tower)
 
