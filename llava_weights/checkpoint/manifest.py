@@ -275,8 +275,8 @@ def _tensor_of(row: Mapping[str, Any], algorithm: str) -> TensorEntry | None:
     if row.keys() != {"name", "dtype", "shape", "nbytes", algorithm, "shard"}:
         return None
     texts = all(isinstance(row[key], str) for key in ("name", "dtype", "shard"))
-    known = row["dtype"] in {**ITEMSIZE, **BLOCKS}
-    if not texts or not row["name"] or not row["name"].isprintable() or not known or not is_digest(row[algorithm]):
+    known = texts and (row["dtype"] in ITEMSIZE or row["dtype"] in BLOCKS)
+    if not known or not row["name"] or not row["name"].isprintable() or not is_digest(row[algorithm]):
         return None
     name, dtype, shape, nbytes, digest, shard = (row[key] for key in ("name", "dtype", "shape", "nbytes", algorithm, "shard"))
     if not isinstance(shape, list) or not _counts(nbytes, *shape) or nbytes != bytes_of(dtype, prod(shape)):
