@@ -206,7 +206,7 @@ def _changed(plan: Plan) -> int | None:
     return newest
 
 
-def outcome(report: Report, output: str, seconds: float) -> tuple[list[str], dict[str, Any]]:
+def outcome(report: Report, output: str, seconds: float, *, reread: bool = True) -> tuple[list[str], dict[str, Any]]:
     """The sentences and the document of a finished run."""
     peak = peak_memory()
     resumed = f", {report.resumed} of them from an earlier run" if report.resumed else ""
@@ -216,6 +216,7 @@ def outcome(report: Report, output: str, seconds: float) -> tuple[list[str], dic
         f"  checksums in {output.rstrip('/')}/{SUMS}, recipe in {MANIFEST}, model card in README.md",
         *_loss(report.tallies),
         *_retained(report.tallies),
+        *([] if reread else ["  not read back: whether the disk has it as it was written is not known"]),
         f"Check: {'download it, then ' if is_address(output) else f'cd {output} && '}sha256sum -c {SUMS}",
     ]
     document = {
@@ -227,6 +228,7 @@ def outcome(report: Report, output: str, seconds: float) -> tuple[list[str], dic
         "tallies": dict(report.tallies),
         "seconds": round(seconds, 3),
         "peak_memory": peak,
+        "read_back": reread,
     }
     return lines, document
 

@@ -98,7 +98,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
         how |= {"restart": run.restart, "reread": run.reread, "complete": run.finish, "make_job": make_job}
         with open_executor(run.executor, run.ray_address, cpus=jobs or 1) as pool:
             report = run_plan(plan, target, pool=pool, **how)
-        lines, ended = outcome(report, output, monotonic() - begun)
+        lines, ended = outcome(report, output, monotonic() - begun, reread=run.reread)
     if run.push is not None:
         _push(run.push, target, lines, ended, force=run.force)
     console.summary(lines, ended, output)
