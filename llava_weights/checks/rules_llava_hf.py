@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from ..checkpoint.chat_template import written_as
 from ..checkpoint.config import check_structure
@@ -256,21 +257,21 @@ def _processor_empty(s: SmallFiles) -> Iterator[str]:
         yield f"{what}: transformers 4.48 and later stop at the first prompt with an image"
 
 
-def _processor(s: SmallFiles) -> Iterator[str]:
-    if not s.has(PROCESSOR):
-        return
-    if _counts_nothing(s):
-        kind = s.of(PROCESSOR).get("processor_class")
-        if s.target and kind != s.target.processor:
-            yield f"`processor_class` is {as_json(kind)}, the model needs {as_json(s.target.processor)}"
-        return
+def _counted(s: SmallFiles) -> dict[str, Any]:
+    """By what a processor counts the features of an image."""
     wanted = {"vision_feature_select_strategy": s.told("vision_feature_select_strategy")}
     if s.tower and s.target and s.target.counts:
         wanted |= {"num_image_tokens": s.tower.patches + s.tower.class_token}
     elif s.tower:
         wanted |= {"num_additional_image_tokens": int(s.tower.class_token), "patch_size": s.tower.patch_size}
+    return wanted | ({"vision_aspect_ratio": s.told("vision_aspect_ratio")} if s.target and s.target.capped else {})
+
+
+def _processor(s: SmallFiles) -> Iterator[str]:
+    if not s.has(PROCESSOR):
+        return
+    wanted = {} if _counts_nothing(s) else _counted(s)
     wanted |= {"processor_class": s.target.processor} if s.target else {}
-    wanted |= {"vision_aspect_ratio": s.told("vision_aspect_ratio")} if s.target and s.target.capped else {}
     assumed = {"vision_aspect_ratio": DEFAULT_RATIO}  # by the processor, where the file does not say
     for key, value in wanted.items():
         if (found := s.of(PROCESSOR).get(key, assumed.get(key))) != value:

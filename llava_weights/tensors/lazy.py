@@ -286,19 +286,33 @@ class PermuteRope(FromRows):
     def row_unit(self) -> int:
         return self.rows // self.heads
 
+    @property
+    def _axes(self) -> tuple[int, int]:
+        """Of the view of a head in `source`, which are swapped."""
+        return self.row_unit // 2, 2
+
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
-        head = self.row_unit
+        head, (outer, inner) = self.row_unit, self._axes
         if start % head or stop % head:  # only samples ask for a part of a head: read row by row
             for i in range(start, stop):
                 here = out[(i - start) * self.row_nbytes : (i - start + 1) * self.row_nbytes]
-                half, pair = divmod(i % head, head // 2)
-                row = i - i % head + 2 * pair + half
+                second, first = divmod(i % head, outer)
+                row = i - i % head + inner * first + second
                 self.source.rows_into(here, row, row + 1, work)
             return
         with work.scratch(len(out)) as raw:
             self.source.rows_into(raw, start, stop, work)
-            pairs = as_rows(raw, stop - start).reshape(-1, head // 2, 2, self.row_nbytes)
-            as_rows(out, stop - start).reshape(-1, 2, head // 2, self.row_nbytes)[:] = pairs.swapaxes(1, 2)
+            view = as_rows(raw, stop - start).reshape(-1, outer, inner, self.row_nbytes)
+            as_rows(out, stop - start).reshape(-1, inner, outer, self.row_nbytes)[:] = view.swapaxes(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpermuteRope(PermuteRope):
+    """The inverse of `PermuteRope`: from halves to pairs."""
+
+    @property
+    def _axes(self) -> tuple[int, int]:
+        return 2, self.row_unit // 2
 
 
 @dataclass(frozen=True, kw_only=True)

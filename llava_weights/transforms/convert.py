@@ -250,30 +250,17 @@ def to_llava_hf(
 def to_gguf(
     checkpoint: Checkpoint,
     *,
-    tower: Checkpoint | None = None,
-    projector_form: str | None = None,
-    image_token: str | None = None,
-    vocab_size: int | None = None,
-    conv_mode: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
-    accept_tower: bool = False,
+    projector_form: str | None = None,
+    **options: Any,
 ) -> Checkpoint:
-    """`checkpoint` as llama.cpp's two files. Options and errors are those of `to_llava_hf` and `gguf_checkpoint`; a single Linear gets the
-    form "gelu", and any other is refused."""
+    """`checkpoint` as llama.cpp's two files. `options` and errors are those of `to_llava_hf` and `gguf_checkpoint`; a single Linear gets
+    the form "gelu", and any other is refused."""
     if projector_form not in (None, "gelu"):
         what = f"llama.cpp puts a gelu between the layers of every projector, so the form `{projector_form}` would give wrong images"
         raise UsageError(what, hint="leave out `--projector-form`: a single Linear gets the form `gelu`")
-    hub = to_llava_hf(
-        checkpoint,
-        tower=tower,
-        projector_form=projector_form,
-        image_token=image_token,
-        vocab_size=vocab_size,
-        conv_mode=conv_mode,
-        accept_tower=accept_tower,
-        gated=True,
-    )
+    hub = to_llava_hf(checkpoint, projector_form=projector_form, gated=True, **options)
     return gguf_checkpoint(hub, dtype=dtype, quantize=quantize)
 
 

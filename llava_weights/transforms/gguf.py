@@ -49,7 +49,7 @@ from ..formats.gguf import GgufFile, GgufKey, index_gguf
 from ..formats.safetensors import SORT_ORDER
 from ..storage.reading import Workspace
 from ..tensors.dtypes import BLOCKS, as_rows, load_torch, to_float32
-from ..tensors.lazy import FromRows, LazyTensor, PermuteRope, cast
+from ..tensors.lazy import FromRows, LazyTensor, PermuteRope, UnpermuteRope, cast
 from ..text import listed, shown
 from .gguf_tokenizer import tokenizer_keys
 
@@ -59,31 +59,6 @@ AT_ONCE = 1 << 19  # values that are quantised at once
 COPIES = 24  # bytes for each of them: float32 copies, and numpy's own between steps
 TOWER_NUMBER = re.compile(r"tower\.encoder\.layers\.(\d{1,6})\.")
 Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnpermuteRope(FromRows):
-    """Rows of each head from HF's halves (i, i + head_dim/2) to Meta's pairs (2i, 2i+1): the inverse of `PermuteRope`."""
-
-    heads: int
-
-    @property
-    def row_unit(self) -> int:
-        return self.rows // self.heads
-
-    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
-        head = self.row_unit
-        if start % head or stop % head:  # only samples ask for a part of a head: read row by row
-            for i in range(start, stop):
-                here = out[(i - start) * self.row_nbytes : (i - start + 1) * self.row_nbytes]
-                pair, half = divmod(i % head, 2)
-                row = i - i % head + half * (head // 2) + pair
-                self.source.rows_into(here, row, row + 1, work)
-            return
-        with work.scratch(len(out)) as raw:
-            self.source.rows_into(raw, start, stop, work)
-            halves = as_rows(raw, stop - start).reshape(-1, 2, head // 2, self.row_nbytes)
-            as_rows(out, stop - start).reshape(-1, head // 2, 2, self.row_nbytes)[:] = halves.swapaxes(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from transforms.test_silent_errors import tensors_of
 
 import llava_weights as lw
 from llava_weights.cli.toy import make_llava
@@ -35,15 +36,6 @@ def read(folder: Path, name: str = "config.json") -> Any:
 def configured(folder: Path, file: str = "config.json", **keys: Any) -> Path:
     (folder / file).write_text(json.dumps({**(read(folder, file) if (folder / file).exists() else {}), **keys}))
     return folder
-
-
-def tensors_of(folder: Path) -> Tensors:
-    found: Tensors = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        found |= load_file(path)
-    for path in sorted(folder.glob("pytorch_model*.bin")):
-        found |= torch.load(path)
-    return found
 
 
 def put(folder: Path, tensors: Tensors) -> Path:

@@ -204,15 +204,15 @@ def system(folder: Path, groups: str, **files: str) -> Path:
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux has cgroups")
 def test_usable_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    v2, v1 = "0::/work/inner\n", "5:cpu,cpuacct:/work\n3:memory:/work\n"
+    v2, v1 = "0::/job/inner\n", "5:cpu,cpuacct:/job\n3:memory:/job\n"
     cases = {
         "nothing said": (system(tmp_path / "1", v2), 16),
         "none at all": (tmp_path / "absent", 16),
-        "no limit": (system(tmp_path / "2", v2, **{"work/inner/cpu.max": "max 100000"}), 16),
-        "above": (system(tmp_path / "3", v2, **{"work/inner/cpu.max": "800000 100000", "work/cpu.max": "250000 100000"}), 3),
+        "no limit": (system(tmp_path / "2", v2, **{"job/inner/cpu.max": "max 100000"}), 16),
+        "above": (system(tmp_path / "3", v2, **{"job/inner/cpu.max": "800000 100000", "job/cpu.max": "250000 100000"}), 3),
         "a container's root": (system(tmp_path / "4", "0::/\n", **{"cpu.max": "150000 100000"}), 2),
-        "v1": (system(tmp_path / "5", v1, **{"cpu/work/cpu.cfs_quota_us": "400000", "cpu/work/cpu.cfs_period_us": "100000"}), 4),
-        "v1, no limit": (system(tmp_path / "6", v1, **{"cpu/work/cpu.cfs_quota_us": "-1", "cpu/work/cpu.cfs_period_us": "100000"}), 16),
-        "a part of one": (system(tmp_path / "7", v2, **{"work/cpu.max": "20000 100000"}), 1),
+        "v1": (system(tmp_path / "5", v1, **{"cpu/job/cpu.cfs_quota_us": "400000", "cpu/job/cpu.cfs_period_us": "100000"}), 4),
+        "v1, no limit": (system(tmp_path / "6", v1, **{"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}), 16),
+        "a part of one": (system(tmp_path / "7", v2, **{"job/cpu.max": "20000 100000"}), 1),
     }
     assert {name: usable_cores(root) for name, (root, _) in cases.items()} == {name: cores for name, (_, cores) in cases.items()}
