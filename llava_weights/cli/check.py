@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .options import AcceptTower, Jobs, Show, VisionTowerOption, grouped
+from .options import CHECK, INPUT, OUTPUT, RUN, SRC, AcceptTower, Jobs, Show, VisionTowerOption, grouped, option
 from .session import session
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 PROMPT = "the meaning of life is"  # of LLaVA-13b-delta-v0's model card, which shows how an unapplied delta babbles on
 
-Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owner/name[@rev] or hf://owner/name.")]
-Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
+Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owner/name[@rev] or hf://owner/name.", rich_help_panel=INPUT)]
+Junit = Annotated[Path | None, option(OUTPUT, "--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
 Summary = Annotated[
     Path | None,
-    typer.Option("--summary", metavar="FILE", help="Append the findings to this file as Markdown, by default to $GITHUB_STEP_SUMMARY."),
+    option(OUTPUT, "--summary", metavar="FILE", help="Append the findings to this file as Markdown, by default to $GITHUB_STEP_SUMMARY."),
 ]
-Replace = Annotated[bool, typer.Option("--force", help="Replace the file of --junit.")]
+Replace = Annotated[bool, option(OUTPUT, "--force", help="Replace the file of --junit.")]
 
 
 @grouped
@@ -38,21 +38,38 @@ def verify(
     path: Checked,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="Manifest, checkpoint, checksum list (SHA256SUMS, md5, checklist.chk), or owner/name[@rev]."),
+        option(
+            CHECK,
+            "--against",
+            metavar="OTHER",
+            help="Compare with a manifest, checkpoint, checksum list (SHA256SUMS, md5, checklist.chk), or owner/name[@rev].",
+        ),
     ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
-    published: Annotated[bool, typer.Option("--published", help="Compare with the checksums that the authors published.")] = False,
-    base: Annotated[str | None, typer.Option("--base", help="What PATH was made from: make every tensor again and compare.")] = None,
+    deep: Annotated[bool, option(CHECK, "--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
+    published: Annotated[bool, option(CHECK, "--published", help="Compare with the checksums that the authors published.")] = False,
+    base: Annotated[
+        str | None, option(CHECK, "--base", metavar="SRC", help="What PATH was made from: make every tensor again and compare.")
+    ] = None,
     delta: Annotated[
-        str | None, typer.Option("--delta", help="The delta that was applied; with --published, the author's files are predicted from it.")
+        str | None,
+        option(
+            CHECK, "--delta", metavar="SRC", help="The delta that was applied; with --published, the author's files are predicted from it."
+        ),
     ] = None,
-    lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
+    lora: Annotated[
+        list[str] | None, option(CHECK, "--lora", metavar="SRC", help="An adapter that was merged. May be given several times.")
+    ] = None,
     vision_tower: VisionTowerOption = None,
     accept_tower: AcceptTower = False,
-    strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure: exit 4.")] = False,
+    strict: Annotated[bool, option(CHECK, "--strict", help="A warning is a failure: exit 4.")] = False,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="RULE", help="A rule that --strict leaves a warning, by the name in brackets behind it. Repeats."),
+        option(
+            CHECK,
+            "--allow",
+            metavar="RULE",
+            help="A rule that --strict leaves a warning, by the name in brackets behind it. May be given several times.",
+        ),
     ] = None,
     jobs: Jobs = 2,
     junit: Junit = None,
@@ -80,7 +97,7 @@ def verify(
 def checksum(
     *,
     path: Checked,
-    force: Annotated[bool, typer.Option("--force", help="Replace checksums that say something else.")] = False,
+    force: Annotated[bool, option(OUTPUT, "--force", help="Replace checksums that say something else.")] = False,
     jobs: Jobs = 2,
     show: Show,
 ) -> None:
@@ -95,13 +112,16 @@ def checksum(
 @grouped
 def diff(
     *,
-    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: folder, file, owner/name[@rev].")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another, in any layout and container.")],
-    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest difference of two values that count as equal.")] = 0.0,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Heat map of the relative change, as .svg or .png.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="With --plot: replace FILE.")] = False,
+    a: Annotated[str, typer.Argument(metavar="A", help=f"A checkpoint: {SRC}.", rich_help_panel=INPUT)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another, in any layout and container.", rich_help_panel=INPUT)],
+    tolerance: Annotated[
+        float, option(CHECK, "--tolerance", metavar="X", min=0.0, help="Largest difference of two values that count as equal.")
+    ] = 0.0,
+    plot: Annotated[Path | None, option(OUTPUT, "--plot", metavar="FILE", help="Heat map of the relative change, as .svg or .png.")] = None,
+    force: Annotated[bool, option(OUTPUT, "--force", help="With --plot: replace FILE.")] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, show_default="20", help="Lines of differing tensors to show; --json has all.")
+        int | None,
+        option(OUTPUT, "--limit", metavar="N", min=1, show_default="20", help="Lines of differing tensors to show; --json has all."),
     ] = None,
     jobs: Jobs = 2,
     show: Show,
@@ -136,27 +156,31 @@ def diff(
 def smoke(
     *,
     path: Checked,
-    reference: Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="Compare with logits recorded by --record.")] = None,
-    original: Annotated[str | None, typer.Option("--original", metavar="DIR", help="Compare with this unconverted checkpoint.")] = None,
-    record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and save their logits.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and print the perplexity of plain English.")
+    reference: Annotated[
+        Path | None, option(CHECK, "--reference", metavar="FILE", help="Compare with logits recorded by --record.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="With --prompt: put the turns around it that the model was trained with.")] = False,
-    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
+    original: Annotated[str | None, option(CHECK, "--original", metavar="SRC", help="Compare with this unconverted checkpoint.")] = None,
+    record: Annotated[
+        Path | None, option(OUTPUT, "--record", metavar="FILE", help="Run the built-in probes and save their logits.")
+    ] = None,
+    prompt: Annotated[
+        str | None, option(RUN, "--prompt", metavar="TEXT", help="Continue this text, and print the perplexity of plain English.")
+    ] = None,
+    chat: Annotated[bool, option(RUN, "--chat", help="With --prompt: put the turns around it that the model was trained with.")] = False,
+    image: Annotated[Path | None, option(RUN, "--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
     vision_tower: VisionTowerOption = None,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to compute.")] = "cpu",
+    device: Annotated[str, option(RUN, "--device", choices=("cpu", "cuda"), metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="F32|BF16|F16", help="Dtype of the arithmetic; only F32 can tell `same`.")
+        str, option(RUN, "--dtype", choices=("F32", "BF16", "F16"), help="Dtype of the arithmetic; only F32 can tell `same`.")
     ] = "F32",
     resident: Annotated[
-        bool, typer.Option("--resident", help="Keep the whole model on the device; else it streams, layer by layer.")
+        bool, option(RUN, "--resident", help="Keep the whole model on the device; else it streams, layer by layer.")
     ] = False,
     atol: Annotated[
-        float | None, typer.Option("--atol", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
+        float | None, option(CHECK, "--atol", metavar="X", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
     ] = None,
     accept_tower: AcceptTower = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --record or --junit.")] = False,
+    force: Annotated[bool, option(OUTPUT, "--force", help="Replace the file of --record or --junit.")] = False,
     junit: Junit = None,
     summary: Summary = None,
     show: Show,
@@ -199,7 +223,8 @@ def smoke(
                 done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
             else:
                 done = compare(model, reference or Path(), **how)
-            _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)
+            rows = [] if console.quiet else table(done)
+            _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, rows, force=force)
         else:
             from ..smoke.generate import generate
 
@@ -277,8 +302,8 @@ def _report(
     from ..storage.output_file import write_report
     from . import report
 
-    shown = report.lines(name, findings, code, verbose=console.verbose)
-    console.document([*before, *shown], report.document(name, findings, code, facts))
+    found = report.rows(findings, verbose=console.verbose)
+    console.verdict(report.headline(name, findings, code), found, report.document(name, findings, code, facts), code, before)
     if junit:
         write_report(junit, report.junit(name, findings), force=force)
     if appended := _appended(summary):

@@ -11,16 +11,16 @@ import typer
 from ..errors import UsageError
 from ..text import two_columns
 from .console import versions
-from .options import JsonLines, Quiet, Show, Verbose, grouped
+from .options import INPUT, OUTPUT, JsonLines, Quiet, Show, Verbose, grouped, option, revision_of
 from .session import session
 
 
 @grouped
 def inspect(
     *,
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file, owner/name[@rev] or hf://owner/name.")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a repository on the Hub.")] = None,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file, owner/name[@rev] or hf://owner/name.", rich_help_panel=INPUT)],
+    tensors: Annotated[bool, option(OUTPUT, "--tensors", help="List every tensor.")] = False,
+    revision: Annotated[str | None, revision_of("a repository")] = None,
     show: Show,
 ) -> None:
     """Say what a checkpoint is, what shows it, and what to do with it."""
@@ -33,7 +33,7 @@ def inspect(
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put the toy models.")] = Path("demo"),
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to put the toy models.", rich_help_panel=OUTPUT)] = Path("demo"),
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:

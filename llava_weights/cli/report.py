@@ -20,7 +20,7 @@ from .. import __version__
 from ..checkpoint.checkpoint import describe
 from ..checkpoint.manifest import MANIFEST, SUMS
 from ..checkpoint.small_files import small_bytes
-from ..findings import Finding, Verdict, exit_code
+from ..findings import LEVELS, Finding, Verdict, exit_code
 from ..storage.reading import reading
 from ..tensors.low_rank import retention
 from ..text import duration, markdown_text, redact, shards, size, visible
@@ -34,15 +34,35 @@ MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "unproved": "unpr
 FROM_BAD_TO_GOOD: tuple[Verdict, ...] = ("failed", "warning", "unproved", "unchecked", "note", "ok")
 
 
-def lines(name: str, findings: Sequence[Finding], code: int, *, verbose: bool = False) -> list[str]:
-    """The verdict, then one line for each finding with what to do below it. A warning names its rule; with `verbose` every finding does."""
-    rows = [f"{name}: {verdict(findings, code)}"]
-    for finding in findings:
-        rule = f" [{finding.rule}]" if verbose or finding.verdict == "warning" else ""
-        rows.append(f"  {MARKS[finding.verdict]:9} {finding.level:9} {_text(finding)}{rule}")
-        if finding.remedy and finding.verdict not in ("ok", "note"):
-            rows.append(f"  {'':9} {'':9} -> {finding.remedy}")
-    return rows
+def headline(name: str, findings: Sequence[Finding], code: int) -> str:
+    """The verdict on what is called `name`."""
+    return f"{name}: {verdict(findings, code)}"
+
+
+def rows(findings: Sequence[Finding], *, verbose: bool = False) -> list[tuple[str, str]]:
+    """A line for each finding behind the mark of its verdict, the worst first. What to do stands once, below all findings that it remedies.
+    Of several that are right only the counts are told, unless `verbose`. A warning names its rule; with `verbose` every finding does.
+    """
+    found: list[tuple[str, str]] = []
+    told = set[str]()
+    for kind in FROM_BAD_TO_GOOD:
+        mark, every = MARKS[kind], [finding for finding in findings if finding.verdict == kind]
+        if kind == "ok" and len(every) > 1 and not verbose:
+            counts = Counter(LEVELS.get(finding.level, finding.level) for finding in every)
+            listed = ", ".join(f"{count} of {what}" for what, count in counts.items())
+            found.append((mark, f"  {mark:9} {len(every)} checks: {listed} (-v lists them)"))
+            continue
+        groups: dict[str, list[Finding]] = {}
+        for finding in every:
+            groups.setdefault(finding.remedy if kind not in ("ok", "note") else "", []).append(finding)
+        for remedy, group in groups.items():
+            for finding in group:
+                rule = f" [{finding.rule}]" if verbose or kind == "warning" else ""
+                found.append((mark, f"  {mark:9} {finding.level:9} {_text(finding)}{rule}"))
+            if remedy and remedy not in told:
+                found.append((mark, f"  {'':9} {'':9} -> {remedy}"))
+            told.add(remedy)
+    return found
 
 
 def verdict(findings: Iterable[Finding], code: int) -> str:

@@ -34,6 +34,7 @@ CONTEXTS = {
     "apply on another base": f"apply-delta --base {WRONG_BASE} --delta {DELTA} -o out -n",
     "apply from the Hub": f"apply-delta --base {BASE} --delta owner/name -o out -n",
     "apply, plan": f"apply-delta --base {BASE} --delta {DELTA} -o out -n --json",
+    "apply a LoRA": f"apply-delta --base {BASE} --delta {DELTA} --lora {LORA} -o out -n --json",
     "apply to llava-hf": f"apply-delta --base {BASE} --delta {DELTA} -o out -n --json --to llava-hf --vision-tower {CLIP}",
     "make": f"make-delta --base {BASE} --tuned {TUNED} -o out",
     "make, plan": f"make-delta --base {BASE} --tuned {TUNED} -o out -n --json",
@@ -187,7 +188,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--accept-base": [Changes("apply on another base", "--accept-base")],
         "--check-inputs": [Changes("apply", "--check-inputs")],
         "--lora": [Changes("apply, plan", f"--lora {LORA}")],
-        "--arithmetic": [Refused("apply, plan", "--arithmetic exact"), Refused("apply, plan", f"--lora {LORA} --arithmetic fast")],
+        **{flag: [Refused("apply, plan", words), Changes("apply a LoRA", words)] for flag, words in MERGING.items()},
         "--to": [Changes("apply, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("apply, plan", "--to onnx")],
         "--dtype": [
             Refused("apply, plan", "--dtype F32"),
@@ -342,6 +343,11 @@ CASES: dict[str, dict[str, list[Case]]] = {
     },
     "env": {"--json": [Changes("env", "--json")]},
 }
+COLORS = Elsewhere("cli/test_console.py", "test_colour_and_bar")
+PROGRESS = Elsewhere("cli/test_console.py", "test_no_progress")
+for options in CASES.values():
+    if "--json" in options and "--verbose" in options:
+        options |= {"--color": [COLORS], "--no-progress": [PROGRESS]}
 CONTEXTS["verify, report there"] = f"verify {LLAVA} --junit there.svg"
 ALL = [(command, option, case) for command, options in CASES.items() for option, cases in options.items() for case in cases]
 
