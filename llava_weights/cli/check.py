@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -189,7 +190,8 @@ def smoke(
 
     Exit 4 if it computes something else; on a prompt only for an unapplied delta: the rest is yours to judge.
     """
-    with session(show) as console:
+    with session(show) as console, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")  # for its developers
         from ..checkpoint.checkpoint import open_checkpoint
         from ..smoke.logits import check_numbers
 
@@ -223,12 +225,12 @@ def smoke(
                 done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
             else:
                 done = compare(model, reference or Path(), **how)
-            rows = [] if console.quiet else table(done)
+            rows = table(done) if console.verbose else []
             _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, rows, force=force)
         else:
             from ..smoke.generate import generate
 
-            made = generate(model, PROMPT if prompt is None else prompt, image=image, chat=chat, **how)
+            made = generate(model, PROMPT if prompt is None else prompt, image=image, chat=chat, on_event=console.on_event, **how)
             lines = (made.prompt + made.text).split("\n")
             _report(console, model.origin.name, made.findings, 4 if made.delta else 0, asdict(made), junit, summary, lines, force=force)
 

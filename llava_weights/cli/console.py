@@ -28,7 +28,7 @@ from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from ..text import clock_face, command_free, redact, sentences, shards, size, two_columns, visible
 from .progress import Meter
 
-SHARDWISE = ("Writing", "Checking")  # phases whose files are shards
+UNITS_OF = {"Writing": "shard", "Checking": "shard", "Running": "probe"}  # what a phase counts, where people know it
 JSON_SCHEMA = 1  # of every JSON line; fields may be added under the same number
 BAR_INTERVAL, JSON_INTERVAL, LINE_INTERVAL = 0.1, 1.0, 30.0  # seconds between two signs of progress
 WRITING_FAILED = (1, 3, 5, 6)  # exit codes after which the user should learn what lies on disk
@@ -210,7 +210,9 @@ class Console:
         self._begun = self._shown_at if self._begun is None else self._begun
         self._meter, self._live = Meter.start(event, self._shown_at, self._begun), True
         kept = f"; {event.done_shards} ({size(event.done_nbytes)}) are finished from an earlier run" if event.done_shards else ""
-        line = f"{event.what} {shards(event.shards) + ', ' if event.what in SHARDWISE else ''}{size(event.nbytes)}{kept}"
+        unit = UNITS_OF.get(event.what)
+        counted = f"{event.shards} {unit}{'' if event.shards == 1 else 's'}, " if unit else ""
+        line = f"{event.what} {counted}{size(event.nbytes)}{kept}"
         self._say("started", asdict(event), *([line] if kept or not self._animated else ()))
         if self._animated:
             self._draw(self._meter)

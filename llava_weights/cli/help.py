@@ -47,6 +47,10 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write("\n".join(page(self, ctx)))
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        """For docs/cli.md and the shell: not cut."""
+        return _paragraphs(self)[0]
+
 
 def page(command: Any, ctx: Any) -> Iterator[str]:
     """The lines of `--help`, as wide as the terminal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     from time import monotonic
 
     from ..write.destinations import is_address
-    from ..write.execute import preflight, run_plan
+    from ..write.execute import begun_earlier, preflight, run_plan
     from ..write.executors import open_executor
     from ..write.plan import SHARD_SIZE, make_plan
     from ..write.portions import execute_portion, to_portion
@@ -91,13 +92,15 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     sizes: Any = {"max_shard_size": run.max_shard_size or SHARD_SIZE, "max_memory": run.max_memory, "name": target.name or None}
     jobs = run.jobs or (RAY_JOBS if run.executor else None)
     plan = make_plan(checkpoint, jobs=jobs, upload=is_address(output), accept_values=run.accept_values, **sizes)
-    rows, document = explain(plan, output)
+    rows, document = explain(plan, output, verbose=console.verbose)
     console.plan(rows, document)
     made = run.push is not None and _may_push(run.push, target, document, force=run.force)
     if run.dry_run:
         if not made:
             preflight(plan, target, force=run.force, make_job=make_job)
-        console.summary(["Nothing was written (dry run)"], {"dry_run": True})
+        there = None if made else begun_earlier(plan, target, restart=run.restart, make_job=make_job)
+        lines = [there.sentence(restart=run.restart)] if there else []
+        console.summary([*lines, "Nothing was written (dry run)"], {"dry_run": True, "begun": there and asdict(there)})
         return
     begun = monotonic()
     how: Any = {"force": run.force, "on_event": console.on_event}
@@ -110,7 +113,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
         how |= {"restart": run.restart, "reread": run.reread, "complete": run.finish, "make_job": make_job}
         with open_executor(run.executor, run.ray_address, cpus=jobs or 1) as pool:
             report = run_plan(plan, target, pool=pool, **how)
-        lines, ended = outcome(report, output, monotonic() - begun, reread=run.reread)
+        lines, ended = outcome(report, plan, output, monotonic() - begun, reread=run.reread)
     if run.push is not None:
         _push(run.push, target, lines, ended, force=run.force)
     console.summary(lines, ended, output)

@@ -25,6 +25,7 @@ from ..checkpoint.small_files import RIGHT_CONFIG
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
 from ..errors import InputError
+from ..events import Listener, Progress, Started
 from ..families.decoders import CLASSES, DECODER_BY_TYPE, RUNNABLE_PART_TYPES, RUNNABLE_TYPES, Decoder
 from ..families.layouts import canonical
 from ..families.originals import fitting
@@ -92,6 +93,25 @@ class Outcome:
     length: int
 
 
+class Passes:
+    """Tells how far a runner is in so many passes through its weights, of which each layer counts as the same part."""
+
+    def __init__(self, runner: Runner, count: int, probes: int, on_event: Listener) -> None:
+        self._layers, self._nbytes, self._on_event = runner.layers, runner.checkpoint.nbytes, on_event
+        self._done, self._name = 0, ""
+        if count:
+            on_event(Started(probes, count * self._nbytes, what="Running"))
+        runner.after_layer = self._layer
+
+    def begin(self, name: str) -> None:
+        """From here on it is the probe `name`: passes that ended early count as whole."""
+        self._done, self._name = -(-self._done // self._layers) * self._layers, name
+
+    def _layer(self) -> None:
+        self._done += 1
+        self._on_event(Progress(self._nbytes * self._done // self._layers, self._name))
+
+
 class Runner:
     """A model that computes from its checkpoint. Made by `load_forward` or `load_original`; not for two threads at a time."""
 
@@ -101,13 +121,16 @@ class Runner:
         self.checkpoint, self.dtype, self.device = checkpoint, stream.dtype, stream.device
         self._stream, self._model, self._enter = stream, model, enter
         self._mark = mark  # the id that stands for an image and has no row
+        self.after_layer: Callable[[], None] = lambda: None
         decoder = getattr(model.model, "language_model", model.model)
+        self.layers = len(decoder.layers)
         self.vocabulary: int = decoder.embed_tokens.num_embeddings
         stream.watch("embeddings", decoder.layers[0], entering=True)
         for number, layer in enumerate(decoder.layers):
             stream.watch(f"layer.{number}", layer)
             stream.trim(layer)
             stream.in_blocks(layer.mlp, decoder.config.intermediate_size)
+            layer.register_forward_hook(lambda *_: self.after_layer())
 
     def __call__(self, probe: Probe, places: Places = EVERY) -> Outcome:
         """Logits and hidden states of one probe, at `places`. Raises InputError for a probe that does not fit the model, and where the

@@ -22,7 +22,7 @@ from ..errors import InputError, UsageError, VerificationError, finite
 from ..events import Listener, Note, check_listener
 from ..findings import Finding
 from ..text import brief, shown
-from .forward import Outcome, Places, Runner
+from .forward import Outcome, Passes, Places, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
 from .recording import Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
 
@@ -96,7 +96,7 @@ class Row:
     non_finite: int
 
     def __repr__(self) -> str:
-        return f"Row({brief(self.probe)}, {self.where!r}, {self.places} places, NMSE {self.nmse:.1e}, top-1 {self.top1:.3f})"
+        return f"Row({brief(self.probe)}, {self.where!r}, {self.places} tokens, NMSE {self.nmse:.1e}, top-1 {self.top1:.3f})"
 
     def beyond(self, limits: Limits) -> list[str]:
         """Each of `limits` that is passed, in words."""
@@ -159,7 +159,10 @@ def compare(
         limits = MERGED.get(main_dtype(checkpoint.parameters()), LIMITS["F32"])
     blind = checkpoint.layout == "llava" and find_sight(checkpoint, tower) is None
     found, rows, wrong, verdicts = _doubtful(checkpoint, doubts, on_event), list[Row](), list[str](), list[SmokeVerdict]()
+    run = [one for one in recording.probes if not (blind and one.probe.sees)]
+    passes = Passes(runner, len(run), len(run), on_event)
     for one in recording.probes:
+        passes.begin(one.probe.name)
         if blind and one.probe.sees:
             text = f"{shown(one.probe.name)} was not run: the checkpoint has no vision tower"
             found.append(Finding("L5", "unchecked", one.probe.name, text, tower_hint(checkpoint.config)))
@@ -169,7 +172,6 @@ def compare(
         rows += new
         verdicts.append(verdict)
         wrong += [layer] * bool(layer)
-        on_event(Note(finding.text, warning=finding.verdict == "failed"))
     worst = max(verdicts, key=FROM_GOOD_TO_BAD.index, default=None)
     first = min(wrong, key=_depth, default="")
     against = recording.metadata.get("model", recording.metadata.get("producer", "the reference"))
@@ -198,7 +200,7 @@ def _compare_one(
     except InputError as error:
         return failed(f"{name} can't be run: {error.what}", "embeddings"), [], "", "different"
     if outcome.length != len(one.image):
-        text = f"{name} became {outcome.length:,} places, in the reference {len(one.image):,}: images have other numbers of features"
+        text = f"{name} became {outcome.length:,} tokens, in the reference {len(one.image):,}: images have other numbers of features"
         return failed(text, "embeddings"), [], "embeddings", "different"
     rows = measure(one, outcome, limits)
     verdict = judge(rows, limits, half, atol)
@@ -388,7 +390,7 @@ def _other_places(checkpoint: Checkpoint, original: Checkpoint, tower: Checkpoin
         return []
     for size in sight.many_sizes():
         if (places := found.features(size)) != (wanted := sight.features(size)):
-            text = f"an image of {size[0]} x {size[1]} pixels takes {places:,} places in the text, {wanted:,} in the original"
+            text = f"an image of {size[0]} x {size[1]} pixels takes {places:,} tokens in the text, {wanted:,} in the original"
             return [Finding("L5", "failed", "places", text, "compare `image_grid_pinpoints` and `vision_aspect_ratio`, and the strategy")]
     return []
 
@@ -454,7 +456,7 @@ def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[st
 
 def table(smoke: Smoke) -> list[str]:
     """The measurements for people: one line for each probe and kind of place."""
-    head = ("probe", "places", "NMSE", "max |d|", "max |d|/std", "mean |d|", "mean KL", "top-1", "top-5")
+    head = ("probe", "tokens", "NMSE", "max |d|", "max |d|/std", "mean |d|", "mean KL", "top-1", "top-5")
     rows = [head] + [
         (f"{row.probe} {row.where}", f"{row.places}", f"{row.nmse:.1e}", f"{row.max_abs:.1e}", f"{row.max_std:.1e}", f"{row.mean_abs:.1e}",
          f"{row.mean_kl:.1e}", f"{row.top1:.3f}", f"{row.top5:.3f}")

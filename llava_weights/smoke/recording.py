@@ -46,7 +46,7 @@ from ..storage.reading import Workspace
 from ..tensors.dtypes import to_dtype
 from ..tensors.lazy import LazyTensor, Stored
 from ..text import brief, shown
-from .forward import Places, Probe, Runner, load_forward, load_original
+from .forward import Passes, Places, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
 
 RECORDING_SCHEMA = "llava-weights smoke 1"
@@ -175,14 +175,14 @@ def make_recording(
     """As `record`, in memory; of a long probe the logits of some places are kept, as many as have `values`. Raises InputError too
     where logits are not finite: such a model is no reference."""
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
-    made = []
+    made, passes = [], Passes(runner, len(probes), len(probes), on_event)
     for probe in probes:
+        passes.begin(probe.name)
         one = _record(runner, probe, partial(image_places, checkpoint, probe, tower=tower), values)
         if wrong := int((~np.isfinite(one.logits)).sum()):
             what = f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers"
             raise InputError(what, facts={"probe": probe.name}, hint="`llava-weights verify --deep` names the tensors that are damaged")
         made.append(one)
-        on_event(Note(f"{probe.name}: ran {len(one.image):,} places, kept the logits of {len(one.positions):,}"))
     manifest = find_manifest(checkpoint.origin.path)
     root = {"root.tensors": manifest.root} if manifest else {}
     metadata = {

@@ -30,7 +30,7 @@ from ..storage.strict_json import json_bytes
 from ..storage.threads import Brake, Shield, interruption
 from ..tensors.dtypes import one_thread
 from ..tensors.windows import MiB
-from ..text import is_text, listed, shown, size
+from ..text import is_text, listed, shards, shown, size
 from .card import make_card
 from .destinations import is_address
 from .executors import completed
@@ -130,7 +130,10 @@ def _run(
         job.begin(plan.identity, restart=True)
     _check_free(job, force)
     job.prepare()
-    results = dict(trusted(job, plan, job.folder))
+    try:
+        results = dict(trusted(job, plan, job.folder, again=reread and not job.remote, on_event=on_event))
+    except KeyboardInterrupt as error:
+        raise Interrupted.of(error, f"What an earlier run finished is kept in `{job.partial.name}`; {job.remains}") from error
     if complete and len(results) < len(plan.shards):
         raise _incomplete(plan, job, results)
     unfinished = {shard.name for shard in plan.shards} - set(results)
@@ -310,6 +313,38 @@ def preflight(plan: Plan, out: Path, *, force: bool = False, make_job: Callable[
         raise output_error(error, out) from error
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What an earlier run left in `folder`: `done` shards with `nbytes` bytes, of the `shards` of a plan."""
+
+    folder: str
+    done: int
+    shards: int
+    nbytes: int
+
+    def sentence(self, *, restart: bool) -> str:
+        if restart:
+            return f"`{self.folder}` holds an earlier run's work ({shards(self.done)}, {size(self.nbytes)}), which `--restart` would delete"
+        return f"`{self.folder}` holds {self.done} of {shards(self.shards)} ({size(self.nbytes)}), which the run would check and continue"
+
+
+def begun_earlier(plan: Plan, out: Path, *, restart: bool = False, make_job: Callable[[Path], Job] = Job) -> Begun | None:
+    """What lies there of an earlier run on `plan`, by its journal, unread; None where there is nothing. Raises OutputError where the work
+    belongs to another plan, unless `restart`, since the run itself would end so."""
+    job = make_job(out)
+    try:
+        if not job.partial.is_dir() or not (restart or job.begun(plan.identity)):
+            return None
+        names = {shard.name for shard in plan.shards}
+        found = {name: entry.get("nbytes") for name, entry in job.finished().items() if restart or name in names}
+        sizes = [nbytes for nbytes in found.values() if type(nbytes) is int]
+    except FileNotFoundError:  # the run that held it ended meanwhile
+        return None
+    except OSError as error:
+        raise output_error(error, out) from error
+    return Begun(job.partial.name, len(sizes), len(plan.shards), sum(sizes))
+
+
 def _refuse(plan: Plan, job: Job, force: bool) -> None:
     out = job.out
     if os.path.lexists(out) and not (out.is_dir() and not out.is_symlink()) and not job.remote:
@@ -386,16 +421,28 @@ def _check_space(plan: Plan, job: Job) -> None:
         raise OutputError(what, facts=facts, hint=f"free {size(needed - free)} or choose another `-o`")
 
 
-def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:
-    """Shards of an earlier run whose bytes are still those of the journal: the disk may have failed meanwhile."""
+def trusted(
+    job: Job, plan: Plan, folder: Path, *, again: bool = True, on_event: Listener = lambda event: None
+) -> Iterator[tuple[str, ShardResult]]:
+    """Shards of an earlier run whose bytes are still those of the journal: the disk may have failed meanwhile. `again`: whether what is
+    left will be read back."""
     tensors = {shard.name: {name for name, _ in shard.tensors} for shard in plan.shards}
-    for name, entry in job.finished().items():
-        result, path = _result(entry), folder / name
-        if result is None or result.tensors.keys() != tensors.get(name):
-            continue
+    found = {name: (_result(entry), entry) for name, entry in job.finished().items()}
+    known = {name: (result, entry) for name, (result, entry) in found.items() if result and result.tensors.keys() == tensors.get(name)}
+    total, done = sum(result.nbytes for result, entry in known.values() if not job.uploaded(entry)), [0]
+    if total:
+        left = plan.nbytes - sum(result.nbytes for result, _ in known.values())
+        on_event(Started(len(known), total, what="Checking", to_follow=max(0, left) * (1 + again)))
+
+    def add(nbytes: int) -> None:
+        done[0] += nbytes
+        on_event(Progress(done[0], name))
+
+    for name, (result, entry) in known.items():
+        path = folder / name
         with suppress(OSError, InputError):  # one that can't be read is made again
             same = not path.is_symlink() and path.stat().st_size == result.nbytes
-            if same and (job.uploaded(entry) or disk_sum(path) == result.read_back):
+            if same and (job.uploaded(entry) or disk_sum(path, add) == result.read_back):
                 yield name, result
 
 

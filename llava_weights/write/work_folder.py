@@ -112,6 +112,13 @@ class Job:
         elif self.folder.is_symlink() or not (self.folder.is_dir() or self.published):  # somebody moved it away
             self.begin(identity, restart=True)
 
+    def begun(self, identity: Mapping[str, str]) -> bool:
+        """Whether earlier work on the same plan lies there, without taking it up. Raises OutputError where it is another's."""
+        earlier = _read_plan(self.recorded)
+        if earlier is not None and earlier != {"format": WORK_FORMAT, **identity}:
+            raise self._belongs_to_another(earlier, {"format": WORK_FORMAT, **identity})
+        return earlier is not None
+
     def _belongs_to_another(self, then: Mapping[str, str], now: Mapping[str, str]) -> OutputError:
         version, current = then.get("version", "unknown"), now.get("version", "unknown")
         if (then.get("format"), version) != (now.get("format"), current):

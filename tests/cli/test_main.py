@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,6 +83,72 @@ def test_dry_run_writes_nothing(cli: Cli, inputs: list[str], tmp_path: Path) -> 
     plan, summary = map(json.loads, out.splitlines())
     assert (plan["type"], summary["type"], summary["dry_run"]) == ("plan", "summary", True)
     assert plan["shards"] == [{"name": "model.safetensors", "nbytes": 172416, "tensors": 23}]
+
+
+def test_several_repairs_are_counted_and_verbose_lists_them(cli: Cli, inputs: list[str]) -> None:
+    folded, every = (cli("apply-delta", *inputs, "-o", "out", "-n", *more).stderr for more in ([], ["-v"]))
+    (line,) = re.findall(r"^  fix .*", folded, re.MULTILINE)
+    assert "8 repairs: config (4), generation_config, tokenizer_config.json (2), tokenizer.json (-v lists them)" in line
+    assert len(re.findall(r"^  fix .*", every, re.MULTILINE)) == 8
+    assert "dropped `_name_or_path`" in every
+
+
+def test_a_dry_run_says_what_lies_there_of_an_earlier_run(cli: Cli, inputs: list[str], tmp_path: Path) -> None:
+    words = ["apply-delta", *inputs, "-o", "out", "--max-shard-size", "60kB"]
+    assert cli(*words, "--shards", "1/2").code == 0
+    before = content(tmp_path)
+    done = cli(*words, "-n")
+    assert (done.code, done.stderr.splitlines()[-1]) == (0, "Nothing was written (dry run)")
+    assert "`out.partial` holds 2 of 4 shards (88.8 kB), which the run would check and continue" in done.stderr
+    begun = json.loads(cli(*words, "-n", "--json").stdout.splitlines()[-1])["begun"]
+    assert begun == {"folder": "out.partial", "done": 2, "shards": 4, "nbytes": 88776}
+    assert "(2 shards, 88.8 kB), which `--restart` would delete" in cli(*words, "-n", "--restart").stderr
+    other = cli("apply-delta", *inputs, "-o", "out", "-n")  # as the run itself would end
+    assert (other.code, "belongs to another command" in other.stderr) == (5, True)
+    assert content(tmp_path) == before
+    done = cli(*words)
+    assert done.code == 0
+    assert done.stderr.splitlines().index("Checking 2 shards, 88.8 kB") < done.stderr.index("Writing 4 shards")
+    assert cli(*words, "-n", "--force").stderr.count("holds") == 0
+
+
+@pytest.mark.parametrize("name", ["with a blank", "it's", "-begins-so"])
+def test_lines_to_type_are_quoted(cli: Cli, inputs: list[str], tmp_path: Path, name: str) -> None:
+    done = cli("apply-delta", *inputs, "-o", name)
+    (check,) = re.findall(r"^Check: (.*)", done.stderr, re.MULTILINE)
+    assert subprocess.run(["sh", "-c", check], cwd=tmp_path, capture_output=True).returncode == 0
+    (load,) = re.findall(r"^Load:  (.*)", done.stderr, re.MULTILINE)
+    assert load == f'llava.model.builder.load_pretrained_model("{name}", None, "llava")'
+
+
+def test_the_line_that_loads_an_output(
+    cli: Cli, inputs: list[str], fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of transformers and PEFT are run; those of other programs parse."""
+    import peft
+    import transformers
+
+    def loads(*words: str | Path) -> str:
+        done = cli(*words, "--json")
+        assert done.code == 0, done.stderr
+        summary = json.loads(done.stdout.splitlines()[-1])
+        assert isinstance(summary["load"], str)
+        return str(summary["load"])
+
+    monkeypatch.chdir(tmp_path)
+    tower, lora = fixtures / "common/clip-tiny-28px", fixtures / "B-lora/llava-v1.5-tiny-lora"
+    original = fixtures / "A-delta-v0/expected-307-by-main"
+    line = loads("convert", original, "--vision-tower", tower, "-o", "hf")
+    assert isinstance(eval(line, {"transformers": transformers}), transformers.LlavaForConditionalGeneration)
+    delta = loads("make-delta", "--base", inputs[1], "--tuned", original, "-o", "my delta")
+    assert shlex.split(delta) == ["llava-weights", "apply-delta", "--base", "BASE", "--delta", "my delta", "-o", "OUT"]
+    gguf = shlex.split(loads("convert", original, "--vision-tower", tower, "--to", "gguf", "-o", "g g"))
+    assert gguf[0] == "llama-mtmd-cli"
+    assert all((tmp_path / gguf[gguf.index(flag) + 1]).is_file() for flag in ("-m", "--mmproj"))
+    line = loads("convert-lora", lora, "-o", "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(inputs[1])
+    with pytest.raises(ValueError, match=r"(?s)Target modules.*not found"):  # of a LLaVA: it is read, and belongs to another model
+        eval(line, {"peft": peft, "BASE": base})
 
 
 def test_json_lines(cli: Cli, inputs: list[str], tmp_path: Path) -> None:
