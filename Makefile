@@ -46,6 +46,7 @@ oldest: $(PEERS)/oldest/.stamp
 docs: $(READY)
 	@mkdir -p docs
 	@$(BIN)/python -m typer llava_weights.cli.main utils docs --name llava-weights --output docs/cli.md
+	@$(BIN)/python -c 'from llava_weights.cli.main import write_man_page; write_man_page("docs/llava-weights.1")'
 
 clean:
 	rm -rf $(VENV) $(PEERS) demo bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -96,6 +97,11 @@ def root(
     if ctx.invoked_subcommand is None:
         Console(out=sys.stderr).document(ctx.get_help(), {})
         raise typer.Exit(2)
+
+
+def write_man_page(path: str) -> None:
+    """For `make docs`."""
+    Path(path).write_text(help.man_page(typer.main.get_command(app)), encoding="utf-8")
 
 
 def main() -> None:
