@@ -79,7 +79,7 @@ def demo_scenes(folder: Path) -> Iterator[Scene]:
     yield Scene("What is this? LLaMA, as Meta ships it.", (*inspect, llama))
     yield Scene("And this? It looks like a model, but is only a difference.", (*inspect, delta))
     added = "Add the two. What was wrong in the small files is repaired and listed."
-    yield Scene(added, (*apply, "--base", llama, "--delta", delta, "-o", llava))
+    yield Scene(added, (*apply, "--base", llama, "--delta", delta, "-o", llava, "-v"))
     if shutil.which("sha256sum"):
         yield Scene("Is on disk what was computed? Any machine can check it.", ("sha256sum", "-c", "SHA256SUMS"), inside=Path(llava))
     yield Scene("What is it now?", (*inspect, llava))

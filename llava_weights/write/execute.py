@@ -432,7 +432,8 @@ def trusted(
     total, done = sum(result.nbytes for result, entry in known.values() if not job.uploaded(entry)), [0]
     if total:
         left = plan.nbytes - sum(result.nbytes for result, _ in known.values())
-        on_event(Started(len(known), total, what="Checking", to_follow=max(0, left) * (1 + again)))
+        read_back = again * sum(shard.nbytes for shard in plan.shards if shard.name not in known)
+        on_event(Started(len(known), total, what="Checking", to_follow=max(0, left) + read_back))
 
     def add(nbytes: int) -> None:
         done[0] += nbytes

@@ -54,7 +54,7 @@ def test_lora_with_its_recorded_options(fixtures: Path, sources: dict[str, Check
 def test_from_the_command_line(cli, fixtures: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     given = ["--delta", fixtures / "A-delta-v0/delta-308-may4", "--vision-tower", fixtures / "common/clip-tiny-28px"]
     assert cli("convert", fixtures / "A-delta-v0/base-hf-bin", *given, "-o", "out", "-q").code == 0
-    done = cli("verify", "out", "--base", fixtures / "A-delta-v0/base-hf-bin", *given)
+    done = cli("verify", "out", "--base", fixtures / "A-delta-v0/base-hf-bin", *given, "-v")
     assert done.code == 0, done
     assert "64 tensors made again from the sources, every bit equal" in done.stdout
     done = cli("verify", "out", "--base", fixtures / "B-lora/base-vicuna-tiny", *given)

@@ -92,7 +92,7 @@ def test_a_user_sees_the_whole_way(process: Callable[..., Any], toys: Path, tmp_
     assert [line for line in out.splitlines() if line.startswith("$ ")] == [
         "$ llava-weights inspect 'my demo/llama'",
         "$ llava-weights inspect 'my demo/delta'",
-        "$ llava-weights apply-delta --base 'my demo/llama' --delta 'my demo/delta' -o 'my demo/llava'",
+        "$ llava-weights apply-delta --base 'my demo/llama' --delta 'my demo/delta' -o 'my demo/llava' -v",
         "$ (cd 'my demo/llava' && sha256sum -c SHA256SUMS)",
         "$ llava-weights inspect 'my demo/llava'",
         "$ llava-weights apply-delta --base 'my demo/vicuna' --delta 'my demo/delta' -o 'my demo/wrong'",

@@ -290,10 +290,14 @@ def test_merge_lora(cli: Cli, fixtures: Path, tmp_path: Path) -> None:
         assert (code, words in err, (tmp_path / "refused").exists()) == (expected_code, True, False), err
 
 
-def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+def start(arguments: list[str], folder: Path, hangup: Any = signal.SIG_DFL) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "llava_weights", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGHUP, hangup)  # inherited where it is ignored: these tests may run under nohup
+    try:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")
@@ -356,12 +360,7 @@ def test_a_signal_ends_json_with_a_summary(pair: Path, tmp_path: Path) -> None:
 def test_under_nohup_a_terminal_that_closes_changes_nothing(pair: Path, tmp_path: Path) -> None:
     """nohup starts its program with SIGHUP ignored, which stays so."""
     arguments = ["apply-delta", "--base", str(pair / "base"), "--delta", str(pair / "delta"), "--max-shard-size", "3MB", "-o", "out"]
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = start(arguments, tmp_path)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    with process:
+    with start(arguments, tmp_path, signal.SIG_IGN) as process:
         assert process.stderr
         next(line for line in process.stderr if ": 1 of " in line)
         process.send_signal(signal.SIGHUP)

@@ -431,9 +431,9 @@ def test_without_a_tower_only_text_is_compared_and_that_is_said(world: World) ->
 
 
 def test_a_recording_is_run_again_as_it_was(world: World, tmp_path: Path) -> None:
-    path, notes = tmp_path / "good.safetensors", []
-    made = record(world.good("D"), path, on_event=notes.append)
-    assert len(notes) == len(made.probes) == 5
+    path = tmp_path / "good.safetensors"
+    made = record(world.good("D"), path)
+    assert len(made.probes) == 5
     read = read_recording(path)
     assert read.metadata == {**made.metadata, "schema": "llava-weights smoke 1"}
     smoke = compare(world.good("D"), path)
@@ -600,11 +600,11 @@ def test_a_model_that_reads_is_less_surprised_than_one_that_babbles(reader: tupl
 
 def test_an_unapplied_delta_is_a_failure_and_a_babbling_model_none(cli: Callable[..., Any], fixtures: Path) -> None:
     code, out, err = cli("smoke", fixtures / "A-delta-v0/delta-307-apr17", "--prompt", "the meaning of life is", "--json")
-    (line,) = [json.loads(line) for line in out.splitlines()]
+    line = json.loads(out.splitlines()[-1])
     assert (code, err, line["delta"], line["exit_code"]) == (4, "", True, 4)
     assert [finding["rule"] for finding in line["findings"] if finding["verdict"] == "failed"] == ["state"]
     code, out, err = cli("smoke", fixtures / "A-delta-v0/expected-307-by-main")
-    assert (code, err) == (0, "")
+    assert (code, err.split()[:3]) == (0, ["Running", "2", "probes,"])
     assert "nothing to verify (1 note)" in out
     assert re.search(r"perplexity [\d,.]+ a token", out)
 

@@ -124,7 +124,14 @@ def test_resume_keeps_finished_shards(source: Path, tmp_path: Path, shards: int)
     assert not (tmp_path / "out").exists()
     events: list[Event] = []
     assert execute(plan_of(source), tmp_path / "out", on_event=events.append).resumed == shards
-    assert next(event for event in events if isinstance(event, Started)).done_shards == shards
+    checking, writing = (event for event in events if isinstance(event, Started))
+    assert (checking.what, checking.shards, checking.nbytes) == ("Checking", shards, writing.done_nbytes)
+    if shards < 6:
+        assert checking.nbytes + checking.to_follow == writing.nbytes + writing.to_read_back, "one scale for both"
+    read = [event.nbytes for event in events[: events.index(writing)] if isinstance(event, Progress)]
+    assert read == sorted(read)
+    assert read[-1] == checking.nbytes
+    assert (writing.what, writing.done_shards) == ("Writing", shards)
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == changed for name, changed in before.items())
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
 
