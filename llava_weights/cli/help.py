@@ -110,12 +110,12 @@ def sections(command: Any, ctx: Any) -> list[tuple[str, list[tuple[str, str]]]]:
 def examples(command: Any) -> list[str]:
     """What a user would type."""
     name = "" if hasattr(command, "commands") else command.name
-    return [" ".join(filter(None, ("llava-weights", name, words))) for words in EXAMPLES[name]]
+    return [" ".join(filter(None, ("llava-weights", name, words))) for words in EXAMPLES.get(name, ("",))]
 
 
 def epilog(name: str) -> str:
     """The examples of a command as Markdown, for docs/cli.md."""
-    typed = "\n".join(f"$ {' '.join(filter(None, ('llava-weights', name, words)))}" for words in EXAMPLES[name])
+    typed = "\n".join(f"$ {' '.join(filter(None, ('llava-weights', name, words)))}" for words in EXAMPLES.get(name, ("",)))
     return f"**Example**:\n\n```console\n{typed}\n```"
 
 

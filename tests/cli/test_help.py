@@ -35,6 +35,11 @@ def test_no_line_is_wider_than_the_terminal(name: str, columns: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
+def test_every_command_has_an_example(name: str) -> None:
+    assert help.EXAMPLES[name]
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_every_option_stands_in_a_section_with_its_whole_text(name: str) -> None:
     for columns in (40, 80):
         words = re.sub(r"\s+", " ", shown(name, columns))
