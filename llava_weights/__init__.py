@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .checks.diff import Difference as Difference
     from .checks.diff import TensorDifference as TensorDifference
     from .checks.diff import diff as diff
+    from .checks.repair import Repair as Repair
+    from .checks.repair import RepairedFile as RepairedFile
+    from .checks.repair import repair as repair
     from .checks.verify import Verification as Verification
     from .checks.verify import checksum as checksum
     from .checks.verify import verify as verify
@@ -130,6 +133,11 @@ _FROM = {
         "PortionReport",
         "execute_portion",
         "to_portion",
+    ),
+    "checks.repair": (
+        "Repair",
+        "RepairedFile",
+        "repair",
     ),
     "checks.verify": (
         "Verification",

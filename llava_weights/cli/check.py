@@ -1,4 +1,4 @@
-"""The commands that check: verify, checksum, diff, smoke."""
+"""The commands that check: verify, checksum, repair, diff, smoke."""
 
 from __future__ import annotations
 
@@ -90,6 +90,24 @@ def checksum(
 
         written = [str(file) for file in write(path, force=force, jobs=jobs, on_event=console.on_event)]
         console.document([f"Wrote {file}" for file in written] or ["Everything is recorded already"], {"written": written})
+
+
+@grouped
+def repair(
+    *,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or weight file, which has a manifest or SHA256SUMS.")],
+    source: Annotated[str, typer.Option("--from", metavar="OTHER", help="Another copy: folder, file, owner/name[@rev] or an address.")],
+    dry_run: Annotated[bool, typer.Option("-n", "--dry-run", help="Say what is damaged and what would be fetched; write nothing.")] = False,
+    jobs: Jobs = 2,
+    show: Show,
+) -> None:
+    """Mend what is damaged, cut short or missing by its own checksums: the bad ranges come from another copy. Exit 3 where one can't."""
+    with session(show) as console:
+        from ..checks.repair import repair as mend
+
+        found = mend(path, source, dry_run=dry_run, jobs=jobs, on_event=console.on_event)
+        console.document(found.lines(), found.document())
+        raise typer.Exit(found.exit_code)
 
 
 @grouped
