@@ -75,16 +75,18 @@ class OtherCopy:
         entry = self.sums.get(name)
         return entry.digest if entry and entry.algorithm == algorithm else ""
 
-    def layout(self, name: str) -> Layout | None:
-        """Where the tensors of a file lie there, None where that can't be told. Reads headers."""
+    def layout(self, name: str) -> tuple[bytes | None, Layout | None]:
+        """Where the tensors of a file lie there, None where that can't be told; and its header, where that stands in one piece before
+        them. Reads headers."""
         file = self.find(name)
         if file is None:
-            return None
+            return None, None
         if name.endswith(".safetensors"):
-            return layout_of(head_of(file), file)
+            head = head_of(file)
+            return head, layout_of(head, file)
         tensors = self.checkpoint.tensors if self.checkpoint else {}
         inside = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, Stored) and tensor.file.path == file.path}
-        return inside or None
+        return None, inside or None
 
     def tensor(self, entry: TensorEntry) -> LazyTensor | None:
         """The tensor of the same name, dtype and shape there, in whatever file, container or layout."""

@@ -166,7 +166,7 @@ class _Span:
 @dataclass(frozen=True)
 class _Work:
     """How a file is mended: the ranges of each round, where a further round follows only while the whole is not right. `here` is the
-    damaged file, of which all is kept that the first round does not take; None where it is missing, or nothing of it is worth keeping."""
+    damaged file, of which all is kept that the first round does not take; None where it is missing."""
 
     file: RepairedFile
     recorded: _Recorded
@@ -414,8 +414,8 @@ def _plan(recorded: _Recorded, target: Path, here: Path | None, records: _Record
         return replace(work, file=replace(work.file, problem=text)).of(*rounds[1], () if own else rest)
     if twin is None:
         return refused
-    likely = _likely(work, jobs)
-    return work.of(_pieces(twin, likely), rest) if likely else replace(work, here=None).of(rest)
+    likely = _likely(work, twin, jobs) if name.endswith(WEIGHTS) else []
+    return work.of(_pieces(twin, likely), rest)
 
 
 def _by_tensors(
@@ -427,7 +427,7 @@ def _by_tensors(
     layout = layout_here(Path(here.path), nbytes) if here else None
     sound = _same_kinds(layout, expected)
     if not sound:
-        layout = other.layout(work.recorded.name) if twin else None
+        known, layout = other.layout(work.recorded.name) if twin else (None, None)
     if not twin and not sound and work.recorded.name.endswith(".safetensors"):
         known, layout = _made_header(expected, nbytes)
     if layout is None or not _same_kinds(layout, expected):
@@ -455,13 +455,16 @@ def _by_tensors(
     return text, [first, between] if sound and first else [(*first, *between)]
 
 
-def _likely(work: _Work, jobs: int) -> list[tuple[int, int]]:
-    """Ranges that are probably all that is wrong: what a file that is cut short lacks, and records of a zip with another CRC-32."""
+def _likely(work: _Work, twin: SourceFile, jobs: int) -> list[tuple[int, int]]:
+    """Ranges that are probably all that is wrong: what a file that is cut short lacks, if it begins and ends as there, and records of a
+    zip with another CRC-32."""
     here, nbytes = work.here, work.file.nbytes
-    if here is None or not 0 < here.size <= nbytes:
+    if here is None or not SAMPLE_BYTES <= here.size <= nbytes:
         return []
     if here.size < nbytes:
-        return [(here.size, nbytes)]
+        places = ((0, SAMPLE_BYTES), (here.size - SAMPLE_BYTES, here.size))
+        same = all(read_bytes(here, *place) == read_bytes(twin, *place) for place in places)
+        return [(here.size, nbytes)] if same else []
     layout = layout_here(Path(here.path), nbytes) or {}
     broken = rehash({work.recorded.name: Path(here.path)}, layout, jobs=jobs).broken.get(work.recorded.name, ())
     return sorted({(record.offset, record.offset + record.size) for name in broken if (record := layout[name].record)})
