@@ -41,6 +41,9 @@ def verify(
         typer.Option("--against", help="Manifest, checkpoint, checksum list (SHA256SUMS, md5, checklist.chk), or owner/name[@rev]."),
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="I/N", help="With --deep: read the I-th of N equal shares of the bytes, as 3/7.")
+    ] = None,
     published: Annotated[bool, typer.Option("--published", help="Compare with the checksums that the authors published.")] = False,
     base: Annotated[str | None, typer.Option("--base", help="What PATH was made from: make every tensor again and compare.")] = None,
     delta: Annotated[
@@ -72,7 +75,9 @@ def verify(
         _check_reports(junit, summary, force, [path, against, base, delta, vision_tower, *(lora or [])])
         sources: Any = {"base": base, "delta": delta, "lora": lora or [], "vision_tower": vision_tower, "accept_tower": accept_tower}
         other = "published" if published else against
-        result = check(path, against=other, deep=deep, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources)
+        result = check(
+            path, against=other, deep=deep, part=part, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources
+        )
         _report(console, result.name, result.findings, result.exit_code, result.facts, junit, summary, force=force)
 
 

@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from crash_children import fork_server, run_repair
 from hub_server import HubServer
 
 import llava_weights as lw
 from llava_weights.checkpoint.manifest import MANIFEST, SUMS, read_manifest
+from llava_weights.checks.repair import SAMPLE_BYTES
 from llava_weights.errors import HubError, InputError, Interrupted, MismatchError, OutputError, UsageError
 from llava_weights.events import Progress, Started
 from llava_weights.formats.safetensors import index_safetensors
@@ -315,6 +318,7 @@ def test_mended_from_the_hub_with_few_bytes(originals: dict[str, Path], bad: Any
     assert found.exit_code == 0
     if good.name != "sums" or "half" in kind:
         assert found.fetched <= needed
+        needed += 2 * SAMPLE_BYTES if good.name == "sums" else 0  # to see that it begins and ends as there
         if kind not in ZIP_READ_ANEW:
             assert hub.sent - before <= needed
     if kind not in ("header and a value", "torch, half of it"):
@@ -663,6 +667,36 @@ def test_kept_ranges_are_not_believed(originals: dict[str, Path], bad: Any, tmp_
         listed.write_bytes(listed.read_bytes()[:-9] + b"\0\n\xff")
     assert lw.repair(folder, good).exit_code == 0
     assert tree(folder) == tree(good)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "sums", "torch"])
+def test_killed_twenty_times_and_continued(originals: dict[str, Path], bad: Any, tmp_path: Path, kind: str) -> None:
+    """By SIGKILL at events all over the run, one run after the other: each file is always as it was or right, and at the end right."""
+    good = originals[kind]
+    change = DAMAGE["nearly everything" if kind != "torch" else "torch, bits of two"][1]
+    if kind == "sums":
+        change = together(in_tensor(0, 2), cut(1, 0.3), missing_shards(2), missing("config.json"), written(INDEX, b"{"))
+    folder = bad(good, change)
+    told: list[object] = []
+    lw.repair(Path(shutil.copytree(folder, tmp_path / "undisturbed")), good, on_event=told.append)
+    before, right, children = tree(folder), tree(good), fork_server()
+    killed = finished = 0
+    while killed < 20:
+        process = children.Process(target=run_repair, args=(folder, good, 2 + 7 * killed % (len(told) - 1)))
+        process.start()
+        process.join()
+        now = {name: data for name, data in tree(folder).items() if ".repair" not in name}
+        assert all(data in (right[name], before.get(name)) for name, data in now.items())
+        assert before.keys() <= now.keys()
+        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:  # so much was done before that fewer events were left: once more from the beginning
+            assert tree(folder) == right
+            finished += 1
+            shutil.rmtree(folder)
+            bad(good, change)
+    assert finished < 20
+    assert lw.repair(folder, good).exit_code == 0
+    assert tree(folder) == right
 
 
 def test_on_the_command_line(originals: dict[str, Path], bad: Any, cli: Any) -> None:
