@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .checkpoint.checkpoint import Source as Source
     from .checkpoint.checkpoint import Step as Step
     from .checkpoint.checkpoint import open_checkpoint as open_checkpoint
+    from .checkpoint.fingerprint import Fingerprint as Fingerprint
+    from .checkpoint.fingerprint import read_fingerprint as read_fingerprint
+    from .checkpoint.fingerprint import take_fingerprint as take_fingerprint
     from .checkpoint.inspect import Inspection as Inspection
     from .checkpoint.inspect import inspect as inspect
     from .checkpoint.part_folders import PartFolders as PartFolders
@@ -76,6 +79,9 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .transforms.lora import Adapters as Adapters
     from .transforms.lora import AdapterSource as AdapterSource
     from .transforms.lora import merge_lora as merge_lora
+    from .transforms.which_base import Candidate as Candidate
+    from .transforms.which_base import WhichBase as WhichBase
+    from .transforms.which_base import which_base as which_base
     from .write.execute import Report as Report
     from .write.execute import execute as execute
     from .write.plan import Plan as Plan
@@ -94,6 +100,11 @@ _FROM = {
         "Source",
         "Step",
         "open_checkpoint",
+    ),
+    "checkpoint.fingerprint": (
+        "Fingerprint",
+        "read_fingerprint",
+        "take_fingerprint",
     ),
     "tensors.lazy": ("LazyTensor",),
     "formats.gguf": (
@@ -114,6 +125,11 @@ _FROM = {
         "AdapterSource",
         "Adapters",
         "merge_lora",
+    ),
+    "transforms.which_base": (
+        "Candidate",
+        "WhichBase",
+        "which_base",
     ),
     "tensors.low_rank": ("Arithmetic",),
     "transforms.convert": ("convert",),

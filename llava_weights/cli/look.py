@@ -21,6 +21,15 @@ def inspect(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, file, owner/name[@rev] or hf://owner/name.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Revision of a repository on the Hub.")] = None,
+    among: Annotated[
+        list[str] | None,
+        typer.Option("--among", metavar="BASE", help="SRC is a delta: which of these bases, or fingerprints of bases, was it made for?"),
+    ] = None,
+    others: Annotated[list[str] | None, typer.Argument(metavar="[BASE]...", help="More bases behind `--among BASE`.")] = None,
+    fingerprint: Annotated[
+        Path | None, typer.Option("--fingerprint", metavar="FILE", help="SRC is a base: record a few of its values, for `--among`.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --fingerprint: replace FILE.")] = False,
     show: Show,
 ) -> None:
     """Say what a checkpoint is, what shows it, and what to do with it."""
@@ -28,8 +37,35 @@ def inspect(
         from ..checkpoint.checkpoint import open_checkpoint
         from ..checkpoint.inspect import inspect as look
 
+        _check_ways(tensors=tensors, among=among, others=others, fingerprint=fingerprint, force=force)
+        if among:
+            from ..transforms.which_base import which_base
+
+            asked = which_base(open_checkpoint(source, revision=revision, progress=show.bars), [*among, *(others or [])])
+            console.document(asked.lines(), asked.document())
+            raise typer.Exit(asked.exit_code)
+        if fingerprint:
+            from ..checkpoint.fingerprint import take_fingerprint
+            from ..storage.output_file import check_file, write_report
+
+            check_file(fingerprint, force=force, inputs=[source])
+            data = take_fingerprint(open_checkpoint(source, revision=revision, progress=show.bars)).document()
+            write_report(fingerprint, data, force=force)
+            console.document(f"Wrote {fingerprint}: {len(data):,} bytes", {"written": str(fingerprint), "nbytes": len(data)})
+            return
         found = look(open_checkpoint(source, revision=revision, progress=show.bars), given=source)
         console.document(found.lines(tensors=tensors), found.document(tensors=tensors))
+
+
+def _check_ways(*, tensors: bool, among: list[str] | None, others: list[str] | None, fingerprint: Path | None, force: bool) -> None:
+    """Raise UsageError where the options ask for two things, or for nothing."""
+    given = [name for name, value in {"--tensors": tensors, "--among": among, "--fingerprint": fingerprint}.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(f'`{name}`' for name in given)} ask for different things", hint="pass one of them")
+    if others and not among:
+        raise UsageError(f"`{others[0]}` is one checkpoint too many", hint="give one, or bases behind `--among`")
+    if force and not fingerprint:
+        raise UsageError("`--force` belongs to `--fingerprint`", hint="pass both")
 
 
 def demo(

@@ -49,7 +49,7 @@ def test_every_unit_belongs_to_one_part(tensors: dict[str, int], files: dict[str
 @pytest.mark.parametrize("records", ["manifest", "SHA256SUMS", "torch", "meta"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_together_the_parts_read_everything(made: Path, fixtures: Path, tmp_path: Path, records: str, count: int) -> None:
-    """A bit that is changed in a tensor is found by one part, and by no other where no CRC tells it; a part names the share that it read."""
+    """A bit that is changed in a tensor is found by one part, and by no other where no CRC tells it."""
     source = {"torch": fixtures / "A-delta-v0/base-hf-bin", "meta": fixtures / "A-delta-v0/base-meta/13B"}.get(records, made)
     folder = Path(shutil.copytree(source, tmp_path / "model"))
     if records in ("torch", "meta"):
