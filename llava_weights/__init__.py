@@ -22,9 +22,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .checkpoint.checkpoint import Source as Source
     from .checkpoint.checkpoint import Step as Step
     from .checkpoint.checkpoint import open_checkpoint as open_checkpoint
-    from .checkpoint.fingerprint import Fingerprint as Fingerprint
-    from .checkpoint.fingerprint import read_fingerprint as read_fingerprint
-    from .checkpoint.fingerprint import take_fingerprint as take_fingerprint
+    from .checkpoint.fingerprint import record_fingerprint as record_fingerprint
     from .checkpoint.inspect import Inspection as Inspection
     from .checkpoint.inspect import inspect as inspect
     from .checkpoint.part_folders import PartFolders as PartFolders
@@ -101,11 +99,7 @@ _FROM = {
         "Step",
         "open_checkpoint",
     ),
-    "checkpoint.fingerprint": (
-        "Fingerprint",
-        "read_fingerprint",
-        "take_fingerprint",
-    ),
+    "checkpoint.fingerprint": ("record_fingerprint",),
     "tensors.lazy": ("LazyTensor",),
     "formats.gguf": (
         "GgufFile",

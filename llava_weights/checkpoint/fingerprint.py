@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,14 @@ import numpy as np
 
 from ..errors import InputError
 from ..storage.digests import TENSORS, digest_of, named
+from ..storage.output_file import check_file, write_report
 from ..storage.reading import Workspace
 from ..storage.strict_json import json_bytes, load_object
 from ..tensors.dtypes import ITEMSIZE, MAX_AXES, to_float32
 from ..tensors.lazy import LazyTensor, each
 from ..tensors.sampling import LARGEST_ROW, even
 from ..text import shown
-from .checkpoint import Checkpoint, Origin
+from .checkpoint import Checkpoint, Origin, Source, opened, to_place
 from .diagnose import RoundTrip, float_matrices, round_trip_of, state
 
 FORMAT, SCHEMA = "llava-weights fingerprint", 1
@@ -82,6 +84,20 @@ def _row(tensor: LazyTensor, row: int, work: Workspace) -> bytearray:
     raw = bytearray(tensor.row_nbytes)
     tensor.rows_into(memoryview(raw), row, row + 1, work)
     return raw
+
+
+def record_fingerprint(base: Source, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Record a few values of `base` in the file `path`, by which `which_base` tells without the weights whether a delta was made for it.
+
+    The file holds 128 values of each matrix, of a 13B 72 kB of its 26 GB: they are weights, so whoever may not pass these on may not pass
+    on the file. `base` is a text model that deltas are added to. Eight rows of each matrix are read. `force` replaces a file that exists.
+
+    Raises InputError for what is no such model, OutputError where the file exists or can't be written, UsageError for what is no path,
+    HubError where the Hub can't serve it. Returns the path.
+    """
+    target = check_file(path, force=force, inputs=() if isinstance(base, Checkpoint) else [to_place(base, "base")])
+    write_report(target, take_fingerprint(opened(base, "base")).document(), force=force)
+    return target
 
 
 def take_fingerprint(base: Checkpoint) -> Fingerprint:

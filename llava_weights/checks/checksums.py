@@ -73,7 +73,7 @@ def hub_files(source: HubSource) -> tuple[str, tuple[tuple[Sum, int], ...]]:
 PUBLISHED_TABLE = "published"  # names the table in families/published.py as a reference
 MOST_FAILURES = 20  # failures of one level that are listed one by one
 EQUAL_TO = "equal to"  # how the reason of an explained tensor begins, where another comparison found it equal
-GET_AGAIN = "get the file again, or repeat the command that wrote it"
+GET_AGAIN = "`llava-weights repair PATH --from OTHER` takes it from another copy; or repeat the command that wrote it"
 
 
 @dataclass(frozen=True)

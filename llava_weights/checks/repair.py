@@ -192,7 +192,8 @@ def repair(path: str | os.PathLike[str], source: Source, *, dry_run: bool = Fals
     `https://`, `s3://` or `gs://`, in any sharding, and for tensors in any container: of each damaged file only the tensors that are
     damaged are fetched, where digests of tensors (or CRCs of a zip) tell which. A new file is put together beside the damaged one, read
     back, and takes its name only if it has the recorded digest, so nothing becomes worse; files that are right are not touched, and a
-    hard link to a damaged file keeps its bytes. With `dry_run` nothing is written. `jobs` is the number of threads, from 1 to 64.
+    hard link to a damaged file keeps its bytes. With `dry_run` nothing is written. `jobs` is the number of threads, from 1 to 64. `on_event` is
+    called with each Event, such as a ProgressBar.
 
     What could not be mended is in the result, and raises nothing. A call that is cut off is continued by the same call. Raises UsageError
     for options that can't be, InputError where nothing states what `path` must be, or an input is no checkpoint, HubError where the Hub or

@@ -45,13 +45,11 @@ def inspect(
             console.document(asked.lines(), asked.document())
             raise typer.Exit(asked.exit_code)
         if fingerprint:
-            from ..checkpoint.fingerprint import take_fingerprint
-            from ..storage.output_file import check_file, write_report
+            from ..checkpoint.fingerprint import record_fingerprint
 
-            check_file(fingerprint, force=force, inputs=[source])
-            data = take_fingerprint(open_checkpoint(source, revision=revision, progress=show.bars)).document()
-            write_report(fingerprint, data, force=force)
-            console.document(f"Wrote {fingerprint}: {len(data):,} bytes", {"written": str(fingerprint), "nbytes": len(data)})
+            base = source if revision is None else open_checkpoint(source, revision=revision, progress=show.bars)
+            nbytes = record_fingerprint(base, fingerprint, force=force).stat().st_size
+            console.document(f"Wrote {fingerprint}: {nbytes:,} bytes", {"written": str(fingerprint), "nbytes": nbytes})
             return
         found = look(open_checkpoint(source, revision=revision, progress=show.bars), given=source)
         console.document(found.lines(tensors=tensors), found.document(tensors=tensors))

@@ -76,10 +76,12 @@ class WhichBase:
 def which_base(delta: Source, among: Iterable[Source], *, builtin: Iterable[tuple[Path, str]] = FINGERPRINTS) -> WhichBase:
     """Which of the bases `among` the delta was made for. Nothing is written, and only samples are read.
 
-    A candidate is a checkpoint, or a fingerprint that `take_fingerprint` made of one, as the path of its `.json`. A repository of the Hub
-    is read over the network and not downloaded. The fingerprints that ship with the package are asked too; there are none yet.
+    A candidate is a checkpoint, or a fingerprint that `record_fingerprint` made of one, as the path of its `.json`. A repository of the Hub
+    is read over the network and not downloaded. `builtin` are files of fingerprints that are asked too, each with its origin: by default
+    those that ship with the package, of which there are none yet.
 
-    Raises InputError where `delta` is not an unapplied delta, or is missing; what is wrong with a candidate is its reason.
+    Raises UsageError where there is no candidate, InputError where `delta` is not an unapplied delta, or is missing, HubError where the
+    Hub can't be asked; what is wrong with a candidate is its reason.
     """
     if isinstance(among, str) or not isinstance(among, Iterable):
         raise UsageError("`among` is no list of bases", hint='give it as `among=["llama-13b", "vicuna-13b"]`')
