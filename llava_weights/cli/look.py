@@ -25,7 +25,7 @@ def inspect(
         list[str] | None,
         typer.Option("--among", metavar="BASE", help="SRC is a delta: which of these bases, or fingerprints of bases, was it made for?"),
     ] = None,
-    others: Annotated[list[str] | None, typer.Argument(metavar="[BASE]...", help="More bases behind `--among BASE`.")] = None,
+    others: Annotated[list[str] | None, typer.Argument(metavar="BASE", help="More bases behind `--among BASE`.")] = None,
     fingerprint: Annotated[
         Path | None, typer.Option("--fingerprint", metavar="FILE", help="SRC is a base: record a few of its values, for `--among`.")
     ] = None,
