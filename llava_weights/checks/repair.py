@@ -62,7 +62,7 @@ PROVING = (FILES, "sha512", GIT)  # digests of files that prove what comes from 
 PIECE_BYTES = 16 << 20  # of what is taken without a digest of its own: as much is lost where a run is cut off
 SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to see whether it is the other copy's, only damaged
 ALIKE = 0.5  # least share of samples that are the same there: damage leaves most bytes, other weights share none but zeros
-KEPT = "what was fetched is kept, and every file is whole or as it was: the same command continues"
+KEPT = "what was fetched is kept in hidden files, and every other file is right or as it was: the same command continues"
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ class _Work:
     target: Path
     here: SourceFile | None
     rounds: tuple[tuple[_Span, ...], ...]
+    right: float | None = None  # share of its values that have the recorded digests of tensors; None: not known
 
     def of(self, *rounds: tuple[_Span, ...]) -> _Work:
         """The same with these rounds, without empty ones."""
@@ -192,12 +193,13 @@ def repair(path: str | os.PathLike[str], source: Source, *, dry_run: bool = Fals
     `https://`, `s3://` or `gs://`, in any sharding, and for tensors in any container: of each damaged file only the tensors that are
     damaged are fetched, where digests of tensors (or CRCs of a zip) tell which. A new file is put together beside the damaged one, read
     back, and takes its name only if it has the recorded digest, so nothing becomes worse; files that are right are not touched, and a
-    hard link to a damaged file keeps its bytes. With `dry_run` nothing is written. `jobs` is the number of threads, from 1 to 64. `on_event` is
-    called with each Event, such as a ProgressBar.
+    hard link to a damaged file keeps its bytes. With `dry_run` nothing is written. `jobs` is the number of threads, from 1 to 64.
+    `on_event` is called with each Event, such as a ProgressBar.
 
     What could not be mended is in the result, and raises nothing. A call that is cut off is continued by the same call. Raises UsageError
-    for options that can't be, InputError where nothing states what `path` must be, or an input is no checkpoint, HubError where the Hub or
-    a server fails, OutputError where the files can't be written, Interrupted on Ctrl-C.
+    for options that can't be, InputError where nothing states what `path` must be, or an input is no checkpoint, MismatchError where the
+    weights are rather other ones than damaged, HubError where the Hub or a server fails, OutputError where the files can't be written,
+    Interrupted on Ctrl-C.
     """
     check_listener(on_event)
     whole_number("jobs", jobs, most=MOST_JOBS)
@@ -208,10 +210,11 @@ def repair(path: str | os.PathLike[str], source: Source, *, dry_run: bool = Fals
         with _held(home, dry_run):
             records = _records(place, other)
             works, refused, right = _examine(place, records, other, jobs, on_event)
-            if works and not records.own:
-                _check_revision(works, right, other)
+            _check_revision(works, right, other, records)
             notes = [f"{shown(name)} has other names (hard links), which keep the damaged bytes" for name in _linked(works)]
             files = [*records.refused, *refused]
+            if not dry_run:
+                _sweep(home, right)
             files += _carry_out(works, other, jobs, on_event) if works and not dry_run else [work.file for work in works]
             files += _mend_sums(place, records, files, dry_run=dry_run)
     except OSError as error:
@@ -411,8 +414,9 @@ def _plan(recorded: _Recorded, target: Path, here: Path | None, records: _Record
         return replace(refused, reason=f"{other.label} has another file of this name, by its manifest")
     rest = _pieces(twin, [(0, nbytes)])
     if (here or not twin) and (own or hinted) and (rounds := _by_tensors(work, own or hinted, twin, other, jobs)):
-        text = problem if here is None or was != nbytes else f"damaged{rounds[0]}"
-        return replace(work, file=replace(work.file, problem=text)).of(*rounds[1], () if own else rest)
+        found, share, ranges = rounds
+        text = problem if here is None or was != nbytes else f"damaged{found}"
+        return replace(work, file=replace(work.file, problem=text), right=share).of(*ranges, () if own else rest)
     if twin is None:
         return refused
     likely = _likely(work, twin, jobs) if name.endswith(WEIGHTS) else []
@@ -421,16 +425,19 @@ def _plan(recorded: _Recorded, target: Path, here: Path | None, records: _Record
 
 def _by_tensors(
     work: _Work, expected: Mapping[str, TensorEntry], twin: SourceFile | None, other: OtherCopy, jobs: int
-) -> tuple[str, list[tuple[_Span, ...]]] | None:
-    """Which tensors are damaged, in words, and the rounds that take them from there; None where it is not known where they lie, or where
-    one of them is nowhere. What lies between the tensors is believed at first where the header is sound: the file's digest judges it."""
+) -> tuple[str, float | None, list[tuple[_Span, ...]]] | None:
+    """Which tensors are damaged, in words, the share of bytes that are right, and the rounds that take the others from there; None where it
+    is not known where they lie, or where one of them is nowhere. What lies between the tensors is believed at first where the header is
+    sound, and taken from there or made anew where it is not: the file's digest judges it."""
     nbytes, here, known = work.file.nbytes, work.here, None
     layout = layout_here(Path(here.path), nbytes) if here else None
     sound = _same_kinds(layout, expected)
-    if not sound:
-        known, layout = other.layout(work.recorded.name) if twin else (None, None)
-    if not twin and not sound and work.recorded.name.endswith(".safetensors"):
-        known, layout = _made_header(expected, nbytes)
+    if not sound and twin:
+        known, layout = other.layout(work.recorded.name)
+    if work.recorded.name.endswith(".safetensors") and not (twin and _same_kinds(layout, expected)):
+        head, made = _made_header(expected, nbytes)
+        if made and (not sound or all(layout and layout[name].offset == tensor.offset for name, tensor in made.items())):
+            known, layout = head, made
     if layout is None or not _same_kinds(layout, expected):
         return None
     bad = list(expected)
@@ -453,7 +460,9 @@ def _by_tensors(
     if not first and not between:
         return None
     text = f" in {len(bad):,} of {counted(len(expected), 'tensor')}" if bad else " beside its tensors"
-    return text, [first, between] if sound and first else [(*first, *between)]
+    total = sum(entry.nbytes for entry in expected.values())
+    share = 1 - sum(expected[name].nbytes for name in bad) / total if here and total else None
+    return text, share, [first, between] if sound and first else [(*first, *between)]
 
 
 def _likely(work: _Work, twin: SourceFile, jobs: int) -> list[tuple[int, int]]:
@@ -529,25 +538,34 @@ def _pieces(twin: SourceFile | None, ranges: Iterable[tuple[int, int]]) -> tuple
     return tuple(_Span(start, stop, twin) for start, stop in starts) if twin else ()
 
 
-def _check_revision(works: Sequence[_Work], right: Sequence[str], other: OtherCopy) -> None:
-    """See that PATH, which states nothing itself, is what the Hub has, damaged, and not another model or revision.
+def _check_revision(works: Sequence[_Work], right: Sequence[str], other: OtherCopy, records: _Records) -> None:
+    """See that the weights are the recorded ones, damaged, and not a later save over them, or another model or revision of the Hub.
 
-    A weight file that is right shows it, or samples of those that are not; where no weights are there, a small file. Raises MismatchError.
+    A weight file that is right shows it, or tensors or samples of those that are not. Where nothing of the weights is there to look at, and
+    nothing but the Hub says what they must be, a small file that is right shows it. Raises MismatchError.
     """
-    if any(name.endswith(WEIGHTS) for name in right):
+    damaged = [work for work in works if work.here and work.recorded.name.endswith(WEIGHTS)]
+    if not works or any(name.endswith(WEIGHTS) for name in right):
         return
+    shares = [work.right for work in damaged if work.right is not None]
+    if max(shares, default=0.0) < ALIKE:  # a digest says nothing of a tensor that is nearly right
+        samples = [_alike(work.here, twin) for work in damaged if work.here and (twin := other.find(work.recorded.name))]
+        shares = [same / looked for same, looked in samples if looked] or ([] if samples else shares)
+    if max(shares, default=1.0) < ALIKE or (not shares and not right and not records.own):
+        facts = {"alike": f"at most {max(shares):.0%} of the values in a file"} if shares else {"files": "none is the same there"}
+        what = f"it is not shown that these are the weights of {records.by}, damaged: they may be another save, revision or model"
+        raise MismatchError(what, facts=facts, hint="move the weight files away if you don't need them: the same command then fetches them")
+
+
+def _alike(here: SourceFile, twin: SourceFile) -> tuple[int, int]:
+    """How many samples of a local file are the same in the other one, and how many were looked at: those that are not zeros here."""
     same = looked = 0
-    for work in works:
-        if work.here and work.recorded.name.endswith(WEIGHTS) and (twin := other.find(work.recorded.name)):
-            for start in even(min(work.here.size, twin.size) // SAMPLE_BYTES, SAMPLES):
-                place = start * SAMPLE_BYTES, (start + 1) * SAMPLE_BYTES
-                here = read_bytes(work.here, *place)
-                looked += any(here)
-                same += any(here) and here == read_bytes(twin, *place)
-    if (same < ALIKE * looked) if looked else not right:
-        facts = {"samples": f"{same} of {looked} are the same there"} if looked else {"files": "none is the same there"}
-        what = f"it is not shown that this is {other.label}, damaged: it may be another revision, or another model"
-        raise MismatchError(what, facts=facts, hint="give the revision that it was downloaded from, or move the files away and download it")
+    for number in even(min(here.size, twin.size) // SAMPLE_BYTES, SAMPLES):
+        place = number * SAMPLE_BYTES, (number + 1) * SAMPLE_BYTES
+        data = read_bytes(here, *place)
+        looked += any(data)
+        same += any(data) and data == read_bytes(twin, *place)
+    return same, looked
 
 
 # --- putting a file together ----------------------------------------------------------------------------------------
@@ -564,6 +582,23 @@ class _Meter:
         with self.turn:
             self.done += nbytes
             self.on_event(Progress(self.done, name))
+
+
+def _sweep(home: Path, right: Iterable[str]) -> None:
+    """Delete what an earlier run left of files that are right by now."""
+    for name in right:
+        path = _part_path(_target(home, name))
+        for stray in (path, _list_path(path)):
+            if present(stray):
+                remove(stray)
+
+
+def _part_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.repair")
+
+
+def _list_path(part: Path) -> Path:
+    return part.with_name(f"{part.name}.done")
 
 
 def _carry_out(works: Sequence[_Work], other: OtherCopy, jobs: int, on_event: Listener) -> list[RepairedFile]:
@@ -588,7 +623,7 @@ class _Part:
     """The file in which another one is put together. Made by `_open_part`. Ranges are taken by many threads."""
 
     def __init__(self, work: _Work, fd: int, path: Path) -> None:
-        self.work, self.fd, self.path, self.listed = work, fd, path, path.with_name(f"{path.name}.done")
+        self.work, self.fd, self.path, self.listed = work, fd, path, _list_path(path)
         self.known = _read_lines(self.listed)
         self.resumed, self.fetched, self.worth, self.turn = False, 0, bool(self.known), threading.Lock()
         self.list_fd = os.open(self.listed, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -702,7 +737,7 @@ class _Part:
 
 @contextmanager
 def _open_part(work: _Work) -> Iterator[_Part]:
-    path = work.target.with_name(f".{work.target.name}.repair")
+    path = _part_path(work.target)
     if present(path) and not (stat.S_ISREG(os.lstat(path).st_mode) and os.lstat(path).st_nlink == 1):
         raise OutputError(f"{shown(path.name)} is not what a repair leaves", facts={"file": path}, hint="move it elsewhere")
     with naming(path):

@@ -420,9 +420,43 @@ def test_another_revision_is_refused(originals: dict[str, Path], bad: Any, hub: 
     assert "another revision" in found.files[0].reason
     for name in (MANIFEST, SUMS):
         (folder / name).unlink()
-    with pytest.raises(MismatchError, match="another revision"):
+    with pytest.raises(MismatchError, match="another save, revision or model"):
         lw.repair(folder, "owner/model")
     assert tree(folder) == {name: data for name, data in before.items() if name not in (MANIFEST, SUMS)}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "sums"])
+def test_a_later_save_is_not_overwritten(originals: dict[str, Path], bad: Any, kind: str) -> None:
+    """Somebody trained on and saved into the same folder: the records are of the weights before."""
+
+    def trained(folder: Path) -> None:
+        for path in shards(folder):
+            start = min(tensor.offset for tensor in layout(path).values())
+            poke(path, start, bytes(value ^ 5 for value in path.read_bytes()[start:]))
+
+    folder = bad(originals[kind], trained)
+    before = tree(folder)
+    for dry_run in (True, False):
+        with pytest.raises(MismatchError, match="another save"):
+            lw.repair(folder, originals[kind], dry_run=dry_run)
+    assert tree(folder) == before
+    for path in shards(folder):
+        path.unlink()
+    assert lw.repair(folder, originals[kind]).exit_code == 0
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "sums"])
+def test_a_preallocated_download_is_no_later_save(originals: dict[str, Path], bad: Any, kind: str) -> None:
+    """Zeros behind what came."""
+
+    def came(folder: Path) -> None:
+        for path in shards(folder):
+            size = path.stat().st_size
+            poke(path, size // 5, bytes(size - size // 5))
+
+    folder = bad(originals[kind], came)
+    assert lw.repair(folder, originals[kind]).exit_code == 0
+    assert tree(folder) == tree(originals[kind])
 
 
 def test_an_empty_folder_is_nothing_to_repair(originals: dict[str, Path], hub: HubServer, tmp_path: Path) -> None:
@@ -448,7 +482,9 @@ def test_the_format_that_is_not_there_is_not_fetched(originals: dict[str, Path],
 # --- other places and forms of the copy ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["a bit of a value", "a shard missing", "the header's length", "half of it", "two shards exchanged"])
+@pytest.mark.parametrize(
+    "kind", ["a bit of a value", "a shard missing", "the header's length", "header and a value", "half of it", "two shards exchanged"]
+)
 def test_a_copy_in_other_shards(originals: dict[str, Path], bad: Any, hub: HubServer, kind: str) -> None:
     good = originals["safetensors"]
     hub.add("owner/model", originals["more shards"])
@@ -457,6 +493,15 @@ def test_a_copy_in_other_shards(originals: dict[str, Path], bad: Any, hub: HubSe
         assert lw.repair(folder, source).exit_code == 0
         assert tree(folder) == tree(good)
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", ["the header's length", "the header's metadata", "cut in the header"])
+def test_a_header_that_no_copy_has_is_made_anew(originals: dict[str, Path], bad: Any, tmp_path: Path, kind: str) -> None:
+    good = originals["safetensors"]
+    folder = bad(good, DAMAGE[kind][1])
+    found = lw.repair(folder, originals["more shards"])
+    assert tree(folder) == tree(good)
+    assert found.fetched == (0 if "cut" not in kind else sum(tensor.nbytes for tensor in layout(shards(good)[1]).values()))
 
 
 def test_tensors_of_another_container(originals: dict[str, Path], bad: Any, tmp_path: Path) -> None:
@@ -697,6 +742,16 @@ def test_killed_twenty_times_and_continued(originals: dict[str, Path], bad: Any,
     assert finished < 20
     assert lw.repair(folder, good).exit_code == 0
     assert tree(folder) == right
+
+
+def test_what_is_left_of_a_file_that_is_right_is_deleted(originals: dict[str, Path], bad: Any) -> None:
+    folder = bad(originals["safetensors"], lambda folder: None)
+    for name in (f".{shards(folder)[1].name}.repair", f".{shards(folder)[1].name}.repair.done"):
+        (folder / name).write_bytes(b"left")
+    (folder / ".mine.repair").write_bytes(b"somebody's")
+    lw.repair(folder, originals["safetensors"])
+    assert {name: data for name, data in tree(folder).items() if name != ".mine.repair"} == tree(originals["safetensors"])
+    assert (folder / ".mine.repair").exists()
 
 
 def test_on_the_command_line(originals: dict[str, Path], bad: Any, cli: Any) -> None:
