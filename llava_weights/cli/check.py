@@ -1,4 +1,4 @@
-"""The commands that check: verify, checksum, diff, smoke."""
+"""The commands that check: verify, checksum, repair, diff, smoke."""
 
 from __future__ import annotations
 
@@ -47,6 +47,9 @@ def verify(
         ),
     ] = None,
     deep: Annotated[bool, option(CHECK, "--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
+    part: Annotated[
+        str | None, option(CHECK, "--part", metavar="I/N", help="With --deep: read the I-th of N equal shares of the bytes, as 3/7.")
+    ] = None,
     published: Annotated[bool, option(CHECK, "--published", help="Compare with the checksums that the authors published.")] = False,
     base: Annotated[
         str | None, option(CHECK, "--base", metavar="SRC", help="What PATH was made from: make every tensor again and compare.")
@@ -90,7 +93,9 @@ def verify(
         _check_reports(junit, summary, force, [path, against, base, delta, vision_tower, *(lora or [])])
         sources: Any = {"base": base, "delta": delta, "lora": lora or [], "vision_tower": vision_tower, "accept_tower": accept_tower}
         other = "published" if published else against
-        result = check(path, against=other, deep=deep, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources)
+        result = check(
+            path, against=other, deep=deep, part=part, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources
+        )
         _report(console, result.name, result.findings, result.exit_code, result.facts, junit, summary, force=force)
 
 
@@ -108,6 +113,29 @@ def checksum(
 
         written = [str(file) for file in write(path, force=force, jobs=jobs, on_event=console.on_event)]
         console.document([f"Wrote {file}" for file in written] or ["Everything is recorded already"], {"written": written})
+
+
+@grouped
+def repair(
+    *,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder or weight file, which has a manifest or SHA256SUMS.", rich_help_panel=INPUT),
+    ],
+    source: Annotated[str, option(INPUT, "--from", metavar="OTHER", help="Another copy: folder, file, owner/name[@rev] or an address.")],
+    dry_run: Annotated[
+        bool, option(OUTPUT, "-n", "--dry-run", help="Say what is damaged and what would be fetched; write nothing.")
+    ] = False,
+    jobs: Jobs = 2,
+    show: Show,
+) -> None:
+    """Mend what is damaged, cut short or missing by its own checksums: the bad ranges come from another copy. Exit 3 where one can't."""
+    with session(show) as console:
+        from ..checks.repair import repair as mend
+
+        found = mend(path, source, dry_run=dry_run, jobs=jobs, on_event=console.on_event)
+        console.document(found.lines(), found.document())
+        raise typer.Exit(found.exit_code)
 
 
 @grouped
