@@ -280,7 +280,7 @@ def _report(
     shown = report.lines(name, findings, code, verbose=console.verbose)
     console.document([*before, *shown], report.document(name, findings, code, facts))
     if junit:
-        write_report(junit, report.junit(name, findings), force=force)
+        write_report(junit, report.junit(name, findings, console.seconds), force=force)
     if appended := _appended(summary):
         write_report(appended, report.markdown(name, findings, code).encode(), append=True)
     raise typer.Exit(code)
