@@ -1,7 +1,7 @@
 """The last step of action.yml: run one command, and tell GitHub what it found.
 
-What failed and what is doubtful becomes an annotation of the run; exit code, verdict, root and report become outputs of the step. The summary
-page is written by the command itself, which reads $GITHUB_STEP_SUMMARY.
+What failed and what is doubtful becomes an annotation of the run; exit code, verdict, root and report become outputs of the step. The
+summary page is written by the command itself, which reads $GITHUB_STEP_SUMMARY.
 """
 
 from __future__ import annotations

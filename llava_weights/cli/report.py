@@ -94,8 +94,10 @@ def document(name: str, findings: Sequence[Finding], code: int, facts: Mapping[s
 
 
 def junit(name: str, findings: Sequence[Finding], seconds: float | None = None) -> bytes:
-    """A JUnit XML report: a test case for each finding; what failed is a failure, what was not checked is skipped. `seconds` is how long the
-    run took; the checks share their reads, so a single one has no time of its own. No two cases have the same name, as readers ask."""
+    """A JUnit XML report: a test case for each finding; what failed is a failure, what was not checked is skipped; each has its own name.
+
+    `seconds` is how long the run took; the checks share their reads, so a single one has no time of its own.
+    """
     counts, taken = Counter(finding.verdict for finding in findings), Counter[tuple[str, str]]()
     skipped = counts["unchecked"] + counts["unproved"]
     sizes = {"tests": str(len(findings)), "failures": str(counts["failed"]), "skipped": str(skipped), "errors": "0"}
