@@ -24,7 +24,8 @@ from pathlib import Path
 from benchmarks.synthetic import cut_to, write_base, write_delta
 from llava_weights.families.decoders import LLAMA_SIZES
 
-COLUMNS, LETTER, LINE, EDGE = 110, 7.8, 18, 16  # of the terminal; pixels: width of a letter of 13 pixels in a monospaced font, lines, margin
+COLUMNS = 110  # of the terminal
+LETTER, LINE, EDGE = 7.8, 18, 16  # pixels: width of a letter of 13 pixels in a monospaced font, height of a line, margin
 COLOURS = {"31": "#ff7b72", "32": "#7ee787", "33": "#e3b341", "36": "#79c0ff", "34": "#79c0ff", "35": "#d2a8ff"}
 FRAME = 0.62  # which of a bar's frames is kept
 NAME = "LLaVA-7B-v0"
@@ -72,7 +73,7 @@ def draw(command: str, shown: Sequence[str]) -> str:
     rows = [f"\x1b[1m$ {command}\x1b[0m", *shown]
     width, height = round(COLUMNS * LETTER + 2 * EDGE), LINE * len(rows) + 2 * EDGE
     body = [f"<text x='{EDGE}' y='{EDGE + LINE * (number + 0.75):.1f}'>{spans(row)}</text>" for number, row in enumerate(rows)]
-    style = "font-family='ui-monospace,SFMono-Regular,Menlo,Consolas,monospace' font-size='13' fill='#e6edf3' xml:space='preserve'"
+    style = "font-family='ui-monospace,SFMono-Regular,Menlo,Consolas,monospace' font-size='13' fill='#e6edf3'"
     head = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' role='img' {style}>"
     title = f"<title>{escape(command)}</title>"
     return "\n".join([head, title, f"<rect width='{width}' height='{height}' rx='8' fill='#0d1117'/>", *body, "</svg>"]) + "\n"
@@ -87,7 +88,8 @@ def spans(row: str) -> str:
             colour = next((f" fill='{COLOURS[each]}'" for each in codes if each in COLOURS), "")
             style = colour + (" font-weight='bold'" if "1" in codes else "")
         elif piece:
-            out.append(f"<tspan{style}>{escape(piece)}</tspan>" if style else escape(piece))
+            shown = escape(piece).replace(" ", "\N{NO-BREAK SPACE}")  # browsers make several blanks one
+            out.append(f"<tspan{style}>{shown}</tspan>" if style else shown)
     return "".join(out)
 
 
