@@ -335,7 +335,7 @@ def _report(
     found = report.rows(findings, verbose=console.verbose)
     console.verdict(report.headline(name, findings, code), found, report.document(name, findings, code, facts), code, before)
     if junit:
-        write_report(junit, report.junit(name, findings), force=force)
+        write_report(junit, report.junit(name, findings, console.seconds), force=force)
     if appended := _appended(summary):
         write_report(appended, report.markdown(name, findings, code).encode(), append=True)
     raise typer.Exit(code)
