@@ -1,8 +1,8 @@
 """Reading local files: what a worker holds while it makes rows, and how any reader opens a file.
 
 Reads are `pread` into private memory, never a memory map: a mapped file that is truncated kills the process with SIGBUS.
-Behind each large read the page cache is dropped, since keeping three times the model there is what makes `cp` slow; not where the
-file lay in the cache before, since somebody else put it there.
+Large reads go past the page cache, and where they can't, it is dropped behind them: keeping three times the model there is what makes `cp`
+slow. What lay in the cache before is read from there and stays, since somebody else put it there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..errors import InputError, LlavaWeightsError, shortage
 from ..text import shown
+from .direct import SPARE_BYTES, read_direct
 from .residency import resident_stretches
 
 T = TypeVar("T")
@@ -110,6 +111,11 @@ class DropBehind:
         with self.turn:
             if file not in self.warm:
                 self.warm[file] = resident_stretches(fd, file.size, STRETCH)
+
+    def is_cold(self, file: SourceFile, start: int, stop: int) -> bool:
+        """Whether the page cache held little of bytes [start, stop), so that they come from the disk."""
+        warm = self.warm.get(file)
+        return not warm or warm.isdisjoint(range(start // STRETCH, -(-stop // STRETCH)))
 
     def passed(self, file: SourceFile, fd: int, start: int, stop: int, least: int = STRETCH) -> None:
         """Note that bytes [start, stop) were read, and drop every range of at least `least` bytes that reads have joined."""
@@ -204,6 +210,9 @@ class Workspace:
 
             return read(file, offset, out, self.stopping)
         done = 0
+        if self.drop_cache and len(out) >= DROP_BEHIND and self.behind.is_cold(file, offset, offset + len(out)):
+            with self.scratch(SPARE_BYTES) as spare, reading(file):
+                done = read_direct(fd, offset, out, spare)
         while done < len(out):
             with reading(file):
                 got = os.preadv(fd, [out[done:]], offset + done)

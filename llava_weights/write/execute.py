@@ -142,7 +142,7 @@ def _run(
     with keeping(plan, job, results):
         note_sources(plan, job, fresh=not (results or has_windows(job)))
         counter = ByteCounter(results, on_event)
-        with ReadBack(job.folder, results, pool, counter.read_back) as reader:
+        with ReadBack(job.folder, results, pool, counter.read_back, plan.settings.in_flight) as reader:
             write_shards(plan, job, pool, results, counter, reader if reread and not job.remote else None)
             _check_sources(plan, job, pool, results, on_event)
             if left := reader.left:
@@ -233,8 +233,8 @@ def _incomplete(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Out
 def write_shards(
     plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], counter: ByteCounter, reader: ReadBack | None = None
 ) -> None:
-    """Write the shards of `plan` that `results` lacks, each with its journal line as it is finished. Each is then read back by `reader`,
-    while the next is made; those of an earlier run were read when this one began. Raises OutputError as `ReadBack.check`.
+    """Write the shards of `plan` that `results` lacks, each with its journal line as it is finished. `reader` reads them back, large
+    ones while they are made; those of an earlier run were read when this one began. Raises OutputError as `ReadBack.check`.
     """
     on_event = counter.on_event
     again = sum(shard.nbytes for shard in plan.shards if shard.name not in results) if reader else 0
@@ -243,7 +243,7 @@ def write_shards(
     indices = {shard.name: index for index, shard in enumerate(plan.shards, 1)}
     for result in list(results.values()):
         job.shard_done(asdict(result))
-    with Shield(), closing(_write(plan, job, pool, dict(results), counter)) as written:
+    with Shield(), closing(_write(plan, job, pool, dict(results), counter, reader)) as written:
         for result in written:
             job.append(asdict(result))
             results[result.name] = result  # from here on it is kept
@@ -454,7 +454,9 @@ def _result(entry: Mapping[str, Any]) -> ShardResult | None:
     return ShardResult(**entry) if sound and {type(count) for count in entry["tallies"].values()} <= {int} else None
 
 
-def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], counter: ByteCounter) -> Generator[ShardResult]:
+def _write(
+    plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], counter: ByteCounter, reader: ReadBack | None
+) -> Generator[ShardResult]:
     """Results of the shards that are left, as they finish."""
     left = [shard for shard in plan.shards if shard.name not in done]
     if pool is not None:
@@ -469,7 +471,17 @@ def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any],
     settings = replace(plan.settings, in_flight=max(1, min(plan.settings.in_flight, len(left))))
     behind, brake = DropBehind(), Brake()
     calls = [
-        partial(write_shard, shard, job.folder, settings, on_bytes=counter.of(shard), behind=behind, brake=brake, resume=True)
+        partial(
+            write_shard,
+            shard,
+            job.folder,
+            settings,
+            on_bytes=counter.of(shard),
+            on_disk=partial(reader.follow, shard.name) if reader else None,
+            behind=behind,
+            brake=brake,
+            resume=True,
+        )
         for shard in left
     ]
     if settings.in_flight > 1:
