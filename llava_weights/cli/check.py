@@ -33,6 +33,12 @@ Summary = Annotated[
 Replace = Annotated[bool, option(OUTPUT, "--force", help="Replace the file of --junit.")]
 
 
+def _complete_rule(incomplete: str) -> list[str]:
+    from ..checks.verify import rules
+
+    return [name for name in sorted(rules()) if name.startswith(incomplete)]
+
+
 @grouped
 def verify(
     *,
@@ -72,6 +78,7 @@ def verify(
             CHECK,
             "--allow",
             metavar="RULE",
+            autocompletion=_complete_rule,
             help="A rule that --strict leaves a warning, by the name in brackets behind it. May be given several times.",
         ),
     ] = None,

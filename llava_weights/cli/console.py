@@ -283,7 +283,8 @@ class Console:
         interrupted = isinstance(error, Interrupted)
         if not self.writes or not (interrupted or error.exit_code in WRITING_FAILED):
             return error.kept
-        seen = "Nothing was written" if self._meter is None else f"{self._meter.finished} are finished and kept"
+        writing = self._meter if self._meter is not None and self._meter.started.what == "Writing" else None
+        seen = f"{writing.finished} are finished and kept" if writing else "Nothing was written"
         return sentences(error.kept or seen, "Run the same command to continue" if interrupted else None)
 
     def _end(self) -> None:

@@ -506,6 +506,16 @@ def test_the_words_of_the_writer_win_and_the_events_know_the_rest(make: Any) -> 
             assert last == (stopped if error.exit_code == 143 else f"hint: free some. {expected}")
 
 
+def test_files_that_were_only_read_are_not_called_kept(make: Any) -> None:
+    """As those of `--check-inputs`."""
+    console, _, err = make()
+    console.writes = True
+    console.on_event(Started(2, 26 * GB, what="Reading"))
+    console.on_event(Progress(13 * GB, "pytorch_model.bin"))
+    console.error(InputError("x", hint="y"))
+    assert err.getvalue().endswith("\n\nhint: y. Nothing was written\n")
+
+
 def raised(error: BaseException) -> BaseException:
     try:
         raise error

@@ -105,6 +105,16 @@ def test_the_shell_completes_every_closed_choice(monkeypatch: pytest.MonkeyPatch
     assert asked > 20
 
 
+def test_the_shell_completes_rules() -> None:
+    from llava_weights.findings import OTHER_RULES
+
+    command = PROGRAM.commands["verify"]
+    (allow,) = (one for one in command.params if "--allow" in one.opts)
+    found = [item.value for item in allow.shell_complete(command.make_context("verify", [], resilient_parsing=True), "wei")]
+    assert found == ["weight-files"]
+    assert set(OTHER_RULES) <= {item.value for item in allow.shell_complete(command.make_context("verify", [], resilient_parsing=True), "")}
+
+
 def test_version_has_a_short_flag() -> None:
     assert CliRunner().invoke(app, ["-V"]).stdout == CliRunner().invoke(app, ["--version"]).stdout
 
