@@ -6,6 +6,7 @@ DEMO ?=
 ARGS ?=
 SECONDS ?= 60
 TARGET ?=
+LLAVA ?= $(PEERS)/LLaVA
 
 VENV := .venv
 PEERS := .peers
@@ -14,7 +15,7 @@ READY := $(VENV)/.stamp
 TRANSFORMERS := $(addprefix $(PEERS)/transformers-,4.37.2 4.45.2 4.47.1 4.57.6 5.24.0)
 INSTALL := -m pip install -qq --prefer-binary --no-input --disable-pip-version-check --retries 10
 
-.PHONY: demo test check peer llamacpp bench faults fuzz oldest docs clean
+.PHONY: demo test check peer llamacpp consumers bench faults fuzz oldest docs clean
 
 demo: $(READY)
 	@$(BIN)/llava-weights demo $(DEMO)
@@ -33,6 +34,11 @@ peer: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/bitsandbytes/.stamp $(PEERS)/mlx/
 
 llamacpp: $(READY) $(PEERS)/llama-cpp-python/.stamp
 	@$(BIN)/python -m pytest -m peer tests/peers/llama_cpp_runs.py $(ARGS)
+
+# LLAVA=FOLDER names a clone of LLaVA's repository where github.com can't be reached.
+CONSUMERS := $(addprefix $(PEERS)/,vllm mlx-vlm openvino serve llama-cpp-python transformers-4.37.2)
+consumers: $(READY) $(CONSUMERS:=/.stamp) $(LLAVA)/llava
+	@LLAVA="$(abspath $(LLAVA))" $(BIN)/python -m pytest -m consumer tests/consumers $(ARGS)
 
 bench: $(READY) $(PEERS)/fschat/.stamp $(PEERS)/mergekit/.stamp
 	@$(BIN)/python -m benchmarks.run $(ARGS)
@@ -97,6 +103,27 @@ $(PEERS)/bitsandbytes/.stamp $(PEERS)/mlx/.stamp: $(PEERS)/%/.stamp: tests/peers
 	@$(@D)/bin/python $(INSTALL) --no-deps --requirement tests/peers/$*.txt
 	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
 	@touch $@
+
+# The programs of `make consumers`. Those on a torch of their own come whole, the others as above.
+$(PEERS)/vllm/.stamp $(PEERS)/mlx-vlm/.stamp: tests/consumers/torchvision_nms.py tests/consumers/vllm.txt tests/consumers/mlx_vlm.txt
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) --requirement tests/consumers/$(subst -,_,$(notdir $(@D))).txt
+	@$(@D)/bin/python -m pip uninstall -qq --yes torchaudio
+	@cp tests/consumers/torchvision_nms.py "$$($(@D)/bin/$(SITE))"
+	@echo "import torchvision_nms" > "$$($(@D)/bin/$(SITE))/torchvision_nms.pth"
+	@touch $@
+
+$(PEERS)/openvino/.stamp $(PEERS)/serve/.stamp: $(PEERS)/%/.stamp: tests/consumers/%.txt | $(READY)
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) --no-deps --requirement tests/consumers/$*.txt
+	@$(BIN)/$(SITE) > "$$($(@D)/bin/$(SITE))/main.pth"
+	@touch $@
+
+$(PEERS)/LLaVA/llava:
+	@git clone --quiet https://github.com/haotian-liu/LLaVA $(@D)
+	@git -C $(@D) checkout --quiet c121f04
 
 # llama.cpp's converters are Python in the source of llama-cpp-python, which is taken apart and not built.
 LLAMA_CPP := llama_cpp_python-0.3.36

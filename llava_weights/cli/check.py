@@ -215,13 +215,17 @@ def smoke(
     atol: Annotated[
         float | None, option(CHECK, "--atol", metavar="X", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        option(RUN, "--quantize", choices=("8bit", "4bit"), help="Run it as bitsandbytes quantises it; alone: against itself in float32."),
+    ] = None,
     accept_tower: AcceptTower = False,
     force: Annotated[bool, option(OUTPUT, "--force", help="Replace the file of --record or --junit.")] = False,
     junit: Junit = None,
     summary: Summary = None,
     show: Show,
 ) -> None:
-    """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt.
+    """Run the model: against recorded logits, against the unconverted checkpoint, quantised against itself, or on a prompt.
 
     Exit 4 if it computes something else; on a prompt only for an unapplied delta: the rest is yours to judge.
     """
@@ -229,7 +233,9 @@ def smoke(
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")  # for its developers
         from ..checkpoint.checkpoint import open_checkpoint
         from ..smoke.logits import check_numbers
+        from ..smoke.quantised import to_bits
 
+        bits = to_bits(quantize)
         runs = {"--reference": reference, "--original": original, "--record": record, "--prompt": prompt}
         more = {
             "--chat": chat or None,
@@ -238,6 +244,7 @@ def smoke(
             "--vision-tower": vision_tower,
             "--junit": junit,
             "--summary": summary,
+            "--quantize": bits,
         }
         _check_run(runs, more)
         _check_accept(accept_tower, vision_tower)
@@ -252,14 +259,16 @@ def smoke(
 
             kept = keep(model, record, force=force, on_event=console.on_event, **how)
             console.document([f"Wrote {record}: {len(kept.probes)} probes"], {"written": str(record)})
-        elif reference or original:
-            from ..smoke.logits import compare, compare_original, table
+        elif reference or original or bits:
+            from ..smoke.logits import compare, compare_original, compare_quantised, table
 
             how |= {"atol": limit, "on_event": console.on_event}
             if original:
-                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
-            else:
-                done = compare(model, reference or Path(), **how)
+                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), quantize=bits, **how)
+            elif reference:
+                done = compare(model, reference, quantize=bits, **how)
+            elif bits:
+                done = compare_quantised(model, bits, **how)
             rows = table(done) if console.verbose else []
             _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, rows, force=force)
         else:
@@ -285,9 +294,10 @@ def _check_run(runs: Mapping[str, object], more: Mapping[str, object]) -> None:
     given = [flag for flag, value in runs.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'`{flag}`' for flag in given)} are different runs", hint="pass one of them")
-    mode = given[0] if given else "the usual prompt"
-    compares = mode in ("--reference", "--original")
+    mode = given[0] if given else "--quantize" if more["--quantize"] else "the usual prompt"
+    compares = mode in ("--reference", "--original", "--quantize")
     idle = {
+        "--quantize": not compares,
         "--chat": mode != "--prompt",
         "--image": mode != "--prompt",
         "--atol": not compares,
