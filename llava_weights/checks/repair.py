@@ -405,7 +405,7 @@ def _plan(recorded: _Recorded, target: Path, here: Path | None, records: _Record
     name, (twin, why_not) = recorded.name, _twin(recorded, other)
     was = here.stat().st_size if here else 0
     nbytes = recorded.nbytes if recorded.nbytes is not None else twin.size if twin else was
-    problem = "missing" if here is None else "damaged" if was == nbytes else f"{was:,} bytes long, not {nbytes:,}"
+    problem = "missing" if here is None else "damaged" if was == nbytes else f"{counted(was, 'byte')} long, not {nbytes:,}"
     refused = RepairedFile(name, "refused", problem, f"{other.label} has no copy of it: {why_not}", nbytes)
     work = _Work(replace(refused, state="to mend", reason=""), recorded, target, SourceFile.at(here) if here else None, ())
     own = _entries(name, records.manifest)

@@ -528,6 +528,25 @@ def test_from_a_web_server(originals: dict[str, Path], bad: Any, hub: HubServer,
     assert tree(folder) == tree(good)
 
 
+def test_layouts_of_other_programs(fixtures: Path, tmp_path: Path) -> None:
+    """Meta's pieces in a folder below, by the CRC-32s of their records; llama.cpp's two files, by tensor."""
+    shutil.copytree(fixtures / "A-delta-v0/base-meta", tmp_path / "meta")
+    lw.checksum(tmp_path / "meta")
+    tower = fixtures / "common/clip-tiny-42px"
+    lw.execute(lw.make_plan(lw.convert(fixtures / "C-v1.5/original-no-vision-bin", "gguf", tower=tower), name="m"), tmp_path / "gguf")
+    for name, file in (("meta", "13B/consolidated.00.pth"), ("gguf", "m-F16.gguf")):
+        good = Path(shutil.copytree(tmp_path / name, tmp_path / "good" / name))
+        path = tmp_path / name / file
+        poke(path, path.stat().st_size // 2)
+        found = lw.repair(tmp_path / name, good)
+        assert tree(tmp_path / name) == tree(good)
+        assert found.fetched < path.stat().st_size / 5
+        shutil.rmtree(path.parent) if name == "meta" else path.unlink()
+        (tmp_path / name).mkdir(exist_ok=True)
+        assert lw.repair(tmp_path / name, good).exit_code == 0
+        assert tree(tmp_path / name) == tree(good)
+
+
 def test_a_single_file(originals: dict[str, Path], hub: HubServer, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(shards(originals["safetensors"])[1], path)
