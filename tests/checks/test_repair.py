@@ -8,11 +8,13 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crash_children import fork_server, run_repair
+from hostile import CASES, Case
 from hub_server import HubServer
 
 import llava_weights as lw
@@ -604,6 +606,49 @@ def test_a_link_inside_the_folder_stays(originals: dict[str, Path], bad: Any) ->
     assert lw.repair(folder, originals["safetensors"]).exit_code == 0
     assert path.is_symlink()
     assert path.read_bytes() == (originals["safetensors"] / path.name).read_bytes()
+
+
+# --- hostile ones ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[::7]])
+def test_a_hostile_copy(originals: dict[str, Path], bad: Any, tmp_path: Path, case: Case) -> None:
+    """Nothing of it is taken, and neither side changes."""
+    folder = bad(originals["safetensors"], in_tensor(1, 4))
+    (tmp_path / "hostile").mkdir()
+    case.build(tmp_path / "hostile")
+    copy, before = tmp_path / "hostile/it", tree(folder)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "hostile").rglob("*"))
+    with suppress(InputError):
+        assert lw.repair(folder, copy).exit_code == 3
+    assert tree(folder) == before
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "hostile").rglob("*")) == names
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[3::7]])
+def test_a_hostile_checkpoint_is_bytes(bad: Any, tmp_path: Path, case: Case) -> None:
+    """What its files hold decides nothing: they get the bytes that are recorded, or are refused, and nothing else changes."""
+    (tmp_path / "hostile").mkdir()
+    case.build(tmp_path / "hostile")
+    place = tmp_path / "hostile/it"
+    if not place.is_dir():
+        return
+    files = [path for path in place.iterdir() if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 20]
+    (place / SUMS).write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files))
+    copy = Path(
+        shutil.copytree(place, tmp_path / "copy", symlinks=True, ignore=lambda _, names: [n for n in names if (place / n).is_fifo()])
+    )
+    right = {path.name: path.read_bytes() for path in files}
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-1] or b"x")
+    try:
+        found = lw.repair(place, copy)
+    except (InputError, OutputError):
+        return
+    assert found.exit_code in (0, 3)
+    mended = {file.name for file in found.files if file.state == "mended"}
+    for name, data in right.items():
+        assert (place / name).read_bytes() == (data if name in mended else data[:-1] or b"x")
 
 
 # --- what is refused at once ----------------------------------------------------------------------------------------
