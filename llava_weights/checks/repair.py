@@ -51,7 +51,7 @@ from ..storage.threads import in_threads
 from ..tensors.lazy import LazyTensor
 from ..tensors.sampling import even
 from ..tensors.windows import WINDOW_BYTES
-from ..text import shown, size
+from ..text import listed, shown, size
 from ..write.shard import allocate
 from ..write.work_folder import lock
 from .checksums import counted
@@ -60,7 +60,7 @@ from .other_copy import Layout, OtherCopy, layout_here, layout_of, open_other, r
 WEIGHTS = (*WEIGHT_SUFFIXES, GGUF_SUFFIX)
 PROVING = (FILES, "sha512", GIT)  # digests of files that prove what comes from elsewhere; md5 and sha1 can be forged, a commit holds git's
 PIECE_BYTES = 16 << 20  # of what is taken without a digest of its own: as much is lost where a run is cut off
-SAMPLES, SAMPLE_BYTES = 16, 4096  # of a weight file, to see whether it is the other copy's, only damaged
+SAMPLES, SAMPLE_BYTES = 16, 1024  # of a weight file, to see whether it is the other copy's, only damaged
 ALIKE = 0.5  # least share of samples that are the same there: damage leaves most bytes, other weights share none but zeros
 KEPT = "what was fetched is kept in hidden files, and every other file is right or as it was: the same command continues"
 
@@ -304,10 +304,10 @@ def _by_hub(name: str, other: OtherCopy) -> _Recorded:
 
 
 def _records_by_hub(files: Mapping[str, _Recorded], manifest: Manifest | None, other: OtherCopy) -> list[str]:
-    """The manifest and SHA256SUMS as the Hub has them, where PATH has lost them; only if the Hub and PATH agree on what both state."""
+    """The manifest as the Hub has it, where PATH has lost its own; only if the Hub and PATH agree on all that both state."""
     both = [(recorded.digest, other.stated(name, recorded.algorithm)) for name, recorded in files.items()]
     agree = any(stated for _, stated in both) and all(digest == stated for digest, stated in both if stated)
-    return [name for name in (MANIFEST,) if agree and not manifest and name not in files and name in other.sums]
+    return [MANIFEST] if agree and not manifest and MANIFEST not in files and MANIFEST in other.sums else []
 
 
 def _of_the_model(place: Path, other: OtherCopy) -> list[str]:
@@ -405,7 +405,7 @@ def _plan(recorded: _Recorded, target: Path, here: Path | None, records: _Record
     name, (twin, why_not) = recorded.name, _twin(recorded, other)
     was = here.stat().st_size if here else 0
     nbytes = recorded.nbytes if recorded.nbytes is not None else twin.size if twin else was
-    problem = "missing" if here is None else "damaged" if was == nbytes else f"{was:,} bytes long, not {nbytes:,}"
+    problem = "missing" if here is None else "damaged" if was == nbytes else f"{counted(was, 'byte')} long, not {nbytes:,}"
     refused = RepairedFile(name, "refused", problem, f"{other.label} has no copy of it: {why_not}", nbytes)
     work = _Work(replace(refused, state="to mend", reason=""), recorded, target, SourceFile.at(here) if here else None, ())
     own = _entries(name, records.manifest)
@@ -539,27 +539,42 @@ def _pieces(twin: SourceFile | None, ranges: Iterable[tuple[int, int]]) -> tuple
 
 
 def _check_revision(works: Sequence[_Work], right: Sequence[str], other: OtherCopy, records: _Records) -> None:
-    """See that the weights are the recorded ones, damaged, and not a later save over them, or another model or revision of the Hub.
+    """See that the weights are the recorded ones, damaged, and not a later save over them, nor another model or revision of the Hub.
 
-    A weight file that is right shows it, or tensors or samples of those that are not. Where nothing of the weights is there to look at, and
-    nothing but the Hub says what they must be, a small file that is right shows it. Raises MismatchError.
+    A sound file of the recorded tensors with other values is a save. What only the Hub states holds for PATH if a weight file is right,
+    or samples of a damaged one are; where no weights are there to look at, if a small file is right. Raises MismatchError.
     """
     damaged = [work for work in works if work.here and work.recorded.name.endswith(WEIGHTS)]
-    if not works or any(name.endswith(WEIGHTS) for name in right):
+    if saves := [work.recorded.name for work in damaged if _is_a_save(work, other, records)]:
+        what = f"{listed(saves)} {'is' if len(saves) == 1 else 'are'} not damaged, but other weights than those of {records.by}"
+        keep = "keep a later save by new records (`checksum --force`)" if records.own else "give the revision that it was downloaded from"
+        hint = f"{keep}, or move the files away: then those of {records.by} are fetched"
+        raise MismatchError(what, facts={"alike": f"less than {ALIKE:.0%} of the values"}, hint=hint)
+    if records.own or not works or any(name.endswith(WEIGHTS) for name in right):
         return
-    shares = [work.right for work in damaged if work.right is not None]
-    if max(shares, default=0.0) < ALIKE:  # a digest says nothing of a tensor that is nearly right
-        samples = [_alike(work.here, twin) for work in damaged if work.here and (twin := other.find(work.recorded.name))]
-        shares = [same / looked for same, looked in samples if looked] or ([] if samples else shares)
-    if max(shares, default=1.0) < ALIKE or (not shares and not right and not records.own):
-        facts = {"alike": f"at most {max(shares):.0%} of the values in a file"} if shares else {"files": "none is the same there"}
-        what = f"it is not shown that these are the weights of {records.by}, damaged: they may be another save, revision or model"
-        raise MismatchError(what, facts=facts, hint="move the weight files away if you don't need them: the same command then fetches them")
+    samples = [_alike(work, other) for work in damaged]
+    if not any(same >= ALIKE * looked for same, looked in samples if looked) and (any(looked for _, looked in samples) or not right):
+        what = f"nothing shows that this is {other.label}, damaged: it may be another revision, or another model"
+        hint = "give the revision that it was downloaded from, or move the files away and download it"
+        raise MismatchError(what, facts={"files that are the same there": len(right)}, hint=hint)
 
 
-def _alike(here: SourceFile, twin: SourceFile) -> tuple[int, int]:
-    """How many samples of a local file are the same in the other one, and how many were looked at: those that are not zeros here."""
-    same = looked = 0
+def _is_a_save(work: _Work, other: OtherCopy, records: _Records) -> bool:
+    """Whether a file that is not as recorded has a sound header for the recorded tensors, and mostly other values."""
+    if work.here is None or work.here.size != work.file.nbytes or (work.right is not None and work.right >= ALIKE):
+        return False
+    layout, expected = layout_here(Path(work.here.path), work.file.nbytes), _entries(work.recorded.name, records.manifest)
+    if layout is None or (expected and not _same_kinds(layout, expected)):
+        return False
+    same, looked = _alike(work, other)  # a digest says nothing of a tensor that is nearly right
+    return same < ALIKE * looked if looked else work.right is not None
+
+
+def _alike(work: _Work, other: OtherCopy) -> tuple[int, int]:
+    """How many samples of a damaged file are the same in the other copy's, and how many were looked at: those that are not zeros here."""
+    here, twin, same, looked = work.here, other.find(work.recorded.name), 0, 0
+    if here is None or twin is None:
+        return 0, 0
     for number in even(min(here.size, twin.size) // SAMPLE_BYTES, SAMPLES):
         place = number * SAMPLE_BYTES, (number + 1) * SAMPLE_BYTES
         data = read_bytes(here, *place)

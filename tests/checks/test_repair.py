@@ -8,16 +8,18 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from crash_children import fork_server, run_repair
+from hostile import CASES, Case
 from hub_server import HubServer
 
 import llava_weights as lw
 from llava_weights.checkpoint.manifest import MANIFEST, SUMS, read_manifest
-from llava_weights.checks.repair import SAMPLE_BYTES
+from llava_weights.checks.repair import SAMPLE_BYTES, SAMPLES
 from llava_weights.errors import HubError, InputError, Interrupted, MismatchError, OutputError, UsageError
 from llava_weights.events import Progress, Started
 from llava_weights.formats.safetensors import index_safetensors
@@ -319,6 +321,7 @@ def test_mended_from_the_hub_with_few_bytes(originals: dict[str, Path], bad: Any
     if good.name != "sums" or "half" in kind:
         assert found.fetched <= needed
         needed += 2 * SAMPLE_BYTES if good.name == "sums" else 0  # to see that it begins and ends as there
+        needed += len(shards(good)) * SAMPLES * SAMPLE_BYTES if kind == "a bit in every shard" else 0  # of which half is one tensor
         if kind not in ZIP_READ_ANEW:
             assert hub.sent - before <= needed
     if kind not in ("header and a value", "torch, half of it"):
@@ -420,8 +423,9 @@ def test_another_revision_is_refused(originals: dict[str, Path], bad: Any, hub: 
     assert "another revision" in found.files[0].reason
     for name in (MANIFEST, SUMS):
         (folder / name).unlink()
-    with pytest.raises(MismatchError, match="another save, revision or model"):
+    with pytest.raises(MismatchError, match="other weights than those of owner/model") as raised:
         lw.repair(folder, "owner/model")
+    assert "revision" in str(raised.value.hint)
     assert tree(folder) == {name: data for name, data in before.items() if name not in (MANIFEST, SUMS)}
 
 
@@ -437,7 +441,7 @@ def test_a_later_save_is_not_overwritten(originals: dict[str, Path], bad: Any, k
     folder = bad(originals[kind], trained)
     before = tree(folder)
     for dry_run in (True, False):
-        with pytest.raises(MismatchError, match="another save"):
+        with pytest.raises(MismatchError, match="other weights"):
             lw.repair(folder, originals[kind], dry_run=dry_run)
     assert tree(folder) == before
     for path in shards(folder):
@@ -528,6 +532,25 @@ def test_from_a_web_server(originals: dict[str, Path], bad: Any, hub: HubServer,
     assert tree(folder) == tree(good)
 
 
+def test_layouts_of_other_programs(fixtures: Path, tmp_path: Path) -> None:
+    """Meta's pieces in a folder below, by the CRC-32s of their records; llama.cpp's two files, by tensor."""
+    shutil.copytree(fixtures / "A-delta-v0/base-meta", tmp_path / "meta")
+    lw.checksum(tmp_path / "meta")
+    tower = fixtures / "common/clip-tiny-42px"
+    lw.execute(lw.make_plan(lw.convert(fixtures / "C-v1.5/original-no-vision-bin", "gguf", tower=tower), name="m"), tmp_path / "gguf")
+    for name, file in (("meta", "13B/consolidated.00.pth"), ("gguf", "m-F16.gguf")):
+        good = Path(shutil.copytree(tmp_path / name, tmp_path / "good" / name))
+        path = tmp_path / name / file
+        poke(path, path.stat().st_size // 2)
+        found = lw.repair(tmp_path / name, good)
+        assert tree(tmp_path / name) == tree(good)
+        assert found.fetched < path.stat().st_size / 5
+        shutil.rmtree(path.parent) if name == "meta" else path.unlink()
+        (tmp_path / name).mkdir(exist_ok=True)
+        assert lw.repair(tmp_path / name, good).exit_code == 0
+        assert tree(tmp_path / name) == tree(good)
+
+
 def test_a_single_file(originals: dict[str, Path], hub: HubServer, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(shards(originals["safetensors"])[1], path)
@@ -585,6 +608,49 @@ def test_a_link_inside_the_folder_stays(originals: dict[str, Path], bad: Any) ->
     assert lw.repair(folder, originals["safetensors"]).exit_code == 0
     assert path.is_symlink()
     assert path.read_bytes() == (originals["safetensors"] / path.name).read_bytes()
+
+
+# --- hostile ones ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[::7]])
+def test_a_hostile_copy(originals: dict[str, Path], bad: Any, tmp_path: Path, case: Case) -> None:
+    """Nothing of it is taken, and neither side changes."""
+    folder = bad(originals["safetensors"], in_tensor(1, 4))
+    (tmp_path / "hostile").mkdir()
+    case.build(tmp_path / "hostile")
+    copy, before = tmp_path / "hostile/it", tree(folder)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "hostile").rglob("*"))
+    with suppress(InputError):
+        assert lw.repair(folder, copy).exit_code == 3
+    assert tree(folder) == before
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "hostile").rglob("*")) == names
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[3::7]])
+def test_a_hostile_checkpoint_is_bytes(bad: Any, tmp_path: Path, case: Case) -> None:
+    """What its files hold decides nothing: they get the bytes that are recorded, or are refused, and nothing else changes."""
+    (tmp_path / "hostile").mkdir()
+    case.build(tmp_path / "hostile")
+    place = tmp_path / "hostile/it"
+    if not place.is_dir():
+        return
+    files = [path for path in place.iterdir() if path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 20]
+    (place / SUMS).write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files))
+    copy = Path(
+        shutil.copytree(place, tmp_path / "copy", symlinks=True, ignore=lambda _, names: [n for n in names if (place / n).is_fifo()])
+    )
+    right = {path.name: path.read_bytes() for path in files}
+    for path in files:
+        path.write_bytes(path.read_bytes()[:-1] or b"x")
+    try:
+        found = lw.repair(place, copy)
+    except (InputError, OutputError):
+        return
+    assert found.exit_code in (0, 3)
+    mended = {file.name for file in found.files if file.state == "mended"}
+    for name, data in right.items():
+        assert (place / name).read_bytes() == (data if name in mended else data[:-1] or b"x")
 
 
 # --- what is refused at once ----------------------------------------------------------------------------------------
