@@ -53,9 +53,6 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         console.close()
-        from ..storage.remote import forget
-
-        forget()  # here, since `main` skips exit handlers
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
-from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, Workspace, open_regular, refuse_disguise
+from ..storage.places import Place, open_place
+from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, Workspace, refuse_disguise
 from ..storage.strict_json import read_exactly
 from ..tensors.dtypes import BLOCKS, bytes_of
 from ..tensors.lazy import LazyTensor, Stored
@@ -131,19 +131,20 @@ def _packed_value(key: GgufKey) -> bytes:
     return head + struct.pack(f"<{len(values)}{NUMBERS[kind][1]}", *values)
 
 
-def index_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
+def index_gguf(path: Place) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
     """The tensors of a file in the order of their bytes, and its keys by name. Reads the header only.
 
     Raises InputError unless the file is regular, little-endian, of version 2 or 3, and its tensors lie one behind the other up to its end.
     """
-    with open_regular(path) as (fd, status):
-        data = read_exactly(path, fd, min(status.st_size, 64))
+    with open_place(path) as source:
+        size = source.identity.size
+        data = read_exactly(source, min(size, 64))
         if data[:4] != MAGIC:
             refuse_disguise(path, data)
             raise _refusal(path, "it does not begin with `GGUF`")
-        rest = min(status.st_size, MAX_HEADER)
-        data = read_exactly(path, fd, rest) if len(data) < rest else data
-    reader = _Reader(path, data, whole=status.st_size <= MAX_HEADER)
+        rest = min(size, MAX_HEADER)
+        data = read_exactly(source, rest) if len(data) < rest else data
+    reader = _Reader(path, data, whole=size <= MAX_HEADER)
     reader.position = 4
     version = reader.number("I")
     if version not in (2, VERSION):
@@ -158,14 +159,14 @@ def index_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
         raise _refusal(path, f"its alignment is {shown(str(alignment))}, not a power of two from 8 to 1,048,576")
     entries = [_entry(reader) for _ in range(tensors)]
     header = data[: reader.position]
-    file = SourceFile.of(path, status, sha256(header).hexdigest())
+    file = replace(source.identity, header_sha256=sha256(header).hexdigest())
     return _lay_out(path, entries, file, reader.position, alignment), found
 
 
 class _Reader:
     """The first bytes of a file, read number by number. Raises InputError past their end."""
 
-    def __init__(self, path: Path, data: bytes, *, whole: bool) -> None:
+    def __init__(self, path: Place, data: bytes, *, whole: bool) -> None:
         self.path, self.data, self.whole, self.position, self.items = path, data, whole, 0, 0
 
     def take(self, size: int) -> bytes:
@@ -247,7 +248,7 @@ def _entry(reader: _Reader) -> tuple[str, str, tuple[int, ...], int]:
 
 
 def _lay_out(
-    path: Path, entries: list[tuple[str, str, tuple[int, ...], int]], file: SourceFile, header: int, alignment: int
+    path: Place, entries: list[tuple[str, str, tuple[int, ...], int]], file: SourceFile, header: int, alignment: int
 ) -> dict[str, Stored]:
     """The tensors in file order. Raises InputError unless each begins where the one before it ends, but for the padding."""
     start = header + -header % alignment
@@ -275,5 +276,5 @@ def _name_problem(name: str) -> str:
     return "" if name.isprintable() else "its name holds characters that can't be printed"
 
 
-def _refusal(path: Path, reason: str) -> InputError:
+def _refusal(path: Place, reason: str) -> InputError:
     return InputError(f"{shown(path.name)} is not a valid GGUF file: {reason}", facts={"path": path}, hint=DOWNLOAD_AGAIN)

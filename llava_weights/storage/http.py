@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -39,7 +39,7 @@ class Place:
 _places: dict[str, Place] = {}
 
 
-def chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
+def chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float] = time.monotonic) -> Generator[bytes]:
     """Bytes [start, stop) of `file` as they come. Raises InputError where it changed, Passing where another try may help: also where
     fewer than SLOWEST_BYTES come in WINDOW_SECONDS of `clock`."""
     with _answer(file.path, start, stop) as (answer, place):

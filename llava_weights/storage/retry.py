@@ -14,7 +14,7 @@ from ..events import Note, tell
 T = TypeVar("T")
 TRIES = 6  # without progress: with these pauses some 20 seconds, or minutes where a server asks for them
 PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; each is twice the one before. The Hub counts requests in windows of 5 minutes
-NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3", "aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
+NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3")
 ANSWER_SECONDS = 90.0  # that a server has for an answer's headers, or for an answer of some kB
 NOTE_SECONDS = 30.0  # between two notes about one server
 CHECK_CONNECTION = "check the connection, then run the same command again"
