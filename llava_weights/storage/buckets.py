@@ -41,9 +41,9 @@ _turn = threading.Lock()
 
 def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
     """The objects directly under `address/` by bare name, and the names of its folders. Raises Absent where the bucket does not exist."""
+    store, key = _open(address)
     import obstore
 
-    store, key = _open(address)
     with _asking(address):
         found = obstore.list_with_delimiter(store, key)
     home = address.removesuffix(key).rstrip("/")
@@ -53,9 +53,9 @@ def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
 
 def stat(address: str) -> tuple[int, str]:
     """Size and ETag of an object. Raises Absent."""
+    store, key = _open(address)
     import obstore
 
-    store, key = _open(address)
     with _asking(address):
         found = obstore.head(store, key)
     return int(found["size"]), str(found["e_tag"] or "")
@@ -63,9 +63,9 @@ def stat(address: str) -> tuple[int, str]:
 
 def chunks(file: Pinned, start: int, stop: int) -> Generator[bytes]:
     """Bytes [start, stop) of `file` as they come. Raises InputError where it changed, Passing where another try may help."""
+    store, key = _open(file.path)
     import obstore
 
-    store, key = _open(file.path)
     with _asking(file.path, file):
         answer = obstore.get(store, key, options={"range": (start, stop), "if_match": file.etag or None})
         if (int(answer.meta["size"]), str(answer.meta["e_tag"] or "")) != (file.size, file.etag):
@@ -76,9 +76,9 @@ def chunks(file: Pinned, start: int, stop: int) -> Generator[bytes]:
 
 def put(address: str, data: Path | Iterator[memoryview], size: int) -> str:
     """Send an object of `size` bytes, in parts where it is large; returns its ETag. After any error, what was there is there still."""
+    store, key = _open(address, PART_TRIES)
     import obstore
 
-    store, key = _open(address, PART_TRIES)
     part = max(PART_BYTES, -(-size // MOST_PARTS))
     with _asking(address):
         done = obstore.put(store, key, data, use_multipart=size > part, chunk_size=part, max_concurrency=PARTS_AT_ONCE)
@@ -87,9 +87,9 @@ def put(address: str, data: Path | Iterator[memoryview], size: int) -> str:
 
 def delete(address: str) -> None:
     """Delete an object; nothing happens where there is none."""
+    store, key = _open(address, PART_TRIES)
     import obstore
 
-    store, key = _open(address, PART_TRIES)
     with _asking(address):
         obstore.delete(store, key)
 

@@ -181,8 +181,9 @@ def test_a_bucket_gets_the_same_bytes_in_order(bucket: Bucket, pair: Path) -> No
     shards = [shard.name for shard in plan.shards]
     assert bucket.put()[: len(shards)] == shards
     assert bucket.put()[-2:] == ["model.safetensors.index.json", MANIFEST]
-    largest = max(shard.nbytes for shard in plan.shards) + 8192
-    assert max(most) <= 2 * largest + 8192 * len(shards) < sum(shard.nbytes for shard in plan.shards)
+    small = sum(path.stat().st_size + 8192 for path in (pair / "out").iterdir() if path.suffix != ".safetensors")
+    assert max(most) <= small
+    assert max(most[: len(shards)]) <= 8192, "no shard lies on this machine"
     assert not list(Path().iterdir())
 
 
@@ -315,8 +316,7 @@ def test_stopped_in_the_middle(place: Any, pair: Path) -> None:
         upload(plan, place.address, stop)
     assert "3 of" in str(raised.value.kept)
     assert MANIFEST not in place.files()
-    early = len(json.loads(Path("out.partial/uploads").read_bytes())["shards"])
-    assert early >= 2
+    assert "3 of them are uploaded" in str(raised.value.kept)
     report = upload(plan, place.address)
     assert report.resumed == 3
     assert complete(place, pair)
@@ -427,7 +427,7 @@ def test_a_repository(hub: UploadHub, pair: Path, address: str, branch: str, fol
     assert all(name.startswith("llava-weights-partial-") for name in commits[:-1])
     assert len(commits) == len(plan.shards) + 1
     largest = max(shard.nbytes for shard in plan.shards) + 8192
-    assert max(most) <= 2 * largest + 8192 * len(plan.shards) < sum(shard.nbytes for shard in plan.shards)
+    assert max(most) <= largest + 8192 < sum(shard.nbytes for shard in plan.shards), "one shard lies on this machine"
 
 
 @pytest.mark.parametrize("action", ["commit", more("create_repo"), more("branch"), more("put"), more("delete_branch")])
