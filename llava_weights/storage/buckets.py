@@ -70,6 +70,8 @@ def chunks(file: Pinned, start: int, stop: int) -> Generator[bytes]:
         answer = obstore.get(store, key, options={"range": (start, stop), "if_match": file.etag or None})
         if (int(answer.meta["size"]), str(answer.meta["e_tag"] or "")) != (file.size, file.etag):
             raise remote_changed(file)
+        if answer.attributes.get("Content-Encoding", "identity") not in ("identity", "aws-chunked"):
+            raise Passing("the server sends the range compressed")
         for chunk in answer.stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
 
