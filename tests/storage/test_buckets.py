@@ -1,4 +1,4 @@
-"""A server in the place of S3 that answers with nonsense, slowly, or from somewhere else: exit 3 or 6, and no signature for another host."""
+"""A server in the place of S3 that answers with nonsense, slowly, or with a redirect: exit 3 or 6, and no signature for another host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llava_weights.write.destinations import Bucket
 pytest.importorskip("obstore")
 BODY, SIZE = os.urandom(3000), 3000
 SECRET = "SeCrEtKeY0123456789"
-LIST = """<?xml version="1.0"?><ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated><KeyCount>1</KeyCount>{}</ListBucketResult>"""
+LIST = "<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated><KeyCount>1</KeyCount>{}</ListBucketResult>"
 ENTRY = "<Contents><Key>{}</Key><Size>{}</Size><ETag>&quot;a&quot;</ETag><LastModified>2015-10-21T07:28:00.000Z</LastModified></Contents>"
 
 
@@ -146,7 +146,7 @@ def text_of(error: LlavaWeightsError) -> str:
 def test_a_sound_answer(s3: Server) -> None:
     assert read() == BODY[100:600]
     assert len(s3.asked) == 1
-    assert s3.asked[0]["If-Match"] == '"a"'
+    assert s3.asked[0]["if-match"] == '"a"'
 
 
 PASSING = ("wrong range", "no range", "nonsense", "whole", "compressed", "short", "500", "503", "429")
