@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from ..errors import HubError, InputError
 from ..events import Note, tell
+from .threads import aside
 
 T = TypeVar("T")
 TRIES = 6  # without progress: with these pauses some 20 seconds, or minutes where a server asks for them
@@ -76,15 +76,7 @@ def with_retries(address: str, action: Callable[[], T]) -> T:
 def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] = lambda result: None) -> T:
     """What `action` returns. Raises Passing where that takes more than `seconds`: a server that sends a byte now and then could hold a
     request for ever. The request then goes on in a thread of its own; should it end, `late` gets what it returns."""
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(action())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    result = aside(action)
     try:
         return result.result(seconds)
     except TimeoutError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..checkpoint.manifest import MANIFEST
 from ..errors import HubError, LlavaWeightsError, OutputError, UsageError
@@ -28,35 +28,6 @@ CONFLICTS = (409, 412, 429)  # another commit was faster, or too many requests
 LOGIN = "log in with `hf auth login`, or set `HF_TOKEN`, with a token that may write to {page}"
 
 FileTags = dict[str, tuple[int, str]]  # size, and ETag or (of a large file on the Hub) sha256, by bare name
-
-
-class Destination(Protocol):
-    """A folder on the network. Every method raises HubError where the network or the other side does not let it be done."""
-
-    address: str
-    made: str  # what the user should know of what was made here, or nothing
-
-    def check(self) -> None:
-        """Refuse at once what can't end well."""
-
-    def names(self) -> FileTags:
-        """What the folder holds; nothing where it does not exist. Names that begin with a dot do not count."""
-
-    def held(self) -> FileTags:
-        """The same, with what is uploaded and not yet visible."""
-
-    def begin(self, key: str) -> None:
-        """Make ready for work named `key`, which may have begun before."""
-
-    def put(self, path: Path, name: str) -> str:
-        """Upload a finished shard; returns its tag, as `held` will say it."""
-
-    def folder(self) -> RemotePath:
-        """What `held` says, to be read."""
-
-    def publish(self, files: Mapping[str, Path], shards: Collection[str], replaced: Collection[str]) -> str:
-        """Make the folder hold `shards`, which are uploaded, and `files`, the manifest last; what else there is of `replaced` is deleted.
-        Returns its page."""
 
 
 def is_address(text: str) -> bool:
@@ -81,32 +52,37 @@ def open_destination(text: str) -> Bucket | Repository:
 
 
 class Bucket:
-    """A folder of an object store."""
+    """A folder of an object store. Every method raises HubError where the network or the other side does not let it be done, as those of
+    `Repository` do, which means the same by the same names."""
 
     def __init__(self, address: str) -> None:
-        self.address, self.made = address, ""
+        self.address, self.made = address, ""  # the second: what the user should know of what was made here
 
     def check(self) -> None:
-        """Nothing: `names` is the first request."""
+        """Refuse at once what can't end well: nothing here, `names` is the first request."""
 
     def names(self) -> FileTags:
+        """What the folder holds; nothing where it does not exist. Names that begin with a dot do not count."""
         try:
             found = _retried(self.address, lambda: buckets.list_folder(self.address), lambda error: error)[0]
         except Absent:
             return {}
         return {name: (file.size, file.etag) for name, file in found.items() if not name.startswith(".")}
 
-    held = names
+    held = names  # with what is uploaded and not yet visible
 
     def begin(self, key: str) -> None:
+        """Make ready for work named `key`, which may have begun before."""
         if MANIFEST in self.names():  # what is replaced must not look complete meanwhile
             self._remove(MANIFEST)
 
     def folder(self) -> RemotePath:
+        """What `held` says, to be read."""
         files = {name: SourceFile(f"{self.address}/{name}", size, 0, 0, etag=tag) for name, (size, tag) in self.held().items()}
         return RemotePath(RemoteFolder(self.address, files))
 
     def put(self, path: Path, name: str) -> str:
+        """Upload a file; returns its tag, as `held` will say it."""
         return self.send(path, name, path.stat().st_size)
 
     def send(self, data: Path | Iterator[memoryview], name: str, size: int) -> str:
@@ -118,6 +94,8 @@ class Bucket:
         raise HubError(what, facts={"address": self.address}, hint="make it first, or check the credentials")
 
     def publish(self, files: Mapping[str, Path], shards: Collection[str], replaced: Collection[str]) -> str:
+        """Make the folder hold `shards`, which are uploaded, and `files`, the manifest last; what else there is of `replaced` is deleted.
+        Returns its page."""
         for name in sorted(files, key=lambda name: (name == MANIFEST, name.endswith(".index.json"), name)):
             if name == MANIFEST:
                 for stray in set(replaced) & set(self.names()) - set(files) - set(shards):

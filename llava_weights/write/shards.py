@@ -11,26 +11,25 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import wait
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import Empty, Full, Queue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ..errors import InputError, OutputError
 from ..storage.atomic import remove
 from ..storage.places import Place
 from ..storage.reading import DropBehind
-from ..storage.threads import GLANCE, Brake, interruption
+from ..storage.threads import GLANCE, Brake, aside, waited
 from ..tensors.dtypes import one_thread
 from .destinations import Bucket, Repository
 from .plan import Settings, Shard
 from .read_back import disk_sum
 from .shard import ShardResult, is_integer, stream_shard, write_shard
 
-T = TypeVar("T")
 END_SECONDS = 5.0  # that an interrupted run waits for requests under way to be given up
 
 
@@ -94,7 +93,7 @@ class InRepository(InFolder):
             if self.reread and not super().holds(result):
                 hint = "check the disk; the same command writes this shard again"
                 raise OutputError(f"`{result.name}` does not come back from the disk as it was written", hint=hint)
-            result = replace(result, tag=interruptible(lambda: self.destination.put(path, result.name)))
+            result = replace(result, tag=waited(aside(lambda: self.destination.put(path, result.name))))
             self.held = {**self.held, result.name: (result.nbytes, result.tag)}
         remove(path)
         return result
@@ -122,25 +121,6 @@ class InBucket:
 
     def keep(self, result: ShardResult) -> ShardResult:
         return result
-
-
-def interruptible(action: Callable[[], T]) -> T:
-    """What `action` returns, in a thread of its own: no client can break off a request, but an interruption ends the wait for it."""
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(action())
-        except BaseException as error:
-            result.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(GLANCE)
-        if thread.is_alive() and (stopped := interruption()) is not None:
-            raise stopped
-    return result.result()
 
 
 # --- into an object -------------------------------------------------------------------------------------------------
@@ -179,17 +159,14 @@ class ObjectSink:
     def __init__(self, bucket: Bucket, name: str, size: int) -> None:
         self.waiting: Queue[bytes | None] = Queue(1)
         self.stopped = threading.Event()
-        self.error: BaseException | None = None
-        self.tag = ""
-        self.thread = threading.Thread(target=self._send, args=(bucket, name, size), daemon=True)
+        self.sent = aside(lambda: bucket.send(self._pieces(), name, size))
 
     def __enter__(self) -> ObjectSink:
-        self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self.thread.join(END_SECONDS)
+        wait([self.sent], END_SECONDS)
 
     def stop(self) -> None:
         self.stopped.set()
@@ -199,18 +176,7 @@ class ObjectSink:
 
     def finish(self) -> str:
         self._hand_on(None)
-        while self.thread.is_alive():
-            self.thread.join(GLANCE)
-            if (stopped := interruption()) is not None:
-                raise stopped
-        self._check()
-        return self.tag
-
-    def _send(self, bucket: Bucket, name: str, size: int) -> None:
-        try:
-            self.tag = bucket.send(self._pieces(), name, size)
-        except BaseException as error:  # raised by the next call of the writer
-            self.error = error
+        return waited(self.sent)
 
     def _pieces(self) -> Iterator[memoryview]:
         while not self.stopped.is_set():
@@ -222,11 +188,8 @@ class ObjectSink:
 
     def _hand_on(self, piece: bytes | None) -> None:
         while not self.stopped.is_set():
-            self._check()
+            if self.sent.done():
+                self.sent.result()  # raises why it ended early
             with suppress(Full):
                 self.waiting.put(piece, timeout=GLANCE)
                 return
-
-    def _check(self) -> None:
-        if self.error is not None:
-            raise self.error

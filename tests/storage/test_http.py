@@ -71,7 +71,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.setenv(variable, "127.0.0.1,localhost")
     monkeypatch.setattr(retry, "PAUSE", 0.001)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    http._places.clear()
+    http._signed.clear()
     with Server() as made:
         threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield made

@@ -35,7 +35,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(retry, "PAUSE", 0.001)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    http._places.clear()
+    http._signed.clear()
     yield
     assert not any((tmp_path / "temporary").iterdir())
 
@@ -398,7 +398,7 @@ def test_the_token_is_for_the_hub_alone(hub: HubServer, pair: Path, monkeypatch:
 )
 def test_redirects_that_are_not_followed(hub: HubServer, pair: Path, target: str) -> None:
     file = open_checkpoint(served(hub, pair)[0]).origin.files[0]
-    http._places.clear()
+    http._signed.clear()
     hub.refuse = (302, {"Location": target})
     with pytest.raises(HubError) as caught:
         ranges.read(file, 0, memoryview(bytearray(10)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,10 +30,11 @@ from llava_weights.errors import HubError, InputError, Interrupted, OutputError,
 from llava_weights.events import Event, ShardDone
 from llava_weights.storage import buckets, http, retry
 from llava_weights.transforms.convert import convert
-from llava_weights.transforms.delta import apply_delta
+from llava_weights.transforms.delta import apply_delta, make_delta
 from llava_weights.write import destinations, work_folder
 from llava_weights.write.execute import Report, execute, preflight, run_plan
 from llava_weights.write.plan import Plan, make_plan
+from llava_weights.write.shards import InBucket, ObjectSink
 from llava_weights.write.upload import differences, job_at, push, repository_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +50,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    http._places.clear()
+    http._signed.clear()
 
 
 @pytest.fixture
@@ -196,6 +199,70 @@ def test_a_large_object_goes_up_in_parts(bucket: Bucket, tmp_path: Path, monkeyp
     assert bucket.files() == {"large": data}
     assert sum("partNumber=2" in key for _, key in bucket.actions) == 3
     assert sum("partNumber" in key for _, key in bucket.actions) <= 3 + 2 * 2  # at most one begins again as a whole
+
+
+def large(bucket: Bucket) -> ObjectSink:
+    return ObjectSink(destinations.Bucket("s3://bucket/models/out"), "large", 14 << 20)
+
+
+def unfinished(bucket: Bucket) -> list[str]:
+    return [each["Key"] for each in bucket.client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])]
+
+
+def test_an_object_that_is_cut_off_leaves_nothing(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a part of it nor what somebody pays for; what was there before stays."""
+    monkeypatch.setattr(buckets, "PART_BYTES", 5 << 20)
+    bucket.client.put_object(Bucket="bucket", Key="models/out/large", Body=b"old")
+
+    def cut_off() -> None:
+        with large(bucket) as sink:
+            for number in range(12):
+                sink.write(memoryview(bytes(1 << 20)), number << 20)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_off()
+    assert any("partNumber" in key for _, key in bucket.actions)
+    assert bucket.files() == {"large": b"old"}
+    assert not unfinished(bucket)
+
+
+@pytest.mark.parametrize("what", [r".*partNumber=2.*", r"POST .*uploadId.*"])
+def test_an_object_of_which_a_part_is_refused(bucket: Bucket, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "PART_BYTES", 5 << 20)
+    bucket.faults = {what: ["403", "*"]}
+
+    def write() -> None:
+        with large(bucket) as sink:
+            for number in range(14):
+                sink.write(memoryview(bytes(1 << 20)), number << 20)
+            sink.finish()
+
+    with pytest.raises(HubError, match="refused") as caught:
+        write()
+    assert caught.value.exit_code == 6
+    assert not bucket.files()
+
+
+def test_workers_send_to_a_bucket_by_themselves(bucket: Bucket, pair: Path) -> None:
+    """A task names the bucket and no folder that the workers would have to share."""
+    plan = plan_of(pair)
+    target, make_job = job_at("s3://bucket/models/out")
+    task = InBucket(Path("/nowhere"), destinations.Bucket("s3://bucket/models/other")).task(plan.shards[0], plan.settings)
+    assert pickle.loads(pickle.dumps(task))().name == plan.shards[0].name
+    with ThreadPoolExecutor(2) as pool:
+        run_plan(plan, target, pool=pool, make_job=make_job)
+    assert bucket.files() == contents(pair / "out")
+
+
+def test_an_integer_delta_in_a_bucket(bucket: Bucket, pair: Path, tmp_path: Path) -> None:
+    """Made in a file first, since its header tells the sizes of what follows; nothing of that file stays."""
+    made = make_delta(str(pair / "base"), str(pair / "out"), codec="integer")
+    plan = make_plan(made, max_shard_size="600kB", jobs=1)
+    execute(plan, tmp_path / "delta")
+    upload(plan, "s3://bucket/models/out")
+    assert bucket.files() == contents(tmp_path / "delta")
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize("place", ["s3", more("hub")])
