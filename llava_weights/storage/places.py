@@ -1,7 +1,7 @@
 """Where a reader finds files: in a folder of this machine, or in one over the network, by the same few calls.
 
-A `RemotePath` answers as a `Path` does, from the listing that remote.py made; what is read of its files stays in memory until they are
-closed, so that a header costs one or two requests.
+A `RemotePath` answers as a `Path` does, from the listing that remote.py made. Small files stay in memory; of a weight file that is open, so
+does what was read, so that a header costs one or two requests.
 """
 
 from __future__ import annotations
@@ -109,7 +109,11 @@ def open_place(place: Place) -> Iterator[Source]:
         with open_regular(place) as (fd, status):
             yield LocalSource(SourceFile.of(place, status), fd)
         return
-    yield HeaderSource(place.identity, kept=place.folder.kept.pop(place.file, []))
+    file, kept = place.identity, place.folder.kept
+    pieces = kept.get(place.file, [])
+    if [len(data) for _, data in pieces] != [file.size]:  # a weight file, whose header is read once
+        kept.pop(place.file, None)
+    yield HeaderSource(file, kept=list(pieces))
 
 
 def whole(place: Place) -> bytes:

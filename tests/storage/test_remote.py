@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,8 @@ def test_a_delta_without_either_side_on_disk(hub: HubServer, pair: Path, tmp_pat
     """Byte for byte the local result; each byte of the weights is sent once, and nothing lies on the disk meanwhile."""
     plan = plan_of(*served(hub, pair))
     small = sum(path.stat().st_size for side in ("base", "delta") for path in (pair / side).iterdir() if path.suffix != ".safetensors")
+    asked = Counter(path for _, path, _ in hub.requests)
+    assert all(count == 1 for path, count in asked.items() if not path.endswith(".safetensors")), "small files are sent once"
     before = hub.sent
     execute(plan, tmp_path / "out")
     needed = sum(leaf.nbytes for shard in plan.shards for _, tensor in shard.tensors for leaf in tensor.leaves())
