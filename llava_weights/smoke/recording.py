@@ -147,7 +147,7 @@ def record(
     if probes is not None and not (isinstance(probes, Sequence) and probes and all(isinstance(probe, Probe) for probe in probes)):
         raise UsageError("`probes` is no list of probes", hint="give one or more of the type Probe, or leave it out")
     model, clip = opened(checkpoint, "checkpoint", whole=True), opened(tower, "tower") if tower is not None else None
-    check_file(place, force=force, inputs=[model.origin.path])
+    check_file(place, force=force, inputs=[] if model.origin.remote else [model.origin.path])
     for text in check_given(model, clip, accept=accept_tower).warnings:
         on_event(Note(text, warning=True))
     seed = draw_seed() if seed is None else seed
@@ -185,7 +185,7 @@ def make_recording(
             what = f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers"
             raise InputError(what, facts={"probe": probe.name}, hint="`llava-weights verify --deep` names the tensors that are damaged")
         made.append(one)
-    manifest = find_manifest(checkpoint.origin.path)
+    manifest = None if checkpoint.origin.remote else find_manifest(checkpoint.origin.path)
     root = {"root.tensors": manifest.root} if manifest else {}
     metadata = {
         "model": checkpoint.origin.name,

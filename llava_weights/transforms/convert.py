@@ -536,8 +536,8 @@ def _folder_of(model: Model, tower: Checkpoint) -> str | None:
     named = str(model.config.get(model.target.tower_key))
     if re.fullmatch(REPOSITORY, named) or named in {usual for _, usual in model.target.words.values()}:
         return None
-    path = tower.origin.path
-    return tower.origin.name if tower.origin.revision or tower.origin.remote else str(path if path.is_dir() else path.parent)
+    place = tower.origin.place
+    return tower.origin.name if tower.origin.revision or tower.origin.remote else str(place if place.is_dir() else place.parent)
 
 
 def _named(model: Model, named: object, place: str | None) -> Iterator[str]:

@@ -44,8 +44,8 @@ USUAL_MEMORY = 500 * MiB  # resident bytes of a run for which neither jobs nor m
 USUAL_WINDOWS = (WINDOW_BYTES, WINDOW_BYTES // 2)  # measured: smaller ones are slower
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
-WITH_NETWORK = 110 * MiB  # HTTP and fsspec clients, and the 4 MiB that a store's answer takes in each of 8 workers
-UPLOADING = 160 * MiB  # four parts of 16 MiB of a large object, each once more on its way
+WITH_NETWORK = 110 * MiB  # clients of HTTP and of object stores, and the bytes on their way in each of 8 workers
+UPLOADING = 160 * MiB  # parts of an object: four of 8 MiB on their way, others being put together, each once more in the client
 REMOTE_JOBS = 4  # workers in place of one, where inputs come over the network: most of them wait for an answer
 
 

@@ -15,10 +15,11 @@ import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
 from ..errors import InputError
 from ..formats.integer_delta import ToInteger, write_integer_shard
@@ -43,7 +44,7 @@ OnDisk = Callable[[Path, int], None]
 @dataclass(frozen=True)
 class ShardResult:
     """What is known of a finished shard: small, picklable, and one line of the journal. `sha256` and `read_back`, an XXH3-128, are those of
-    the file: one for others, one for reading it back.
+    the file: one for others, one for reading it back. `tag` is what the place that it was sent to calls its content, empty on this machine.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ShardResult:
     tensors: dict[str, str]  # name -> BLAKE3 of the raw little-endian values
     tallies: dict[str, int]
     holes: tuple[str, ...] | list[str] = ()  # sentences on zeros that were accepted; a list where the journal tells
+    tag: str = ""
 
 
 @one_thread()
@@ -77,24 +79,17 @@ def write_shard(
     earlier call was cut off are read and not made (windows_kept.py), and an interruption, a lost connection or a full disk leaves those
     that are finished now.
     """
-    settings, brake = settings.of_one_shard, brake or Brake()
-    watch = shard._watch.fresh() if shard._watch else None
-    if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
+    if is_integer(shard):
+        watch = shard._watch.fresh() if shard._watch else None
         return _write_integer(shard, folder, settings, on_bytes, keep, watch)
-    header, laid_out = shard.header()
-    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
-    size = len(header) + sum(window.nbytes for window in windows)
     with open_kept(folder, shard.name) if resume and keep else nullcontext() as kept:
         temporary = kept.part if kept else temporary_path(folder, shard.name)
+
+        def open_sink(size: int) -> AbstractContextManager[Sink]:
+            return FileSink(temporary, size, settings, on_disk, anew=kept is None) if keep else Nowhere()
+
         try:
-            with Sink(temporary, size, settings, on_disk, anew=kept is None) if keep else Nowhere() as sink:
-                sink.write(memoryview(header), 0)
-                pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake, kept)
-                pipeline.run()
-                for name, tensor in shard.tensors:
-                    if tensor.expected_digest and tensor.expected_digest[1] != pipeline.checked.get(name):
-                        raise wrong_digest(name)
-                sink.sync()
+            result = stream_shard(shard, open_sink, settings, on_bytes=on_bytes, behind=behind, brake=brake, kept=kept)
             if keep:
                 os.rename(temporary, folder / shard.name)
                 sync_folder(folder)
@@ -110,8 +105,40 @@ def write_shard(
             if not kept:
                 with suppress(OSError):  # the next run deletes it
                     temporary.unlink(missing_ok=True)
+    return result
+
+
+def is_integer(shard: Shard) -> bool:
+    """Whether it holds differences that are compressed, so that its size is known at the end only."""
+    return any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors)
+
+
+def stream_shard(
+    shard: Shard,
+    open_sink: Callable[[int], AbstractContextManager[Sink]],
+    settings: Settings,
+    *,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    behind: DropBehind | None = None,
+    brake: Brake | None = None,
+    kept: KeptWindows | None = None,
+) -> ShardResult:
+    """Make the bytes of `shard` into what `open_sink` returns for their number. Raises InputError as `write_shard`, and what the sink
+    raises."""
+    settings, watch = settings.of_one_shard, shard._watch.fresh() if shard._watch else None
+    header, laid_out = shard.header()
+    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
+    size = len(header) + sum(window.nbytes for window in windows)
+    with open_sink(size) as sink:
+        sink.write(memoryview(header), 0)
+        pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake or Brake(), kept)
+        pipeline.run()
+        for name, tensor in shard.tensors:
+            if tensor.expected_digest and tensor.expected_digest[1] != pipeline.checked.get(name):
+                raise wrong_digest(name)
+        tag = sink.finish()
     whole, fast = pipeline.file_digest.hexdigest(), pipeline.read_back.hexdigest()
-    return ShardResult(shard.name, size, whole, fast, pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch))
+    return ShardResult(shard.name, size, whole, fast, pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch), tag)
 
 
 def _accepted(watch: Watch | None) -> tuple[str, ...]:
@@ -148,7 +175,7 @@ class Pipeline:
 
     header: bytes
     windows: Sequence[Window]
-    sink: Sink | Nowhere
+    sink: Sink
     settings: Settings
     on_bytes: Callable[[int], None]
     watch: Watch | None = None
@@ -178,7 +205,7 @@ class Pipeline:
         for _ in range(min(self.settings.jobs + BUFFERS_BEYOND_JOBS, len(self.windows))):
             self.free.put(private_buffer(largest + BLOCK))
         tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
-        tasks += [(self._digest_file, ()), (self._digest_tensors, ())]
+        tasks += [(self._digest_file, ()), (self._digest_tensors, ())] + [(self._send, ())] * self.sink.in_order
         threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
         with Shield(self._fail), self.brake.held(self._fail):  # the files are closed when no thread lives
             try:
@@ -217,6 +244,7 @@ class Pipeline:
             self.stopping.set()
             self.changed.notify_all()
         self.free.put(None)
+        self.sink.stop()
 
     def _work(self, workspace: Workspace) -> None:
         while (taken := self._take()) is not None:
@@ -232,12 +260,13 @@ class Pipeline:
                 self.changed.notify_all()
             if there:
                 self.sink.settle(window.offset, window.nbytes)
-            else:
+            elif not self.sink.in_order:
                 self.sink.write(data, window.offset)
                 if self.kept is not None and not (self.watch and self.watch.found):  # zeros that are accepted are found anew
                     self.kept.add(window, data, tallies, crcs)
             self.on_bytes(window.nbytes)
-            self._release(number)
+            if not self.sink.in_order:
+                self._release(number)
 
     def _take(self) -> tuple[int, memoryview] | None:
         """The next window and a buffer for it; None, passed on to the next worker, when there is no more to do."""
@@ -269,6 +298,10 @@ class Pipeline:
             buffer = self.made.pop(number)
         self.free.put(buffer)
 
+    def _send(self) -> None:
+        for window, data in self._in_order():
+            self.sink.write(data, window.offset)
+
     def _digest_file(self) -> None:
         for _, data in self._in_order():
             self.file_digest.update(data)
@@ -295,8 +328,28 @@ def _data(window: Window, buffer: memoryview) -> memoryview:
     return buffer[window.offset % BLOCK :][: window.nbytes]
 
 
+class Sink(Protocol):
+    """Where the bytes of a shard go. With `in_order`, it takes them from the first to the last, else at any offset."""
+
+    in_order: bool
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Take the bytes from `offset` on; `data` may be used again when this returns."""
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """These bytes are there from an earlier run."""
+
+    def finish(self) -> str:
+        """Everything is where it belongs when this returns: the tag of what arrived, empty on this machine."""
+
+    def stop(self) -> None:
+        """No call of `write` waits any longer."""
+
+
 class Nowhere:
-    """A `Sink` that writes nothing, for a run that only wants the digests."""
+    """Writes nothing, for a run that only wants the digests."""
+
+    in_order = False
 
     def __enter__(self) -> Nowhere:
         return self
@@ -310,13 +363,18 @@ class Nowhere:
     def settle(self, offset: int, nbytes: int) -> None:
         return
 
-    def sync(self) -> None:
+    def finish(self) -> str:
+        return ""
+
+    def stop(self) -> None:
         return
 
 
-class Sink:
+class FileSink:
     """The output file: allocated whole, written by position, whole blocks past the page cache where the file system has that. What does go
     through the cache is sent to the disk early and dropped there. `on_disk` is told how far the file is on the disk."""
+
+    in_order = False
 
     def __init__(self, path: Path, size: int, settings: Settings, on_disk: OnDisk | None = None, *, anew: bool = True) -> None:
         self.path, self.on_disk, self.drop_cache = path, on_disk, settings.drop_cache
@@ -341,7 +399,7 @@ class Sink:
             if fd >= 0:
                 os.close(fd)
 
-    def __enter__(self) -> Sink:
+    def __enter__(self) -> FileSink:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -381,11 +439,15 @@ class Sink:
                 if not first and self.on_disk:
                     self.on_disk(self.path, last)
 
-    def sync(self) -> None:
+    def finish(self) -> str:
         """Everything is on the disk when this returns; the page cache is given back."""
         os.fsync(self.fd)
         if self.drop_cache:
             drop_cache(self.fd)
+        return ""
+
+    def stop(self) -> None:
+        return
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
