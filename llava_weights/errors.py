@@ -91,11 +91,14 @@ class OutputError(LlavaWeightsError):
     exit_code = 5
 
 
-def shortage(error: BaseException) -> OutputError | None:
-    """The OutputError for an error that means that this process has no more memory, threads or open files; None for any other.
+def shortage(error: BaseException) -> LlavaWeightsError | None:
+    """The error to show for one that means that this process lacks memory, threads, open files or torch; None for any other.
 
-    A library that lacks memory while it is loaded raises an ImportError, or an OSError without a number.
+    A library that lacks memory while it is loaded raises an ImportError, or an OSError without a number. `verify`, `inspect`, `diff`,
+    `checksum` and renamings run without torch, and people install the package so for a job that only verifies (docs/ci.md).
     """
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        return UsageError("this needs the package `torch`, which is not installed", hint="pip install torch")
     number = error.errno if isinstance(error, OSError) else None
     words = str(error).lower()
     if number in (errno.EMFILE, errno.ENFILE):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import inputs, report, run
+from benchmarks import inputs, picture, recording, report, run
 from benchmarks.measure import Failed, measure
 from llava_weights.families.decoders import Size
 
@@ -109,3 +109,23 @@ def test_one_case_from_inputs_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     assert text.endswith("## Earlier figures\n\nas they were\n")
     assert "# Old" not in text
     ElementTree.parse(page.with_suffix(".svg"))
+
+
+def test_a_recording_shows_what_a_terminal_showed(tmp_path: Path) -> None:
+    """Of a line that is written over again and again one frame stays, and what stood there last; long lines wrap; colours become SVG."""
+    bar = "".join(f"\r{percent:3}% |\x1b[K" for percent in range(101))
+    data = f"Plan\r\n  \x1b[32mok\x1b[0m  <b>\r\n{bar}\r\x1b[KWrote it\r\n{'x' * 150}\r\n".encode()
+    shown = recording.lines(data)
+    assert shown == ["Plan", "  \x1b[32mok\x1b[0m  <b>", " 62% |", "Wrote it", "x" * 110, "x" * 40]
+    svg = ElementTree.fromstring(recording.draw("llava-weights demo", shown))
+    texts = ["".join(element.itertext()).replace("\N{NO-BREAK SPACE}", " ") for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts == ["$ llava-weights demo", "Plan", "  ok  <b>", *shown[2:]]
+    assert b"Python" in recording.record([sys.executable, "--version"], tmp_path)
+    with pytest.raises(subprocess.CalledProcessError):
+        recording.record(["false"], tmp_path)
+
+
+@pytest.mark.parametrize(("most", "last", "count"), [(38.2, 40, 5), (308, 400, 5), (0.93, 1, 6), (11, 15, 4), (5, 5, 6)])
+def test_ticks_are_round_and_reach_the_data(most: float, last: float, count: int) -> None:
+    found = picture.ticks(most)
+    assert (found[0], found[-1], len(found)) == (0, last, count)

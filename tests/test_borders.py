@@ -170,7 +170,7 @@ def test_a_card_holds_values_as_text(plan: Any, text: str) -> None:
     card = make_card(replace(plan, history=(step,), config={"architectures": [text]}), (), {})
     _, front, body = card.split("---\n", 2)
     matter = yaml.safe_load(front)
-    assert matter == {"tags": ["llava", "llava-weights"], "base_model": ["owner/name"]}
+    assert matter == {"tags": ["llava-weights"], "base_model": ["owner/name"]}
     assert not UNSAFE.search(card)
     shown_by(body)
     kinds = [token.type for token in MARKDOWN.parse(body)]

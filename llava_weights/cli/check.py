@@ -1,4 +1,4 @@
-"""The commands that check: verify, checksum, diff, smoke."""
+"""The commands that check: verify, checksum, repair, diff, smoke."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ def verify(
         ),
     ] = None,
     deep: Annotated[bool, option(CHECK, "--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
+    part: Annotated[
+        str | None, option(CHECK, "--part", metavar="I/N", help="With --deep: read the I-th of N equal shares of the bytes, as 3/7.")
+    ] = None,
     published: Annotated[bool, option(CHECK, "--published", help="Compare with the checksums that the authors published.")] = False,
     base: Annotated[
         str | None, option(CHECK, "--base", metavar="SRC", help="What PATH was made from: make every tensor again and compare.")
@@ -97,7 +100,9 @@ def verify(
         _check_reports(junit, summary, force, [path, against, base, delta, vision_tower, *(lora or [])])
         sources: Any = {"base": base, "delta": delta, "lora": lora or [], "vision_tower": vision_tower, "accept_tower": accept_tower}
         other = "published" if published else against
-        result = check(path, against=other, deep=deep, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources)
+        result = check(
+            path, against=other, deep=deep, part=part, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources
+        )
         _report(console, result.name, result.findings, result.exit_code, result.facts, junit, summary, force=force)
 
 
@@ -115,6 +120,29 @@ def checksum(
 
         written = [str(file) for file in write(path, force=force, jobs=jobs, on_event=console.on_event)]
         console.document([f"Wrote {file}" for file in written] or ["Everything is recorded already"], {"written": written})
+
+
+@grouped
+def repair(
+    *,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder or weight file, which has a manifest or SHA256SUMS.", rich_help_panel=INPUT),
+    ],
+    source: Annotated[str, option(INPUT, "--from", metavar="OTHER", help="Another copy: folder, file, owner/name[@rev] or an address.")],
+    dry_run: Annotated[
+        bool, option(OUTPUT, "-n", "--dry-run", help="Say what is damaged and what would be fetched; write nothing.")
+    ] = False,
+    jobs: Jobs = 2,
+    show: Show,
+) -> None:
+    """Mend what is damaged, cut short or missing by its own checksums: the bad ranges come from another copy. Exit 3 where one can't."""
+    with session(show) as console:
+        from ..checks.repair import repair as mend
+
+        found = mend(path, source, dry_run=dry_run, jobs=jobs, on_event=console.on_event)
+        console.document(found.lines(), found.document())
+        raise typer.Exit(found.exit_code)
 
 
 @grouped
@@ -187,13 +215,17 @@ def smoke(
     atol: Annotated[
         float | None, option(CHECK, "--atol", metavar="X", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        option(RUN, "--quantize", choices=("8bit", "4bit"), help="Run it as bitsandbytes quantises it; alone: against itself in float32."),
+    ] = None,
     accept_tower: AcceptTower = False,
     force: Annotated[bool, option(OUTPUT, "--force", help="Replace the file of --record or --junit.")] = False,
     junit: Junit = None,
     summary: Summary = None,
     show: Show,
 ) -> None:
-    """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt.
+    """Run the model: against recorded logits, against the unconverted checkpoint, quantised against itself, or on a prompt.
 
     Exit 4 if it computes something else; on a prompt only for an unapplied delta: the rest is yours to judge.
     """
@@ -201,7 +233,9 @@ def smoke(
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")  # for its developers
         from ..checkpoint.checkpoint import open_checkpoint
         from ..smoke.logits import check_numbers
+        from ..smoke.quantised import to_bits
 
+        bits = to_bits(quantize)
         runs = {"--reference": reference, "--original": original, "--record": record, "--prompt": prompt}
         more = {
             "--chat": chat or None,
@@ -210,6 +244,7 @@ def smoke(
             "--vision-tower": vision_tower,
             "--junit": junit,
             "--summary": summary,
+            "--quantize": bits,
         }
         _check_run(runs, more)
         _check_accept(accept_tower, vision_tower)
@@ -224,14 +259,16 @@ def smoke(
 
             kept = keep(model, record, force=force, on_event=console.on_event, **how)
             console.document([f"Wrote {record}: {len(kept.probes)} probes"], {"written": str(record)})
-        elif reference or original:
-            from ..smoke.logits import compare, compare_original, table
+        elif reference or original or bits:
+            from ..smoke.logits import compare, compare_original, compare_quantised, table
 
             how |= {"atol": limit, "on_event": console.on_event}
             if original:
-                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
-            else:
-                done = compare(model, reference or Path(), **how)
+                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), quantize=bits, **how)
+            elif reference:
+                done = compare(model, reference, quantize=bits, **how)
+            elif bits:
+                done = compare_quantised(model, bits, **how)
             rows = table(done) if console.verbose else []
             _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, rows, force=force)
         else:
@@ -257,9 +294,10 @@ def _check_run(runs: Mapping[str, object], more: Mapping[str, object]) -> None:
     given = [flag for flag, value in runs.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'`{flag}`' for flag in given)} are different runs", hint="pass one of them")
-    mode = given[0] if given else "the usual prompt"
-    compares = mode in ("--reference", "--original")
+    mode = given[0] if given else "--quantize" if more["--quantize"] else "the usual prompt"
+    compares = mode in ("--reference", "--original", "--quantize")
     idle = {
+        "--quantize": not compares,
         "--chat": mode != "--prompt",
         "--image": mode != "--prompt",
         "--atol": not compares,
@@ -314,7 +352,7 @@ def _report(
     found = report.rows(findings, verbose=console.verbose)
     console.verdict(report.headline(name, findings, code), found, report.document(name, findings, code, facts), code, before)
     if junit:
-        write_report(junit, report.junit(name, findings), force=force)
+        write_report(junit, report.junit(name, findings, console.seconds), force=force)
     if appended := _appended(summary):
         write_report(appended, report.markdown(name, findings, code).encode(), append=True)
     raise typer.Exit(code)

@@ -55,7 +55,7 @@ class Console:
         self.json, self.quiet, self.verbose, self.writes = json, quiet, verbose, False
         self._out = sys.stdout if out is None else out
         self._err = sys.stderr if err is None else err
-        self._clock = clock
+        self._clock, self._made_at = clock, clock()
         self._lock = threading.Lock()  # not reentrant, so that the status signal notices where it interrupts a line
         self._meter: Meter | None = None
         self._begun: float | None = None  # when the work did, of all its phases
@@ -67,6 +67,11 @@ class Console:
         self._color, self._progress_wanted = color, progress
         self._animated = _is_terminal(self._err) and progress and not (json or quiet)
         self._traces = verbose or _set("LLAVA_WEIGHTS_DEBUG")
+
+    @property
+    def seconds(self) -> float:
+        """How long the command has run."""
+        return self._clock() - self._made_at
 
     def plan(self, rows: Sequence[tuple[str, str]], document: Mapping[str, Any]) -> None:
         """What will be done: narration in two columns, or the JSON line `plan`; of a quiet one the warnings."""

@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": look.inspect,
     "verify": check.verify,
     "checksum": check.checksum,
+    "repair": check.repair,
     "diff": check.diff,
     "smoke": check.smoke,
     "demo": look.demo,

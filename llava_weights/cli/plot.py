@@ -30,12 +30,14 @@ WORDS: dict[Status, str] = {
 UNMEASURED = "#000000"  # every value that differs is inf or NaN, or A is all zeros
 DECADES = 6  # of relative change at most; less has the lightest colour
 WIDTH, HEIGHT, GAP, LETTERS = 22, 14, 40, 11  # pixels: a cell, between panels, height of letters
-LONGEST_LABEL = 60  # characters of a label
+LAYER = "layer"  # above the numbers of the rows
+LONGEST_LABEL = 80  # characters of a label
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One block of layers, or all that lies outside: `cells` by (row label, column label). Rows are layers, columns kinds."""
+    """One block of layers, or all that lies outside: `cells` by (row label, column label). Rows are layers, columns kinds. Title and
+    columns have the names that stand in A, or in B what A lacks."""
 
     title: str
     cells: dict[tuple[str, str], TensorDifference] = field(default_factory=dict)
@@ -65,24 +67,25 @@ class Box:
 
 @dataclass(frozen=True)
 class Words:
-    """Text with its baseline at `y`: it starts at `x`, ends there, or, `upwards`, is turned and starts there."""
+    """Text with its baseline at `y`: it starts at `x`, has its middle or its end there, or, `upwards`, is turned and starts there."""
 
     x: float
     y: float
     text: str
-    place: str = "start"  # or "end", "upwards"
+    place: str = "start"  # or "middle", "end", "upwards"
     large: bool = False
 
 
 def heat_map(difference: Difference) -> tuple[Panel, ...]:
     """A panel for each block of layers in the order of A, then one for everything outside of layers."""
     panels: dict[str, Panel] = {}
-    outside = Panel("outside layers")
+    outside = Panel("outside of layers")
     for tensor in difference.tensors:
-        found = re.fullmatch(LAYER_NAME, tensor.canonical)
-        panel, place = outside, (tensor.canonical, "")
-        if found:
-            panel, place = panels.setdefault(found["block"], Panel(found["block"])), (str(int(found["layer"])), found["kind"])
+        found, name = re.fullmatch(LAYER_NAME, tensor.canonical), tensor.name or tensor.other
+        panel, place = outside, (name, "")
+        if found:  # a stored name in which the layer has another place, as in a GGUF, gives way to the canonical one
+            named = re.fullmatch(LAYER_NAME, name) or found
+            panel, place = panels.setdefault(found["block"], Panel(named["block"])), (str(int(found["layer"])), named["kind"])
         rival = panel.cells.get(place)
         if rival is None or STATUSES.index(tensor.status) < STATUSES.index(rival.status):  # two names for one thing: the worse
             panel.cells[place] = tensor
@@ -120,17 +123,19 @@ def _picture(difference: Difference) -> Iterator[Box | Words]:
     panels, scale = heat_map(difference), _scale(difference.tensors)
     left, top = GAP / 2, GAP / 2 + LETTERS
     yield Words(left, top, _title(difference), large=True)
-    yield Words(left, top + 1.8 * LETTERS, f"relative change |B - A| / |A| of each tensor; {_summary(difference)}")
+    yield Words(left, top + 1.8 * LETTERS, f"a box for each tensor, its colour the relative change |B - A| / |A|; {_summary(difference)}")
     top += 3.2 * LETTERS
     yield from _legend(difference, left, top, scale)
     top += HEIGHT + 3 * LETTERS + max((_length(column.removesuffix(".weight")) for panel in panels for column in panel.columns), default=0)
     for panel in panels:
-        labels = max(map(_length, panel.rows))
+        labels = max(_length(LAYER) if all(panel.columns) else 0, *map(_length, panel.rows))
         yield from _draw(panel, left + labels + 6, top, scale)
         left += labels + 6 + max(WIDTH * len(panel.columns), _length(panel.title)) + GAP
 
 
 def _draw(panel: Panel, left: float, top: float, scale: tuple[int, int]) -> Iterator[Box | Words]:
+    if all(panel.columns):
+        yield Words(left - 6, top - 5, LAYER, "end")
     rows, columns = ({label: number for number, label in enumerate(labels)} for labels in (panel.rows, panel.columns))
     for label, number in rows.items():
         yield Words(left - 6, top + HEIGHT * number + LETTERS, _label(label), "end")
@@ -138,7 +143,7 @@ def _draw(panel: Panel, left: float, top: float, scale: tuple[int, int]) -> Iter
         yield Words(left + WIDTH * number + WIDTH / 2 + LETTERS / 3, top - 5, _label(label.removesuffix(".weight")), "upwards")
     for (row, column), tensor in panel.cells.items():
         x, y = left + WIDTH * columns[column], top + HEIGHT * rows[row]
-        yield Box(x, y, WIDTH - 1, HEIGHT - 1, _colour(tensor, scale), f"{_label(tensor.canonical)}: {_measures(tensor)}")
+        yield Box(x, y, WIDTH - 1, HEIGHT - 1, _colour(tensor, scale), f"{_label(tensor.name or tensor.other)}: {_measures(tensor)}")
     yield Words(left, top + HEIGHT * len(rows) + 1.5 * LETTERS, _label(panel.title))
 
 
@@ -151,11 +156,17 @@ def _legend(difference: Difference, left: float, top: float, scale: tuple[int, i
             yield Words(left + WIDTH + 4, top + LETTERS, text)
             left += WIDTH + 4 + _length(text) + GAP / 2
     if difference.counts["differs"]:
-        steps = 8 * (scale[1] - scale[0])
+        words = "relative change"
+        yield Words(left, top + LETTERS, words)
+        left += _length(words) + 8
+        steps, ends = 8 * (scale[1] - scale[0]), [f"1e{power}" for power in scale]
+        yield Words(left, top + LETTERS, ends[0])
+        left += _length(ends[0]) + 6
         for step in range(steps):
             yield Box(left + WIDTH / 4 * step, top, WIDTH / 4, HEIGHT - 1, _shade(step / (steps - 1)))
-        for power in range(scale[0], scale[1] + 1):
-            yield Words(left + 2 * WIDTH * (power - scale[0]), top + HEIGHT + LETTERS, f"1e{power}")
+        for power in range(scale[0] + 1, scale[1]):
+            yield Words(left + 2 * WIDTH * (power - scale[0]), top + HEIGHT + LETTERS, f"1e{power}", "middle")
+        yield Words(left + WIDTH / 4 * steps + 6, top + LETTERS, ends[1])
 
 
 def _scale(tensors: Iterable[TensorDifference]) -> tuple[int, int]:
@@ -235,7 +246,7 @@ def _element(item: Box | Words) -> str:
         tip = f"<title>{escape(item.tip)}</title>" if item.tip else ""
         return f'<rect {at} width="{item.width:g}" height="{item.height:g}" fill="{item.colour}">{tip}</rect>'
     turned = f' transform="rotate(-90 {item.x:g} {item.y:g})"' if item.place == "upwards" else ""
-    anchor = ' text-anchor="end"' if item.place == "end" else ""
+    anchor = f' text-anchor="{item.place}"' if item.place in ("middle", "end") else ""
     size = f' font-size="{1.3 * LETTERS:g}"' if item.large else ""
     return f"<text {at}{anchor}{size}{turned}>{escape(item.text)}</text>"
 
@@ -251,7 +262,11 @@ def _png(items: Iterable[Box | Words], width: float, height: float) -> bytes:
             axes.add_patch(rectangle((item.x, item.y), item.width, item.height, facecolor=item.colour, linewidth=0))
             continue
         turned = 90 if item.place == "upwards" else 0
-        style = {"size": LETTERS * (1.3 if item.large else 1), "ha": "right" if item.place == "end" else "left", "rotation": turned}
+        style = {
+            "size": LETTERS * (1.3 if item.large else 1),
+            "ha": {"end": "right", "middle": "center"}.get(item.place, "left"),
+            "rotation": turned,
+        }
         if turned:  # matplotlib places the turned box, not the baseline
             style |= {"ha": "right", "va": "bottom"}
         axes.text(item.x, item.y, item.text, parse_math=False, **style)

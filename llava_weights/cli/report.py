@@ -118,21 +118,29 @@ def document(name: str, findings: Sequence[Finding], code: int, facts: Mapping[s
     return {"name": name, "exit_code": code, "verdict": verdict(findings, code), **(facts or {}), "findings": [asdict(f) for f in findings]}
 
 
-def junit(name: str, findings: Sequence[Finding]) -> bytes:
-    """A JUnit XML report: a test case for each finding; what failed is a failure, what was not checked is skipped."""
-    counts = Counter(finding.verdict for finding in findings)
+def junit(name: str, findings: Sequence[Finding], seconds: float | None = None) -> bytes:
+    """A JUnit XML report: a test case for each finding; what failed is a failure, what was not checked is skipped; each has its own name.
+
+    `seconds` is how long the run took; the checks share their reads, so a single one has no time of its own.
+    """
+    counts, taken = Counter(finding.verdict for finding in findings), Counter[tuple[str, str]]()
     skipped = counts["unchecked"] + counts["unproved"]
     sizes = {"tests": str(len(findings)), "failures": str(counts["failed"]), "skipped": str(skipped), "errors": "0"}
-    suite = ElementTree.Element("testsuite", {"name": f"llava-weights {_clean(name)}", **sizes})
+    time = {} if seconds is None else {"time": f"{seconds:.3f}"}
+    suite = ElementTree.Element("testsuite", {"name": f"llava-weights {_clean(name)}", **sizes, **time})
     for finding in findings:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": f"{_clean(name)}.{finding.level}", "name": _clean(finding.subject)})
+        case = f"{finding.subject}: {finding.rule}" if finding.rule else finding.subject
+        taken[finding.level, case] += 1
+        case += f" ({taken[finding.level, case]})" if taken[finding.level, case] > 1 else ""
+        names = {"classname": f"{_clean(name)}.{finding.level}", "name": _clean(case), **(time and {"time": "0"})}
+        element = ElementTree.SubElement(suite, "testcase", names)
         message = {"message": _clean(_text(finding))}
         if finding.verdict == "failed":
-            ElementTree.SubElement(case, "failure", message).text = _clean(finding.remedy)
+            ElementTree.SubElement(element, "failure", message).text = _clean(finding.remedy)
         elif finding.verdict in ("unproved", "unchecked"):
-            ElementTree.SubElement(case, "skipped", message)
+            ElementTree.SubElement(element, "skipped", message)
         else:
-            ElementTree.SubElement(case, "system-out").text = message["message"]
+            ElementTree.SubElement(element, "system-out").text = message["message"]
     ElementTree.SubElement(suite, "system-out").text = _clean(verdict(findings, exit_code(findings)))
     text: str = ElementTree.tostring(suite, encoding="unicode")
     return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'.encode()

@@ -47,9 +47,6 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         console.close()
-        from ..storage.remote import forget
-
-        forget()  # here, since `main` skips exit handlers
     if code:
         raise typer.Exit(code)
 

@@ -34,6 +34,7 @@ from ..families.targets import DEFAULT_PARTS, TARGET_BY_TYPE, TARGETS, Target
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import brief, shown
 from .image_features import IMAGE_INDEX, InputEmbeddings
+from .quantised import Bits
 from .streaming import MOST, Kept, Most, Streamed, register_attention
 
 if TYPE_CHECKING:
@@ -189,8 +190,17 @@ class Runner:
             ) from error
 
 
-def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", resident: bool = False, most: Most = MOST) -> Runner:
-    """A text model of a known decoder or a llava-hf model, computing in `dtype` whatever its weights are stored in.
+def load_forward(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "F32",
+    device: str = "cpu",
+    resident: bool = False,
+    most: Most = MOST,
+    quantize: Bits | None = None,
+) -> Runner:
+    """A text model of a known decoder or a llava-hf model, computing in `dtype` whatever its weights are stored in; with `quantize` as
+    transformers computes it with bitsandbytes.
 
     Raises InputError where config and tensors are not exactly those of a model that transformers can build, UsageError for a
     dtype or device that there is not. With `resident`, weights that were read stay on the device.
@@ -202,7 +212,7 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     if kind not in RUNNABLE_TYPES.get(checkpoint.layout, ()):
         facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(RUNNABLE_TYPES.values(), ()))}
         raise InputError(f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint=NOT_RUN)
-    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most)
+    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most, quantize=quantize)
     tensors = _canonical_tensors(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
     tiles = any(row.model_type == kind and row.tiles for row in TARGETS)
@@ -232,8 +242,10 @@ def load_original(
     device: str = "cpu",
     resident: bool = False,
     most: Most = MOST,
+    quantize: Bits | None = None,
 ) -> Runner:
-    """A LLaVA in the original layout; its vision tower from the checkpoint, else from the CLIP repository `tower`.
+    """A LLaVA in the original layout; its vision tower from the checkpoint, else from the CLIP repository `tower`. With `quantize` all but
+    the tower is quantised, as LLaVA's own code does it.
 
     Raises as `load_forward`. Without a tower only probes without an image can run.
     """
@@ -247,7 +259,7 @@ def load_original(
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
         what = f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout"
         raise InputError(what, facts=facts, hint="give a LLaVA as haotian-liu's code writes it, or convert it first")
-    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most)
+    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most, quantize=quantize)
     groups: dict[str, dict[str, LazyTensor]] = {"tower": {}, "video_tower": {}, "projector": {}, "newline": {}}
     for place, tensor in _canonical_tensors(checkpoint).items():
         first = place.partition(".")[0]
@@ -303,7 +315,7 @@ def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) 
     if tower is None:
         return None, None
     model = _build(tower.config, tower.config["model_type"], len(tower.tensors))
-    stream.attach(model, tower.tensors, lambda name: name.removeprefix("vision_model."))
+    stream.attach(model, tower.tensors, lambda name: name.removeprefix("vision_model."), quantised=False)
     return model, tower
 
 

@@ -9,13 +9,16 @@ from typing import Any
 
 from .. import __version__
 from ..checkpoint.chat_template import bare_prompt
-from ..checkpoint.checkpoint import Origin, Step
+from ..checkpoint.checkpoint import Origin, Step, layout_of
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
+from ..checkpoint.small_files import small_text
+from ..errors import InputError
 from ..families.files import ADAPTER_CONFIG
 from ..families.llama_cpp import GGUF_TARGETS
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import TARGET_BY_TYPE
+from ..formats.folder import optional
 from ..storage.hub import REPO
 from ..text import markdown_text, redact, visible
 from .plan import Plan
@@ -27,20 +30,80 @@ def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, 
     title = " + ".join(origin.name for step in plan.history for _, origin in step.inputs)
     parts = [_front_matter(plan), f"# {markdown_text(title)}\n", f"Made by llava-weights {__version__}.\n"]
     parts += [_step(step) for step in plan.history]
-    parts += [_use_gguf(plan) or _use(plan) or _use_adapter(plan) or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
+    use = next(filter(None, (find(plan) for find in (_use_gguf, _use, _use_adapter, _use_delta, _use_text, _use_original))), "")
+    parts += [use or _prompt(plan), _projector(plan), _loss(tallies), _checks(tensors)]
     return "\n".join(part for part in parts if part)
 
 
+LICENCE = r"license: *[\"']?([a-z0-9][a-z0-9.-]{0,49})[\"']?\s*"  # an identifier of the Hub, https://huggingface.co/docs/hub/repositories-licenses
+LARGEST_README = 1 << 20
+
+
 def _front_matter(plan: Plan) -> str:
-    ids = [origin.name for step in plan.history for _, origin in step.inputs if origin.revision and REPO.fullmatch(origin.name)]
-    lines = ["---", "tags: [llava, llava-weights]"]
+    """What the Hub reads. Each line stands there only where it is known: a base that was a folder here has no id on the Hub."""
+    ids = [origin.name for _, origin in _inputs(plan) if origin.revision and REPO.fullmatch(origin.name)]
+    lines = ["---", f"tags: [{'llava, ' if _is_llava(plan) else ''}llava-weights]"]
+    if (licence := _licence(plan)) is not None:
+        lines.append(f"license: {licence}")
     if ADAPTER_CONFIG in plan.files:
         lines.append("library_name: peft")
-    elif _last(plan, "gguf") or any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
+    elif _is_delta(plan):
+        pass  # no program runs a delta
+    elif _is_text(plan):
+        lines += ["library_name: transformers", "pipeline_tag: text-generation"]
+    elif _is_llava(plan):
+        lines += ["library_name: transformers"] if _last(plan, "prompt_text") and not _last(plan, "gguf") else []
         lines.append("pipeline_tag: image-text-to-text")
     if ids:
-        lines += ["base_model:", *(f"- {name}" for name in ids)]
+        lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
     return "\n".join([*lines, "---", ""])
+
+
+def _licence(plan: Plan) -> str | None:
+    """The licence that the model card of every input names, where they all name the same one, else None: which licence a mixture has is
+    nothing that a program can tell."""
+    found = {_licence_of(origin) for _, origin in _inputs(plan)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _licence_of(origin: Origin) -> str | None:
+    """From the front matter of README.md beside the weights, None where there is none, or none that is to be read."""
+    try:
+        card = optional(origin.path, "README.md") if not origin.remote and origin.path.is_dir() else None
+        text = small_text({"README.md": card}, "README.md", limit=LARGEST_README) if card else None
+    except (InputError, OSError):
+        return None
+    front = re.match(r"---\r?\n(.*?)\n---\s", text or "", re.DOTALL)
+    lines = front[1].splitlines() if front else []
+    return next((match[1] for line in lines if (match := re.fullmatch(LICENCE, line)) and match[1] != "other"), None)
+
+
+def _inputs(plan: Plan) -> list[tuple[str, Origin]]:
+    return [each for step in plan.history for each in step.inputs]
+
+
+def _names(plan: Plan) -> list[str]:
+    return [name for shard in plan.shards for name, _ in shard.tensors]
+
+
+def _is_llava(plan: Plan) -> bool:
+    return bool(_last(plan, "gguf")) or _ran(plan, "convert-lora") or any("projector" in name for name in _names(plan))
+
+
+def _is_delta(plan: Plan) -> bool:
+    return _ran(plan, "make-delta")
+
+
+def _is_text(plan: Plan) -> bool:
+    """Whether this is a language model alone, of a class that transformers loads by `AutoModelForCausalLM`, with a tokenizer."""
+    classes = plan.config.get("architectures")
+    known = isinstance(classes, list) and classes and str(classes[0]).endswith("ForCausalLM")
+    tokenizer = "tokenizer.json" in plan.files or "tokenizer.model" in plan.files
+    return bool(known) and tokenizer and layout_of(_names(plan)) == "llama" and not _is_delta(plan)
+
+
+def _ran(plan: Plan, operation: str) -> bool:
+    return any(step.operation == operation for step in plan.history)
 
 
 def _step(step: Step) -> str:
@@ -67,11 +130,16 @@ def _prompt(plan: Plan) -> str:
 
 USE = """## Use it
 
+`pip install transformers accelerate pillow`, then in this folder (`path` may be another, or a name on the Hub):
+
 ```python
+from PIL import Image
 from transformers import AutoProcessor, {model}
 
-model = {model}.from_pretrained(PATH, dtype="auto", device_map="auto")
-processor = AutoProcessor.from_pretrained(PATH, padding_side="left")
+path = "."
+model = {model}.from_pretrained(path, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(path, padding_side="left")
+image = Image.open("photo.jpg")
 talk = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is shown in this image?"}}]}}]
 prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
 inputs = processor(images=[image], text=[prompt], padding=True, return_tensors="pt").to(model.device, model.dtype)
@@ -105,7 +173,7 @@ def _use(plan: Plan) -> str:
 USE_GGUF = """## Use it
 
 ```
-llama-mtmd-cli -m {text} --mmproj {vision} --jinja --image IMAGE -p "What is shown in this image?"
+llama-mtmd-cli -m {text} --mmproj {vision} --jinja --image photo.jpg -p "What is shown in this image?"
 llama-server -m {text} --mmproj {vision} --jinja
 ```
 
@@ -145,19 +213,77 @@ def _use_gguf(plan: Plan) -> str:
 
 USE_ADAPTER = """## Use it
 
+`pip install peft transformers accelerate`, then in this folder:
+
 ```python
 from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 
-model = PeftModel.from_pretrained(model, PATH)  # onto the model that the adapter belongs to, in the layout named above
+base = "BASE"  # the model that the adapter belongs to: its folder, or its name on the Hub
+model = AutoModelForImageTextToText.from_pretrained(base, dtype="auto")
+model = PeftModel.from_pretrained(model, ".")
 ```
+"""
+MERGE = """
+Into a model, for good:
 
-`llava-weights merge-lora --base BASE --lora PATH -o OUT` merges it.
+```
+llava-weights merge-lora --base BASE --lora . -o ../merged
+```
 """
 
 
 def _use_adapter(plan: Plan) -> str:
-    """How to load an adapter."""
-    return USE_ADAPTER if ADAPTER_CONFIG in plan.files else ""
+    """How to load an adapter: by PEFT onto a class of transformers, or in LLaVA's own layout by merging it."""
+    if ADAPTER_CONFIG not in plan.files:
+        return ""
+    original = next((step.options.get("to") for step in reversed(plan.history) if "to" in step.options), "") == "llava"
+    return ("## Use it\n" if original else USE_ADAPTER) + MERGE
+
+
+def _use_delta(plan: Plan) -> str:
+    """How to add a delta to the base that it was made against."""
+    if not _is_delta(plan):
+        return ""
+    base = next(origin.name for role, origin in _inputs(plan) if role == "base")
+    line = f"llava-weights apply-delta --base {shlex.quote(base)} --delta . -o ../model"
+    return f"## Use it\n\nThis is a difference, and no model. In this folder, with its base:\n\n{_block(line)}\n"
+
+
+USE_TEXT = """## Use it
+
+`pip install transformers accelerate`, then in this folder (`path` may be another, or a name on the Hub):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(path)
+inputs = tokenizer("The meaning of life is", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
+```
+"""
+
+
+def _use_text(plan: Plan) -> str:
+    """How to run a language model alone."""
+    return USE_TEXT if _is_text(plan) else ""
+
+
+def _use_original(plan: Plan) -> str:
+    """How to try a LLaVA in the layout of LLaVA's own code, and how to bring it to other programs."""
+    names = _names(plan)
+    if layout_of(names) != "llava":
+        return ""
+    tower = plan.config.get("mm_vision_tower")
+    inside = any("vision_tower" in name for name in names)
+    option = f" --vision-tower {shlex.quote(tower)}" if isinstance(tower, str) and tower and not inside else ""
+    ask = f'llava-weights smoke .{option} --prompt "What is shown in this image?" --image photo.jpg --chat'
+    text = "This is the layout of LLaVA's own code, which loads it from a folder with `llava` in its name. To try it in this folder:"
+    then = "For transformers, vLLM and others, convert it:"
+    convert = _block(f"llava-weights convert .{option} -o ../llava-hf")
+    return f"## Use it\n\n{text}\n\n{_block(ask)}\n\n{then}\n\n{convert}\n\n{_prompt(plan)}"
 
 
 def _block(text: str) -> str:

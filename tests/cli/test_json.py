@@ -51,6 +51,11 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "verify ./nowhere": ([], 3, "error"),
     f"verify {HUB} --junit nowhere/report.xml": ([], 5, "error"),
     "checksum out": ([f"apply-delta --base {BASE} --delta {DELTA} -o out"], 0, "written"),
+    "verify out --deep --part 2/3": ([f"apply-delta --base {BASE} --delta {DELTA} -o out"], 0, "part"),
+    f"repair out --from {LLAVA} -n": ([f"apply-delta --base {BASE} --delta {DELTA} -o out"], 0, "fetched"),
+    f"repair {BASE} --from {LLAVA}": ([], 3, "error"),
+    f"inspect {DELTA} --among {BASE} {VICUNA}": ([], 0, "candidates"),
+    f"inspect {BASE} --fingerprint base.json": ([], 0, "nbytes"),
     f"diff {BASE} {LLAVA}": ([], 4, "tensors"),
     f"diff {BASE} {BASE}": ([], 0, "equal"),
     f"smoke {HUB}": ([], 0, "perplexity"),
@@ -182,7 +187,7 @@ def test_an_error_behind_the_data_keeps_both() -> None:
 
 def test_the_document_names_every_field_of_a_summary() -> None:
     text = (ROOT / "docs/json.md").read_text()
-    kinds = ("written", "portion", "dry_run", "verification", "difference")
+    kinds = ("written", "portion", "dry_run", "verification", "difference", "repair", "which_base")
     fields = {name for kind in kinds for name in SCHEMA["$defs"][kind]["properties"]} - {"type", "schema"}
     assert [name for name in sorted(fields) if f"`{name}`" not in text] == []
     assert [kind for kind in SCHEMA["properties"]["type"]["enum"] if f"| `{kind}` |" not in text] == []

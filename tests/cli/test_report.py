@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,14 +26,22 @@ FINDINGS = (
 
 
 def test_junit_is_xml_with_a_case_a_finding() -> None:
-    suite = ElementTree.fromstring(report.junit("my model", FINDINGS))
-    assert suite.attrib == {"name": "llava-weights my model", "tests": "4", "failures": "1", "skipped": "1", "errors": "0"}
+    suite = ElementTree.fromstring(report.junit("my model", FINDINGS, 1.25))
+    counts = {"tests": "4", "failures": "1", "skipped": "1", "errors": "0"}
+    assert suite.attrib == {"name": "llava-weights my model", **counts, "time": "1.250"}
     cases = {case.get("classname"): [child.tag for child in case] for case in suite.iter("testcase")}
     assert cases == {"my model.L0": ["system-out"], "my model.L3": ["failure"], "my model.L2": ["skipped"], "my model.L1": ["system-out"]}
     assert suite.findtext("system-out") == "FAILED (1 failed, 1 warning, 1 unchecked, 1 ok)"
     failure = suite.find(".//failure")
     assert failure is not None
     assert "inf & <NaN>" in str(failure.get("message"))
+
+
+def test_no_two_cases_of_junit_have_the_same_name() -> None:
+    twice = Finding("L0", "ok", "config.json", "one", rule="structure")
+    suite = ElementTree.fromstring(report.junit("m", [*FINDINGS, twice, replace(twice, text="two"), replace(twice, rule="config/other")]))
+    names = [(case.get("classname"), case.get("name")) for case in suite.iter("testcase")]
+    assert len(set(names)) == len(names) == 7
 
 
 def test_markdown_has_a_row_a_finding_failures_first() -> None:
