@@ -104,8 +104,15 @@ def sections(command: Any, ctx: Any) -> list[tuple[str, list[tuple[str, str]]]]:
         if parameter.param_type_name == "argument":
             name, text = parameter.metavar, text.removesuffix("[required]")
         title = getattr(parameter, "rich_help_panel", None) or CONSOLE
-        found[title].append((name, re.sub(r"\[default: \((.+?)\)", r"[default: \1", " ".join(text.split()))))
+        found[title].append((name, _plain(text)))
     return [(title, rows) for title, rows in found.items() if rows]
+
+
+def _plain(text: str) -> str:
+    """What typer says of an option, as people write it: defaults without parentheses, ranges in words."""
+    for pattern, words in ((r"\[default: \((.+?)\)", r"[default: \1"), (r"(\d+)<=x<=(\d+)", r"\1 to \2"), (r"x>=([\d.]+)", r"at least \1")):
+        text = re.sub(pattern, words, text)
+    return " ".join(text.split())
 
 
 def examples(command: Any) -> list[str]:

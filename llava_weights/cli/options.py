@@ -210,7 +210,12 @@ Quiet = Annotated[
 Verbose = Annotated[bool, option(CONSOLE, "-v", "--verbose", help="Every check and repair, digests, and tracebacks.")]
 Color = Annotated[
     Literal["auto", "always", "never"],
-    option(CONSOLE, "--color", metavar="auto|always|never", help="auto: on a terminal, as the variables NO_COLOR and FORCE_COLOR say."),
+    option(
+        CONSOLE,
+        "--color",
+        metavar="auto|always|never",
+        help="When to use colours; auto: on a terminal, as the variables NO_COLOR and FORCE_COLOR say.",
+    ),
 ]
 NoProgress = Annotated[bool, option(CONSOLE, "--no-progress", help="No bars, and no lines on how far it is.")]
 
