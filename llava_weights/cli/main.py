@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from .. import __version__
-from ..errors import UsageError
+from ..errors import Interrupted, UsageError
 from . import check, help, look, make
 from .console import Console
 from .options import CONSOLE, option
@@ -41,6 +41,8 @@ PURPOSE = "Apply LLaVA deltas, merge LoRAs, convert and verify checkpoints: row 
 class Program(TyperGroup):
     """All commands. What typer refuses is told as every other error is, and ends in a summary too where JSON is asked for."""
 
+    console: Console
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write("\n".join(help.page(self, ctx)))
 
@@ -54,7 +56,7 @@ class Program(TyperGroup):
         **extra: Any,
     ) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        console = Console(json="--json" in words, verbose="-v" in words or "--verbose" in words)
+        console = self.console = Console(json="--json" in words, verbose="-v" in words or "--verbose" in words)
         try:
             code = super().main(words, prog_name, complete_var, False, windows_expand_args, **extra) or 0
         except TyperException as error:
@@ -64,6 +66,12 @@ class Program(TyperGroup):
         if not standalone_mode:
             return code
         sys.exit(code)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # before the command has a session, or behind it
+            raise typer.Exit(self.console.end(self.console.error(Interrupted.of(error)))) from None
 
 
 def _refused(error: TyperException) -> UsageError:

@@ -45,7 +45,7 @@ def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
         code = console.end(code)
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
         console.close()
     if code:
         raise typer.Exit(code)

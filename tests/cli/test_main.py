@@ -221,6 +221,17 @@ def test_a_command_line_that_can_not_be_is_told_as_json_too(cli: Cli) -> None:
         assert "hint: `llava-weights" in cli(*words).stderr
 
 
+def test_an_interrupt_before_a_command_begins_is_told_as_json_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava_weights.cli.help.Command.make_context", stopped)
+    code, out, err = cli("env", "--json")
+    (summary,) = map(json.loads, out.splitlines())
+    assert (code, summary["exit_code"], json.loads(err)["what"]) == (130, 130, "stopped")
+    assert cli("env").stderr == "Stopped\n"
+
+
 def test_a_bug_before_a_command_begins_is_told_as_json_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("no")
