@@ -268,3 +268,19 @@ def test_the_reference_page_is_the_help(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "typer", "llava_weights.cli.main", "utils", "docs", "--name", "llava-weights", "--output", "cli.md"]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert (tmp_path / "cli.md").read_text() == (ROOT / "docs/cli.md").read_text(), "run `make docs`"
+
+
+def test_the_slurm_lines_run(shelf: Path) -> None:
+    """docs/cluster.md, with stand-ins for `sbatch` and `srun` that run everything here; three portions in place of sixteen."""
+    section = read("docs/cluster.md").split("## Slurm")[1].split("\n## ")[0]
+    script, submit = (block.replace("16", "3").replace("1GB", "60kB") for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
+    (shelf / "portions.sbatch").write_text(script)
+    portions = 'for i in 1 2 3; do SLURM_ARRAY_TASK_ID=$i bash -e "$2" >&2 || exit; done; echo 7'
+    sbatch = f'if [ "$1" = --parsable ]; then {portions}; else sh -c "${{@: -1}}"; fi'
+    for name, line in {"sbatch": sbatch, "srun": '"$@"'}.items():
+        (shelf / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (shelf / "bin" / name).chmod(0o755)
+    done = run(f"set -e\n{submit}", shelf)
+    assert done.returncode == 0, done.stderr
+    assert "Portion 3/3 is finished" in done.stderr
+    assert run("cd LLaVA-13B-v0 && sha256sum --quiet -c SHA256SUMS", shelf).returncode == 0
