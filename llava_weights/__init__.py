@@ -22,12 +22,16 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .checkpoint.checkpoint import Source as Source
     from .checkpoint.checkpoint import Step as Step
     from .checkpoint.checkpoint import open_checkpoint as open_checkpoint
+    from .checkpoint.fingerprint import record_fingerprint as record_fingerprint
     from .checkpoint.inspect import Inspection as Inspection
     from .checkpoint.inspect import inspect as inspect
     from .checkpoint.part_folders import PartFolders as PartFolders
     from .checks.diff import Difference as Difference
     from .checks.diff import TensorDifference as TensorDifference
     from .checks.diff import diff as diff
+    from .checks.repair import Repair as Repair
+    from .checks.repair import RepairedFile as RepairedFile
+    from .checks.repair import repair as repair
     from .checks.verify import Verification as Verification
     from .checks.verify import checksum as checksum
     from .checks.verify import verify as verify
@@ -73,6 +77,9 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .transforms.lora import Adapters as Adapters
     from .transforms.lora import AdapterSource as AdapterSource
     from .transforms.lora import merge_lora as merge_lora
+    from .transforms.which_base import Candidate as Candidate
+    from .transforms.which_base import WhichBase as WhichBase
+    from .transforms.which_base import which_base as which_base
     from .write.execute import Report as Report
     from .write.execute import execute as execute
     from .write.plan import Plan as Plan
@@ -92,6 +99,7 @@ _FROM = {
         "Step",
         "open_checkpoint",
     ),
+    "checkpoint.fingerprint": ("record_fingerprint",),
     "tensors.lazy": ("LazyTensor",),
     "formats.gguf": (
         "GgufFile",
@@ -112,6 +120,11 @@ _FROM = {
         "Adapters",
         "merge_lora",
     ),
+    "transforms.which_base": (
+        "Candidate",
+        "WhichBase",
+        "which_base",
+    ),
     "tensors.low_rank": ("Arithmetic",),
     "transforms.convert": ("convert",),
     "transforms.convert_lora": ("convert_lora",),
@@ -130,6 +143,11 @@ _FROM = {
         "PortionReport",
         "execute_portion",
         "to_portion",
+    ),
+    "checks.repair": (
+        "Repair",
+        "RepairedFile",
+        "repair",
     ),
     "checks.verify": (
         "Verification",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import signal
 from collections.abc import Iterable, Mapping
 
 from .text import redact
@@ -119,12 +120,18 @@ class HubError(LlavaWeightsError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Only the command line installs a handler that raises it; a library's user meets it nowhere else."""
+    """SIGTERM, or SIGHUP: `exit_code` is 128 and the signal's number, as a shell says it. Only the command line installs a handler that
+    raises it; a library's user meets it nowhere else.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C (`exit_code` 130) or SIGTERM (143) while something was made. The same call continues the work, and `kept` says what lies on
-    the disk.
+    """Ctrl-C (`exit_code` 130), SIGTERM (143) or SIGHUP (129) while something was made. The same call continues the work, and `kept` says
+    what lies on the disk.
 
     A KeyboardInterrupt, so that nothing that catches errors catches it. Its attributes are those of LlavaWeightsError.
     """
@@ -139,6 +146,6 @@ class Interrupted(KeyboardInterrupt):
     @classmethod
     def of(cls, error: KeyboardInterrupt, kept: str | None = None) -> Interrupted:
         """`error` as an Interrupted, with what is `kept`."""
-        found = error if isinstance(error, Interrupted) else cls(exit_code=143 if isinstance(error, Terminated) else 130)
+        found = error if isinstance(error, Interrupted) else cls(exit_code=error.exit_code if isinstance(error, Terminated) else 130)
         found.kept = kept or found.kept
         return found

@@ -14,8 +14,9 @@ from .errors import UsageError
 @dataclass(frozen=True)
 class Started:
     """Work begins: `shards` output files (of `what` "Comparing" tensors, of "Reading" input files) with `nbytes` bytes. `done_shards` and
-    `done_nbytes` of them were finished by an earlier run; `to_read_back` bytes are read from the disk again beside the writing. `what` is a
-    word for people: "Writing", "Reading", "Making", "Comparing".
+    `done_nbytes` of them were finished by an earlier run; `to_read_back` bytes are read from the disk again beside the writing, and
+    `to_follow` bytes of work come after all this, at another speed. `what` is a word for people: "Writing", "Checking" what an earlier run
+    wrote, "Reading", "Making", "Comparing", "Running" a model.
     """
 
     shards: int
@@ -24,6 +25,7 @@ class Started:
     done_nbytes: int = 0
     what: str = "Writing"
     to_read_back: int = 0
+    to_follow: int = 0
 
 
 @dataclass(frozen=True)

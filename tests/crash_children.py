@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_weights.checks.repair import repair
 from llava_weights.cli.console import Console
 from llava_weights.cli.main import app
 from llava_weights.events import Event
@@ -28,6 +29,7 @@ PRELOADED = (
             "transforms.lora",
             "transforms.convert",
             "write.execute",
+            "checks.repair",
             "checks.verify",
             "cli.report",
         )
@@ -91,3 +93,7 @@ def strike_at(event: int, number: int, then: Callable[..., Any]) -> Callable[...
 
 def run_plan(plan: Plan, out: Path, event: int, number: int = signal.SIGKILL) -> None:
     execute(plan, out, on_event=strike_at(event, number, lambda heard: None))
+
+
+def run_repair(path: Path, source: Path, event: int, number: int = signal.SIGKILL) -> None:
+    repair(path, source, on_event=strike_at(event, number, lambda heard: None))

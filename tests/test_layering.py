@@ -31,7 +31,7 @@ DOOR = "__main__"  # opens the command line
 
 # What costs more than 50 ms to import is imported inside the function that needs it, so that `--help` stays fast.
 HEAVY = {"torch", "transformers", "peft", "safetensors", "sentencepiece", "tokenizers", "huggingface_hub", "tqdm", "typer",
-         "jinja2", "fsspec", "s3fs", "ray", "gguf"}  # fmt: skip
+         "jinja2", "obstore", "ray", "gguf"}  # fmt: skip
 HEAVY_ALLOWED = {"cli": {"typer"}}
 PRINTS = "cli"
 

@@ -43,10 +43,12 @@ def inside(wheel: zipfile.ZipFile, name: str) -> str:
     return wheel.read(f"llava_weights-{llava_weights.__version__}.dist-info/{name}").decode()
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_the_package_its_man_page_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "llava_weights").rglob("*.py")}
-    assert shipped == sources | {"llava_weights/py.typed"}
+    man = f"llava_weights-{llava_weights.__version__}.data/data/share/man/man1/llava-weights.1"
+    assert shipped == sources | {"llava_weights/py.typed", man}
+    assert wheel.read(man).decode() == (ROOT / "docs/llava-weights.1").read_text()
 
 
 def test_wheel_holds_licence_and_command(wheel: zipfile.ZipFile) -> None:

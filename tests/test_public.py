@@ -140,6 +140,19 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "make_plan with options of no names": (lambda: lib.make_plan(NOWHERE, options=3), "`options` is of the type `int`"),
     "a portion of no plan": (lambda: lib.execute_portion(BASE, "out", lw.to_portion("1/2")), "what `make_plan`"),
     "a portion of a number": (lambda: lib.to_portion(3), "is not a portion"),
+    "verify of a part of no text": (lambda: lib.verify(NOWHERE, deep=True, part=3), "is no part"),
+    "verify of a part of samples": (lambda: lib.verify(NOWHERE, part="1/2"), "what `--deep` reads"),
+    "repair of nothing": (lambda: lib.repair(None, BASE), "the checkpoint is of the type `NoneType`"),
+    "repair from nothing": (lambda: lib.repair(BASE, 3), "the other copy is of the type `int`"),
+    "repair from itself": (lambda: lib.repair(BASE, BASE), "the checkpoint that is to be repaired"),
+    "repair without jobs": (lambda: lib.repair(NOWHERE, BASE, jobs=0), "`jobs` is 0"),
+    "repair for no listener": (lambda: lib.repair(NOWHERE, BASE, on_event=3), "`on_event` is of the type `int`"),
+    "which_base of a number": (lambda: lib.which_base(3, [BASE]), "the delta is of the type `int`"),
+    "which_base among a text": (lambda: lib.which_base(DELTA, "a"), "no list of bases"),
+    "which_base among none": (lambda: lib.which_base(DELTA, []), "there is no candidate"),
+    "which_base among numbers": (lambda: lib.which_base(DELTA, [3]), "the candidate is of the type `int`"),
+    "record_fingerprint of a number": (lambda: lib.record_fingerprint(3, "new"), "the base is of the type `int`"),
+    "record_fingerprint to no path": (lambda: lib.record_fingerprint(BASE, None), "None is no path of a file"),
     "a portion of a text": (lambda: lib.to_portion("3/2"), "is not a portion"),
 }
 
@@ -193,9 +206,16 @@ RIGHT: dict[str, Callable[[Path, lw.Listener], Any]] = {
     "open_checkpoint": lambda out, bar: lw.open_checkpoint(BASE),
     "read_recording": lambda out, bar: (lw.record(HUB, out), lw.read_recording(out)),
     "record": lambda out, bar: lw.record(HUB, out, on_event=bar),
+    "record_fingerprint": lambda out, bar: lw.record_fingerprint(BASE, out),
+    "repair": lambda out, bar: (
+        lw.checksum(shutil.copytree(BASE, out)),
+        os.truncate(out / "config.json", 3),
+        lw.repair(out, BASE, on_event=bar),
+    ),
     "smoke_test": lambda out, bar: lw.smoke_test(HUB, original=ORIGINAL, tower=CLIP, on_event=bar),
     "to_portion": lambda out, bar: lw.to_portion("3/16"),
     "verify": lambda out, bar: lw.verify(BASE, deep=True, on_event=bar),
+    "which_base": lambda out, bar: lw.which_base(DELTA, [BASE, TUNED]),
 }
 
 
@@ -397,6 +417,8 @@ reveal_type(lw.diff("a", "b").equal)
 reveal_type(lw.smoke_test("a", original="b"))
 reveal_type(lw.record("a", "file").probes[0].logits.shape[0])
 reveal_type(lw.read_recording("file"))
+reveal_type(lw.repair("out", "owner/name").files[0].fetched)
+reveal_type(lw.which_base("delta", ["a", lw.record_fingerprint("b", "b.json")]).right)
 reveal_type(lw.inspect("a").is_delta)
 reveal_type(lw.inspect(merged).files[0].size)
 reveal_type(merged.tensors["a"].shape)
@@ -423,6 +445,8 @@ SEEN = (
     "llava_weights.smoke.logits.Smoke",
     "Any",
     "llava_weights.smoke.recording.Recording",
+    "int",
+    "tuple[str, ...]",
     "bool",
     "int",
     "tuple[int, ...]",

@@ -27,7 +27,9 @@ FIXTURES = ROOT / "fixtures"
 NAMES = {  # what the documents call a checkpoint: the one of the reference set that plays its part
     "llama-13b": "A-delta-v0/base-hf-bin",
     "LLaMA/13B": "A-delta-v0/base-meta/13B",
+    "mirror/llama-13b": "A-delta-v0/base-hf-bin",
     "LLaVA-13b-delta-v0": "A-delta-v0/delta-307-apr17",
+    "mirror/LLaVA-13B-v0": "A-delta-v0/expected-307-by-main",
     "vicuna-13b": "B-lora/base-vicuna-tiny",
     "vicuna-7b": "B-lora/base-vicuna-tiny",
     "my-llava-lora": "B-lora/llava-v1.5-tiny-lora",

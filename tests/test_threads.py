@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,8 @@ PUBLIC: dict[str, Callable[[Path, Path], Any]] = {
     "apply_delta": lambda a, out: lw.apply_delta(lw.open_checkpoint(a), lw.open_checkpoint(a.with_name("delta-307-apr17"))),
     "diff": lambda a, out: lw.diff(lw.open_checkpoint(a), lw.open_checkpoint(a)),
     "verify": lambda a, out: lw.verify(a),
+    "repair": lambda a, out: (lw.checksum(shutil.copytree(a, out)), os.truncate(out / "config.json", 3), lw.repair(out, a)),
+    "which_base": lambda a, out: lw.which_base(a.with_name("delta-307-apr17"), [a]),
     "an error": lambda a, out: lw.execute(lw.make_plan(lw.make_delta(lw.open_checkpoint(a), lw.open_checkpoint(a))), a),
 }
 

@@ -22,8 +22,9 @@ from ..families.unsupported import unsupported
 from ..formats.folder import index_file, index_folder, index_ggufs, member, optional
 from ..formats.gguf import GgufFile
 from ..storage.hub import HubSource, fetch, parse_source, source_text
+from ..storage.places import Place, names_in, whole
 from ..storage.reading import SourceFile, present, unreadable
-from ..storage.remote import is_remote, shadowed
+from ..storage.remote import is_remote, open_remote
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
 from ..text import brief, legible, listed, redact, redacted, scheme_of, shown, size
@@ -35,14 +36,14 @@ LARGEST_OBJECT = 1 << 20  # bytes of a small file, where no other limit is given
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint came from: `name` is the folder's, the file's or the repository's, `path` where it lies on this machine (of a
-    checkpoint that is read over the network, a folder that holds its headers only). `container` is "safetensors", "torch", "meta" or
+    """Where a checkpoint came from: `name` is the folder's, the file's or the repository's, `place` where it lies:
+    a path, or what stands for one over the network. `container` is "safetensors", "torch", "meta" or
     "gguf", `files` are the weight files, `revision` the commit on the Hub, None for anything else. Manifest and card show `name`, never
-    `path`.
+    `place`.
     """
 
     name: str
-    path: Path
+    place: Place
     container: str
     files: tuple[SourceFile, ...]
     revision: str | None = None
@@ -56,9 +57,17 @@ class Origin:
         return any(file.remote for file in self.files)
 
     @property
+    def path(self) -> Path:
+        """Where it lies on this machine. Raises InputError where it does not."""
+        if isinstance(self.place, Path):
+            return self.place
+        what = f"`{self.name}` is read over the network, and whole files are needed"
+        raise InputError(what, facts={"address": self.place}, hint="copy it to this machine first")
+
+    @property
     def by_name(self) -> dict[str, SourceFile]:
         """The weight files by name; by their paths in `path` where they lie in several folders, in which names repeat."""
-        several = len({os.path.dirname(file.path) for file in self.files}) > 1
+        several = not self.remote and len({os.path.dirname(file.path) for file in self.files}) > 1
         return {os.path.relpath(file.path, self.path) if several else file.name: file for file in self.files}
 
 
@@ -225,8 +234,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None, progress
     if revision is not None and not isinstance(revision, str):
         raise UsageError(f"the revision is {_kind_of(revision)}, no text", hint="give a branch, a tag or a commit")
     if is_remote(text) and not (whole and scheme_of(text) == "hf"):
-        with shadowed(text, revision) as shadow:
-            return _open(shadow.path, name=shadow.name, revision=shadow.revision)
+        found = open_remote(text, revision)
+        return _open(found.place, name=found.name, revision=found.revision)
     parsed = parse_source(text)
     if isinstance(parsed, HubSource):
         repo = fetch(parsed, revision=revision, progress=progress)
@@ -249,9 +258,9 @@ def need_files(checkpoint: Checkpoint, purpose: str) -> Checkpoint:
     return checkpoint
 
 
-def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
+def _open(path: Place, *, name: str, revision: str | None) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() and (parts := find_parts(path, layout_of)):
+    if isinstance(path, Path) and path.is_dir() and (parts := find_parts(path, layout_of)):
         return _open_parts(path, parts, name=name, revision=revision)
     try:
         found = index_ggufs(path) or (index_folder(path) if path.is_dir() else index_file(path))
@@ -260,10 +269,8 @@ def _open(path: Path, *, name: str, revision: str | None) -> Checkpoint:
             raise
         raise told from error
     config = found.config or _read_config(folder if path.is_dir() else None)
-    remote = found.files[0].remote
-    files, notes = _small_files(path if remote else Path(found.files[0].path).parent) if path.is_dir() else ({}, ())
-    if remote:  # the shadow may be deleted before the plan is executed
-        files = {name: file.read_bytes() if isinstance(file, Path) else file for name, file in files.items()}
+    home = Path(found.files[0].path).parent if isinstance(path, Path) else path
+    files, notes = _small_files(home) if path.is_dir() else ({}, ())
     tensors, wrapped, renamed = model_names(found.tensors, config)
     return Checkpoint(
         tensors=tensors,
@@ -298,10 +305,10 @@ def _open_parts(path: Path, parts: tuple[str, ...], *, name: str, revision: str 
     )
 
 
-def _of_parts(path: Path, name: str, error: InputError) -> InputError:
+def _of_parts(path: Place, name: str, error: InputError) -> InputError:
     """The error for a folder whose weights lie in folders below it, where its config tells a family for which there is no class."""
     with suppress(InputError, OSError):
-        weights = path.is_dir() and any(entry.endswith(tuple(WEIGHT_SUFFIXES)) for entry in os.listdir(path))
+        weights = path.is_dir() and any(entry.endswith(tuple(WEIGHT_SUFFIXES)) for entry in names_in(path))
         if path.is_dir() and not weights and (found := unsupported(_read_config(path), ())):
             row, evidence = found
             facts = {"why it can't be used": row.why, "recognised by": evidence, **error.facts}
@@ -309,22 +316,28 @@ def _of_parts(path: Path, name: str, error: InputError) -> InputError:
     return error
 
 
-def _read_config(folder: Path | None) -> Mapping[str, Any]:
-    if folder is None or "config.json" not in os.listdir(folder):  # on a disk that fails, `lexists` would return False
+def _read_config(folder: Place | None) -> Mapping[str, Any]:
+    if folder is None or "config.json" not in names_in(folder):  # on a disk that fails, `lexists` would return False
         return {}
     return load_object(member(folder, "config.json"))
 
 
-def _small_files(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
+def _small_files(folder: Place) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
     """Tokenizer, processor, generation config and licence files by name, and a note on folders, pipes and devices with such names.
 
     Meta keeps `tokenizer.model` beside the size folders.
     """
     small = (*TOKENIZER_FILES, *PROCESSOR_FILES, *CONFIG_FILES[1:])
-    names = [name for name in sorted(os.listdir(folder)) if name in small or name.startswith(LICENSE_PREFIXES)]
-    files: dict[str, Path | bytes] = {name: path for name in names if (path := optional(folder, name))}
+    names = [name for name in names_in(folder) if name in small or name.startswith(LICENSE_PREFIXES)]
+    there = {name: place for name in names if (place := optional(folder, name))}
+    files: dict[str, Path | bytes] = {name: place if isinstance(place, Path) else whole(place) for name, place in there.items()}
     others = [name for name in names if name not in files]
-    if "tokenizer.model" not in names and present(folder / "params.json") and (above := optional(folder.parent, "tokenizer.model")):
+    if (
+        isinstance(folder, Path)
+        and "tokenizer.model" not in names
+        and present(folder / "params.json")
+        and (above := optional(folder.parent, "tokenizer.model"))
+    ):
         files["tokenizer.model"] = above
     return files, (f"not read, since no regular files: {listed(others)}",) if others else ()
 

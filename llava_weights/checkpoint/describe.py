@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -16,6 +14,7 @@ from ..families.projectors import NORM, PROJECTOR_ACTIVATION, projector_type
 from ..families.targets import TARGETS
 from ..families.towers import PATCH, TOWER_BY_TYPE
 from ..formats.folder import member
+from ..storage.places import Place, names_in
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor
 from ..text import few, listed, unquoted
@@ -157,7 +156,7 @@ def adapter_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """adapter_config.json beside an adapter, empty where there is none that can be read."""
     folder = _folder(checkpoint)
     with suppress(InputError, OSError):
-        if folder and ADAPTER_CONFIG in os.listdir(folder):
+        if folder and ADAPTER_CONFIG in names_in(folder):
             return load_object(member(folder, ADAPTER_CONFIG))
     return {}
 
@@ -188,7 +187,7 @@ def beside(checkpoint: Checkpoint) -> str:
         return ""
     own = {file.name for file in checkpoint.origin.files}
     with suppress(OSError):
-        names = [name for name in sorted(os.listdir(folder)) if name.endswith(tuple(WEIGHT_SUFFIXES)) and name not in own]
+        names = [name for name in names_in(folder) if name.endswith(tuple(WEIGHT_SUFFIXES)) and name not in own]
         return listed(name for name in names if name in (*BESIDE_ADAPTER, *ADAPTER_FILES) or "model" in name)
     return ""
 
@@ -206,9 +205,9 @@ def _rank(name: str, tensor: LazyTensor) -> int:
     return (tensor.shape or (0,))[-1 if name.endswith("lora_a") else 0]
 
 
-def _folder(checkpoint: Checkpoint) -> Path | None:
-    path = checkpoint.origin.path
-    return None if checkpoint.origin.remote or checkpoint.history else path if path.is_dir() else path.parent
+def _folder(checkpoint: Checkpoint) -> Place | None:
+    path = checkpoint.origin.place
+    return None if checkpoint.history else path if path.is_dir() else path.parent
 
 
 # --- what comes next --------------------------------------------------------------------------------------------------

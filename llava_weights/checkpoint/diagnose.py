@@ -121,7 +121,7 @@ def state(tensors: Tensors) -> State:
     Where their signs do not decide (all zero: never trained), it is a delta if its vectors and its matrices are small.
     """
     norms = {name: t for name, t in sorted(tensors.items()) if _is_norm(name, t)}
-    matrices = _spread([name for name in _matrices(tensors) if not re.fullmatch(NOT_TEXT, name)], MATRICES)
+    matrices = _spread([name for name in float_matrices(tensors) if not re.fullmatch(NOT_TEXT, name)], MATRICES)
     read = each(lambda name, work: finite_only(read_rows(norms[name], 0, min(norms[name].rows, LONGEST_NORM), work).ravel()), norms, norms)
     vectors = list(read.values())
     with closing(Workspace(drop_cache=False)) as work:
@@ -172,6 +172,12 @@ def round_trip(base: Tensors, delta: Tensors) -> RoundTrip:
 
 
 @np.errstate(all="ignore")
+def round_trip_of(samples: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> RoundTrip:
+    """As `round_trip`, of values of the base and of the delta at the same places of each matrix, when there are no others to look at."""
+    return _judge({name: _count(base, delta) for name, (base, delta) in samples.items()}, final=True)
+
+
+@np.errstate(all="ignore")
 def pair(base: Tensors, delta: Tensors, *, difference: bool = True) -> Pair:
     """Whether `delta` has the size and direction of a difference. With `difference=False` it is a tuned model: `base` is subtracted."""
     ratios, cosines, elements, moved = [], [], 0, False
@@ -208,7 +214,7 @@ def bf16_damaged(tensors: Tensors) -> Bf16:
 
     For weights only: the values of a delta are small multiples of the weights' last bit, and bfloat16 can hold nearly all.
     """
-    matrices = _matrices(tensors)
+    matrices = float_matrices(tensors)
     names, sampled, fitting = [], 0, 0
     with closing(Workspace(drop_cache=False)) as work:
         for name in _spread(matrices, MATRICES):
@@ -297,7 +303,11 @@ def _judge(counts: Mapping[str, tuple[int, int]], *, final: bool = False) -> Rou
 
 def _failing(base: LazyTensor, delta: LazyTensor, work: Workspace, *, times: int = 1) -> tuple[int, int]:
     """How many sampled elements do not survive the round trip, and how many were sampled."""
-    b, d = (values.astype(np.float16) for values in sample_both(base, delta, work, times=times))
+    return _count(*sample_both(base, delta, work, times=times))
+
+
+def _count(base: np.ndarray, delta: np.ndarray) -> tuple[int, int]:
+    b, d = base.astype(np.float16), delta.astype(np.float16)
     asked = np.isfinite(b) & np.isfinite(d) & (d != 0)
     return int(np.count_nonzero(((b + d) - b != d) & asked)), int(np.count_nonzero(asked))
 
@@ -307,7 +317,7 @@ def _is_norm(name: str, tensor: LazyTensor) -> bool:
     return bool(text) and len(tensor.shape) == 1 and tensor.rows > 0 and tensor.dtype in FLOATS
 
 
-def _matrices(tensors: Tensors) -> list[str]:
+def float_matrices(tensors: Tensors) -> list[str]:
     """Names of the matrices of floats, sorted: containers order tensors differently."""
     matrices = {name: t for name, t in tensors.items() if len(t.shape) == 2 and t.numel and t.dtype in FLOATS}
     return sorted(name for name, t in matrices.items() if t.row_nbytes <= LARGEST_ROW)
@@ -315,8 +325,8 @@ def _matrices(tensors: Tensors) -> list[str]:
 
 def _common(base: Tensors, delta: Tensors) -> list[str]:
     """Names of the matrices that both have, with rows of the same length."""
-    in_base = set(_matrices(base))
-    return [name for name in _matrices(delta) if name in in_base and base[name].shape[1:] == delta[name].shape[1:]]
+    in_base = set(float_matrices(base))
+    return [name for name in float_matrices(delta) if name in in_base and base[name].shape[1:] == delta[name].shape[1:]]
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:

@@ -21,7 +21,8 @@ from .. import __version__
 from ..errors import InputError
 from ..formats.folder import member
 from ..storage.digests import FILES, TENSOR_DIGESTS, TENSORS, digest_of, is_digest, named
-from ..storage.reading import open_regular, present, refuse_disguise
+from ..storage.places import open_place
+from ..storage.reading import present, refuse_disguise
 from ..storage.strict_json import load_object, read_exactly
 from ..tensors.dtypes import BLOCKS, ITEMSIZE, bytes_of
 from ..text import listed, shown
@@ -300,11 +301,11 @@ def _refusal(path: Path, reason: str) -> InputError:
 
 def read_sums(path: Path) -> tuple[Sum, ...]:
     """The lines of a list as GNU's or BSD's sha256sum and md5sum write it. Raises InputError for anything else."""
-    with open_regular(path) as (fd, status):
-        if status.st_size > MAX_SUMS:
-            what = f"{shown(path.name)} has {status.st_size:,} bytes, too many for a list of checksums"
+    with open_place(path) as source:
+        if source.identity.size > MAX_SUMS:
+            what = f"{shown(path.name)} has {source.identity.size:,} bytes, too many for a list of checksums"
             raise InputError(what, facts={"path": path, "at most": f"{MAX_SUMS:,} bytes"}, hint=A_LIST)
-        data = read_exactly(path, fd, status.st_size)
+        data = read_exactly(source, source.identity.size)
     refuse_disguise(path, data[:64])
     sums = []
     for number, line in enumerate(data.decode("utf-8", "surrogateescape").split("\n"), 1):  # not `splitlines`: names may hold \r and more

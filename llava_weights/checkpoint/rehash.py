@@ -154,8 +154,8 @@ class Rehash:
         inside: dict[str, dict[str, Stored]] = {path: {} for path in self.names}
         made = {}
         for name, tensor in tensors.items():
-            if isinstance(tensor, Stored):
-                inside.setdefault(tensor.file.path, {})[name] = tensor
+            if isinstance(tensor, Stored) and tensor.file.path in inside:
+                inside[tensor.file.path][name] = tensor
             else:
                 made[name] = tensor
         sizes = {name: size_of(path) for name, path in files.items()}
@@ -227,7 +227,8 @@ class Rehash:
             workspace.recheck_sources()
 
     def _made(self, item: tuple[str, LazyTensor]) -> None:
-        """Digest a tensor that is joined or reordered (Meta's layout): its rows are made, which reads its bytes again."""
+        """Digest a tensor that is joined or reordered (Meta's layout), or whose file is not read as a whole: its rows are made, which reads
+        its own bytes."""
         name, tensor = item
         found, first = self._range(tensor), tensor.leaves()[0].file
         shard = self.names.get(first.path, first.name)
@@ -272,8 +273,9 @@ def rehash(
 ) -> Reading:
     """Read `files` (by their names in messages) once, `jobs` at a time, and digest them and the `tensors` that lie in them.
 
-    `algorithms` are of the files, `tensor_algorithms` of the tensors, the first of them that of `Reading.tensors`. Takes 16 MiB of memory a
-    job. A file that can't be read, or changes meanwhile, is in `damaged`. `watch`, which must accept holes, sees every byte.
+    `algorithms` are of the files, `tensor_algorithms` of the tensors, the first of them that of `Reading.tensors`. A tensor whose file is
+    not among `files` is read alone. Takes 16 MiB of memory a job. A file that can't be read, or changes meanwhile, is in `damaged`.
+    `watch`, which must accept holes, sees every byte.
     """
     begun = {name: SourceFile.at(path) for name, path in files.items() if path.exists()}
     indexed = {leaf.file for tensor in tensors.values() for leaf in tensor.leaves()}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import InputError
-from ..storage.reading import DOWNLOAD_AGAIN, open_regular
+from ..storage.places import open_place
+from ..storage.reading import DOWNLOAD_AGAIN
 from ..storage.strict_json import JsonObject, load_object, parse_object, read_exactly
 from .checkpoint import LARGEST_OBJECT
 
@@ -37,9 +38,9 @@ def small_text(files: SmallFiles, name: str, *, limit: int = LARGEST_OBJECT) -> 
 def small_bytes(name: str, source: Path | bytes, limit: int) -> bytes:
     """The bytes of a small file. Raises InputError where there are more than `limit`."""
     if isinstance(source, Path):
-        with open_regular(source) as (descriptor, status):
-            size = status.st_size
-            data = read_exactly(source, descriptor, size) if size <= limit else b""
+        with open_place(source) as file:
+            size = file.identity.size
+            data = read_exactly(file, size) if size <= limit else b""
     else:
         data, size = source, len(source)
     if size > limit:

@@ -7,7 +7,6 @@ against the shapes of its tensors; what no shape shows (heads, activation) is lo
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
@@ -35,6 +34,7 @@ from ..families.towers import (
     Tower,
 )
 from ..formats.folder import member
+from ..storage.places import names_in
 from ..storage.reading import present, unreadable
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
@@ -493,9 +493,9 @@ def vision_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """preprocessor_config.json of the folder that a checkpoint was opened from."""
-    folder = checkpoint.origin.path
+    folder = checkpoint.origin.place
     try:
-        if not folder.is_dir() or "preprocessor_config.json" not in os.listdir(folder):
+        if not folder.is_dir() or "preprocessor_config.json" not in names_in(folder):
             return None
     except OSError as error:
         raise unreadable(folder, error) from error

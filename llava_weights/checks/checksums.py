@@ -38,8 +38,9 @@ from ..write.plan import LARGEST_SMALL_FILE
 from .compare_files import COMPARED_FILES, compare_files
 
 
-def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
-    """The commit of a repository, and the digests that the Hub has of the files in its folder: sha256 of large files, git's of small ones.
+def hub_files(source: HubSource) -> tuple[str, tuple[tuple[Sum, int], ...]]:
+    """The commit of a repository, and of each file in its folder the digest that the Hub states (sha256 of large files, git's of small
+    ones) and its bytes.
 
     Raises HubError.
     """
@@ -63,7 +64,7 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
         name = sibling.rfilename.removeprefix(prefix)
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         if sibling.rfilename.startswith(prefix) and digest and is_inside(name):
-            sums.append(Sum(name, "sha256" if sibling.lfs else GIT, digest))
+            sums.append((Sum(name, "sha256" if sibling.lfs else GIT, digest), int(sibling.size or 0)))
     if not sums:
         raise HubError(f"`{source.repo_id}` has no files there", hint="check the revision and the folder")
     return str(info.sha), tuple(sums)
@@ -72,7 +73,7 @@ def hub_sums(source: HubSource) -> tuple[str, tuple[Sum, ...]]:
 PUBLISHED_TABLE = "published"  # names the table in families/published.py as a reference
 MOST_FAILURES = 20  # failures of one level that are listed one by one
 EQUAL_TO = "equal to"  # how the reason of an explained tensor begins, where another comparison found it equal
-GET_AGAIN = "get the file again, or repeat the command that wrote it"
+GET_AGAIN = "`llava-weights repair PATH --from OTHER` takes it from another copy; or repeat the command that wrote it"
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def find_reference(against: str | Path) -> Reference:
         return Reference(PUBLISHED_TABLE)
     source = parse_source(source_text(against))
     if isinstance(source, HubSource):
-        commit, sums = hub_sums(source)
+        commit, listed_there = hub_files(source)
+        sums = tuple(entry for entry, _ in listed_there)
         return Reference(f"{source.repo_id}@{commit[:12]}", sums=sums, complete=False)
     path = source.path
     label = shown(path.resolve().name)

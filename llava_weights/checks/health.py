@@ -129,7 +129,7 @@ def _containers(checkpoint: Checkpoint) -> Iterator[Finding]:
         yield _warning(
             "L0", bare[0], text, "convert it, or write it again with `safetensors.torch.save_file(..., metadata={'format': 'pt'})`"
         )
-    if origin.path.is_dir():
+    if origin.place.is_dir():
         yield from _index(checkpoint)
 
 

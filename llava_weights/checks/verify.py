@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +72,7 @@ from .published import check_published
 from .remake import compare_remade, remake
 from .rules import refused
 from .rules_gguf import check_gguf
+from .share import Share, share_of, to_part
 
 CHECKED_STRUCTURE = ("llama", "llava")  # layouts whose shapes checkpoint/config.py checks
 DEEP = "pass `--deep` to read everything"
@@ -143,6 +144,7 @@ def verify(
     *,
     against: Source | None = None,
     deep: bool = False,
+    part: str | None = None,
     base: Source | None = None,
     delta: Source | None = None,
     lora: Adapters = (),
@@ -156,7 +158,8 @@ def verify(
     """Check a checkpoint: is it whole, do its files agree, is it what was recorded? Nothing is written.
 
     `path` is a folder, a weight file, a repository of the Hub, or a checkpoint that was opened. Headers, small files and samples of the
-    values are read, unless more is asked for. `deep` reads every byte.
+    values are read, unless more is asked for. `deep` reads every byte; with `part`, as "3/7", the third of seven equal shares of them: the
+    same in every run, by tensor where a manifest records all tensors, else by whole file.
 
     `against` is what it should be: a checkpoint or a manifest (compared by tensors), a list as `sha256sum` or `md5sum` write it,
     `owner/name[@revision]` (by the Hub's digests, nothing is downloaded), or "published" (the authors' own checksums; with `delta`, of
@@ -174,7 +177,9 @@ def verify(
     path, against = place_of(path, "checkpoint"), place_of(against, "reference") if against is not None else None
     whole_number("jobs", jobs, most=MOST_JOBS)
     _check_options(against, base, delta, lora, vision_tower, accept_tower, strict, allow)
+    numbers = _check_part(part, deep, against, base)
     subject = open_subject(path)
+    share = _share(subject, numbers) if numbers else None
     predicted = against == PUBLISHED_TABLE and delta is not None
     reference = find_reference(against) if against is not None and not predicted else None
     given = {"vision tower": vision_tower, "delta": delta, "base": base}
@@ -185,7 +190,7 @@ def verify(
     everything = deep or reference is not None or base is not None
     if everything and (reference or sources):
         on_event(Note(_announced(subject, reference, sources, tower)))
-    findings, reading = _itself(subject, reference, everything, jobs, on_event)
+    findings, reading = _itself(subject, reference, everything, share, jobs, on_event)
     asked: list[Finding] = []
     if reference:
         asked += _against(subject, reading, reference, tower, jobs, on_event)
@@ -196,7 +201,7 @@ def verify(
         asked += check_published(subject.checkpoint, given_delta, given_base, on_event=on_event)
     every = _settled([*findings, *asked], asked, bool(reference or sources or predicted))
     label = reference.label if reference else ""
-    return Verification(subject.place.resolve().name, tuple(_judged(every, strict, allow)), _facts(subject, reading), label)
+    return Verification(subject.place.resolve().name, tuple(_judged(every, strict, allow)), _facts(subject, reading, share), label)
 
 
 def rules() -> list[str]:
@@ -229,6 +234,25 @@ def _check_options(
         raise UsageError("`--allow` takes a rule out of `--strict`", hint="pass `--strict` too")
 
 
+def _check_part(part: str | None, deep: bool, against: str | Path | None, base: Source | None) -> tuple[int, int] | None:
+    if part is None:
+        return None
+    numbers = to_part(part)
+    if not deep or against is not None or base is not None:
+        hint = "pass `--deep` too" if not deep else "leave it out: what is compared is read as a whole"
+        raise UsageError("`--part` is a part of what `--deep` reads", hint=hint)
+    return numbers
+
+
+def _share(subject: Subject, numbers: tuple[int, int]) -> Share:
+    """What a part reads: of the tensors where a manifest records all of them, and of the files that are not read in every part."""
+    recorded = subject.manifest.tensors if subject.manifest else {}
+    by_tensor = bool(subject.tensors) and all(name in recorded for name in subject.tensors)
+    inside = subject.by_file if by_tensor else {}
+    files = {name: size_of(file) for name, file in subject.files.items() if name not in inside and not _is_read_always(subject, name)}
+    return share_of(numbers, {name: tensor.nbytes for name, tensor in subject.tensors.items()} if by_tensor else {}, files)
+
+
 def _announced(subject: Subject, reference: Reference | None, sources: Checkpoint | None, tower: Checkpoint | None) -> str:
     """How much will be read of what."""
     sizes = [(sum(map(size_of, subject.files.values())), shown(subject.place.resolve().name))]
@@ -243,18 +267,24 @@ def _announced(subject: Subject, reference: Reference | None, sources: Checkpoin
 
 
 def _itself(
-    subject: Subject, reference: Reference | None, everything: bool, jobs: int, on_event: Listener
+    subject: Subject, reference: Reference | None, everything: bool, share: Share | None, jobs: int, on_event: Listener
 ) -> tuple[list[Finding], Reading]:
     """Findings by itself and by its own records: the part that all modes share."""
-    chosen = {name: file for name, file in subject.files.items() if everything or _is_read_always(subject, name)}
+    whole: Collection[str] = subject.files if everything else ()
+    if share:  # a file whose tensors are all of this part is read as a whole, which proves its header too
+        whole = {*share.files, *(file for file, names in subject.by_file.items() if share.tensors.issuperset(names))}
+    chosen = {name: file for name, file in subject.files.items() if name in whole or _is_read_always(subject, name)}
     algorithms, tensors = reference.algorithms if reference else (FILES,), subject.tensors if everything else {}
+    if share:
+        read = {os.path.abspath(file) for file in chosen.values()}
+        tensors = {name: t for name, t in tensors.items() if name in share.tensors or {leaf.file.path for leaf in t.leaves()} <= read}
     own = subject.manifest.algorithm if subject.manifest else TENSORS
     each = tuple(dict.fromkeys((own, reference.algorithm if reference and reference.has_tensors else own)))
     watch = watch_over(subject.checkpoint) if tensors and subject.checkpoint else None
     reading = rehash(chosen, tensors, algorithms=algorithms, tensor_algorithms=each, jobs=jobs, on_event=on_event, watch=watch)
     findings = folded("L0", subject.place.name, _structure(subject), _structure_text(subject), part="structure")
-    findings += _files(subject, reading, everything) + list(_recorded(subject)) + _health(subject)
-    findings += _tensors(subject, reading) if everything else [_unread(subject)]
+    findings += _files(subject, reading, everything, share) + list(_recorded(subject)) + _health(subject)
+    findings += _tensors(subject, reading, share) if everything else [_unread(subject)]
     return findings, reading
 
 
@@ -558,7 +588,7 @@ def _health(subject: Subject) -> list[Finding]:
 # --- L2: files, L3: tensors -----------------------------------------------------------------------------------------
 
 
-def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding]:
+def _files(subject: Subject, reading: Reading, everything: bool, share: Share | None = None) -> list[Finding]:
     """Digests of the files against the recorded ones; and the weights of which none is recorded."""
     if not subject.sums:
         text, part = "no checksums are there: neither manifest nor SHA256SUMS", "nothing is recorded to compare with"
@@ -574,7 +604,8 @@ def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding
 
     matched = sum(digests["sha256"] == subject.sums.get(name) for name, digests in reading.files.items())
     text = f"{counted(matched, 'file')} as recorded in {_record(subject)}" if matched else ""
-    part = f"{'files' if everything else 'small files'} (by {_recorder(subject)})"
+    what = f"{matched:,} of {counted(len(subject.sums), 'file')}" if share else "files" if everything else "small files"
+    part = f"{what} (by {_recorder(subject)})"
     findings = folded("L2", subject.place.name, wrong(), text, part=part)
     tensors = subject.manifest.tensors if subject.manifest else {}
     by_file = subject.by_file
@@ -583,7 +614,7 @@ def _files(subject: Subject, reading: Reading, everything: bool) -> list[Finding
         text = f"{_record(subject)} records nothing of the weights in {listed(lacking)}"
         part = f"nothing recorded of {counted(len(lacking), 'weight file')}"
         findings.append(Finding("L2", "unproved", lacking[0], text, WRITE_SUMS, part=part))
-    if not matched and not findings:
+    if not matched and not findings and not share:
         text = f"{_record(subject)} lists weights only, which were not read"
         findings.append(Finding("L2", "unproved", subject.place.name, text, DEEP, part="no recorded file was read"))
     return findings
@@ -606,7 +637,7 @@ def _unread(subject: Subject) -> Finding:
     return Finding("L3", "unchecked", subject.place.name, f"the values of {count} were not read", DEEP, part=part)
 
 
-def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
+def _tensors(subject: Subject, reading: Reading, share: Share | None) -> list[Finding]:
     recorded = subject.manifest.tensors if subject.manifest else {}
 
     def wrong() -> Iterator[Finding]:
@@ -622,11 +653,21 @@ def _tensors(subject: Subject, reading: Reading) -> list[Finding]:
 
     missing = [name for name in subject.tensors if name not in reading.tensors and not reading.damaged]
     unread = [Finding("L3", "unchecked", missing[0], f"not read: {listed(missing)}")] if missing else []
-    as_recorded = ", every digest as in the manifest" if recorded else ""
     count = counted(len(reading.tensors), "tensor")
+    if share:
+        count = f"{len(reading.tensors):,} of {counted(len(subject.tensors), 'tensor')}"
+        unread = [_rest(subject, share)] if share.count > 1 else []
+    as_recorded = ", every digest as in the manifest" if recorded else ""
     text = f"{count} read, none with inf or NaN{as_recorded}" if reading.tensors else ""
     part = f"values of {count} (by {_recorder(subject)})" if recorded else ""
     return folded("L3", subject.place.name, wrong(), text, part=part) + unread
+
+
+def _rest(subject: Subject, share: Share) -> Finding:
+    """What the other parts are for."""
+    text = f"{share} was read, {share.amount} of what is read in parts"
+    remedy = f"the other parts are `--part 1/{share.count}` to `--part {share.count}/{share.count}`"
+    return Finding("L3", "unchecked", subject.place.name, text, remedy, part=f"{share} alone was read ({share.amount})")
 
 
 def _refused(error: InputError, otherwise: str) -> Finding:
@@ -643,7 +684,7 @@ def _recorder(subject: Subject) -> str:
     return "its manifest" if subject.manifest else _record(subject)
 
 
-def _facts(subject: Subject, reading: Reading) -> dict[str, Any]:
+def _facts(subject: Subject, reading: Reading, share: Share | None) -> dict[str, Any]:
     """`root` and `content` are those of the values that were read, by the algorithm of its manifest; empty where they were not."""
     entries, algorithm = list(reading.tensors.values()), reading.algorithm
     complete = len(entries) == len(subject.tensors) > 0
@@ -654,4 +695,5 @@ def _facts(subject: Subject, reading: Reading) -> dict[str, Any]:
         "read": reading.nbytes,
         "root": root_of_tensors(entries, algorithm) if complete else "",
         "content": root_of_content(entries, algorithm) if complete else "",
+        **({"part": {"number": share.number, "count": share.count, "nbytes": share.nbytes, "total": share.total}} if share else {}),
     }

@@ -1,8 +1,9 @@
-"""The commands that check: verify, checksum, diff, smoke."""
+"""The commands that check: verify, checksum, repair, diff, smoke."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .options import AcceptTower, Jobs, Show, VisionTowerOption, grouped
+from .options import CHECK, INPUT, OUTPUT, RUN, SRC, AcceptTower, Jobs, Show, VisionTowerOption, grouped, option
 from .session import session
 
 if TYPE_CHECKING:
@@ -23,13 +24,19 @@ if TYPE_CHECKING:
 
 PROMPT = "the meaning of life is"  # of LLaVA-13b-delta-v0's model card, which shows how an unapplied delta babbles on
 
-Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owner/name[@rev] or hf://owner/name.")]
-Junit = Annotated[Path | None, typer.Option("--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
+Checked = Annotated[str, typer.Argument(metavar="PATH", help="Folder, file, owner/name[@rev] or hf://owner/name.", rich_help_panel=INPUT)]
+Junit = Annotated[Path | None, option(OUTPUT, "--junit", metavar="FILE", help="Write the findings as a JUnit XML report.")]
 Summary = Annotated[
     Path | None,
-    typer.Option("--summary", metavar="FILE", help="Append the findings to this file as Markdown, by default to $GITHUB_STEP_SUMMARY."),
+    option(OUTPUT, "--summary", metavar="FILE", help="Append the findings to this file as Markdown, by default to $GITHUB_STEP_SUMMARY."),
 ]
-Replace = Annotated[bool, typer.Option("--force", help="Replace the file of --junit.")]
+Replace = Annotated[bool, option(OUTPUT, "--force", help="Replace the file of --junit.")]
+
+
+def _complete_rule(incomplete: str) -> list[str]:
+    from ..checks.verify import rules
+
+    return [name for name in sorted(rules()) if name.startswith(incomplete)]
 
 
 @grouped
@@ -38,21 +45,42 @@ def verify(
     path: Checked,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="Manifest, checkpoint, checksum list (SHA256SUMS, md5, checklist.chk), or owner/name[@rev]."),
+        option(
+            CHECK,
+            "--against",
+            metavar="OTHER",
+            help="Compare with a manifest, checkpoint, checksum list (SHA256SUMS, md5, checklist.chk), or owner/name[@rev].",
+        ),
     ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
-    published: Annotated[bool, typer.Option("--published", help="Compare with the checksums that the authors published.")] = False,
-    base: Annotated[str | None, typer.Option("--base", help="What PATH was made from: make every tensor again and compare.")] = None,
+    deep: Annotated[bool, option(CHECK, "--deep", help="Read every byte: file and tensor digests, NaN and inf, CRCs.")] = False,
+    part: Annotated[
+        str | None, option(CHECK, "--part", metavar="I/N", help="With --deep: read the I-th of N equal shares of the bytes, as 3/7.")
+    ] = None,
+    published: Annotated[bool, option(CHECK, "--published", help="Compare with the checksums that the authors published.")] = False,
+    base: Annotated[
+        str | None, option(CHECK, "--base", metavar="SRC", help="What PATH was made from: make every tensor again and compare.")
+    ] = None,
     delta: Annotated[
-        str | None, typer.Option("--delta", help="The delta that was applied; with --published, the author's files are predicted from it.")
+        str | None,
+        option(
+            CHECK, "--delta", metavar="SRC", help="The delta that was applied; with --published, the author's files are predicted from it."
+        ),
     ] = None,
-    lora: Annotated[list[str] | None, typer.Option("--lora", help="An adapter that was merged. Repeats.")] = None,
+    lora: Annotated[
+        list[str] | None, option(CHECK, "--lora", metavar="SRC", help="An adapter that was merged. May be given several times.")
+    ] = None,
     vision_tower: VisionTowerOption = None,
     accept_tower: AcceptTower = False,
-    strict: Annotated[bool, typer.Option("--strict", help="A warning is a failure: exit 4.")] = False,
+    strict: Annotated[bool, option(CHECK, "--strict", help="A warning is a failure: exit 4.")] = False,
     allow: Annotated[
         list[str] | None,
-        typer.Option("--allow", metavar="RULE", help="A rule that --strict leaves a warning, by the name in brackets behind it. Repeats."),
+        option(
+            CHECK,
+            "--allow",
+            metavar="RULE",
+            autocompletion=_complete_rule,
+            help="A rule that --strict leaves a warning, by the name in brackets behind it. May be given several times.",
+        ),
     ] = None,
     jobs: Jobs = 2,
     junit: Junit = None,
@@ -72,7 +100,9 @@ def verify(
         _check_reports(junit, summary, force, [path, against, base, delta, vision_tower, *(lora or [])])
         sources: Any = {"base": base, "delta": delta, "lora": lora or [], "vision_tower": vision_tower, "accept_tower": accept_tower}
         other = "published" if published else against
-        result = check(path, against=other, deep=deep, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources)
+        result = check(
+            path, against=other, deep=deep, part=part, strict=strict, allow=allow or [], jobs=jobs, on_event=console.on_event, **sources
+        )
         _report(console, result.name, result.findings, result.exit_code, result.facts, junit, summary, force=force)
 
 
@@ -80,7 +110,7 @@ def verify(
 def checksum(
     *,
     path: Checked,
-    force: Annotated[bool, typer.Option("--force", help="Replace checksums that say something else.")] = False,
+    force: Annotated[bool, option(OUTPUT, "--force", help="Replace checksums that say something else.")] = False,
     jobs: Jobs = 2,
     show: Show,
 ) -> None:
@@ -93,15 +123,41 @@ def checksum(
 
 
 @grouped
+def repair(
+    *,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder or weight file, which has a manifest or SHA256SUMS.", rich_help_panel=INPUT),
+    ],
+    source: Annotated[str, option(INPUT, "--from", metavar="OTHER", help="Another copy: folder, file, owner/name[@rev] or an address.")],
+    dry_run: Annotated[
+        bool, option(OUTPUT, "-n", "--dry-run", help="Say what is damaged and what would be fetched; write nothing.")
+    ] = False,
+    jobs: Jobs = 2,
+    show: Show,
+) -> None:
+    """Mend what is damaged, cut short or missing by its own checksums: the bad ranges come from another copy. Exit 3 where one can't."""
+    with session(show) as console:
+        from ..checks.repair import repair as mend
+
+        found = mend(path, source, dry_run=dry_run, jobs=jobs, on_event=console.on_event)
+        console.document(found.lines(), found.document())
+        raise typer.Exit(found.exit_code)
+
+
+@grouped
 def diff(
     *,
-    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint: folder, file, owner/name[@rev].")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another, in any layout and container.")],
-    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Largest difference of two values that count as equal.")] = 0.0,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Heat map of the relative change, as .svg or .png.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="With --plot: replace FILE.")] = False,
+    a: Annotated[str, typer.Argument(metavar="A", help=f"A checkpoint: {SRC}.", rich_help_panel=INPUT)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another, in any layout and container.", rich_help_panel=INPUT)],
+    tolerance: Annotated[
+        float, option(CHECK, "--tolerance", metavar="X", min=0.0, help="Largest difference of two values that count as equal.")
+    ] = 0.0,
+    plot: Annotated[Path | None, option(OUTPUT, "--plot", metavar="FILE", help="Heat map of the relative change, as .svg or .png.")] = None,
+    force: Annotated[bool, option(OUTPUT, "--force", help="With --plot: replace FILE.")] = False,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, show_default="20", help="Lines of differing tensors to show; --json has all.")
+        int | None,
+        option(OUTPUT, "--limit", metavar="N", min=1, show_default="20", help="Lines of differing tensors to show; --json has all."),
     ] = None,
     jobs: Jobs = 2,
     show: Show,
@@ -136,39 +192,50 @@ def diff(
 def smoke(
     *,
     path: Checked,
-    reference: Annotated[Path | None, typer.Option("--reference", metavar="FILE", help="Compare with logits recorded by --record.")] = None,
-    original: Annotated[str | None, typer.Option("--original", metavar="DIR", help="Compare with this unconverted checkpoint.")] = None,
-    record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="Run the built-in probes and save their logits.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="Continue this text, and print the perplexity of plain English.")
+    reference: Annotated[
+        Path | None, option(CHECK, "--reference", metavar="FILE", help="Compare with logits recorded by --record.")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="With --prompt: put the turns around it that the model was trained with.")] = False,
-    image: Annotated[Path | None, typer.Option("--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
+    original: Annotated[str | None, option(CHECK, "--original", metavar="SRC", help="Compare with this unconverted checkpoint.")] = None,
+    record: Annotated[
+        Path | None, option(OUTPUT, "--record", metavar="FILE", help="Run the built-in probes and save their logits.")
+    ] = None,
+    prompt: Annotated[
+        str | None, option(RUN, "--prompt", metavar="TEXT", help="Continue this text, and print the perplexity of plain English.")
+    ] = None,
+    chat: Annotated[bool, option(RUN, "--chat", help="With --prompt: put the turns around it that the model was trained with.")] = False,
+    image: Annotated[Path | None, option(RUN, "--image", metavar="FILE", help="With --prompt: an image for it.")] = None,
     vision_tower: VisionTowerOption = None,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where to compute.")] = "cpu",
+    device: Annotated[str, option(RUN, "--device", choices=("cpu", "cuda"), metavar="cpu|cuda|cuda:N", help="Where to compute.")] = "cpu",
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="F32|BF16|F16", help="Dtype of the arithmetic; only F32 can tell `same`.")
+        str, option(RUN, "--dtype", choices=("F32", "BF16", "F16"), help="Dtype of the arithmetic; only F32 can tell `same`.")
     ] = "F32",
     resident: Annotated[
-        bool, typer.Option("--resident", help="Keep the whole model on the device; else it streams, layer by layer.")
+        bool, option(RUN, "--resident", help="Keep the whole model on the device; else it streams, layer by layer.")
     ] = False,
     atol: Annotated[
-        float | None, typer.Option("--atol", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
+        float | None, option(CHECK, "--atol", metavar="X", min=0.0, help="Largest difference of two logits, in place of the usual limits.")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        option(RUN, "--quantize", choices=("8bit", "4bit"), help="Run it as bitsandbytes quantises it; alone: against itself in float32."),
     ] = None,
     accept_tower: AcceptTower = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --record or --junit.")] = False,
+    force: Annotated[bool, option(OUTPUT, "--force", help="Replace the file of --record or --junit.")] = False,
     junit: Junit = None,
     summary: Summary = None,
     show: Show,
 ) -> None:
-    """Run the model: against recorded logits, against the unconverted checkpoint, or on a prompt.
+    """Run the model: against recorded logits, against the unconverted checkpoint, quantised against itself, or on a prompt.
 
     Exit 4 if it computes something else; on a prompt only for an unapplied delta: the rest is yours to judge.
     """
-    with session(show) as console:
+    with session(show) as console, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")  # for its developers
         from ..checkpoint.checkpoint import open_checkpoint
         from ..smoke.logits import check_numbers
+        from ..smoke.quantised import to_bits
 
+        bits = to_bits(quantize)
         runs = {"--reference": reference, "--original": original, "--record": record, "--prompt": prompt}
         more = {
             "--chat": chat or None,
@@ -177,6 +244,7 @@ def smoke(
             "--vision-tower": vision_tower,
             "--junit": junit,
             "--summary": summary,
+            "--quantize": bits,
         }
         _check_run(runs, more)
         _check_accept(accept_tower, vision_tower)
@@ -191,19 +259,22 @@ def smoke(
 
             kept = keep(model, record, force=force, on_event=console.on_event, **how)
             console.document([f"Wrote {record}: {len(kept.probes)} probes"], {"written": str(record)})
-        elif reference or original:
-            from ..smoke.logits import compare, compare_original, table
+        elif reference or original or bits:
+            from ..smoke.logits import compare, compare_original, compare_quantised, table
 
             how |= {"atol": limit, "on_event": console.on_event}
             if original:
-                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), **how)
-            else:
-                done = compare(model, reference or Path(), **how)
-            _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, table(done), force=force)
+                done = compare_original(model, open_checkpoint(original, whole=True, progress=show.bars), quantize=bits, **how)
+            elif reference:
+                done = compare(model, reference, quantize=bits, **how)
+            elif bits:
+                done = compare_quantised(model, bits, **how)
+            rows = table(done) if console.verbose else []
+            _report(console, done.name, done.findings, done.exit_code, _measured(done), junit, summary, rows, force=force)
         else:
             from ..smoke.generate import generate
 
-            made = generate(model, PROMPT if prompt is None else prompt, image=image, chat=chat, **how)
+            made = generate(model, PROMPT if prompt is None else prompt, image=image, chat=chat, on_event=console.on_event, **how)
             lines = (made.prompt + made.text).split("\n")
             _report(console, model.origin.name, made.findings, 4 if made.delta else 0, asdict(made), junit, summary, lines, force=force)
 
@@ -223,9 +294,10 @@ def _check_run(runs: Mapping[str, object], more: Mapping[str, object]) -> None:
     given = [flag for flag, value in runs.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(f'`{flag}`' for flag in given)} are different runs", hint="pass one of them")
-    mode = given[0] if given else "the usual prompt"
-    compares = mode in ("--reference", "--original")
+    mode = given[0] if given else "--quantize" if more["--quantize"] else "the usual prompt"
+    compares = mode in ("--reference", "--original", "--quantize")
     idle = {
+        "--quantize": not compares,
         "--chat": mode != "--prompt",
         "--image": mode != "--prompt",
         "--atol": not compares,
@@ -277,8 +349,8 @@ def _report(
     from ..storage.output_file import write_report
     from . import report
 
-    shown = report.lines(name, findings, code, verbose=console.verbose)
-    console.document([*before, *shown], report.document(name, findings, code, facts))
+    found = report.rows(findings, verbose=console.verbose)
+    console.verdict(report.headline(name, findings, code), found, report.document(name, findings, code, facts), code, before)
     if junit:
         write_report(junit, report.junit(name, findings, console.seconds), force=force)
     if appended := _appended(summary):

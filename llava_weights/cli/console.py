@@ -28,10 +28,13 @@ from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from ..text import clock_face, command_free, redact, sentences, shards, size, two_columns, visible
 from .progress import Meter
 
+UNITS_OF = {"Writing": "shard", "Checking": "shard", "Running": "probe"}  # what a phase counts, where people know it
 JSON_SCHEMA = 1  # of every JSON line; fields may be added under the same number
 BAR_INTERVAL, JSON_INTERVAL, LINE_INTERVAL = 0.1, 1.0, 30.0  # seconds between two signs of progress
 WRITING_FAILED = (1, 3, 5, 6)  # exit codes after which the user should learn what lies on disk
-COLOURS = {"error": "1;31", "warning": "33", "hint": "36"}
+COLOURS = {"error": "1;31", "FAILED": "1;31", "warning": "33", "unproved": "33", "ok": "32", "hint": "36"}
+HEADLINE_COLOURS = {0: "1;32", 3: "1;33", 4: "1;31"}  # of a check's verdict, by its exit code
+SAID_WHEN_QUIET = ("FAILED", "warning", "unproved")  # the headline tells what is unchecked
 
 
 class Console:
@@ -43,6 +46,8 @@ class Console:
         json: bool = False,
         quiet: bool = False,
         verbose: bool = False,
+        color: str = "auto",
+        progress: bool = True,
         out: TextIO | None = None,
         err: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -53,12 +58,14 @@ class Console:
         self._clock, self._made_at = clock, clock()
         self._lock = threading.Lock()  # not reentrant, so that the status signal notices where it interrupts a line
         self._meter: Meter | None = None
+        self._begun: float | None = None  # when the work did, of all its phases
         self._live = self._bar_shown = self._status_wanted = False
         self._shown_at = -math.inf
         self._signals: dict[int, Any] = {}
-        terminal = _is_terminal(self._err)
-        self._animated = terminal and not (json or quiet)
-        self._coloured = not os.environ.get("NO_COLOR") and (terminal or _set("FORCE_COLOR"))
+        self._summary: dict[str, Any] = {}  # of `--json`, printed at the end
+        self._asked = False  # its data is what the command was for
+        self._color, self._progress_wanted = color, progress
+        self._animated = _is_terminal(self._err) and progress and not (json or quiet)
         self._traces = verbose or _set("LLAVA_WEIGHTS_DEBUG")
 
     @property
@@ -67,16 +74,19 @@ class Console:
         return self._clock() - self._made_at
 
     def plan(self, rows: Sequence[tuple[str, str]], document: Mapping[str, Any]) -> None:
-        """What will be done: narration in two columns, or the JSON line `plan`."""
+        """What will be done: narration in two columns, or the JSON line `plan`; of a quiet one the warnings."""
         with self._turn():
             self._say("plan", document, "Plan", *two_columns(rows))
+            if self.quiet and not self.json:
+                for text in (text for label, text in rows if label == "warning"):
+                    self._narrate(text, label="warning")
 
     def on_event(self, event: Event) -> None:
         """Show an event of the library."""
         with self._turn():
             match event:
                 case ReadingBack():
-                    self._say("reading_back", asdict(event), f"Reading back {size(event.nbytes)}")
+                    self._read_back(event)
                 case Started():
                     self._start(event)
                 case Progress():
@@ -90,30 +100,62 @@ class Console:
         """The data of a read-only command, on stdout; `--quiet` keeps it, since it is what was asked for. `text` has lines of its own,
         or is a list of lines, each printed as one whatever it holds.
 
-        In JSON it is one line of type `summary` unless `document` has its own `type`: the last line of stdout is what a program wants.
-        Raises OutputError where stdout can't take it; a reader that closed the pipe is no error.
+        In JSON it is the summary, which `end` prints. Raises OutputError where stdout can't take it; a reader that closed the pipe is no
+        error.
         """
+        self._data(_clean_lines(text), document)
+
+    def verdict(
+        self, headline: str, rows: Sequence[tuple[str, str]], document: Mapping[str, Any], code: int, before: Sequence[str] = ()
+    ) -> None:
+        """What a check found, as `document` has it: some lines, the headline, then rows, each with the verdict that it belongs to.
+        `--quiet` leaves those lines, and on stderr the headline and what is not right."""
+        if self.quiet:
+            self._data(_clean_lines(before), document)
+            if not self.json:
+                with self._turn():
+                    self._narrate(headline, paint=HEADLINE_COLOURS.get(code, ""))
+                    for label, line in rows:
+                        if label in SAID_WHEN_QUIET:
+                            self._narrate(line, word=label)
+            return
+        painted = [self._painted(clean(headline), "", HEADLINE_COLOURS.get(code, ""), self._out)]
+        painted += [self._painted(clean(line), label, COLOURS.get(label, ""), self._out) for label, line in rows]
+        self._data(_clean_lines(before) + "".join(f"{line}\n" for line in painted), document)
+
+    def _data(self, text: str, document: Mapping[str, Any]) -> None:
         with self._turn():
             self._erase()
-            if self.json:
-                failure = self._emit(self._out, str(document.get("type", "summary")), document)
-            else:
-                failure = _write(self._out, _clean_lines(text))
-        if isinstance(failure, OSError) and not isinstance(failure, BrokenPipeError):
-            raise OutputError(
-                f"standard output can't be written: {failure.strerror}", hint="check the disk or the program that it goes to"
-            ) from failure
+            self._summary, self._asked = {**document}, True
+            failure = None if self.json or not text else _write(self._out, text)
+        if failure is not None and (error := _not_taken(failure)) is not None:
+            raise error from failure
 
     def summary(self, lines: Sequence[str], document: Mapping[str, Any], path: str | None = None) -> None:
-        """The end of a command that wrote: human lines, or the path alone (`--quiet`), or the last JSON line."""
+        """The end of a command that wrote: human lines, or the path alone (`--quiet`); in JSON the summary, which `end` prints."""
         with self._turn():
             self._meter = None
+            self._erase()
+            self._summary = {**document}
             if self.json:
-                self._emit(self._out, "summary", document)
-            elif not self.quiet:
+                return
+            if not self.quiet:
                 self._narrate(*lines)
             elif path is not None:
                 _write(self._out, f"{clean(path) if _is_terminal(self._out) else path}\n")  # exact for a script
+
+    def end(self, code: int) -> int:
+        """The last JSON line, always a summary with the exit code; nothing for people. Returns the exit code, which is another where stdout
+        can't take the data of a read-only command."""
+        if not self.json:
+            return code
+        with self._turn():
+            self._end()
+            self._meter = None
+            failure = self._emit(self._out, "summary", {"exit_code": code} | self._summary | {"exit_code": code})
+        if self._asked and failure is not None and (error := _not_taken(failure)) is not None:
+            return self._report(error, error)
+        return code
 
     def error(self, error: LlavaWeightsError | Interrupted) -> int:
         """What happened, the facts, a hint, what was written; returns the exit code."""
@@ -170,9 +212,12 @@ class Console:
 
     def _start(self, event: Started) -> None:
         self._shown_at = self._clock()
-        self._meter, self._live = Meter.start(event, self._shown_at), True
+        self._begun = self._shown_at if self._begun is None else self._begun
+        self._meter, self._live = Meter.start(event, self._shown_at, self._begun), True
         kept = f"; {event.done_shards} ({size(event.done_nbytes)}) are finished from an earlier run" if event.done_shards else ""
-        line = f"{event.what} {shards(event.shards) + ', ' if event.what == 'Writing' else ''}{size(event.nbytes)}{kept}"
+        unit = UNITS_OF.get(event.what)
+        counted = f"{event.shards} {unit}{'' if event.shards == 1 else 's'}, " if unit else ""
+        line = f"{event.what} {counted}{size(event.nbytes)}{kept}"
         self._say("started", asdict(event), *([line] if kept or not self._animated else ()))
         if self._animated:
             self._draw(self._meter)
@@ -183,7 +228,7 @@ class Console:
         now = self._clock()
         self._meter.update(event, now)
         interval = JSON_INTERVAL if self.json else BAR_INTERVAL if self._animated else LINE_INTERVAL
-        if self.quiet or now - self._shown_at < interval:
+        if self.quiet or not self._progress_wanted or now - self._shown_at < interval:
             return
         self._shown_at = now
         (self._draw if self._animated else self._print_meter)(self._meter)
@@ -195,12 +240,18 @@ class Console:
         self._meter.finish(event, now)
         line = f"[{clock_face(now - self._meter.begun)}] {event.name}: {event.index} of {shards(event.shards)}, {size(event.nbytes)}"
         line += f", sha256 {event.sha256}" if self.verbose else ""
-        self._say("shard", asdict(event), *([line] if self.verbose or not self._animated else ()))
+        wanted = self.verbose or (not self._animated and self._progress_wanted)
+        self._say("shard", asdict(event), *([line] if wanted else ()))
+
+    def _read_back(self, event: ReadingBack) -> None:
+        if self._meter is not None:
+            self._meter.reading_back = True
+        self._say("reading_back", asdict(event), *(() if self._animated else [f"Reading back {size(event.nbytes)}"]))
 
     def _note(self, event: Note) -> None:
         if self.json and not self.quiet:
             self._emit(self._err, "note", asdict(event))  # beside the data, as errors are
-        elif not self.quiet:
+        elif event.warning or not self.quiet:
             self._narrate(event.text, label="warning" if event.warning else "")
 
     def _report(self, error: LlavaWeightsError | Interrupted, raised: BaseException) -> int:
@@ -211,6 +262,7 @@ class Console:
             if self.json:
                 document = {"code": error.exit_code, "what": error.what, "facts": error.facts, "hint": error.hint, "written": written}
                 self._emit(self._err, "error", document | ({"traceback": trace} if trace else {}))
+                self._summary["error"] = document
             else:
                 self._narrate(*(trace or "").splitlines())
                 self._explain(error, written)
@@ -231,7 +283,8 @@ class Console:
         interrupted = isinstance(error, Interrupted)
         if not self.writes or not (interrupted or error.exit_code in WRITING_FAILED):
             return error.kept
-        seen = "Nothing was written" if self._meter is None else f"{self._meter.finished} are finished and kept"
+        writing = self._meter if self._meter is not None and self._meter.started.what == "Writing" else None
+        seen = f"{writing.finished} are finished and kept" if writing else "Nothing was written"
         return sentences(error.kept or seen, "Run the same command to continue" if interrupted else None)
 
     def _end(self) -> None:
@@ -254,15 +307,37 @@ class Console:
         elif lines and not self.quiet:
             self._narrate(*lines)
 
-    def _narrate(self, *lines: str, label: str = "") -> None:
+    def _narrate(self, *lines: str, label: str = "", word: str = "", paint: str = "") -> None:
+        """Lines for people, a label in its colour before each, or `word` in them in its, or all in the colour `paint`."""
         self._erase()
-        start = f"\x1b[{COLOURS[label]}m{label}\x1b[0m: " if label and self._coloured else f"{label}: " if label else ""
-        _write(self._err, "".join(f"{start}{clean(line)}\n" for line in lines))
+        start = f"{self._painted(label, '', COLOURS[label], self._err)}: " if label else ""
+        paint = paint or COLOURS.get(word, "")
+        _write(self._err, "".join(f"{start}{self._painted(clean(line), word, paint, self._err)}\n" for line in lines))
+
+    def _painted(self, line: str, word: str, paint: str, stream: TextIO | None) -> str:
+        """`line` with its first `word` in a colour, or the whole line where there is none."""
+        if not (paint and self._coloured(stream)):
+            return line
+        indent = line[: len(line) - len(line.lstrip())]
+        first, found, rest = (indent, word, line[len(indent) + len(word) :]) if word else ("", line, "")
+        return f"{first}\x1b[{paint}m{found}\x1b[0m{rest}" if line.startswith(first + found) else line
+
+    def _coloured(self, stream: TextIO | None) -> bool:
+        if self._color != "auto":
+            return self._color == "always"
+        return not os.environ.get("NO_COLOR") and (_is_terminal(stream) or _set("FORCE_COLOR"))
 
     def _emit(self, stream: TextIO | None, kind: str, document: Mapping[str, Any]) -> Exception | None:
         head = {"type": kind, "schema": JSON_SCHEMA}
         line = jsonlib.dumps(_plain(head | dict(document) | head), allow_nan=False)
         return _write(stream, line.replace("##", "#\\u0023") + "\n")  # the same text, and no command to a CI
+
+
+def _not_taken(failure: Exception) -> OutputError | None:
+    """The error for data that stdout can't take; a reader that closed the pipe is none."""
+    if not isinstance(failure, OSError) or isinstance(failure, BrokenPipeError):
+        return None
+    return OutputError(f"standard output can't be written: {failure.strerror}", hint="check the disk or the program that it goes to")
 
 
 def clean(text: str) -> str:

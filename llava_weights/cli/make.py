@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ..errors import UsageError, one_of
 from .options import (
+    ADAPTER_LAYOUTS,
+    CODECS,
+    CONVERSION,
+    INPUT,
+    LAYOUTS,
+    OUTPUT,
+    SRC,
     AcceptBase,
     AdapterName,
-    ArithmeticRule,
+    AlsoLora,
     Base,
-    BaseQuantized,
     Conversion,
     Dtype,
     Lora,
+    Merging,
     NonLora,
     Output,
     Run,
-    Scale,
     Show,
     To,
     grouped,
+    option,
+    revision_of,
 )
 from .session import carry_out, check_given, check_options, converted, merge, note, session
 
@@ -31,16 +39,18 @@ from .session import carry_out, check_given, check_options, converted, merge, no
 def apply_delta(
     *,
     base: Base,
-    delta: Annotated[str, typer.Option("--delta", "--delta-path", help="The delta: folder, file, or owner/name[@rev].")],
+    delta: Annotated[str, option(INPUT, "--delta", "--delta-path", metavar="SRC", help=f"The delta: {SRC}.")],
     output: Output,
     accept_base: AcceptBase = False,
-    check_inputs: Annotated[bool, typer.Option("--check-inputs", help="Hash the inputs first and look them up.")] = False,
-    lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge an adapter into the result, in the same pass. Repeats.")] = None,
-    arithmetic: ArithmeticRule = None,
+    check_inputs: Annotated[
+        bool, option(INPUT, "--check-inputs", help="Hash the inputs first, and look them up among the published checksums.")
+    ] = False,
+    lora: AlsoLora = None,
+    merging: Merging,
     to: To = None,
     conversion: Conversion,
     dtype: Dtype = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a delta on the Hub.")] = None,
+    revision: Annotated[str | None, revision_of("a delta")] = None,
     run: Run,
     show: Show,
     low_cpu_mem: Annotated[bool, typer.Option("--low-cpu-mem", hidden=True)] = False,
@@ -50,14 +60,14 @@ def apply_delta(
         from ..checkpoint.checkpoint import open_checkpoint
         from ..transforms.delta import apply_delta as transform
 
-        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, arithmetic=arithmetic)
+        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, merging=merging)
         if low_cpu_mem:
             note(console, "`--low-cpu-mem` changes nothing: memory is always bounded")
         llama, difference = open_checkpoint(base, progress=show.bars), open_checkpoint(delta, revision=revision, progress=show.bars)
         if check_inputs:
             check_given(console, (("base", llama), ("delta", difference)))
         merged = transform(llama, difference, accept_base=accept_base)
-        merged = merge(merged, lora or [], arithmetic, dtype=None if to else dtype, to=to, conversion=conversion, progress=show.bars)
+        merged = merge(merged, lora or [], merging, dtype=None if to else dtype, to=to, conversion=conversion, progress=show.bars)
         made = converted(merged, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -66,10 +76,12 @@ def apply_delta(
 def make_delta(
     *,
     base: Base,
-    tuned: Annotated[str, typer.Option("--tuned", help="The fine-tuned model: folder, file, or owner/name[@rev].")],
-    output: Annotated[str, typer.Option("-o", "--output", "--delta", "--delta-path", help="Folder to write the delta to.")],
+    tuned: Annotated[str, option(INPUT, "--tuned", metavar="SRC", help=f"The fine-tuned model: {SRC}.")],
+    output: Annotated[
+        str, option(OUTPUT, "-o", "--output", "--delta", "--delta-path", metavar="OUT", help="Folder to write the delta to.")
+    ],
     codec: Annotated[
-        str, typer.Option("--codec", metavar="arithmetic|integer", help="fp16 difference as published in 2023, or lossless and smaller.")
+        str, option(CONVERSION, "--codec", choices=CODECS, help="fp16 difference as published in 2023, or lossless and smaller.")
     ] = "arithmetic",
     run: Run,
     show: Show,
@@ -77,7 +89,6 @@ def make_delta(
     """Subtract the base from a fine-tuned model: the inverse of apply-delta, for publishers."""
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
-        from ..transforms.delta import CODECS
         from ..transforms.delta import make_delta as transform
 
         one_of("codec", codec, CODECS)
@@ -89,18 +100,17 @@ def make_delta(
 @grouped
 def merge_lora(
     *,
-    base: Annotated[str, typer.Option("--base", "--model-base", help="The model to merge into: folder, file, or owner/name[@rev].")],
+    base: Annotated[str, option(INPUT, "--base", "--model-base", metavar="SRC", help=f"The model to merge into: {SRC}.")],
     lora: Lora,
-    output: Annotated[str, typer.Option("-o", "--output", "--save-model-path", help="Folder to write; it appears when it is complete.")],
-    scale: Scale = None,
-    arithmetic: ArithmeticRule = None,
-    base_quantized: BaseQuantized = None,
+    output: Annotated[
+        str,
+        option(OUTPUT, "-o", "--output", "--save-model-path", metavar="OUT", help="Folder to write. It appears only when it is complete."),
+    ],
+    merging: Merging,
     dtype: Dtype = None,
     to: To = None,
     conversion: Conversion,
-    non_lora: NonLora = None,
-    adapter: AdapterName = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a base on the Hub.")] = None,
+    revision: Annotated[str | None, revision_of("a base")] = None,
     run: Run,
     show: Show,
 ) -> None:
@@ -108,16 +118,9 @@ def merge_lora(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {
-            "arithmetic": arithmetic,
-            "scale": scale,
-            "base_quantized": base_quantized,
-            "non_lora": non_lora,
-            "adapter": adapter,
-        }
-        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
+        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, merging=merging)
         model = open_checkpoint(base, revision=revision, progress=show.bars)
-        merged = merge(model, lora, dtype=dtype, to=to, conversion=conversion, progress=show.bars, **merging)
+        merged = merge(model, lora, merging, dtype=dtype, to=to, conversion=conversion, progress=show.bars)
         made = converted(merged, to, conversion, progress=show.bars)
         carry_out(console, made, output, run)
 
@@ -125,15 +128,22 @@ def merge_lora(
 @grouped
 def convert_lora(
     *,
-    lora: Annotated[str, typer.Argument(metavar="LORA", help="Adapter to convert: folder, file, or owner/name[@rev].")],
+    lora: Annotated[str, typer.Argument(metavar="LORA", help=f"Adapter to convert: {SRC}.", rich_help_panel=INPUT)],
     output: Output,
-    to: Annotated[str, typer.Option("--to", metavar="llava-hf|llava", help="Layout whose names it gets.")] = "llava-hf",
+    to: Annotated[str, option(CONVERSION, "--to", choices=ADAPTER_LAYOUTS, help="Layout whose names it gets.")] = "llava-hf",
     base: Annotated[
-        str | None, typer.Option("--base", "--model-base", help="Model that it belongs to, in either layout: what the names do not tell.")
+        str | None,
+        option(
+            INPUT,
+            "--base",
+            "--model-base",
+            metavar="SRC",
+            help="Model that it belongs to, in either layout: it tells what the names alone do not.",
+        ),
     ] = None,
     non_lora: NonLora = None,
     adapter: AdapterName = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of an adapter on the Hub.")] = None,
+    revision: Annotated[str | None, revision_of("an adapter")] = None,
     run: Run,
     show: Show,
 ) -> None:
@@ -141,7 +151,6 @@ def convert_lora(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
         from ..transforms.adapter import open_adapter
-        from ..transforms.convert import ADAPTER_LAYOUTS
         from ..transforms.convert_lora import convert_lora as transform
 
         check_options(run, output)
@@ -155,21 +164,17 @@ def convert_lora(
 def convert(
     *,
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="LLaVA to convert, or LLaMA with --delta or --lora: folder, file, owner/name[@rev].")
+        str, typer.Argument(metavar="SRC", help=f"LLaVA to convert, or LLaMA with --delta or --lora: {SRC}.", rich_help_panel=INPUT)
     ],
     output: Output,
-    to: Annotated[str, typer.Option("--to", metavar="llava-hf|llava|gguf", help="Conversion to write.")] = "llava-hf",
-    delta: Annotated[str | None, typer.Option("--delta", help="Apply this delta onto SRC first, in the same pass.")] = None,
+    to: Annotated[str, option(CONVERSION, "--to", choices=LAYOUTS, help="Layout to write.")] = "llava-hf",
+    delta: Annotated[str | None, option(INPUT, "--delta", metavar="SRC", help="Add this delta to SRC first, in the same pass.")] = None,
     accept_base: AcceptBase = False,
-    lora: Annotated[list[str] | None, typer.Option("--lora", help="Merge this adapter first, in the same pass. Repeats.")] = None,
-    arithmetic: ArithmeticRule = None,
-    scale: Scale = None,
-    base_quantized: BaseQuantized = None,
-    non_lora: NonLora = None,
-    adapter: AdapterName = None,
+    lora: AlsoLora = None,
+    merging: Merging,
     conversion: Conversion,
     dtype: Dtype = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of SRC on the Hub.")] = None,
+    revision: Annotated[str | None, revision_of("SRC")] = None,
     run: Run,
     show: Show,
 ) -> None:
@@ -177,14 +182,7 @@ def convert(
     with session(show, writes=True) as console:
         from ..checkpoint.checkpoint import open_checkpoint
 
-        merging: dict[str, Any] = {
-            "arithmetic": arithmetic,
-            "scale": scale,
-            "base_quantized": base_quantized,
-            "non_lora": non_lora,
-            "adapter": adapter,
-        }
-        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, **merging)
+        check_options(run, output, to=to, conversion=conversion, dtype=dtype, lora=lora, merging=merging)
         if accept_base and not delta:
             raise UsageError("`--accept-base` belongs to a delta", hint="add `--delta DELTA`, or leave it out")
         model = open_checkpoint(source, revision=revision, progress=show.bars)
@@ -192,6 +190,6 @@ def convert(
             from ..transforms.delta import apply_delta as add
 
             model = add(model, open_checkpoint(delta, progress=show.bars), accept_base=accept_base)
-        model = merge(model, lora or [], to=to, conversion=conversion, progress=show.bars, **merging)
+        model = merge(model, lora or [], merging, to=to, conversion=conversion, progress=show.bars)
         made = converted(model, to, conversion, dtype=dtype, progress=show.bars)
         carry_out(console, made, output, run)

@@ -15,33 +15,39 @@ from ..events import Event, Note, Progress, ReadingBack, ShardDone, Started
 from ..text import _number, _unit, clock_face, redact, shards, size, visible
 
 RATE_SECONDS = 30.0  # seconds that the rate looks back: an average since the start would hide a slow disk until too late
+FIRST_SECONDS = 5.0  # of a phase, in which no time left is told: caches and the first files make it ten times too long or short
+LEAST_BAR = 8  # cells
 
 
 @dataclass
 class Meter:
     """How far a run is, and how fast over the last RATE_SECONDS; bytes of earlier runs count as done but not as speed.
 
-    Rate, share and time left are of all that is done to bytes: written, and read back. The amount is what is written.
+    Rate, share and time left are of all that is done to bytes: written, read back, and what follows. The amount is that of the phase.
     """
 
     started: Started
-    begun: float
+    begun: float  # when the run began, of which this may be a later phase
+    since: float  # when this phase began
     nbytes: int
     done_shards: int
     done_nbytes: int
     shard: str = ""
     read_back: int = 0
+    reading_back: bool = False  # all is written
+    seen: set[str] = field(default_factory=set)
     samples: deque[tuple[float, int]] = field(default_factory=deque)
 
     @classmethod
-    def start(cls, started: Started, now: float) -> Meter:
+    def start(cls, started: Started, now: float, begun: float | None = None) -> Meter:
         done = started.done_nbytes
-        return cls(started, now, done, started.done_shards, done, samples=deque([(now, done)]))
+        return cls(started, now if begun is None else begun, now, done, started.done_shards, done, samples=deque([(now, done)]))
 
     def update(self, event: Progress, now: float) -> None:
         self.nbytes = min(max(self.nbytes, event.nbytes), self.started.nbytes)  # workers may report out of order
         self.read_back = min(max(self.read_back, event.read_back), self.started.to_read_back)
         self.shard = event.shard
+        self.seen.add(event.shard)
         if now - self.samples[-1][0] >= 1:
             self.samples.append((now, self.done))
 
@@ -52,24 +58,28 @@ class Meter:
         self.update(Progress(self.done_nbytes, event.name), now)
 
     @property
+    def what(self) -> str:
+        return "Reading back" if self.reading_back else self.started.what
+
+    @property
     def done(self) -> int:
         return self.nbytes + self.read_back
 
     @property
     def total(self) -> int:
-        return self.started.nbytes + self.started.to_read_back
+        return self.started.nbytes + self.started.to_read_back + self.started.to_follow
 
     def rate(self, now: float) -> float | None:
-        """Bytes per second, or None before there is a measurement."""
+        """Bytes per second, or None in the first second, where there is no measurement."""
         while len(self.samples) > 1 and self.samples[1][0] <= now - RATE_SECONDS:
             self.samples.popleft()
         since, before = self.samples[0]
-        return (self.done - before) / (now - since) if now > since else None
+        return (self.done - before) / (now - since) if now > since and now - self.since >= 1 else None
 
     def remaining(self, now: float) -> float | None:
-        """Seconds left at the present rate."""
+        """Seconds left at the present rate; None where that says nothing: at first, and where work of another speed follows."""
         rate = self.rate(now)
-        return (self.total - self.done) / rate if rate else None
+        return (self.total - self.done) / rate if rate and now - self.since >= FIRST_SECONDS and not self.started.to_follow else None
 
     @property
     def finished(self) -> str:
@@ -81,13 +91,21 @@ class Meter:
 
     @property
     def amount(self) -> str:
-        scale, unit = _unit(self.started.nbytes)
-        return f"{_number(self.nbytes, scale)}/{_number(self.started.nbytes, scale)} {unit}"
+        back = self.reading_back
+        done, of = (self.read_back, self.started.to_read_back) if back else (self.nbytes, self.started.nbytes)
+        scale, unit = _unit(of)
+        return f"{_number(done, scale)}/{_number(of, scale)} {unit}"
+
+    @property
+    def place(self) -> str:
+        """`3/6` while the third of six files or tensors is in hand; nothing where there is only one."""
+        count = self.started.shards
+        return f"{min(max(self.started.done_shards + len(self.seen), 1), count)}/{count}" if count > 1 else ""
 
     def line(self, now: float) -> str:
         """`[0:30] 9.4/26.0 GB 36% 313 MB/s, about 0:53 left`"""
         rate, remaining = self.rate(now), self.remaining(now)
-        text = f"[{clock_face(now - self.begun)}] {self.amount} {self.percent}%"
+        text = f"[{clock_face(now - self.begun)}] {'read back ' if self.reading_back else ''}{self.amount} {self.percent}%"
         text += "" if rate is None else f" {size(round(rate))}/s"
         return text if remaining is None else f"{text}, about {clock_face(remaining)} left"
 
@@ -99,22 +117,31 @@ class Meter:
         return known | {"rate": self.rate(now), "remaining": self.remaining(now)}
 
     def bar(self, now: float, columns: int, ascii_only: bool) -> str:
-        """One line of at most `columns` cells; the shard's name is last, since it may be cut without loss."""
+        """One line of `columns` cells. What there is no room for is left out whole, the least important first; the bar takes the rest."""
         from tqdm.std import tqdm
 
         rate, remaining = self.rate(now), self.remaining(now)
-        speed = "" if rate is None else f"  {size(round(rate))}/s"
-        left = "" if remaining is None else f"  {clock_face(remaining)} left"
+        reports = {
+            "amount": self.amount,
+            "place": self.place,
+            "rate": "" if rate is None else f"{size(round(rate))}/s",
+            "elapsed": f"[{clock_face(now - self.begun)}]",
+            "left": "" if remaining is None else f"{clock_face(remaining)} left",
+            "name": visible(self.shard),
+        }
+        head, kept = f"{self.what} {self.percent:3d}% |", set[str]()
+        room = columns - len(head) - LEAST_BAR + 1
+        for key in ("left", "place", "amount", "rate", "elapsed", "name"):
+            needed = len(reports[key]) + 2
+            if reports[key] and needed <= room:
+                kept.add(key)
+                room -= needed
+        report = "  ".join(reports[key] for key in reports if key in kept)
+        form = f"{head}{{bar}}| {{report}}"
         line: str = tqdm.format_meter(
-            self.done,
-            self.total,
-            now - self.begun,
-            ncols=columns,
-            ascii=ascii_only,
-            bar_format=f"{self.started.what} {self.percent:3d}% |{{bar:{20 if columns > 70 else 10}}}| {{report}}",
-            report=f"{self.amount}{speed}{left}  {visible(self.shard)}",
+            self.done, self.total, now - self.begun, ncols=columns, ascii=ascii_only, bar_format=form, report=report
         )
-        return line
+        return line.rstrip()
 
 
 class ProgressBar:

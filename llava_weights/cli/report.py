@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import sys
 from collections import Counter
@@ -17,10 +19,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .. import __version__
-from ..checkpoint.checkpoint import describe
+from ..checkpoint.checkpoint import describe, layout_of
 from ..checkpoint.manifest import MANIFEST, SUMS
 from ..checkpoint.small_files import small_bytes
-from ..findings import Finding, Verdict, exit_code
+from ..families.loading import DELTA_LOADING, GGUF_LOADING, LOADING, ORIGINAL_LOADING
+from ..findings import LEVELS, Finding, Verdict, exit_code
 from ..storage.reading import reading
 from ..tensors.low_rank import retention
 from ..text import duration, markdown_text, redact, shards, size, visible
@@ -31,18 +34,40 @@ from ..write.portions import PortionReport
 
 NOTHING = "there is nothing to verify against"
 MARKS = {"ok": "ok", "warning": "warning", "failed": "FAILED", "unproved": "unproved", "unchecked": "unchecked", "note": "note"}
+MEASURED = ("L5",)  # levels whose findings hold figures, also where all is right
 FROM_BAD_TO_GOOD: tuple[Verdict, ...] = ("failed", "warning", "unproved", "unchecked", "note", "ok")
 
 
-def lines(name: str, findings: Sequence[Finding], code: int, *, verbose: bool = False) -> list[str]:
-    """The verdict, then one line for each finding with what to do below it. A warning names its rule; with `verbose` every finding does."""
-    rows = [f"{name}: {verdict(findings, code)}"]
-    for finding in findings:
-        rule = f" [{finding.rule}]" if verbose or finding.verdict == "warning" else ""
-        rows.append(f"  {MARKS[finding.verdict]:9} {finding.level:9} {_text(finding)}{rule}")
-        if finding.remedy and finding.verdict not in ("ok", "note"):
-            rows.append(f"  {'':9} {'':9} -> {finding.remedy}")
-    return rows
+def headline(name: str, findings: Sequence[Finding], code: int) -> str:
+    """The verdict on what is called `name`."""
+    return f"{name}: {verdict(findings, code)}"
+
+
+def rows(findings: Sequence[Finding], *, verbose: bool = False) -> list[tuple[str, str]]:
+    """A line for each finding behind the mark of its verdict, the worst first. What to do stands once, below all findings that it remedies.
+    Of several that are right only the counts are told, unless `verbose`. A warning names its rule; with `verbose` every finding does.
+    """
+    found: list[tuple[str, str]] = []
+    told = set[str]()
+    for kind in FROM_BAD_TO_GOOD:
+        mark, every = MARKS[kind], [finding for finding in findings if finding.verdict == kind]
+        counted = [finding for finding in every if kind == "ok" and finding.level not in MEASURED and not verbose]
+        if len(counted) > 1:
+            counts = Counter(LEVELS.get(finding.level, finding.level) for finding in counted)
+            listed = ", ".join(f"{count} of {what}" for what, count in counts.items())
+            found.append((mark, f"  {mark:9} {len(counted)} checks: {listed} (-v lists them)"))
+            every = [finding for finding in every if finding not in counted]
+        groups: dict[str, list[Finding]] = {}
+        for finding in every:
+            groups.setdefault(finding.remedy if kind not in ("ok", "note") else "", []).append(finding)
+        for remedy, group in groups.items():
+            for finding in group:
+                rule = f" [{finding.rule}]" if verbose or kind == "warning" else ""
+                found.append((mark, f"  {mark:9} {finding.level:9} {_text(finding)}{rule}"))
+            if remedy and remedy not in told:
+                found.append((mark, f"  {'':9} {'':9} -> {remedy}"))
+            told.add(remedy)
+    return found
 
 
 def verdict(findings: Iterable[Finding], code: int) -> str:
@@ -152,8 +177,8 @@ def _clean(text: str) -> str:
 LITTLE = 0.5  # of an update: below, say so. An update of 1e-5 on weights of 0.02 keeps 0.61 in fp16, 0.10 in bf16
 
 
-def explain(plan: Plan, output: str | Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """What will be read, changed, repaired and written, and what it takes."""
+def explain(plan: Plan, output: str | Path, *, verbose: bool = False) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """What will be read, changed, repaired and written, and what it takes. Several repairs are counted, with `verbose` they are listed."""
     rows: list[tuple[str, str]] = []
     for step in plan.history:
         for role, origin in step.inputs:
@@ -164,12 +189,21 @@ def explain(plan: Plan, output: str | Path) -> tuple[list[tuple[str, str]], dict
             )
         rows += [("kind", str(step.checks["kind"]))] if step.checks.get("kind") else []
         rows += list(step.summary.items())
-        rows += [("fix", repair) for repair in step.repairs]
+        rows += [("fix", repair) for repair in (step.repairs if verbose else _counted(step.repairs))]
         rows += [("note", note) for note in step.notes]
         rows += [("warning", warning) for warning in step.warnings]
     rows.append(("output", f"{output}  {shards(len(plan.shards))}, {size(plan.nbytes)}{_free(output)}"))
     rows.append(("memory", f"at most {size(plan.memory)} in all, {plan.settings.jobs} jobs"))
     return rows, _document(plan, output)
+
+
+def _counted(repairs: Sequence[str]) -> Sequence[str]:
+    """Several repairs as one line: how many, and of which files, whose names are before the colons."""
+    if len(repairs) < 2:
+        return repairs
+    files = Counter(repair.partition(":")[0] for repair in repairs)
+    listed = ", ".join(f"{name} ({count})" if count > 1 else name for name, count in files.items())
+    return [f"{len(repairs)} repairs: {listed} (-v lists them)"]
 
 
 def _free(output: str | Path) -> str:
@@ -214,18 +248,39 @@ def _changed(plan: Plan) -> int | None:
     return newest
 
 
-def outcome(report: Report, output: str, seconds: float, *, reread: bool = True) -> tuple[list[str], dict[str, Any]]:
+def loading(plan: Plan, output: str) -> str | None:
+    """The line of Python or of a shell that loads the output; None where it is at an address, or no program is known to load it."""
+    if is_address(output):
+        return None
+    typed = shlex.quote(output if not output.startswith("-") else f"./{output}")
+    if plan.history and plan.history[-1].operation == "make-delta":
+        return DELTA_LOADING.format(path=typed)
+    layout = layout_of([name for shard in plan.shards for name, _ in shard.tensors])
+    if layout == "gguf":
+        text, vision = (shlex.quote(os.path.join(output, shard.name)) for shard in plan.shards)
+        return GGUF_LOADING.format(text=text, vision=vision)
+    named = plan.config.get("architectures")
+    model = str(named[0]) if isinstance(named, list) and named else ""
+    form = ORIGINAL_LOADING.get(model) if layout == "llava" else LOADING.get(layout)
+    if form is None or ("{model}" in form and not model.isidentifier()):
+        return None
+    return form.format(path=json.dumps(output, ensure_ascii=False), model=model)
+
+
+def outcome(report: Report, plan: Plan, output: str, seconds: float, *, reread: bool = True) -> tuple[list[str], dict[str, Any]]:
     """The sentences and the document of a finished run."""
     peak = peak_memory()
     resumed = f", {report.resumed} of them from an earlier run" if report.resumed else ""
     speed = f"{size(round(report.nbytes / seconds))}/s, " if seconds and not report.resumed else ""
+    loads, folder = loading(plan, output), output if not output.startswith("-") else f"./{output}"
     lines = [
         f"Wrote {output}: {shards(report.shards)}{resumed}, {size(report.nbytes)} in {duration(seconds)} ({speed}peak memory {size(peak)})",
         f"  checksums in {output.rstrip('/')}/{SUMS}, recipe in {MANIFEST}, model card in README.md",
         *_loss(report.tallies),
         *_retained(report.tallies),
         *([] if reread else ["  not read back: whether the disk has it as it was written is not known"]),
-        f"Check: {'download it, then ' if is_address(output) else f'cd {output} && '}sha256sum -c {SUMS}",
+        f"Check: {'download it, then ' if is_address(output) else f'cd {shlex.quote(folder)} && '}sha256sum -c {SUMS}",
+        *([f"Load:  {loads}"] if loads else []),
     ]
     document = {
         "output": output,
@@ -237,6 +292,7 @@ def outcome(report: Report, output: str, seconds: float, *, reread: bool = True)
         "seconds": round(seconds, 3),
         "peak_memory": peak,
         "read_back": reread,
+        "load": loads,
     }
     return lines, document
 

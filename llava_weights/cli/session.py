@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,53 +14,62 @@ import typer
 from ..errors import InputError, Interrupted, LlavaWeightsError, MismatchError, Terminated, UsageError, shortage
 from ..events import Note, listening
 from .console import Console
-from .options import Conversion, Run, Show
+from .options import Conversion, Merging, Run, Show
 
 if TYPE_CHECKING:
     from ..checkpoint.checkpoint import Checkpoint
     from ..families.published import Role
 
+STOPPING = (signal.SIGTERM, signal.SIGHUP)  # a terminal that closes, or ssh that is cut, sends the second
 RAY_JOBS = 2  # processors that a task asks a cluster for by default: its nodes are not this machine
 
 
 @contextmanager
 def session(show: Show, *, writes: bool = False) -> Iterator[Console]:
-    """A console for one command; every way of ending becomes its text and its exit code."""
-    from ..tensors.dtypes import one_thread
-
-    console = Console(json=show.json, quiet=show.quiet, verbose=show.verbose)
+    """A console for one command; every way of ending becomes its text and its exit code, and in JSON a last line that has it."""
+    console = Console(json=show.json, quiet=show.quiet, verbose=show.verbose, color=show.color, progress=not show.no_progress)
     console.writes = writes
     console.install_status_signal()
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.signal(number, _stop) for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN}
     try:
-        with one_thread(), listening(console.on_event):
-            yield console
-    except LlavaWeightsError as error:
-        raise typer.Exit(console.error(error)) from None
-    except KeyboardInterrupt as error:
-        raise typer.Exit(console.error(Interrupted.of(error))) from None
-    except (typer.Exit, typer.Abort):
-        raise
-    except OSError as error:  # of an input: what is written has its own errors
-        if error.filename is None:
-            known = shortage(error)
-            raise typer.Exit(console.error(known) if known else console.unexpected(error)) from None
-        from ..storage.reading import unreadable
+        code = 0
+        try:
+            from ..tensors.dtypes import one_thread
 
-        raise typer.Exit(console.error(unreadable(Path(str(error.filename)), error))) from None
-    except Exception as error:
-        known = shortage(error)
-        raise typer.Exit(console.error(known) if known else console.unexpected(error)) from None
+            with one_thread(), listening(console.on_event):
+                yield console
+        except typer.Exit as ended:
+            code = ended.exit_code
+        except BaseException as error:
+            code = _failed(console, error)
+        code = console.end(code)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         console.close()
-        from ..storage.remote import forget
+    if code:
+        raise typer.Exit(code)
 
-        forget()  # here, since `main` skips exit handlers
+
+def _failed(console: Console, error: BaseException) -> int:
+    """Say what happened; returns the exit code. Raises `error` again where it is none of a command."""
+    match error:
+        case LlavaWeightsError():
+            return console.error(error)
+        case KeyboardInterrupt():
+            return console.error(Interrupted.of(error))
+        case OSError() if error.filename is not None:  # of an input: what is written has its own errors
+            from ..storage.reading import unreadable
+
+            return console.error(unreadable(Path(str(error.filename)), error))
+        case Exception():
+            known = shortage(error)
+            return console.error(known) if known else console.unexpected(error)
+    raise error
 
 
-def _terminate(number: int, frame: Any) -> None:
-    raise Terminated
+def _stop(number: int, frame: Any) -> None:
+    raise Terminated(number)
 
 
 def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -> None:
@@ -67,7 +77,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     from time import monotonic
 
     from ..write.destinations import is_address
-    from ..write.execute import preflight, run_plan
+    from ..write.execute import begun_earlier, preflight, run_plan
     from ..write.executors import open_executor
     from ..write.plan import SHARD_SIZE, make_plan
     from ..write.portions import execute_portion, to_portion
@@ -79,13 +89,15 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
     sizes: Any = {"max_shard_size": run.max_shard_size or SHARD_SIZE, "max_memory": run.max_memory, "name": target.name or None}
     jobs = run.jobs or (RAY_JOBS if run.executor else None)
     plan = make_plan(checkpoint, jobs=jobs, upload=is_address(output), accept_values=run.accept_values, **sizes)
-    rows, document = explain(plan, output)
+    rows, document = explain(plan, output, verbose=console.verbose)
     console.plan(rows, document)
     made = run.push is not None and _may_push(run.push, target, document, force=run.force)
     if run.dry_run:
         if not made:
             preflight(plan, target, force=run.force, make_job=make_job)
-        console.summary(["Nothing was written (dry run)"], {"dry_run": True})
+        there = None if made else begun_earlier(plan, target, restart=run.restart, make_job=make_job)
+        lines = [there.sentence(restart=run.restart)] if there else []
+        console.summary([*lines, "Nothing was written (dry run)"], {"dry_run": True, "begun": there and asdict(there)})
         return
     begun = monotonic()
     how: Any = {"force": run.force, "on_event": console.on_event}
@@ -98,7 +110,7 @@ def carry_out(console: Console, checkpoint: Checkpoint, output: str, run: Run) -
         how |= {"restart": run.restart, "reread": run.reread, "complete": run.finish, "make_job": make_job}
         with open_executor(run.executor, run.ray_address, cpus=jobs or 1) as pool:
             report = run_plan(plan, target, pool=pool, **how)
-        lines, ended = outcome(report, output, monotonic() - begun, reread=run.reread)
+        lines, ended = outcome(report, plan, output, monotonic() - begun, reread=run.reread)
     if run.push is not None:
         _push(run.push, target, lines, ended, force=run.force)
     console.summary(lines, ended, output)
@@ -157,32 +169,17 @@ def check_options(
     conversion: Conversion | None = None,
     dtype: str | None = None,
     lora: Sequence[str] | None = None,
-    arithmetic: str | None = None,
-    scale: float | None = None,
-    base_quantized: str | None = None,
-    non_lora: Path | None = None,
-    adapter: str | None = None,
+    merging: Merging | None = None,
 ) -> None:
     """Raise UsageError, before anything is opened, for a value that an option can't have and for an option without effect."""
-    from ..tensors.dtypes import to_dtype
     from ..transforms.convert import check_conversion
-    from ..transforms.lora import check_merge
     from ..write.plan import parse_size
 
     if not output:
         raise UsageError("`-o` is empty", hint="give the folder to write")
     given = conversion.given if conversion else {}
-    merging = {
-        "--arithmetic": arithmetic,
-        "--scale": scale,
-        "--base-quantized": base_quantized,
-        "--non-lora": non_lora,
-        "--adapter": adapter,
-    }
-    if not lora and (idle := [f"`{flag}`" for flag, value in merging.items() if value is not None]):
-        raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
-    usual = 1.0 if scale is None else scale
-    check_merge(arithmetic=arithmetic or "peft", scale=usual, dtype=to_dtype(dtype), base_quantized=base_quantized)
+    if merging:
+        _check_merging(merging, lora, dtype)
     tower_only = bool(lora) and given.keys() <= {"vision_tower", "accept_tower"}
     if to is None and ((given and not tower_only) or (dtype and not lora)):
         names = ", ".join(f"`--{key.replace('_', '-')}`" for key in given or ("dtype",))
@@ -201,16 +198,20 @@ def check_options(
     _one_way(run, output)
 
 
+def _check_merging(merging: Merging, lora: Sequence[str] | None, dtype: str | None) -> None:
+    from ..transforms.lora import check_merge
+
+    if not lora and (idle := [f"`--{key.replace('_', '-')}`" for key in merging.given]):
+        raise UsageError(f"{', '.join(idle)} belongs to a merge", hint="add `--lora ADAPTER`, or leave it out")
+    check_merge(arithmetic=merging.rule, scale=merging.factor, dtype=dtype, base_quantized=merging.base_quantized)
+
+
 def merge(
     model: Checkpoint,
     loras: Sequence[str],
-    arithmetic: str | None,
+    merging: Merging,
     *,
-    scale: float | None = None,
-    base_quantized: str | None = None,
     dtype: str | None = None,
-    non_lora: Path | None = None,
-    adapter: str | None = None,
     to: str | None = None,
     conversion: Conversion,
     progress: bool | None = None,
@@ -224,17 +225,16 @@ def merge(
     from ..transforms.adapter_tower import tower_changes
     from ..transforms.lora import merge_lora, open_weighted, to_arithmetic
 
-    adapters = [open_weighted(text, non_lora=non_lora, adapter=adapter, progress=progress) for text in loras]
-    rule = to_arithmetic(arithmetic or "peft")
-    usual = 1.0 if scale is None else scale
+    adapters = [open_weighted(text, non_lora=merging.non_lora, adapter=merging.adapter, progress=progress) for text in loras]
     named = conversion.vision_tower
     needed = bool(tower_changes(model.tensors, [one for one, _ in adapters]))
     if named and to is None and not needed:
         what = "`--vision-tower` changes nothing: the adapter leaves the vision tower alone, and nothing is converted"
         raise UsageError(what, hint="add `--to llava-hf`, or leave it out")
-    given: dict[str, Any] = {"accept_tower": conversion.accept_tower} if needed else {}
-    given |= {"tower": open_checkpoint(named, progress=progress)} if needed and named else {}
-    return merge_lora(model, adapters, arithmetic=rule, scale=usual, dtype=dtype, base_quantized=base_quantized, **given)
+    how: dict[str, Any] = {"arithmetic": to_arithmetic(merging.rule), "scale": merging.factor, "base_quantized": merging.base_quantized}
+    how |= {"accept_tower": conversion.accept_tower} if needed else {}
+    how |= {"tower": open_checkpoint(named, progress=progress)} if needed and named else {}
+    return merge_lora(model, adapters, dtype=dtype, **how)
 
 
 def converted(

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..families.files import GGUF_SUFFIX, META_FILE, SIDE_FILES, STANDARD, WEIGHT_SUFFIXES, Container
+from ..storage.places import AnyPlace, Place, identity_of, names_in
 from ..storage.reading import SourceFile, Workspace, irregular, present, unreadable
 from ..storage.strict_json import MAX_INDEX, load_object
 from ..tensors.lazy import LazyTensor
@@ -51,7 +52,7 @@ class WeightFiles:
     config: Mapping[str, Any] | None = None
 
 
-def index_folder(folder: Path) -> WeightFiles:
+def index_folder(folder: Place) -> WeightFiles:
     """The weights of a folder, from headers only; the first of these that it has:
 
     safetensors (index, `model.safetensors`, numbered shards, any single file), the same as `pytorch_model*.bin`, Meta's
@@ -59,7 +60,7 @@ def index_folder(folder: Path) -> WeightFiles:
     Raises InputError where there are none, a file is missing or damaged, or index and shards disagree.
     """
     names = _names(folder)
-    searches: tuple[Callable[[Path, list[str]], WeightFiles | None], ...] = (_safetensors, _torch, _meta, _side)
+    searches: tuple[Callable[[Place, list[str]], WeightFiles | None], ...] = (_safetensors, _torch, _meta, _side)
     found = next((weights for search in searches if (weights := search(folder, names))), None)
     if not found:
         raise _nothing_in(folder, names)
@@ -69,7 +70,7 @@ def index_folder(folder: Path) -> WeightFiles:
     return replace(found, notes=(*found.notes, note)) if unread else found
 
 
-def index_ggufs(place: Path) -> WeightFiles | None:
+def index_ggufs(place: Place) -> WeightFiles | None:
     """The tensors of a GGUF file, or of all that lie in a folder without other weights; None for anything else. `metadata` has the keys of
     each file as texts, an array as its length. Raises InputError for a damaged file, and where two hold tensors of the same names."""
     names = _names(place) if place.is_dir() else [place.name]
@@ -88,16 +89,16 @@ def index_ggufs(place: Path) -> WeightFiles | None:
         metadata[name] = {
             key.name: f"{len(key.value):,} items" if isinstance(key.value, tuple) else str(key.value) for key in keys.values()
         }
-        files.append(next((leaf.file for tensor in found.values() for leaf in tensor.leaves()), SourceFile.at(path)))
+        files.append(next((leaf.file for tensor in found.values() for leaf in tensor.leaves()), identity_of(path)))
     return WeightFiles(tensors, "gguf", tuple(files), metadata)
 
 
-def holds_weights(folder: Path) -> bool:
+def holds_weights(folder: Place) -> bool:
     """Whether a folder directly holds files that are named as weights are; False for what is no folder."""
     return _holds(folder, WEIGHTS)
 
 
-def index_shards(folder: Path, index: str) -> WeightFiles:
+def index_shards(folder: Place, index: str) -> WeightFiles:
     """The shards that the index file of this name lists. Raises InputError where one is missing or they disagree."""
     container = next((kind for kind, (_, suffix) in STANDARD.items() if index.endswith(f"{suffix}.index.json")), None)
     if container is None:
@@ -105,7 +106,7 @@ def index_shards(folder: Path, index: str) -> WeightFiles:
     return _read_indexed(folder, _names(folder), index, container)
 
 
-def index_file(path: Path) -> WeightFiles:
+def index_file(path: Place) -> WeightFiles:
     """The weights of one file, by its suffix; of one of Meta's, with the files beside it. Raises InputError as `index_folder`."""
     if not present(path):
         raise _missing(path)
@@ -128,13 +129,15 @@ def shard_count(name: str) -> int:
     return int(shard[1]) if shard else 0
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: AnyPlace, name: str) -> AnyPlace:
     """The path of `name` in or below an input folder; `folder` itself may be a link of the user's.
 
     Raises InputError where any part of it leads out of the folder, or is a link to nothing. Allowed are the links of the Hub cache,
     from `models--.../snapshots/REVISION` to `blobs` of the same repository.
     """
     path = folder / name
+    if not isinstance(folder, Path) or not isinstance(path, Path):  # a listing holds no links
+        return path
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     repositories = [above.parent for above in home.parents if above.name == "snapshots" and above.parent.name.startswith("models--")]
     if not (target.is_relative_to(home) or target.parent in [repository / "blobs" for repository in repositories]):
@@ -161,17 +164,19 @@ def same_header(file: SourceFile) -> bool:
     return False
 
 
-def member(folder: Path, name: str) -> Path:
+def member(folder: AnyPlace, name: str) -> AnyPlace:
     """The path of a file in an input folder. Raises InputError as `inside`, and for a folder, pipe or device of this name."""
     path = inside(folder, name)
-    if (status := _status(path)) and not stat.S_ISREG(status.st_mode):
+    if isinstance(path, Path) and (status := _status(path)) and not stat.S_ISREG(status.st_mode):
         raise irregular(path, status)
     return path
 
 
-def optional(folder: Path, name: str) -> Path | None:
+def optional(folder: AnyPlace, name: str) -> AnyPlace | None:
     """As `member`, but None where there is no file of this name."""
     path = inside(folder, name)
+    if not isinstance(path, Path):
+        return path if path.is_file() else None
     return path if (status := _status(path)) and stat.S_ISREG(status.st_mode) else None
 
 
@@ -185,23 +190,23 @@ def _status(path: Path) -> os.stat_result | None:
         raise unreadable(path, error) from error
 
 
-def _safetensors(folder: Path, names: list[str]) -> WeightFiles | None:
+def _safetensors(folder: Place, names: list[str]) -> WeightFiles | None:
     if found := _standard(folder, names, "safetensors"):
         return found
     others = [name for name in names if name.endswith(".safetensors") and name not in SIDE_FILES]
     return _read(folder, "safetensors", others) if len(others) == 1 else None
 
 
-def _torch(folder: Path, names: list[str]) -> WeightFiles | None:
+def _torch(folder: Place, names: list[str]) -> WeightFiles | None:
     return _standard(folder, names, "torch")
 
 
-def _side(folder: Path, names: list[str]) -> WeightFiles | None:
+def _side(folder: Place, names: list[str]) -> WeightFiles | None:
     name = next((name for name in SIDE_FILES if name in names), None)
     return _read(folder, WEIGHT_SUFFIXES[Path(name).suffix], [name]) if name else None
 
 
-def _standard(folder: Path, names: list[str], container: Container) -> WeightFiles | None:
+def _standard(folder: Place, names: list[str], container: Container) -> WeightFiles | None:
     """An index with its shards, the one file of the usual name, or numbered shards without an index."""
     stem, suffix = STANDARD[container]
     single, usual = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
@@ -228,7 +233,7 @@ def _standard(folder: Path, names: list[str], container: Container) -> WeightFil
     return _read(folder, container, expected, notes=(f"there is no index file; all {len(expected)} numbered shards are there",))
 
 
-def _single_beside_index(folder: Path, names: list[str], single: str, indexes: list[str], container: Container) -> WeightFiles:
+def _single_beside_index(folder: Place, names: list[str], single: str, indexes: list[str], container: Container) -> WeightFiles:
     """The one file, which transformers loads whatever an index beside it says. Raises InputError where the shards of that index are all
     there too and hold something else: one of the two is the older save, and nothing tells which."""
     notes = []
@@ -274,7 +279,7 @@ def _same_samples(one: LazyTensor, other: LazyTensor, work: Workspace) -> bool:
     return True
 
 
-def _read_indexed(folder: Path, names: list[str], index: str, container: Container) -> WeightFiles:
+def _read_indexed(folder: Place, names: list[str], index: str, container: Container) -> WeightFiles:
     """The shards that an index names, which must hold the tensors that it lists there and no others."""
     weight_map = _weight_map(folder, index, container)
     targets = set(weight_map.values())
@@ -287,7 +292,7 @@ def _read_indexed(folder: Path, names: list[str], index: str, container: Contain
     return found
 
 
-def _weight_map(folder: Path, index: str, container: Container) -> dict[str, str]:
+def _weight_map(folder: Place, index: str, container: Container) -> dict[str, str]:
     """The file of each tensor, by an index. Raises InputError for one that is no such map, or that leads out of the folder."""
     suffix = STANDARD[container][1]
     weight_map = load_object(member(folder, index), limit=MAX_INDEX).get("weight_map")
@@ -301,7 +306,7 @@ def _weight_map(folder: Path, index: str, container: Container) -> dict[str, str
     return weight_map
 
 
-def _all_there(folder: Path, names: list[str], expected: list[str], authority: str) -> None:
+def _all_there(folder: Place, names: list[str], expected: list[str], authority: str) -> None:
     """Raise InputError naming the expected shards that are missing."""
     if missing := sorted(set(expected).difference(names)):
         what = f"{len(missing):,} of {len(expected):,} shards are missing: {listed(missing)}"
@@ -309,11 +314,11 @@ def _all_there(folder: Path, names: list[str], expected: list[str], authority: s
 
 
 def _read(
-    folder: Path,
+    folder: Place,
     container: Container,
     shards: Iterable[str],
     *,
-    path: Path | None = None,
+    path: Place | None = None,
     weight_map: Mapping[str, str] | None = None,
     notes: tuple[str, ...] = (),
 ) -> WeightFiles:
@@ -346,16 +351,16 @@ def _read(
     return WeightFiles(tensors, container, tuple(files), metadata, notes)
 
 
-def _read_one(path: Path, container: Container) -> tuple[Mapping[str, LazyTensor], SourceFile, dict[str, str]]:
+def _read_one(path: Place, container: Container) -> tuple[Mapping[str, LazyTensor], SourceFile, dict[str, str]]:
     if container == "safetensors":
         tensors, metadata = index_safetensors(path)
     else:
         tensors, metadata = index_torch_zip(path), {}
     first = next(iter(tensors.values()), None)
-    return tensors, first.file if first else SourceFile.at(path), metadata
+    return tensors, first.file if first else identity_of(path), metadata
 
 
-def _meta(folder: Path, names: list[str]) -> WeightFiles | None:
+def _meta(folder: Place, names: list[str]) -> WeightFiles | None:
     """Meta's own layout, in this folder or in the one subfolder named after a size that has it."""
     pieces = [name for name in names if re.fullmatch(META_FILE, name)]
     if pieces:
@@ -375,31 +380,31 @@ def _meta(folder: Path, names: list[str]) -> WeightFiles | None:
     return replace(found, notes=(f"the weights are those of the subfolder {shown(sizes[0])}", *found.notes))
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Place) -> list[str]:
     """The names in a folder, sorted. Raises InputError where it is missing or not a folder."""
     if not present(folder):
         raise _missing(folder)
     if folder.is_file():
         raise InputError(f"{shown(folder.name)} is a file, not a folder", facts={"path": folder}, hint="give the folder that it is in")
     try:
-        return sorted(os.listdir(folder))
+        return names_in(folder)
     except OSError as error:
         raise unreadable(folder, error) from error
 
 
-def _missing(path: Path) -> InputError:
-    nearest = next((above for above in path.absolute().parents if above.is_dir()), None)
+def _missing(path: Place) -> InputError:
+    nearest = next((above for above in path.absolute().parents if above.is_dir()), None) if isinstance(path, Path) else path.parent
     return InputError(f"{shown(path.name)} does not exist", facts={"path": path}, hint=f"check the path; {shown(str(nearest))} is there")
 
 
-def _holds(folder: Path, pattern: str) -> bool:
+def _holds(folder: Place, pattern: str) -> bool:
     try:
-        return any(re.fullmatch(pattern, name) for name in os.listdir(folder))
+        return any(re.fullmatch(pattern, name) for name in names_in(folder))
     except OSError:
         return False
 
 
-def _nothing_in(folder: Path, names: list[str]) -> InputError:
+def _nothing_in(folder: Place, names: list[str]) -> InputError:
     """The error for a folder without weights: what it holds, what is accepted, and where weights are nearby."""
     facts = {"folder": folder, "found": listed(names) or "nothing", "accepted": ACCEPTED}
     if several := [name for name in names if name.endswith(".safetensors")]:
@@ -409,7 +414,8 @@ def _nothing_in(folder: Path, names: list[str]) -> InputError:
     if quantised := [name for name in names if re.fullmatch(QUANTISED, name)]:
         return InputError(f"there are only quantised weights: {listed(quantised)}", facts=facts, hint=UNQUANTISED)
     below = [folder / name for name in names[:200]]
-    below += sorted((folder / "snapshots").glob("*"))[:20]  # the Hub cache: models--owner--name/snapshots/REVISION
+    if isinstance(folder, Path):
+        below += sorted((folder / "snapshots").glob("*"))[:20]  # the Hub cache: models--owner--name/snapshots/REVISION
     near = [place for place in (*below, folder.absolute().parent) if _holds(place, WEIGHTS)]
     hint = f"there are weights in {listed(map(str, near))}" if near else "give the folder that holds the weight files and config.json"
     return InputError(f"there are no weights in {shown(folder.name or str(folder.absolute()))}", facts=facts, hint=hint)

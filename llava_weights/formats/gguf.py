@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
-from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, Workspace, open_regular, refuse_disguise
+from ..storage.places import Place, open_place
+from ..storage.reading import DOWNLOAD_AGAIN, Source, SourceFile, Workspace, refuse_disguise
 from ..storage.strict_json import read_exactly
 from ..tensors.dtypes import BLOCKS, bytes_of
 from ..tensors.lazy import LazyTensor, Stored
@@ -31,6 +31,7 @@ from ..text import shown
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_HEADER = 48 << 20  # bytes; with Llama 3's 128,256 tokens and 280,147 merges it has 8 million
+FIRST_READ = 1 << 20  # bytes; over a network the rest of a longer header is asked for when it is needed
 MAX_KEYS = 4096
 MAX_TENSORS = 20_000
 MAX_NAME = 64  # bytes of a tensor's name: GGML_MAX_NAME
@@ -131,19 +132,21 @@ def _packed_value(key: GgufKey) -> bytes:
     return head + struct.pack(f"<{len(values)}{NUMBERS[kind][1]}", *values)
 
 
-def index_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
+def index_gguf(path: Place) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
     """The tensors of a file in the order of their bytes, and its keys by name. Reads the header only.
 
     Raises InputError unless the file is regular, little-endian, of version 2 or 3, and its tensors lie one behind the other up to its end.
     """
-    with open_regular(path) as (fd, status):
-        data = read_exactly(path, fd, min(status.st_size, 64))
-        if data[:4] != MAGIC:
-            refuse_disguise(path, data)
-            raise _refusal(path, "it does not begin with `GGUF`")
-        rest = min(status.st_size, MAX_HEADER)
-        data = read_exactly(path, fd, rest) if len(data) < rest else data
-    reader = _Reader(path, data, whole=status.st_size <= MAX_HEADER)
+    with open_place(path) as source:
+        return _index(_Reader(path, source))
+
+
+def _index(reader: _Reader) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
+    path = reader.path
+    reader.look(min(64, reader.source.identity.size))
+    if reader.data[:4] != MAGIC:
+        refuse_disguise(path, reader.data[:64])
+        raise _refusal(path, "it does not begin with `GGUF`")
     reader.position = 4
     version = reader.number("I")
     if version not in (2, VERSION):
@@ -157,20 +160,28 @@ def index_gguf(path: Path) -> tuple[dict[str, Stored], dict[str, GgufKey]]:
     if type(alignment) is not int or alignment < 8 or alignment > 1 << 20 or alignment & (alignment - 1):
         raise _refusal(path, f"its alignment is {shown(str(alignment))}, not a power of two from 8 to 1,048,576")
     entries = [_entry(reader) for _ in range(tensors)]
-    header = data[: reader.position]
-    file = SourceFile.of(path, status, sha256(header).hexdigest())
+    header = reader.data[: reader.position]
+    file = replace(reader.source.identity, header_sha256=sha256(header).hexdigest())
     return _lay_out(path, entries, file, reader.position, alignment), found
 
 
 class _Reader:
-    """The first bytes of a file, read number by number. Raises InputError past their end."""
+    """The first bytes of a file, read number by number, and from the file twice as many each time. Raises InputError past their end."""
 
-    def __init__(self, path: Path, data: bytes, *, whole: bool) -> None:
-        self.path, self.data, self.whole, self.position, self.items = path, data, whole, 0, 0
+    def __init__(self, path: Place, source: Source) -> None:
+        self.path, self.source, self.data, self.position, self.items = path, source, b"", 0, 0
+
+    def look(self, stop: int) -> None:
+        """Have the bytes up to `stop`."""
+        if stop > len(self.data):
+            most = min(self.source.identity.size, MAX_HEADER)
+            if stop > most:
+                whole = most < MAX_HEADER
+                raise _refusal(self.path, "its header is truncated" if whole else f"its header has more than {MAX_HEADER:,} bytes")
+            self.data = read_exactly(self.source, min(most, max(stop, FIRST_READ, 2 * len(self.data))))
 
     def take(self, size: int) -> bytes:
-        if size > len(self.data) - self.position:
-            raise _refusal(self.path, "its header is truncated" if self.whole else f"its header has more than {MAX_HEADER:,} bytes")
+        self.look(self.position + size)
         self.position += size
         return self.data[self.position - size : self.position]
 
@@ -247,7 +258,7 @@ def _entry(reader: _Reader) -> tuple[str, str, tuple[int, ...], int]:
 
 
 def _lay_out(
-    path: Path, entries: list[tuple[str, str, tuple[int, ...], int]], file: SourceFile, header: int, alignment: int
+    path: Place, entries: list[tuple[str, str, tuple[int, ...], int]], file: SourceFile, header: int, alignment: int
 ) -> dict[str, Stored]:
     """The tensors in file order. Raises InputError unless each begins where the one before it ends, but for the padding."""
     start = header + -header % alignment
@@ -275,5 +286,5 @@ def _name_problem(name: str) -> str:
     return "" if name.isprintable() else "its name holds characters that can't be printed"
 
 
-def _refusal(path: Path, reason: str) -> InputError:
+def _refusal(path: Place, reason: str) -> InputError:
     return InputError(f"{shown(path.name)} is not a valid GGUF file: {reason}", facts={"path": path}, hint=DOWNLOAD_AGAIN)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..families.decoders import DECODER_BY_TYPE
 from ..families.layouts import MetaName, meta_names
 from ..families.shapes import MAX_LAYERS
+from ..storage.places import Place, names_in
 from ..storage.strict_json import load_object
 from ..tensors.dtypes import TORCH_DTYPE
 from ..tensors.lazy import LazyTensor, PermuteRope, Stored, concat
@@ -53,7 +53,7 @@ class Params:
         }  # fmt: skip
 
 
-def index_meta(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
+def index_meta(folder: Place) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """The model of a folder in transformers' names and order, and the config.json that transformers 4.31 would write for it.
 
     The rotary frequencies are left out. Raises InputError unless params.json, number of files, names, dtypes and shapes fit together.
@@ -74,9 +74,9 @@ def index_meta(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     return tensors, _config(params, dtypes.pop())
 
 
-def _paths(folder: Path) -> list[Path]:
+def _paths(folder: Place) -> list[Place]:
     """The model-parallel files in order, none missing."""
-    found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
+    found = [name for name in names_in(folder) if re.fullmatch(r"consolidated\..*\.pth", name)]
     expected = [f"consolidated.{number:02}.pth" for number in range(len(found))]
     if not found:
         raise InputError(f"there is no `consolidated.00.pth` in {shown(folder.name)}", facts={"folder": folder}, hint=GIVE_ALL)
@@ -91,7 +91,7 @@ def _paths(folder: Path) -> list[Path]:
     return [folder / name for name in found]
 
 
-def _params(path: Path, first: Mapping[str, Stored], count: int) -> Params:
+def _params(path: Place, first: Mapping[str, Stored], count: int) -> Params:
     """params.json, completed from the tensors of the first file. Raises InputError where the two do not fit."""
     values = _read_params(path)
     dim = values["dim"]
@@ -108,7 +108,7 @@ def _params(path: Path, first: Mapping[str, Stored], count: int) -> Params:
     return Params(dim, layers, heads, kv_heads, values["norm_eps"], values["rope_theta"], vocabulary, intermediate)
 
 
-def _read_params(path: Path) -> dict[str, Any]:
+def _read_params(path: Place) -> dict[str, Any]:
     """params.json with the defaults of later releases filled in. Raises InputError where the values can't be a model's."""
     values = load_object(path)
     values = {"rope_theta": 10000.0, "n_kv_heads": values.get("n_heads")} | {
@@ -125,7 +125,7 @@ def _read_params(path: Path) -> dict[str, Any]:
     return values
 
 
-def _matrix(path: Path, first: Mapping[str, Stored], name: str) -> tuple[int, int]:
+def _matrix(path: Place, first: Mapping[str, Stored], name: str) -> tuple[int, int]:
     """The shape of a matrix from which lengths are taken."""
     shape = first[name].shape if name in first else ()
     if len(shape) != 2 or 0 in shape:
@@ -134,7 +134,7 @@ def _matrix(path: Path, first: Mapping[str, Stored], name: str) -> tuple[int, in
     return shape
 
 
-def _check_names(path: Path, piece: Mapping[str, Stored], expected: set[str]) -> None:
+def _check_names(path: Place, piece: Mapping[str, Stored], expected: set[str]) -> None:
     if missing := [name for name in sorted(expected) if name not in piece]:
         what = f"{shown(path.name)} lacks {len(missing):,} tensors that params.json asks for: {listed(missing)}"
         raise InputError(what, facts={"path": path}, hint=GIVE_ALL)
@@ -144,7 +144,7 @@ def _check_names(path: Path, piece: Mapping[str, Stored], expected: set[str]) ->
 
 
 def _check_shapes(
-    path: Path, piece: Mapping[str, Stored], rules: Iterable[MetaName], shapes: Mapping[str, tuple[int, ...]], count: int
+    path: Place, piece: Mapping[str, Stored], rules: Iterable[MetaName], shapes: Mapping[str, tuple[int, ...]], count: int
 ) -> None:
     for rule in rules:
         shape = list(shapes[rule.name])

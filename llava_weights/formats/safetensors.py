@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, open_regular, refuse_disguise
+from ..storage.places import Place, open_place
+from ..storage.reading import DOWNLOAD_AGAIN, SourceFile, refuse_disguise
 from ..storage.strict_json import parse_json, read_exactly
 from ..tensors.dtypes import ITEMSIZE, MAX_AXES
 from ..tensors.lazy import LazyTensor, Stored
@@ -32,20 +33,20 @@ MAX_AXIS = 1 << 48
 SORT_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64")
 
 
-def index_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def index_safetensors(path: Place) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors of a file in the order of their bytes, and the texts of its `__metadata__`. Reads the header only.
 
     Raises InputError unless the file is regular, exactly as long as its header says, and every tensor valid.
     """
-    with open_regular(path) as (fd, status):
-        head = read_exactly(path, fd, min(status.st_size, 64))
+    with open_place(path) as source:
+        head = read_exactly(source, min(source.identity.size, 64))
         size = int.from_bytes(head[:8], "little")
         if len(head) < 8 or not 2 <= size <= MAX_HEADER:  # the first bytes of other formats would be longer headers than any
             refuse_disguise(path, head)
             raise _refusal(path, f"its header would have {size:,} bytes" if len(head) >= 8 else f"it has only {len(head)} bytes")
-        header = read_exactly(path, fd, 8 + size)[8:]
+        header = read_exactly(source, 8 + size)[8:]
     entries, metadata = _parse_header(path, header)
-    file = SourceFile.of(path, status, sha256(header).hexdigest())
+    file = replace(source.identity, header_sha256=sha256(header).hexdigest())
     tensors = _lay_out(path, entries, file, 8 + size)
     return tensors, metadata
 
@@ -72,11 +73,11 @@ def make_header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str
     return len(text).to_bytes(8, "little") + text, places
 
 
-def _refusal(path: Path, reason: str) -> InputError:
+def _refusal(path: Place, reason: str) -> InputError:
     return InputError(f"{shown(path.name)} is not a valid safetensors file: {reason}", facts={"path": path}, hint=DOWNLOAD_AGAIN)
 
 
-def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+def _parse_header(path: Place, header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     if not header.startswith(b"{") or not header.rstrip(b" ").endswith(b"}"):
         raise _refusal(path, "its header is not a JSON object followed by blanks")
     if header.count(b"{") + header.count(b"[") > 3 * MAX_TENSORS:  # three for each tensor; before the parsing, which is expensive
@@ -88,7 +89,7 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, Any], dict[str, 
     return entries, metadata
 
 
-def _lay_out(path: Path, entries: dict[str, Any], file: SourceFile, start: int) -> dict[str, Stored]:
+def _lay_out(path: Place, entries: dict[str, Any], file: SourceFile, start: int) -> dict[str, Stored]:
     """The tensors in file order. Raises InputError unless they fill the bytes from `start` on without a hole or an overlap."""
     places = sorted((*_offsets(path, name, entry), name) for name, entry in entries.items())
     end = 0
@@ -107,7 +108,7 @@ def _lay_out(path: Path, entries: dict[str, Any], file: SourceFile, start: int) 
     return tensors
 
 
-def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
+def _offsets(path: Place, name: str, entry: Any) -> tuple[int, int]:
     """Where the bytes of a tensor begin and end. Raises InputError unless its name and entry are sound."""
     problem = _name_problem(name) or _entry_problem(entry)
     if problem:

@@ -11,18 +11,17 @@ torch writes: caffe2/serialize/inline_container.cc and torch's miniz, which leav
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path
 
 from ..errors import InputError
-from ..storage.reading import DOWNLOAD_AGAIN, Record, SourceFile, open_regular, refuse_disguise
+from ..storage.places import Place, open_place
+from ..storage.reading import DOWNLOAD_AGAIN, Record, Source, SourceFile, read_bytes, refuse_disguise
 from ..tensors.dtypes import ITEMSIZE
 from ..tensors.lazy import Stored
 from ..text import listed, shown
@@ -31,6 +30,7 @@ from .pickle_opcodes import Refused, View, interpret
 MAX_PICKLE = 16 << 20  # bytes; that of a 13B model has 40 kB
 MAX_DIRECTORY = 16 << 20
 MAX_MEMBERS = 100_000
+MEMBER_HEAD = 30 + 512  # bytes of a member's own header, without its name: torch pads that with at most 64 bytes
 MAX_SHARE = 4  # bytes of tensors for each byte of values in the file, at most; a tied head and embedding share theirs
 MAX_MEMBER_NAME = 512  # bytes of UTF-8, for members and tensors
 
@@ -71,32 +71,30 @@ class Member:
 
 @dataclass(frozen=True)
 class _File:
-    fd: int
-    size: int
+    source: Source
+
+    @property
+    def size(self) -> int:
+        return self.source.identity.size
 
     def read(self, offset: int, count: int) -> bytes:
         if not 0 <= offset <= self.size - count:
             raise Damaged("is cut short, or points beyond its end")
-        data = b""
-        while len(data) < count and (piece := os.pread(self.fd, count - len(data), offset + len(data))):
-            data += piece
-        if len(data) < count:
-            raise Damaged("ended while it was being read")
-        return data
+        return read_bytes(self.source, offset, count)
 
 
-def index_torch_zip(path: Path) -> dict[str, Stored]:
+def index_torch_zip(path: Place) -> dict[str, Stored]:
     """The tensors of a `torch.save` file in the order of its dict. Reads no weights, needs no torch, runs nothing.
 
     Several may share one storage. Raises InputError unless the file is a sound zip, as torch.save writes it, of one dict from
     `str` to contiguous tensors and nothing else; where it is another kind of file, the error names that kind.
     """
-    with _opened(path) as (file, status):
+    with _opened(path) as file:
         members, directory = _members(file)
         inside = _inside_root(file, members)
         pickle = _checked(file, inside["data.pkl"], MAX_PICKLE)
         views = _views(interpret(pickle))
-        source = SourceFile.of(path, status, sha256(pickle + directory).hexdigest())
+        source = replace(file.source.identity, header_sha256=sha256(pickle + directory).hexdigest())
         tensors = {name: _stored(name, view, inside, source) for name, view in views.items()}
         used = {tensor.record for tensor in tensors.values()}
         data = {name: member for name, member in inside.items() if name.startswith("data/")}
@@ -106,22 +104,22 @@ def index_torch_zip(path: Path) -> dict[str, Stored]:
         return tensors
 
 
-def zip_records(path: Path) -> list[Member]:
+def zip_records(path: Place) -> list[Member]:
     """The members of a `torch.save` file in the order of their bytes, after the same checks of the zip."""
-    with _opened(path) as (file, _):
+    with _opened(path) as file:
         members, _ = _members(file)
         _inside_root(file, members)
         return members
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[_File, os.stat_result]]:
+def _opened(path: Place) -> Iterator[_File]:
     """The open file. Errors of reading it become an InputError that names it."""
-    with open_regular(path) as (fd, status):
-        file = _File(fd, status.st_size)
+    with open_place(path) as source:
+        file = _File(source)
         try:
             _check_kind(path, file)
-            yield file, status
+            yield file
         except Refused as error:
             facts = {"path": path, "size": f"{file.size:,} bytes"}
             raise InputError(f"{shown(path.name)} {error}", facts=facts, hint=error.hint) from error
@@ -130,7 +128,7 @@ def _opened(path: Path) -> Iterator[tuple[_File, os.stat_result]]:
             raise InputError(what, facts={"path": path, "found by": type(error).__name__}, hint=DOWNLOAD_AGAIN) from error
 
 
-def _check_kind(path: Path, file: _File) -> None:
+def _check_kind(path: Place, file: _File) -> None:
     """Raise InputError, naming what the file is, unless it starts as a zip."""
     head = file.read(0, min(file.size, 512))
     if head.startswith(b"PK\x03\x04"):
@@ -153,10 +151,12 @@ def _members(file: _File) -> tuple[list[Member], bytes]:
     if stop - start > MAX_DIRECTORY or count > MAX_MEMBERS:
         raise Damaged(f"lists {count:,} members in {stop - start:,} bytes, at most {MAX_MEMBERS:,} in {MAX_DIRECTORY:,} are read")
     directory, position = file.read(start, stop - start), 0
-    members = []
+    entries = []
     while position < len(directory):
-        member, position = _member(file, directory, position, start)
-        members.append(member)
+        entry, position = _entry(directory, position, start)
+        entries.append(entry)
+    file.source.expect((entry.header, entry.header + MEMBER_HEAD + len(entry.name) + entry.small) for entry in entries)
+    members = [entry.member(file) for entry in entries]
     members.sort(key=lambda member: member.header_offset)
     names = {member.name for member in members}
     if len(members) != count or len(names) != count:
@@ -205,8 +205,30 @@ def _why_no_end(file: _File) -> str:
     return f"is truncated, {expected}, found {file.size:,}"
 
 
-def _member(file: _File, directory: bytes, position: int, directory_start: int) -> tuple[Member, int]:
-    """The member whose directory entry is at `position` of the directory, and where the next entry is."""
+@dataclass(frozen=True)
+class _Entry:
+    """What the directory says of a member."""
+
+    name: bytes
+    flags: int
+    header: int
+    size: int
+    crc32: int
+    entry_offset: int
+
+    @property
+    def small(self) -> int:
+        """Bytes behind the header that are read at once: all but those of tensors."""
+        return 0 if re.search(rb"/data/\d+$", self.name) else min(self.size, MAX_PICKLE)
+
+    def member(self, file: _File) -> Member:
+        """With the place of its data. Raises Damaged as `_data_offset`."""
+        offset = _data_offset(file, self.header, self.name, self.flags, self.size, self.crc32)
+        return Member(self.name.decode(), self.header, offset, self.size, self.crc32, self.entry_offset)
+
+
+def _entry(directory: bytes, position: int, directory_start: int) -> tuple[_Entry, int]:
+    """The entry at `position` of the directory, and where the next one is."""
     fields = CENTRAL.unpack_from(directory, position)
     signature, _, _, flags, method, _, _, crc32, packed, size, name_length, extra_length, comment, disk, _, _, header = fields
     name_end = position + CENTRAL.size + name_length
@@ -224,8 +246,7 @@ def _member(file: _File, directory: bytes, position: int, directory_start: int) 
     size, packed, header = (wide.pop(0) if value == IN_ZIP64 else value for value in (size, packed, header))
     if packed != size:
         raise Damaged(f"contradicts itself about the size of {shown(text)}")
-    offset = _data_offset(file, header, name, flags, size, crc32)
-    return Member(text, header, offset, size, crc32, directory_start + position), end
+    return _Entry(name, flags, header, size, crc32, directory_start + position), end
 
 
 def _data_offset(file: _File, header: int, name: bytes, flags: int, size: int, crc32: int) -> int:

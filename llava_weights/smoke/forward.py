@@ -25,6 +25,7 @@ from ..checkpoint.small_files import RIGHT_CONFIG
 from ..checkpoint.tokenizer import read_special_ids
 from ..checkpoint.tower import VisionTower, open_tower, own_tower
 from ..errors import InputError
+from ..events import Listener, Progress, Started
 from ..families.decoders import CLASSES, DECODER_BY_TYPE, RUNNABLE_PART_TYPES, RUNNABLE_TYPES, Decoder
 from ..families.layouts import canonical
 from ..families.originals import fitting
@@ -33,6 +34,7 @@ from ..families.targets import DEFAULT_PARTS, TARGET_BY_TYPE, TARGETS, Target
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import brief, shown
 from .image_features import IMAGE_INDEX, InputEmbeddings
+from .quantised import Bits
 from .streaming import MOST, Kept, Most, Streamed, register_attention
 
 if TYPE_CHECKING:
@@ -92,6 +94,25 @@ class Outcome:
     length: int
 
 
+class Passes:
+    """Tells how far a runner is in so many passes through its weights, of which each layer counts as the same part."""
+
+    def __init__(self, runner: Runner, count: int, probes: int, on_event: Listener) -> None:
+        self._layers, self._nbytes, self._on_event = runner.layers, runner.checkpoint.nbytes, on_event
+        self._done, self._name = 0, ""
+        if count:
+            on_event(Started(probes, count * self._nbytes, what="Running"))
+        runner.after_layer = self._layer
+
+    def begin(self, name: str) -> None:
+        """From here on it is the probe `name`: passes that ended early count as whole."""
+        self._done, self._name = -(-self._done // self._layers) * self._layers, name
+
+    def _layer(self) -> None:
+        self._done += 1
+        self._on_event(Progress(self._nbytes * self._done // self._layers, self._name))
+
+
 class Runner:
     """A model that computes from its checkpoint. Made by `load_forward` or `load_original`; not for two threads at a time."""
 
@@ -101,13 +122,16 @@ class Runner:
         self.checkpoint, self.dtype, self.device = checkpoint, stream.dtype, stream.device
         self._stream, self._model, self._enter = stream, model, enter
         self._mark = mark  # the id that stands for an image and has no row
+        self.after_layer: Callable[[], None] = lambda: None
         decoder = getattr(model.model, "language_model", model.model)
+        self.layers = len(decoder.layers)
         self.vocabulary: int = decoder.embed_tokens.num_embeddings
         stream.watch("embeddings", decoder.layers[0], entering=True)
         for number, layer in enumerate(decoder.layers):
             stream.watch(f"layer.{number}", layer)
             stream.trim(layer)
             stream.in_blocks(layer.mlp, decoder.config.intermediate_size)
+            layer.register_forward_hook(lambda *_: self.after_layer())
 
     def __call__(self, probe: Probe, places: Places = EVERY) -> Outcome:
         """Logits and hidden states of one probe, at `places`. Raises InputError for a probe that does not fit the model, and where the
@@ -166,8 +190,17 @@ class Runner:
             ) from error
 
 
-def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "cpu", resident: bool = False, most: Most = MOST) -> Runner:
-    """A text model of a known decoder or a llava-hf model, computing in `dtype` whatever its weights are stored in.
+def load_forward(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "F32",
+    device: str = "cpu",
+    resident: bool = False,
+    most: Most = MOST,
+    quantize: Bits | None = None,
+) -> Runner:
+    """A text model of a known decoder or a llava-hf model, computing in `dtype` whatever its weights are stored in; with `quantize` as
+    transformers computes it with bitsandbytes.
 
     Raises InputError where config and tensors are not exactly those of a model that transformers can build, UsageError for a
     dtype or device that there is not. With `resident`, weights that were read stay on the device.
@@ -179,7 +212,7 @@ def load_forward(checkpoint: Checkpoint, *, dtype: str = "F32", device: str = "c
     if kind not in RUNNABLE_TYPES.get(checkpoint.layout, ()):
         facts = {"layout": checkpoint.layout, "model_type": shown(str(kind)), "known": ", ".join(sum(RUNNABLE_TYPES.values(), ()))}
         raise InputError(f"no forward pass is known for {shown(checkpoint.origin.name)}", facts=facts, hint=NOT_RUN)
-    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most)
+    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most, quantize=quantize)
     tensors = _canonical_tensors(checkpoint)
     model = _build(checkpoint.config, str(kind), len(tensors))
     tiles = any(row.model_type == kind and row.tiles for row in TARGETS)
@@ -209,8 +242,10 @@ def load_original(
     device: str = "cpu",
     resident: bool = False,
     most: Most = MOST,
+    quantize: Bits | None = None,
 ) -> Runner:
-    """A LLaVA in the original layout; its vision tower from the checkpoint, else from the CLIP repository `tower`.
+    """A LLaVA in the original layout; its vision tower from the checkpoint, else from the CLIP repository `tower`. With `quantize` all but
+    the tower is quantised, as LLaVA's own code does it.
 
     Raises as `load_forward`. Without a tower only probes without an image can run.
     """
@@ -224,7 +259,7 @@ def load_original(
         facts = {"layout": checkpoint.layout, "model_type": shown(str(checkpoint.config.get("model_type")))}
         what = f"{shown(checkpoint.origin.name)} is no LLaVA in the original layout"
         raise InputError(what, facts=facts, hint="give a LLaVA as haotian-liu's code writes it, or convert it first")
-    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most)
+    stream = Streamed(dtype=dtype, device=device, resident=resident, most=most, quantize=quantize)
     groups: dict[str, dict[str, LazyTensor]] = {"tower": {}, "video_tower": {}, "projector": {}, "newline": {}}
     for place, tensor in _canonical_tensors(checkpoint).items():
         first = place.partition(".")[0]
@@ -280,7 +315,7 @@ def _vision(checkpoint: Checkpoint, given: Checkpoint | None, stream: Streamed) 
     if tower is None:
         return None, None
     model = _build(tower.config, tower.config["model_type"], len(tower.tensors))
-    stream.attach(model, tower.tensors, lambda name: name.removeprefix("vision_model."))
+    stream.attach(model, tower.tensors, lambda name: name.removeprefix("vision_model."), quantised=False)
     return model, tower
 
 

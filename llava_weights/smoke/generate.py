@@ -26,6 +26,7 @@ from ..checkpoint.small_files import small_object, small_text
 from ..checkpoint.tokenizer import FAST, FAST_LIMIT
 from ..checkpoint.tower import tower_hint
 from ..errors import InputError
+from ..events import Listener
 from ..families.prompts import Conversation
 from ..families.targets import TARGETS
 from ..families.towers import TOWERS
@@ -33,7 +34,7 @@ from ..findings import Finding
 from ..storage.reading import open_regular
 from ..storage.strict_json import parse_json
 from ..text import shown
-from .forward import PIXELS, Probe
+from .forward import PIXELS, Passes, Probe
 from .image_features import IMAGE_INDEX
 from .probes import Sight, check_given, find_sight, image_id, table_rows
 from .recording import load_runner
@@ -91,6 +92,7 @@ def generate(
     resident: bool = False,
     accept_tower: bool = False,
     chat: bool = False,
+    on_event: Listener = lambda event: None,
 ) -> Generated:
     """What the model writes after `prompt`, at most `new_tokens` tokens. An image stands where `<image>` is in it, else before it.
 
@@ -122,7 +124,10 @@ def generate(
         mark = image_id(checkpoint) if checkpoint.layout == "llava-hf" else made.image_id
         probe = _with_image(checkpoint, sight, tokenizer, prompt, image, mark)
     paragraph = Probe("paragraph", np.array(tokenizer.encode(PARAGRAPH).ids, np.int64))
+    passes = Passes(runner, 1 + new_tokens, 2, on_event)  # the prompt takes part in the first of its tokens
+    passes.begin(paragraph.name)
     perplexity = _perplexity(runner(paragraph).logits, paragraph.ids)
+    passes.begin(probe.name)
     images = {"pixel_values": probe.pixel_values, "image_sizes": probe.image_sizes}
     tokens = runner.generate(probe.ids, **images, new_tokens=new_tokens, eos=ends)
     return Generated(prompt, tokenizer.decode(tokens), tuple(tokens), perplexity, role_of(checkpoint) == "delta", warnings)

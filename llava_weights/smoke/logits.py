@@ -22,8 +22,9 @@ from ..errors import InputError, UsageError, VerificationError, finite
 from ..events import Listener, Note, check_listener
 from ..findings import Finding
 from ..text import brief, shown
-from .forward import Outcome, Places, Runner
+from .forward import Outcome, Passes, Places, Runner
 from .probes import built_in_probes, check_given, find_sight, in_layout
+from .quantised import Bits, to_bits
 from .recording import Recorded, Recording, check_forward, draw_seed, load_runner, make_recording, read_recording, sketch
 
 Where = Literal["text", "image"]
@@ -56,6 +57,8 @@ LIMITS = {
 }
 # In float32, a LoRA merged and rounded against the same LoRA beside its base: what rounding to this dtype costs.
 MERGED = {"F32": LIMITS["F32"], "F16": Limits(1e-7, 5e-3, 0.99, 1e-6, 1e-7), "BF16": Limits(2e-6, 1e-2, 0.99, 5e-6, 2e-6)}
+# What bitsandbytes' quantisation costs: see MEASURED.
+QUANTISED: dict[Bits, Limits] = {"8bit": Limits(1e-2, 1.0, 0.9, 1e-2, 1e-2), "4bit": Limits(0.3, 3.0, 0.6, 0.3, 0.3)}
 SUSPICIOUS = 1e-7  # NMSE up to which float32 may be another order of summation in a very deep model, and is no structural fault
 COLOUR = 2e-3  # what means and deviations of pixels, from 0 to 1, may differ in
 MARGIN = 3  # another first choice counts where the reference preferred its own by this many times the difference that is allowed
@@ -96,7 +99,7 @@ class Row:
     non_finite: int
 
     def __repr__(self) -> str:
-        return f"Row({brief(self.probe)}, {self.where!r}, {self.places} places, NMSE {self.nmse:.1e}, top-1 {self.top1:.3f})"
+        return f"Row({brief(self.probe)}, {self.where!r}, {self.places} tokens, NMSE {self.nmse:.1e}, top-1 {self.top1:.3f})"
 
     def beyond(self, limits: Limits) -> list[str]:
         """Each of `limits` that is passed, in words."""
@@ -143,33 +146,39 @@ def compare(
     resident: bool = False,
     atol: float | None = None,
     accept_tower: bool = False,
+    quantize: Bits | None = None,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
-    """Run the reference's own ids and pixels and compare, on the rows of the vocabulary that both have.
+    """Run the reference's own ids and pixels and compare, on the rows of the vocabulary that both have; with `quantize` after bitsandbytes
+    quantised the checkpoint.
 
     `atol` is the largest difference of a logit that may be; it then decides alone. Raises as `load_forward`, `read_recording` and
     `check_given`; a probe that the checkpoint can't run is a failure of the checkpoint, since the reference could.
     """
     doubts = check_given(checkpoint, tower, accept=accept_tower)
     recording = reference if isinstance(reference, Recording) else read_recording(reference)
-    runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
-    half = max(dtype, recording.dtype, key=PRECISION.index) != "F32"
-    limits = LIMITS[max(dtype, recording.dtype, key=PRECISION.index)]
-    if not half and recording.metadata.get("adapter") == "unmerged":
+    runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident, quantize=quantize)
+    coarse = max(dtype, recording.dtype, key=PRECISION.index)
+    limits, hides = LIMITS[coarse], "half precision hides small faults" if coarse != "F32" else ""
+    if quantize:
+        limits, hides = QUANTISED[quantize], f"{quantize.removesuffix('bit')} bits hide small faults"
+    elif not hides and recording.metadata.get("adapter") == "unmerged":
         limits = MERGED.get(main_dtype(checkpoint.parameters()), LIMITS["F32"])
     blind = checkpoint.layout == "llava" and find_sight(checkpoint, tower) is None
     found, rows, wrong, verdicts = _doubtful(checkpoint, doubts, on_event), list[Row](), list[str](), list[SmokeVerdict]()
+    run = [one for one in recording.probes if not (blind and one.probe.sees)]
+    passes = Passes(runner, len(run), len(run), on_event)
     for one in recording.probes:
+        passes.begin(one.probe.name)
         if blind and one.probe.sees:
             text = f"{shown(one.probe.name)} was not run: the checkpoint has no vision tower"
             found.append(Finding("L5", "unchecked", one.probe.name, text, tower_hint(checkpoint.config)))
             continue
-        finding, new, layer, verdict = _compare_one(checkpoint, runner, recording, one, limits, half, atol)
+        finding, new, layer, verdict = _compare_one(checkpoint, runner, recording, one, limits, hides, atol)
         found.append(finding)
         rows += new
         verdicts.append(verdict)
         wrong += [layer] * bool(layer)
-        on_event(Note(finding.text, warning=finding.verdict == "failed"))
     worst = max(verdicts, key=FROM_GOOD_TO_BAD.index, default=None)
     first = min(wrong, key=_depth, default="")
     against = recording.metadata.get("model", recording.metadata.get("producer", "the reference"))
@@ -184,7 +193,7 @@ def _doubtful(checkpoint: Checkpoint, doubts: Doubts, on_event: Listener) -> lis
 
 
 def _compare_one(
-    checkpoint: Checkpoint, runner: Runner, recording: Recording, one: Recorded, limits: Limits, half: bool, atol: float | None
+    checkpoint: Checkpoint, runner: Runner, recording: Recording, one: Recorded, limits: Limits, hides: str, atol: float | None
 ) -> tuple[Finding, list[Row], str, SmokeVerdict]:
     name = shown(one.probe.name)
 
@@ -198,10 +207,10 @@ def _compare_one(
     except InputError as error:
         return failed(f"{name} can't be run: {error.what}", "embeddings"), [], "", "different"
     if outcome.length != len(one.image):
-        text = f"{name} became {outcome.length:,} places, in the reference {len(one.image):,}: images have other numbers of features"
+        text = f"{name} became {outcome.length:,} tokens, in the reference {len(one.image):,}: images have other numbers of features"
         return failed(text, "embeddings"), [], "embeddings", "different"
     rows = measure(one, outcome, limits)
-    verdict = judge(rows, limits, half, atol)
+    verdict = judge(rows, limits, bool(hides), atol)
     layer = _first_wrong(one, outcome, limits)
     if verdict == "same" and atol is None and layer in BEFORE_DECODER:  # a small fault there may not reach the logits of a small model
         verdict = "suspicious"
@@ -210,7 +219,7 @@ def _compare_one(
     if atol is not None:
         figures += f" (atol {atol:.0e})"
     if verdict in ("same", "plausible"):
-        why = "half precision hides small faults; " if half else "up to the rounding of the merge; " if verdict == "plausible" else ""
+        why = f"{hides}; " if hides else "up to the rounding of the merge; " if verdict == "plausible" else ""
         return Finding("L5", "ok", one.probe.name, f"{name} {verdict}: {why}{figures}"), rows, "", verdict
     layer = layer or ("head" if _has_layers(one) and max(row.nmse for row in rows) > limits.nmse else "")
     beyond = list(dict.fromkeys(text for row in rows for text in row.beyond(limits))) if atol is None else []
@@ -270,9 +279,9 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def judge(rows: Sequence[Row], limits: Limits, half: bool, atol: float | None) -> SmokeVerdict:
-    """Half precision, and a merge that rounds, are at best "plausible": see `LIMITS` for what they hide."""
-    good: SmokeVerdict = "plausible" if half or limits not in LIMITS.values() else "same"
+def judge(rows: Sequence[Row], limits: Limits, hides: bool, atol: float | None) -> SmokeVerdict:
+    """Half precision, a quantised model and a merge that rounds are at best "plausible": see `LIMITS` for what they hide."""
+    good: SmokeVerdict = "plausible" if hides or limits not in LIMITS.values() else "same"
     if any(row.non_finite for row in rows):
         return "different"
     if atol is not None:
@@ -326,6 +335,7 @@ def compare_original(
     resident: bool = False,
     atol: float | None = None,
     accept_tower: bool = False,
+    quantize: Bits | None = None,
     seed: int | None = None,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
@@ -344,6 +354,7 @@ def compare_original(
     on_event(Note(f"rows of the vocabulary table drawn with seed {seed}"))
     reference = make_recording(original, probes, tower=tower, device=device, resident=resident, on_event=on_event)
     how: Any = {"device": device, "dtype": dtype, "resident": resident, "atol": atol, "accept_tower": accept_tower}
+    how["quantize"] = quantize
     smoke = compare(checkpoint, reference, tower=tower if checkpoint.layout == "llava" else None, **how, on_event=on_event)
     if not any(probe.sees for probe in probes):
         text = "no image was compared: the original holds no vision tower"
@@ -352,6 +363,30 @@ def compare_original(
     if images:
         smoke = replace(smoke, verdict="different")
     return replace(smoke, findings=tuple(dict.fromkeys((*warnings, *images, *smoke.findings))))
+
+
+def compare_quantised(
+    checkpoint: Checkpoint,
+    quantize: Bits,
+    *,
+    tower: Checkpoint | None = None,
+    device: str = "cpu",
+    dtype: str = "F32",
+    resident: bool = False,
+    atol: float | None = None,
+    accept_tower: bool = False,
+    seed: int | None = None,
+    on_event: Listener = lambda event: None,
+) -> Smoke:
+    """Compare a checkpoint after bitsandbytes quantised it with itself in float32, on built-in probes. `seed` as in `record`. Raises as
+    `compare`, InputError too where bitsandbytes is missing, and where the logits in float32 are not finite."""
+    check_given(checkpoint, tower, accept=accept_tower)
+    how: Any = {"tower": tower, "device": device, "resident": resident, "on_event": on_event}
+    load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=False, quantize=quantize)  # fails before the work
+    seed = draw_seed() if seed is None else seed
+    reference = make_recording(checkpoint, built_in_probes(checkpoint, tower=tower, seed=seed), **how)
+    on_event(Note(f"rows of the vocabulary table drawn with seed {seed}"))
+    return compare(checkpoint, reference, dtype=dtype, atol=atol, accept_tower=accept_tower, quantize=quantize, **how)
 
 
 def _other_pixels(checkpoint: Checkpoint, original: Checkpoint, tower: Checkpoint | None) -> list[Finding]:
@@ -388,7 +423,7 @@ def _other_places(checkpoint: Checkpoint, original: Checkpoint, tower: Checkpoin
         return []
     for size in sight.many_sizes():
         if (places := found.features(size)) != (wanted := sight.features(size)):
-            text = f"an image of {size[0]} x {size[1]} pixels takes {places:,} places in the text, {wanted:,} in the original"
+            text = f"an image of {size[0]} x {size[1]} pixels takes {places:,} tokens in the text, {wanted:,} in the original"
             return [Finding("L5", "failed", "places", text, "compare `image_grid_pinpoints` and `vision_aspect_ratio`, and the strategy")]
     return []
 
@@ -404,13 +439,15 @@ def smoke_test(
     resident: bool = False,
     atol: float | None = None,
     accept_tower: bool = False,
+    quantize: str | None = None,
     on_event: Listener = lambda event: None,
 ) -> Smoke:
     """Does the checkpoint compute what it should? One line in a user's own tests: returns what was measured, and raises where it is not as
     it should be.
 
     `path` is the checkpoint, open or a path. Give one of two: `reference`, a recording or the path of one, or `original`, the checkpoint in
-    the original layout that it was converted from. `tower` is the vision tower of an original LLaVA that holds none; without it only text
+    the original layout that it was converted from. With `quantize` ("8bit" or "4bit") the checkpoint runs as bitsandbytes quantises it, by
+    default compared with itself in float32. `tower` is the vision tower of an original LLaVA that holds none; without it only text
     is compared; with `accept_tower` it may be another published one than the config names.
 
     `device` is "cpu", "cuda" or "cuda:N"; `dtype` is that of the computation, "F32", "BF16" or "F16", whatever the weights are stored in.
@@ -418,19 +455,23 @@ def smoke_test(
     `on_event` is called with each Event, such as a ProgressBar.
 
     Raises UsageError for a value that an option can't have and for a `tower` that nothing has a use for, VerificationError where the logits
-    differ, MismatchError where `tower` is not the one that the config names, InputError where an input is damaged or nothing could be
-    compared, HubError where the Hub can't serve one.
+    differ, MismatchError where `tower` is not the one that the config names, InputError where an input is damaged, nothing could be
+    compared or bitsandbytes is missing, HubError where the Hub can't serve one.
     """
     check_listener(on_event)
-    if (reference is None) == (original is None):
+    bits = to_bits(quantize)
+    if (reference is not None) + (original is not None) != 1 and (bits is None or None not in (reference, original)):
         raise UsageError("a smoke test compares with either a reference or an original", hint="pass one of `--reference` and `--original`")
     how: Any = {**check_numbers(device, dtype, atol), "resident": resident, "accept_tower": accept_tower, "on_event": on_event}
     checkpoint = opened(path, "checkpoint", whole=True)
     how["tower"] = opened(tower, "tower") if tower is not None else None
     if original is not None:
-        smoke = compare_original(checkpoint, opened(original, "original", whole=True), **how)
+        smoke = compare_original(checkpoint, opened(original, "original", whole=True), quantize=bits, **how)
+    elif bits and reference is None:
+        smoke = compare_quantised(checkpoint, bits, **how)
     else:
-        smoke = compare(checkpoint, reference if isinstance(reference, Recording) else Path(to_place(reference, "reference")), **how)
+        kept = reference if isinstance(reference, Recording) else Path(to_place(reference, "reference"))
+        smoke = compare(checkpoint, kept, quantize=bits, **how)
     if smoke.exit_code == 4:
         bad = [finding for finding in smoke.findings if finding.verdict == "failed"]
         facts = {f"probe {number}": finding.text for number, finding in enumerate(bad, 1)}
@@ -454,7 +495,7 @@ def check_numbers(device: str, dtype: str, atol: float | None = None) -> dict[st
 
 def table(smoke: Smoke) -> list[str]:
     """The measurements for people: one line for each probe and kind of place."""
-    head = ("probe", "places", "NMSE", "max |d|", "max |d|/std", "mean |d|", "mean KL", "top-1", "top-5")
+    head = ("probe", "tokens", "NMSE", "max |d|", "max |d|/std", "mean |d|", "mean KL", "top-1", "top-5")
     rows = [head] + [
         (f"{row.probe} {row.where}", f"{row.places}", f"{row.nmse:.1e}", f"{row.max_abs:.1e}", f"{row.max_std:.1e}", f"{row.mean_abs:.1e}",
          f"{row.mean_kl:.1e}", f"{row.top1:.3f}", f"{row.top5:.3f}")

@@ -33,6 +33,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,8 +47,9 @@ from ..storage.reading import Workspace
 from ..tensors.dtypes import to_dtype
 from ..tensors.lazy import LazyTensor, Stored
 from ..text import brief, shown
-from .forward import Places, Probe, Runner, load_forward, load_original
+from .forward import Passes, Places, Probe, Runner, load_forward, load_original
 from .probes import built_in_probes, check_given, image_places
+from .quantised import Bits
 
 RECORDING_SCHEMA = "llava-weights smoke 1"
 KEYS = r"vision|embeddings|layer\.\d{1,4}"
@@ -145,7 +147,7 @@ def record(
     if probes is not None and not (isinstance(probes, Sequence) and probes and all(isinstance(probe, Probe) for probe in probes)):
         raise UsageError("`probes` is no list of probes", hint="give one or more of the type Probe, or leave it out")
     model, clip = opened(checkpoint, "checkpoint", whole=True), opened(tower, "tower") if tower is not None else None
-    check_file(place, force=force, inputs=[model.origin.path])
+    check_file(place, force=force, inputs=[] if model.origin.remote else [model.origin.path])
     for text in check_given(model, clip, accept=accept_tower).warnings:
         on_event(Note(text, warning=True))
     seed = draw_seed() if seed is None else seed
@@ -175,15 +177,15 @@ def make_recording(
     """As `record`, in memory; of a long probe the logits of some places are kept, as many as have `values`. Raises InputError too
     where logits are not finite: such a model is no reference."""
     runner = load_runner(checkpoint, tower=tower, device=device, dtype=dtype, resident=resident)
-    made = []
+    made, passes = [], Passes(runner, len(probes), len(probes), on_event)
     for probe in probes:
+        passes.begin(probe.name)
         one = _record(runner, probe, partial(image_places, checkpoint, probe, tower=tower), values)
         if wrong := int((~np.isfinite(one.logits)).sum()):
             what = f"{wrong:,} logits of {shown(checkpoint.origin.name)} are infinite or no numbers"
             raise InputError(what, facts={"probe": probe.name}, hint="`llava-weights verify --deep` names the tensors that are damaged")
         made.append(one)
-        on_event(Note(f"{probe.name}: ran {len(one.image):,} places, kept the logits of {len(one.positions):,}"))
-    manifest = find_manifest(checkpoint.origin.path)
+    manifest = None if checkpoint.origin.remote else find_manifest(checkpoint.origin.path)
     root = {"root.tensors": manifest.root} if manifest else {}
     metadata = {
         "model": checkpoint.origin.name,
@@ -210,11 +212,12 @@ def check_forward(device: str, dtype: str) -> tuple[str, str]:
     return device, chosen
 
 
-def load_runner(checkpoint: Checkpoint, *, tower: Checkpoint | None, device: str, dtype: str, resident: bool) -> Runner:
+def load_runner(
+    checkpoint: Checkpoint, *, tower: Checkpoint | None, device: str, dtype: str, resident: bool, quantize: Bits | None = None
+) -> Runner:
     """The forward pass for the checkpoint's layout."""
-    if checkpoint.layout == "llava":
-        return load_original(checkpoint, tower=tower, dtype=dtype, device=device, resident=resident)
-    return load_forward(checkpoint, dtype=dtype, device=device, resident=resident)
+    how: Any = {"dtype": dtype, "device": device, "resident": resident, "quantize": quantize}
+    return load_original(checkpoint, tower=tower, **how) if checkpoint.layout == "llava" else load_forward(checkpoint, **how)
 
 
 def _record(runner: Runner, probe: Probe, image: Callable[[int], np.ndarray], values: int) -> Recorded:

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from ..tensors.dtypes import TORCH_DTYPE, all_threads
 from ..tensors.lazy import LazyTensor
 from ..tensors.windows import WINDOW_BYTES, MiB, row_ranges
 from ..text import listed, shown
+from .quantised import Bits, Quantiser
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +52,10 @@ _most_values: ContextVar[int] = ContextVar("_most_values", default=MOST.values)
 
 
 class Streamed:
-    """Gives every leaf of a model its parameters just before its forward, and takes them away after it unless `resident`."""
+    """Gives every leaf of a model its parameters just before its forward, and takes them away after it unless `resident`. With `quantize`
+    bitsandbytes quantises the matrix of each Linear but the head, and computes with it."""
 
-    def __init__(self, *, dtype: str, device: str, resident: bool, most: Most = MOST) -> None:
+    def __init__(self, *, dtype: str, device: str, resident: bool, most: Most = MOST, quantize: Bits | None = None) -> None:
         import torch
 
         if dtype not in ("F32", "F16", "BF16"):
@@ -63,6 +65,7 @@ class Streamed:
         self.dtype, self.device, self.resident = dtype, device, resident
         self.kind: torch.dtype = getattr(torch, TORCH_DTYPE[dtype])
         self._most = most
+        self._quantiser = Quantiser(quantize, self.kind) if quantize else None
         self._work = Workspace()
         self._hidden: dict[str, torch.Tensor] = {}
         self._kept: Kept | None = None
@@ -79,7 +82,8 @@ class Streamed:
         torch.set_float32_matmul_precision("highest")  # also `torch.backends.cuda.matmul.allow_tf32 = False`
         torch.backends.cudnn.allow_tf32 = False
         try:
-            with closing(self._work), all_threads(), torch.inference_mode():
+            quiet = self._quantiser.quiet() if self._quantiser else nullcontext()
+            with closing(self._work), all_threads(), torch.inference_mode(), quiet:
                 yield self._hidden
                 self._work.recheck_sources()
                 check_crcs([self._work])
@@ -108,8 +112,9 @@ class Streamed:
         else:
             module.register_forward_hook(leaves)
 
-    def attach(self, model: nn.Module, tensors: Mapping[str, LazyTensor], place: Callable[[str], str]) -> None:
-        """Bind every parameter of a model on the meta device to its tensor. `place` gives a parameter's key in `tensors`.
+    def attach(self, model: nn.Module, tensors: Mapping[str, LazyTensor], place: Callable[[str], str], *, quantised: bool = True) -> None:
+        """Bind every parameter of a model on the meta device to its tensor. `place` gives a parameter's key in `tensors`. Without
+        `quantised` its matrices stay as they are where those of others are quantised.
 
         Raises InputError listing names without a partner, MismatchError for another shape.
         """
@@ -132,6 +137,8 @@ class Streamed:
             if own and any(True for _ in module.children()):  # CLIP's class_embedding, image_newline: small, and read from outside
                 with self.session():
                     self._give(module, own)
+            elif own and quantised and self._quantiser and type(module) is torch.nn.Linear and place(f"{path}.weight") != "head.weight":
+                self._quantise(module, own, self._quantiser)
             elif own:
                 self._hook(module, own, rows=path.endswith("embed_tokens") and not self.resident)
 
@@ -188,6 +195,17 @@ class Streamed:
         module.register_forward_pre_hook(give_rows if rows else give)
         if not self.resident:
             module.register_forward_hook(take)
+
+    def _quantise(self, module: Any, own: Mapping[str, LazyTensor], quantiser: Quantiser) -> None:
+        kept: list[nn.Module] = []
+
+        def forward(hidden: torch.Tensor) -> torch.Tensor:
+            layer = kept[0] if kept else quantiser.layer(**{name: self.values(tensor) for name, tensor in own.items()})
+            if self.resident and not kept:
+                kept.append(layer)
+            return quantiser.compute(layer, hidden)
+
+        module.forward = forward
 
     def _give(self, module: nn.Module, own: Mapping[str, LazyTensor]) -> None:
         for name, tensor in own.items():

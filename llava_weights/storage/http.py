@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -29,17 +29,17 @@ LOOPBACK = re.compile(r"localhost|127(\.\d+){3}|::1")
 
 
 @dataclass(frozen=True)
-class Place:
+class Signed:
     """Where a file of the Hub, or one behind a redirect, is served for a while: a signed address, and the file's ETag there."""
 
     address: str
     etag: str
 
 
-_places: dict[str, Place] = {}
+_signed: dict[str, Signed] = {}
 
 
-def chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
+def chunks(file: Pinned, start: int, stop: int, clock: Callable[[], float] = time.monotonic) -> Generator[bytes]:
     """Bytes [start, stop) of `file` as they come. Raises InputError where it changed, Passing where another try may help: also where
     fewer than SLOWEST_BYTES come in WINDOW_SECONDS of `clock`."""
     with _answer(file.path, start, stop) as (answer, place):
@@ -60,7 +60,7 @@ def _answer(address: str, start: int, stop: int) -> Iterator[tuple[Any, str]]:
     from huggingface_hub import get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    known = _places.get(address)
+    known = _signed.get(address)
     first, headers = _first(address)
     place, headers = (known.address, {}) if known else (first, headers)
     headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -121,7 +121,7 @@ def _check_status(address: str, answer: Any, signed: bool) -> None:
     if status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE):
         return
     if signed and 400 <= status < 500 and status not in PASSING:  # the signature has expired: ask for another
-        _places.pop(address, None)
+        _signed.pop(address, None)
         raise Passing(f"status {status} from a signed address")
     if status in PASSING or status >= 500:
         asked = re.search(r"^\d{1,6}$|\bt=\d{1,6}", answer.headers.get("retry-after") or answer.headers.get("ratelimit", ""))
@@ -159,12 +159,12 @@ def _check_range(file: Pinned, answer: Any, place: str, start: int, stop: int) -
     if not file.path.startswith("hf://"):
         pinned = file.etag
     else:  # a commit never changes, and its files have one ETag on the Hub and another at each place that stores them
-        known = _places.get(file.path)
+        known = _signed.get(file.path)
         pinned = known.etag if known and known.address == place else etag
     if etag != pinned:
         raise remote_changed(file)
     if _origin(place) != _origin(_first(file.path)[0]):
-        _places[file.path] = Place(place, etag)
+        _signed[file.path] = Signed(place, etag)
 
 
 def head(address: str) -> tuple[int, str]:

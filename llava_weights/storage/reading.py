@@ -1,8 +1,8 @@
-"""Reading local files: what a worker holds while it makes rows, and how any reader opens a file.
+"""Reading: one `Source` for a file wherever it lies, what a worker holds while it makes rows, and how a local file is opened.
 
 Reads are `pread` into private memory, never a memory map: a mapped file that is truncated kills the process with SIGBUS.
-Behind each large read the page cache is dropped, since keeping three times the model there is what makes `cp` slow; not where the
-file lay in the cache before, since somebody else put it there.
+Large reads go past the page cache, and where they can't, it is dropped behind them: keeping three times the model there is what makes `cp`
+slow. What lay in the cache before is read from there and stays, since somebody else put it there.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import threading
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..errors import InputError, LlavaWeightsError, shortage
 from ..text import shown
+from .direct import SPARE_BYTES, read_direct
 from .residency import resident_stretches
 
+if TYPE_CHECKING:
+    from .places import Place
+
 T = TypeVar("T")
+Scratch = Callable[[int], AbstractContextManager[memoryview]]
+"""Gives so many bytes of page-aligned memory for a while (`Workspace.scratch`)."""
 DROP_BEHIND = 64 << 10  # bytes; smaller reads stay in the page cache, where read-ahead serves their neighbours
 CHECK_DISK = "check its permissions and the disk, then run the same command again"
 # Bytes of page cache that are dropped at once. Each call drains lists of every processor, and one for each 8 MiB read doubled the
@@ -61,11 +67,8 @@ class SourceFile:
 
     @classmethod
     def of(cls, path: Path, status: os.stat_result, header_sha256: str = "") -> SourceFile:
-        """The file at `path`, which had this `status` when it was open; of a shadow, the remote file that it stands for."""
-        place = os.path.abspath(path)
-        if remote := SHADOWS.get(place):
-            return replace(remote, header_sha256=header_sha256)
-        return cls(place, status.st_size, status.st_mtime_ns, status.st_ino, header_sha256, ctime_ns=status.st_ctime_ns)
+        """The file at `path`, which had this `status` when it was open."""
+        return cls(os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ino, header_sha256, ctime_ns=status.st_ctime_ns)
 
     @property
     def remote(self) -> bool:
@@ -83,8 +86,32 @@ class SourceFile:
         return [self.inode, self.ctime_ns]
 
 
-SHADOWS: dict[str, SourceFile] = {}  # path of a local file that holds only headers (remote.py) -> the remote file that it stands for
-NO_DESCRIPTOR = -1  # of a remote file
+class Source(Protocol):
+    """An open file, on this machine (`LocalSource`) or over the network (`places.RemoteSource`): headers and values are read through it."""
+
+    @property
+    def identity(self) -> SourceFile:
+        """The file as it was when it was opened first."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `offset`. Raises InputError where the file ended early or changed, HubError where the network
+        fails."""
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Say which ranges will be read next: one that is far away asks for them together."""
+
+    def check_unchanged(self) -> None:
+        """Raise InputError where the file is no longer the one of `identity`."""
+
+    def close(self) -> None:
+        """Nothing is read any more."""
+
+
+def read_bytes(source: Source, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset`. Raises as `Source.read_into`."""
+    data = bytearray(size)
+    source.read_into(offset, memoryview(data))
+    return bytes(data)
 
 
 @dataclass(frozen=True)
@@ -111,6 +138,11 @@ class DropBehind:
             if file not in self.warm:
                 self.warm[file] = resident_stretches(fd, file.size, STRETCH)
 
+    def is_cold(self, file: SourceFile, start: int, stop: int) -> bool:
+        """Whether the page cache held little of bytes [start, stop), so that they come from the disk."""
+        warm = self.warm.get(file)
+        return not warm or warm.isdisjoint(range(start // STRETCH, -(-stop // STRETCH)))
+
     def passed(self, file: SourceFile, fd: int, start: int, stop: int, least: int = STRETCH) -> None:
         """Note that bytes [start, stop) were read, and drop every range of at least `least` bytes that reads have joined."""
         with self.turn:
@@ -130,6 +162,50 @@ def _without(stretches: frozenset[int], start: int, stop: int) -> Iterator[tuple
     for number in range(start // STRETCH, -(-stop // STRETCH)):
         if number not in stretches:
             yield max(start, number * STRETCH), min(stop, (number + 1) * STRETCH)
+
+
+@dataclass
+class LocalSource:
+    """A file that is open as `fd`. Where `behind` is given, large reads go past the page cache through memory of `scratch`, or the cache is
+    dropped behind them."""
+
+    identity: SourceFile
+    fd: int
+    behind: DropBehind | None = None
+    scratch: Scratch | None = None
+
+    def __post_init__(self) -> None:
+        if self.behind:
+            self.behind.opened(self.identity, self.fd)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        if self.behind and self.scratch and len(buffer) >= DROP_BEHIND and self.behind.is_cold(self.identity, offset, offset + len(buffer)):
+            with self.scratch(SPARE_BYTES) as spare, reading(self.identity):
+                done = read_direct(self.fd, offset, buffer, spare)
+        while done < len(buffer):
+            with reading(self.identity):
+                got = os.preadv(self.fd, [buffer[done:]], offset + done)
+                status = None if got else os.fstat(self.fd)
+            if status:
+                raise changed(self.identity, status)
+            done += got
+        if self.behind and done >= DROP_BEHIND:
+            self.behind.passed(self.identity, self.fd, offset, offset + done)
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Nothing: a disk reads ahead by itself."""
+
+    def check_unchanged(self) -> None:
+        with reading(self.identity):
+            status = os.fstat(self.fd)
+        if (status.st_size, status.st_mtime_ns) != (self.identity.size, self.identity.mtime_ns):
+            raise changed(self.identity, status)
+
+    def close(self) -> None:
+        if self.behind:
+            self.behind.passed(self.identity, self.fd, 0, 0, least=1)
+        os.close(self.fd)
 
 
 def join_ranges(ranges: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
@@ -160,7 +236,7 @@ class Workspace:
     watch: Watcher | None = None
     tallies: Counter[str] = field(default_factory=Counter)
     crc_pieces: dict[tuple[SourceFile, Record], list[tuple[int, int, int]]] = field(default_factory=lambda: defaultdict(list))
-    _fds: dict[SourceFile, int] = field(default_factory=dict)
+    _sources: dict[SourceFile, Source] = field(default_factory=dict)
     _buffers: list[memoryview] = field(default_factory=list)
     _depth: int = 0
     _latest: list[tuple[object, Any]] = field(default_factory=list)
@@ -193,26 +269,11 @@ class Workspace:
         return made
 
     def read(self, file: SourceFile, offset: int, out: memoryview) -> None:
-        """Fill `out` with the bytes of `file` from `offset`. Raises InputError where the file ended early or changed."""
-        fd = self._fds.get(file)
-        if fd is None:
-            fd = self._fds[file] = open_source(file)
-            if self.drop_cache and fd != NO_DESCRIPTOR:
-                self.behind.opened(file, fd)
-        if fd == NO_DESCRIPTOR:
-            from .ranges import read
-
-            return read(file, offset, out, self.stopping)
-        done = 0
-        while done < len(out):
-            with reading(file):
-                got = os.preadv(fd, [out[done:]], offset + done)
-                status = None if got else os.fstat(fd)
-            if status:
-                raise changed(file, status)
-            done += got
-        if self.drop_cache and done >= DROP_BEHIND:
-            self.behind.passed(file, fd, offset, offset + done)
+        """Fill `out` with the bytes of `file` from `offset`. Raises as `Source.read_into`."""
+        source = self._sources.get(file)
+        if source is None:
+            source = self._sources[file] = open_source(file, self.behind if self.drop_cache else None, self.scratch, self.stopping)
+        source.read_into(offset, out)
 
     def take_crc(self, file: SourceFile, record: Record, offset: int, data: memoryview) -> None:
         """Take the CRC-32 of a piece of `record`; `crc_errors` joins the pieces."""
@@ -220,25 +281,13 @@ class Workspace:
 
     def recheck_sources(self) -> None:
         """Raise InputError if a file that was read has changed since it was indexed."""
-        for file, fd in self._fds.items():
-            if fd == NO_DESCRIPTOR:
-                from .ranges import check_unchanged
-
-                check_unchanged(file)
-                continue
-            with reading(file):
-                status = os.fstat(fd)
-            if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise changed(file, status)
+        for source in self._sources.values():
+            source.check_unchanged()
 
     def close(self) -> None:
-        for file, fd in self._fds.items():
-            if fd == NO_DESCRIPTOR:
-                continue
-            if self.drop_cache:
-                self.behind.passed(file, fd, 0, 0, least=1)
-            os.close(fd)
-        self._fds.clear()
+        for source in self._sources.values():
+            source.close()
+        self._sources.clear()
         self._buffers.clear()
         self._latest = []
 
@@ -268,24 +317,25 @@ def reading(file: SourceFile) -> Iterator[None]:
         ) from error
 
 
-def open_source(file: SourceFile) -> int:
-    """A descriptor of `file`, or InputError where it is gone or no longer the file that was indexed."""
+def open_source(
+    file: SourceFile, behind: DropBehind | None = None, scratch: Scratch | None = None, stopping: threading.Event | None = None
+) -> Source:
+    """`file`, open. Raises InputError where it is gone or no longer the file that was indexed. `stopping` ends waits for the network."""
     if file.remote:
-        from .ranges import check_unchanged
+        from .places import RemoteSource
 
-        check_unchanged(file)
-        return NO_DESCRIPTOR
-    with reading(file):
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+        source: Source = RemoteSource(file, stopping)
+    else:
         with reading(file):
-            status = os.fstat(fd)
-        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise changed(file, status)
-    except InputError:
-        os.close(fd)
+            source = LocalSource(file, os.open(file.path, os.O_RDONLY | os.O_CLOEXEC))
+    try:
+        source.check_unchanged()
+    except BaseException:
+        source.close()
         raise
-    return fd
+    if isinstance(source, LocalSource) and behind:
+        source = LocalSource(file, source.fd, behind, scratch)
+    return source
 
 
 def changed(file: SourceFile, status: os.stat_result) -> InputError:
@@ -391,7 +441,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, os.stat_result]]:
         os.close(fd)
 
 
-def unreadable(path: Path, error: OSError) -> LlavaWeightsError:
+def unreadable(path: Place, error: OSError) -> LlavaWeightsError:
     """The error for a file that the operating system does not let us read."""
     if known := shortage(error):
         return known
@@ -407,8 +457,10 @@ def irregular(path: Path, status: os.stat_result) -> InputError:
     return InputError(f"{shown(path.name)} is {kind}, not a file", facts={"path": path}, hint=DOWNLOAD_AGAIN)
 
 
-def present(path: Path) -> bool:
+def present(path: Place) -> bool:
     """Whether something has this name, a link too. A disk that fails is an InputError, where `os.path.lexists` would return False."""
+    if not isinstance(path, Path):
+        return path.exists()
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have such a name
@@ -420,7 +472,7 @@ def present(path: Path) -> bool:
     return True
 
 
-def refuse_disguise(path: Path, head: bytes) -> None:
+def refuse_disguise(path: Place, head: bytes) -> None:
     """Raise InputError naming what the file is, where its first bytes are those of another kind of file."""
     if not head:
         raise InputError(f"{shown(path.name)} is empty", facts={"path": path}, hint=DOWNLOAD_AGAIN)

@@ -1,28 +1,19 @@
 """Remote checkpoints (`hf://`, `s3://`, `gs://`, `https://`), opened without a download.
 
-Each gets a shadow: a private folder with its small files, whole, and its weight files as sparse files of the true size that hold only
-headers. Every reader works on it as on any folder. `reading.SHADOWS` maps each file to the remote one, so that tensors name that one
-and their values are read from there.
+Which files there are is asked once; every reader then works on the listing (`places.RemotePath`) as on a folder of this machine.
 """
 
 from __future__ import annotations
 
-import atexit
 import fnmatch
-import io
 import os
 import re
-import shutil
-import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import HubError, InputError, LlavaWeightsError, UsageError
+from ..errors import HubError, InputError, UsageError
 from ..families.files import (
     ADAPTER_FILES,
     BESIDE_ADAPTER,
@@ -36,27 +27,21 @@ from ..families.files import (
 )
 from ..families.xtuner import TELLING
 from ..text import listed, scheme_of
-from . import ranges, retry
+from . import buckets, ranges, retry
 from .http import LOOPBACK, MAX_SIZE, endpoint
 from .hub import SIDECARS, HubSource, choose_files, hub_error, parse_source
-from .reading import SHADOWS, SourceFile, join_ranges
-from .retry import Absent, Attempts, name_of, with_retries, within
+from .places import HEAD, REQUESTS_AT_ONCE, TAIL, HeaderSource, Pieces, RemoteFolder, RemotePath, whole
+from .reading import SourceFile
+from .retry import Absent, Attempts, with_retries, within
 from .threads import in_threads
 
 REMOTE_SCHEMES = ("hf", "https", "http", "s3", "gs")
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}")
 MAX_FILES = 1000
 MAX_SMALL = 64 << 20  # the longest of the small files, a tokenizer.json, has 30 MB
-MAX_HEADERS = 64 << 20  # of one weight file; that of a 13B model has 100 kB
-MAX_REMOTE_DIRECTORY = 4 << 20
-HEAD, TAIL = 32 << 10, (64 << 10) + 22  # bytes that most safetensors headers fit into; the longest end of a zip, comment included
-MEMBER_HEAD = 30 + 512  # a zip member's own header: torch pads its name with at most 64 bytes
-JOIN = 16 << 10  # bytes between two ranges that cost less than another request
-REQUESTS_AT_ONCE = 8
 # Plain HTTP has no listing: the files that are asked for there, besides those that an index names.
 KNOWN_WEIGHTS = (*SINGLE_FILES, *ADAPTER_FILES, *BESIDE_ADAPTER, META_PARAMS, *META_FILES)
 KNOWN_SMALL = (*SMALL_FILES, *LICENSE_FILES)
-NOT_A_ZIP = (ArithmeticError, LookupError, NotImplementedError, OSError, ValueError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -91,10 +76,10 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Shadow:
-    """A remote checkpoint as the readers see it: `path` is a local folder or file and is never shown."""
+class Remote:
+    """A remote checkpoint as the readers see it: a folder, or the one file that was asked for."""
 
-    path: Path
+    place: RemotePath
     name: str
     revision: str | None
 
@@ -104,39 +89,28 @@ def is_remote(text: str) -> bool:
     return scheme_of(text) in REMOTE_SCHEMES and not os.path.exists(text)
 
 
-@contextmanager
-def shadowed(text: str, revision: str | None = None) -> Iterator[Shadow]:
-    """Make the shadow of the checkpoint at an address, reading headers and small files. Errors inside name the address.
+def open_remote(text: str, revision: str | None = None) -> Remote:
+    """The checkpoint at an address. What its readers need first is asked for together: small files, and where headers usually are.
 
-    It stays until `forget` or the end of the process. Raises HubError where the network fails, InputError where there is no sound
-    checkpoint, UsageError where a package is missing or `revision` makes no sense.
+    Raises HubError where the network fails, InputError where there is nothing to read, UsageError where a package is missing or
+    `revision` makes no sense.
     """
     scheme = scheme_of(text)
     listing = _listing(scheme + text[len(scheme) :], revision)
-    chosen = listing.chosen()
-    folder = Path(tempfile.mkdtemp(prefix="llava-weights-")) / (re.sub(r"[^\w.\-]", "_", name_of(listing.address)) or "remote")
-    _folders.append(folder.parent)
-    folder.mkdir()
-    in_threads(lambda name: _shadow(folder / name, chosen[name]), chosen, REQUESTS_AT_ONCE)
-    try:
-        yield Shadow(folder / listing.only if listing.only else folder, listing.name, listing.revision)
-    except LlavaWeightsError as error:
-        error.what = error.what.replace(str(folder), listing.address)
-        error.facts = {label: text.replace(str(folder), listing.address) for label, text in error.facts.items()}
-        error.hint = error.hint and error.hint.replace(str(folder), listing.address)
-        raise
+    folder = RemoteFolder(listing.address, listing.chosen())
+    for name, found in zip(folder.files, in_threads(_first_pieces, folder.files.values(), REQUESTS_AT_ONCE), strict=True):
+        folder.kept[name] = found
+    return Remote(RemotePath(folder, listing.only), listing.name, listing.revision)
 
 
-_folders: list[Path] = []
-
-
-@atexit.register
-def forget() -> None:
-    """Delete the shadows of this process. What was opened stays readable, except for its small files."""
-    for folder in _folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    _folders.clear()
-    SHADOWS.clear()
+def _first_pieces(file: SourceFile) -> Pieces:
+    """A small file whole; of a weight file the bytes that its header usually fits into: of a zip its end."""
+    source, weights = HeaderSource(file), file.name.endswith(tuple(WEIGHT_SUFFIXES))
+    places = [(0, HEAD if weights else file.size)]
+    if weights and not file.name.endswith(".safetensors"):
+        places.append((file.size - TAIL, file.size))
+    source.expect(places)
+    return source.kept
 
 
 # --- which files there are ------------------------------------------------------------------------------------------
@@ -208,22 +182,20 @@ def _ask_hub(source: HubSource) -> Any:
 
 def _of_store(text: str) -> Listing:
     """The objects directly under a key of `s3://` or `gs://`, or the one that has this key."""
-    address, store = text.rstrip("/"), ranges.filesystem(text)
+    address = text.rstrip("/")
     try:
-        found = with_retries(address, lambda: ranges.stored(address, lambda _, path: store.ls(path, detail=True)))
+        files, folders = with_retries(address, lambda: buckets.list_folder(address))
     except Absent:
         raise _missing(text) from None
-    scheme, files = text.partition("://")[0], {}
-    single = len(found) == 1 and f"{scheme}://{found[0]['name']}" == address and found[0]["type"] == "file"
-    home, _, only = address.rpartition("/") if single else (address, "", "")
-    folders = [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory"]
+    only, home = "", address
+    if not files and not folders and (found := ranges.stat(address)):
+        home, _, only = address.rpartition("/")
+        files = {only: SourceFile(address, found[0], 0, 0, etag=found[1])}
+    if not files and not folders:
+        raise _missing(text)
     if parts := [part for part in TELLING if part in folders]:
         raise _in_parts(text, parts, "copy it to this machine first")
-    for entry in found:
-        name = str(entry["name"]).rpartition("/")[2]
-        if entry["type"] == "file" and SAFE_NAME.fullmatch(name):
-            files[name] = SourceFile(f"{home}/{name}", int(entry["size"]), 0, 0, etag=ranges.etag_of(entry))
-    return Listing(address, address, files, None, only)
+    return Listing(home, address, {name: file for name, file in files.items() if SAFE_NAME.fullmatch(name)}, None, only)
 
 
 def _of_web(text: str) -> Listing:
@@ -234,12 +206,13 @@ def _of_web(text: str) -> Listing:
     files = _existing(home, (only, *BESIDE_ADAPTER, *KNOWN_SMALL) if only else (*INDEXES, *KNOWN_SMALL, *KNOWN_WEIGHTS))
     for index in () if only else INDEXES:
         if index in files and files[index].size <= MAX_SMALL:
-            named = set(re.findall(rb'"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.(?:safetensors|bin))"', _whole(files[index])))
+            index_bytes = whole(RemotePath(RemoteFolder(home, files), index))
+            named = set(re.findall(rb'"([A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.(?:safetensors|bin))"', index_bytes))
             files |= _existing(home, sorted(name.decode() for name in named)[:MAX_FILES])
             break
     if not files or (only and only not in files):
         raise _missing(text)
-    return Listing(address, address, files, None, only)
+    return Listing(home, address, files, None, only)
 
 
 def _existing(home: str, names: Iterable[str]) -> dict[str, SourceFile]:
@@ -264,94 +237,3 @@ def _in_parts(text: str, parts: list[str], hint: str) -> InputError:
 def _missing(text: str) -> InputError:
     hint = "check the address; plain HTTP has no listing, so a folder there needs files of the usual names"
     return InputError(f"there is nothing to read at `{text}`", hint=hint)
-
-
-# --- what the shadow holds ------------------------------------------------------------------------------------------
-
-
-def _whole(file: SourceFile) -> bytes:
-    data = bytearray(file.size)
-    ranges.read(file, 0, memoryview(data))
-    return bytes(data)
-
-
-def _shadow(path: Path, file: SourceFile) -> None:
-    """Write one file of the shadow: a small one whole, a weight file with its headers only."""
-    if not path.name.endswith(tuple(WEIGHT_SUFFIXES)):
-        path.write_bytes(_whole(file))
-        return
-    with path.open("x+b", buffering=0) as sparse:
-        sparse.truncate(file.size)
-        holes = _Holes(file, sparse)
-        _fill_safetensors(holes) if path.name.endswith(".safetensors") else _fill_zip(holes)
-    SHADOWS[os.path.abspath(path)] = file
-
-
-@dataclass
-class _Holes(io.RawIOBase):
-    """A sparse file that fills itself where it is read. Raises InputError where a hostile file asks for too much of it."""
-
-    file: SourceFile
-    sparse: IO[bytes]
-    filled: list[tuple[int, int]] = field(default_factory=list)
-    position: int = 0
-
-    def fill(self, start: int, stop: int) -> None:
-        start, stop = max(0, start), min(stop, self.file.size)
-        if start >= stop or any(first <= start and stop <= last for first, last in self.filled):
-            return
-        if sum(last - first for first, last in self.filled) + stop - start > MAX_HEADERS:
-            what = f"`{self.file.name}` would need more than {MAX_HEADERS:,} bytes only to tell what it holds"
-            raise InputError(what, facts={"address": self.file.path}, hint="download it first")
-        self.filled.append((start, stop))
-        data = bytearray(stop - start)
-        ranges.read(self.file, start, memoryview(data))
-        os.pwrite(self.sparse.fileno(), data, start)
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = offset + (0, self.position, self.file.size)[whence]
-        if self.position < 0:
-            raise OSError("a place before the start")
-        return self.position
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self.file.size if size < 0 else min(self.file.size, self.position + size)
-        if stop - self.position > MAX_REMOTE_DIRECTORY:
-            what = f"the directory of `{self.file.name}` has more than {MAX_REMOTE_DIRECTORY:,} bytes"
-            raise InputError(what, facts={"address": self.file.path}, hint="download it first")
-        self.fill(self.position, stop)
-        data = os.pread(self.sparse.fileno(), max(0, stop - self.position), self.position)
-        self.position += len(data)
-        return data
-
-
-def _fill_safetensors(holes: _Holes) -> None:
-    """The length and the header. Errors in them are left to the reader of the shadow."""
-    holes.fill(0, HEAD)
-    size = int.from_bytes(os.pread(holes.sparse.fileno(), 8, 0), "little")
-    if HEAD < 8 + size <= MAX_HEADERS:
-        holes.fill(HEAD, 8 + size)
-
-
-def _fill_zip(holes: _Holes) -> None:
-    """The end, the directory, each member's own header, and the small members. Errors in them are left to the reader of the shadow."""
-    from zipfile import BadZipFile, ZipFile
-
-    holes.fill(holes.file.size - TAIL, holes.file.size)
-    holes.fill(0, 512)
-    try:
-        with ZipFile(holes) as archive:
-            members = archive.infolist()
-    except (BadZipFile, *NOT_A_ZIP):
-        return
-    wanted = []
-    for member in members:
-        small = 0 if re.search(r"/data/\d+$", member.filename) else member.file_size
-        wanted.append((member.header_offset, member.header_offset + MEMBER_HEAD + len(member.filename.encode()) + small))
-    in_threads(lambda place: holes.fill(*place), join_ranges(wanted, gap=JOIN), REQUESTS_AT_ONCE)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Protocol, TypeVar
 
 from ..errors import HubError, InputError
 from ..events import Note, tell
+from .threads import aside
 
 T = TypeVar("T")
 TRIES = 6  # without progress: with these pauses some 20 seconds, or minutes where a server asks for them
 PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; each is twice the one before. The Hub counts requests in windows of 5 minutes
-NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3", "aiohttp", "botocore", "aiobotocore", "gcsfs", "google")
+NETWORK = ("httpx", "httpx2", "httpcore", "h11", "requests", "urllib3")
 ANSWER_SECONDS = 90.0  # that a server has for an answer's headers, or for an answer of some kB
 NOTE_SECONDS = 30.0  # between two notes about one server
 CHECK_CONNECTION = "check the connection, then run the same command again"
@@ -76,15 +76,7 @@ def with_retries(address: str, action: Callable[[], T]) -> T:
 def within(seconds: float, action: Callable[[], T], late: Callable[[T], object] = lambda result: None) -> T:
     """What `action` returns. Raises Passing where that takes more than `seconds`: a server that sends a byte now and then could hold a
     request for ever. The request then goes on in a thread of its own; should it end, `late` gets what it returns."""
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(action())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    result = aside(action)
     try:
         return result.result(seconds)
     except TimeoutError:

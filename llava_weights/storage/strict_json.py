@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..text import shown
-from .reading import DOWNLOAD_AGAIN, open_regular, refuse_disguise
+from .places import Place, open_place
+from .reading import DOWNLOAD_AGAIN, Source, read_bytes, refuse_disguise
 
 JsonObject = dict[str, Any]
 
@@ -26,18 +25,18 @@ MAX_DEPTH = 64  # the deepest honest file, a tokenizer.json, has about 8
 MAX_COST = 96 << 20
 
 
-def load_object(path: Path, *, limit: int = 1 << 20) -> dict[str, Any]:
+def load_object(path: Place, *, limit: int = 1 << 20) -> dict[str, Any]:
     """The JSON object in a regular file of at most `limit` bytes. Raises InputError, naming file and reason, for everything else."""
-    with open_regular(path) as (fd, status):
-        if status.st_size > limit:
-            what = f"{shown(path.name)} has {status.st_size:,} bytes, at most {limit:,} are read"
+    with open_place(path) as source:
+        if source.identity.size > limit:
+            what = f"{shown(path.name)} has {source.identity.size:,} bytes, at most {limit:,} are read"
             raise InputError(what, facts={"path": path}, hint=DOWNLOAD_AGAIN)
-        data = read_exactly(path, fd, status.st_size)
+        data = read_exactly(source, source.identity.size)
     refuse_disguise(path, data[:64])
     return parse_object(data, name=path.name, path=path)
 
 
-def parse_object(data: bytes, *, name: str, path: Path | None = None) -> dict[str, Any]:
+def parse_object(data: bytes, *, name: str, path: Place | None = None) -> dict[str, Any]:
     """The JSON object in `data`, as `parse_json`."""
     value = parse_json(data, name=name, path=path)
     if not isinstance(value, dict):
@@ -45,7 +44,7 @@ def parse_object(data: bytes, *, name: str, path: Path | None = None) -> dict[st
     return value
 
 
-def parse_json(data: bytes, *, name: str, path: Path | None = None) -> Any:
+def parse_json(data: bytes, *, name: str, path: Place | None = None) -> Any:
     """The JSON value in `data`, which is called `name` in messages and came from `path`.
 
     Raises InputError unless it is UTF-8 without a byte order mark, free of lone surrogates, duplicate keys, NaN, Infinity
@@ -71,18 +70,15 @@ def parse_json(data: bytes, *, name: str, path: Path | None = None) -> Any:
     return value
 
 
-def read_exactly(path: Path, fd: int, size: int) -> bytes:
+def read_exactly(source: Source, size: int) -> bytes:
     """The first `size` bytes of an open file. Raises InputError if they are not there."""
-    data = bytearray()
-    while len(data) < size and (piece := os.pread(fd, size - len(data), len(data))):
-        data += piece
-    if len(data) < size:
-        what = f"{shown(path.name)} is truncated, expected at least {size:,} bytes, found {len(data):,}"
-        raise InputError(what, facts={"path": path}, hint=DOWNLOAD_AGAIN)
-    return bytes(data)
+    if size > source.identity.size:
+        what = f"{shown(source.identity.name)} is truncated, expected at least {size:,} bytes, found {source.identity.size:,}"
+        raise InputError(what, facts={"path": source.identity.path}, hint=DOWNLOAD_AGAIN)
+    return read_bytes(source, 0, size)
 
 
-def _refusal(name: str, reason: str, path: Path | None) -> InputError:
+def _refusal(name: str, reason: str, path: Place | None) -> InputError:
     facts = {"path": path} if path else None
     return InputError(f"{shown(name)} is not JSON that can be trusted: {reason}", facts=facts, hint=DOWNLOAD_AGAIN)
 

@@ -1,7 +1,8 @@
 """Threads that never outlive their caller: it returns, or raises, when none of them is at work any more.
 
 A thread that is left behind would use descriptors and buffers that its caller has closed, and that somebody else may have by then.
-One Ctrl-C breaks off any wait, and a second one the wait for the threads' end, so inside a `Shield` no signal does.
+One Ctrl-C breaks off any wait, and a second one the wait for the threads' end, so inside a `Shield` no signal does. Only requests, which no
+client can break off, may end by themselves later (`aside`).
 """
 
 from __future__ import annotations
@@ -169,6 +170,28 @@ def _handle(number: int, frame: FrameType | None) -> None:
             raise
         for shield in Shield._open:
             shield._catch(error)
+
+
+def aside(action: Callable[[], B]) -> Future[B]:
+    """What `action` will return, in a thread that may outlive its caller: it uses nothing that anybody closes."""
+    result: Future[B] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(action())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
+
+
+def waited(result: Future[B]) -> B:
+    """What is in `result` once it is there. Raises what the open shields caught meanwhile."""
+    while not wait([result], GLANCE).done:
+        if (stopped := interruption()) is not None:
+            raise stopped
+    return result.result()
 
 
 def in_threads(

@@ -6,7 +6,6 @@ drops what it can't place, without a word.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,8 +34,9 @@ from ..formats.folder import WeightFiles, first_difference, index_file, index_sh
 from ..formats.safetensors import index_safetensors
 from ..formats.torch_zip import index_torch_zip
 from ..storage.hub import HubSource, fetch, parse_source, source_text
+from ..storage.places import Place, identity_of, names_in, whole
 from ..storage.reading import SourceFile, present, unreadable
-from ..storage.remote import is_remote, shadowed
+from ..storage.remote import is_remote, open_remote
 from ..storage.strict_json import load_object
 from ..tensors.lazy import FLOATS, LazyTensor
 from ..text import brief, few, legible, listed, shown
@@ -102,7 +102,7 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     peft: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, Path | bytes] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -131,8 +131,8 @@ def open_adapter(
     source, non_lora = to_place(source, "adapter"), Path(to_place(non_lora, "file of `non_lora`")) if non_lora is not None else None
     text = source_text(source)
     if is_remote(text):
-        with shadowed(text, revision) as shadow:
-            return _open(shadow.path, shadow.name, shadow.revision, non_lora, adapter)
+        found = open_remote(text, revision)
+        return _open(found.place, found.name, found.revision, non_lora, adapter)
     parsed = parse_source(text)
     if isinstance(parsed, HubSource):
         repo = fetch(parsed, revision=revision, progress=progress)
@@ -143,7 +143,7 @@ def open_adapter(
     return _open(parsed.path, parsed.path.resolve().name, None, non_lora, adapter)
 
 
-def _open(path: Path, name: str, revision: str | None, non_lora: Path | None, chosen: str | None) -> Adapter:
+def _open(path: Place, name: str, revision: str | None, non_lora: Path | None, chosen: str | None) -> Adapter:
     if chosen and Path(chosen).name == chosen and path.is_dir() and any(present(path / chosen / file) for file in ADAPTER_FILES):
         path, chosen = path / chosen, None
     folder = path if path.is_dir() else path.parent
@@ -151,7 +151,8 @@ def _open(path: Path, name: str, revision: str | None, non_lora: Path | None, ch
     found = _indexed(file)
     found = replace(found, tensors=_without_buffers(found.tensors))
     _check_sound(found.tensors, file.name)
-    files = {entry: there for entry in TOKENIZER_FILES if (there := optional(folder, entry))}
+    there = {entry: place for entry in TOKENIZER_FILES if (place := optional(folder, entry))}
+    files = {entry: place if isinstance(place, Path) else whole(place) for entry, place in there.items()}
     origin = Origin(legible(name), path.absolute(), found.container, found.files, revision)
     adapter = Adapter(origin, config=_config_in(folder), files=files, notes=_beside(folder, found, non_lora, chosen=not path.is_dir()))
     if any("mm_projector." in key for key in found.tensors) and not any("lora_" in key for key in found.tensors):
@@ -198,7 +199,7 @@ def _of_mlx(adapter: Adapter, tensors: Mapping[str, LazyTensor], rules: MlxRules
     return replace(adapter, modules=modules, replacements=contents.replacements, peft=rules.facts, notes=(*adapter.notes, *notes))
 
 
-def _weights_in(folder: Path) -> Path:
+def _weights_in(folder: Place) -> Place:
     """The file to read in a folder: an adapter's, a projector, or what `zero_to_fp32.py` made of a training state, an index first.
 
     Raises InputError saying what is there instead, and where an adapter is near, and where two adapter files differ."""
@@ -225,14 +226,14 @@ def _weights_in(folder: Path) -> Path:
     raise InputError(f"there is no adapter in {shown(folder.resolve().name)}", facts=facts, hint=hint)
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: Place) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return names_in(folder)
     except OSError as error:
         raise unreadable(folder, error) from error
 
 
-def _indexed(file: Path) -> WeightFiles:
+def _indexed(file: Place) -> WeightFiles:
     """The tensors of one file, or of the shards that an index lists. Raises InputError for one shard of several."""
     if file.name.endswith(".index.json"):
         return index_shards(file.parent, file.name)
@@ -242,7 +243,7 @@ def _indexed(file: Path) -> WeightFiles:
     return index_file(file)
 
 
-def _beside(folder: Path, read: WeightFiles, non_lora: Path | None, *, chosen: bool) -> tuple[str, ...]:
+def _beside(folder: Place, read: WeightFiles, non_lora: Path | None, *, chosen: bool) -> tuple[str, ...]:
     """Raise InputError naming the weight files of the folder that would be lost: neither read nor read later.
 
     Where a file was chosen, other ways to store an adapter or a model are no part of it: a note names them."""
@@ -268,7 +269,7 @@ def _beside(folder: Path, read: WeightFiles, non_lora: Path | None, *, chosen: b
     raise InputError(f"weights beside the adapter are of no known use: {listed(others)}", facts=facts, hint=hint)
 
 
-def _config_in(folder: Path) -> Mapping[str, Any]:
+def _config_in(folder: Place) -> Mapping[str, Any]:
     return load_object(member(folder, "config.json")) if present(folder / "config.json") else {}
 
 
@@ -363,7 +364,7 @@ def _rows(contents: Contents, rules: LoraRules) -> Rows:
     return rows
 
 
-def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Path | None, chosen: str | None) -> Adapter:
+def _with_non_lora(adapter: Adapter, folder: Place, contents: Contents, given: Path | None, chosen: str | None) -> Adapter:
     """With what the files beside the adapter replace, `non_lora_trainables.bin` above all, and the config that was written with it."""
     paths = [_resolved(given)] if given else _find_non_lora(folder, adapter, contents)
     if not paths and present(folder / "trainer_state.json") and not _has_projector(adapter.replacements):
@@ -384,7 +385,7 @@ def _with_non_lora(adapter: Adapter, folder: Path, contents: Contents, given: Pa
     return adapter
 
 
-def _refuse_missing_projector(adapter: Adapter, given: Path) -> None:
+def _refuse_missing_projector(adapter: Adapter, given: Place) -> None:
     """Raise InputError where LLaVA's config says that the projector was trained, but the file that was given for it holds none.
 
     LLaVA trains the projector with every LoRA unless `freeze_mm_mlp_adapter` is set (train.py at c121f04)."""
@@ -401,7 +402,7 @@ def _is_projector(tensors: Mapping[str, LazyTensor]) -> bool:
     return any("mm_projector." in name for name in tensors) and [table.rows for table in tables] == [2]
 
 
-def _with_file(adapter: Adapter, path: Path, contents: Contents, chosen: str | None) -> Adapter:
+def _with_file(adapter: Adapter, path: Place, contents: Contents, chosen: str | None) -> Adapter:
     """With what one file beside the adapter replaces. Raises InputError where two files hold different values for one tensor."""
     tensors, files = _index(path)
     tensors = _without_buffers(tensors)
@@ -430,7 +431,7 @@ def _with_file(adapter: Adapter, path: Path, contents: Contents, chosen: str | N
     return replace(adapter, origin=origin, replacements=replacements, rows=rows, notes=tuple(notes))
 
 
-def _find_non_lora(folder: Path, adapter: Adapter, contents: Contents) -> list[Path]:
+def _find_non_lora(folder: Place, adapter: Adapter, contents: Contents) -> list[Place]:
     """The files beside the adapter, none for an adapter that is not LLaVA's. Raises InputError where LLaVA's lacks them.
 
     train.py writes one, and config.json, once at the end: not into the Trainer's `checkpoint-N` (LLaVA #742, #1200, #1245),
@@ -480,13 +481,13 @@ def _parts_of(path: Path) -> tuple[Path, ...]:
     return (path, *(Path(file.path) for file in shards))
 
 
-def _index(path: Path) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]:
+def _index(path: Place) -> tuple[Mapping[str, LazyTensor], tuple[SourceFile, ...]]:
     """The tensors of a file that may be empty, or of the shards of an index, and the files."""
     if path.name.endswith(".index.json") or shard_count(path.name) > 1:
         found = _indexed(path)
         return found.tensors, found.files
     tensors = index_safetensors(path)[0] if path.suffix == ".safetensors" else index_torch_zip(path)
-    return tensors, (next((tensor.file for tensor in tensors.values()), None) or SourceFile.at(path),)
+    return tensors, (next((tensor.file for tensor in tensors.values()), None) or identity_of(path),)
 
 
 def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -501,7 +502,7 @@ def _strip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def _projector(adapter: Adapter, file: Path, tensors: Mapping[str, LazyTensor], non_lora: Path | None) -> Adapter:
+def _projector(adapter: Adapter, file: Place, tensors: Mapping[str, LazyTensor], non_lora: Path | None) -> Adapter:
     """An adapter that is only a projector. FSDP and ZeRO-3 put prefixes before its names, so LLaVA looks for `mm_projector.` in them."""
     beside = [name for name in ADAPTER_FILES if present(file.parent / name)]
     if non_lora or beside:

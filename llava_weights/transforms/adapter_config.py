@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
+from ..storage.places import Place
 from ..storage.strict_json import load_object
 from ..text import listed, shown
 
@@ -112,7 +112,7 @@ class LoraRules:
             raise InputError("the patterns in `adapter_config.json` are too costly to match against its modules", hint=RIGHT_ADAPTER_CONFIG)
 
 
-def read_rules(path: Path) -> LoraRules:
+def read_rules(path: Place) -> LoraRules:
     """Read adapter_config.json.
 
     Raises InputError for a method other than LoRA and for a variant that can't be merged, naming it, and for values that no

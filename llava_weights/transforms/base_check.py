@@ -44,7 +44,7 @@ def examine_apply(base: Checkpoint, delta: Checkpoint, *, accept_base: bool = Fa
     _require_decoders(("base", base), ("delta", delta))
     _refuse_swapped(base, delta)
     _refuse_states(base, delta)
-    _refuse_shapes(base, delta)
+    refuse_shapes(base, delta)
     _refuse_projector(delta)
     doubts, checks = _doubts(base, delta)
     if doubts and not accept_base:
@@ -68,7 +68,7 @@ def examine_make(base: Checkpoint, tuned: Checkpoint) -> Examination:
     for role, checkpoint in (("base", base), ("tuned model", tuned)):
         if state(checkpoint.parameters()).verdict == "delta":
             raise InputError(f"the {role} looks like a delta that was never applied", hint="give two whole models")
-    _refuse_shapes(base, tuned, role="tuned model")
+    refuse_shapes(base, tuned, role="tuned model")
     found = pair(base.parameters(), tuned.parameters(), difference=False)
     warnings = ("base and tuned model hold the same values: the delta will be zero",) if found.verdict == "identical" else ()
     return Examination(warnings=warnings)
@@ -134,7 +134,8 @@ def _refuse_states(base: Checkpoint, delta: Checkpoint) -> None:
         raise InputError(what, facts=facts, hint="there is nothing to apply: use it as it is, or look at it with `llava-weights inspect`")
 
 
-def _refuse_shapes(base: Checkpoint, other: Checkpoint, *, role: str = "delta") -> None:
+def refuse_shapes(base: Checkpoint, other: Checkpoint, *, role: str = "delta") -> None:
+    """Raise InputError or MismatchError where a delta of these shapes can't go onto a base of those."""
     for name, checkpoint in (("base", base), (role, other)):
         if len(found := checkpoint.tensors[VOCABULARY[0]].shape if VOCABULARY[0] in checkpoint.tensors else ()) != 2:
             what = f"the {name} `{checkpoint.origin.name}` has no table `{VOCABULARY[0]}`"

@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..storage.places import Place
 from ..storage.strict_json import load_object
 from ..tensors.lazy import LazyTensor, transposed
 from ..text import few, listed, shown
@@ -55,7 +55,7 @@ def is_mlx(tensors: Mapping[str, LazyTensor]) -> bool:
     return any(re.fullmatch(r".*\.lora_[ab]", name) for name in tensors)
 
 
-def read_mlx_rules(path: Path) -> MlxRules:
+def read_mlx_rules(path: Place) -> MlxRules:
     """Read MLX's adapter_config.json. Raises InputError for another kind of training, and for values that no program wrote."""
     config = load_object(path)
     kind = config.get("fine_tune_type", "lora")

@@ -2,58 +2,32 @@
 
 A bucket has no transactions, so the manifest is deleted first and put last: what has one is complete. On the Hub each finished shard is
 a commit on a branch named after the work; at the end one commit on the real branch takes over all of them, with the small files.
-Nothing but huggingface_hub and fsspec ever sees a credential.
+Nothing but huggingface_hub and obstore ever sees a credential.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..checkpoint.manifest import MANIFEST
 from ..errors import HubError, LlavaWeightsError, OutputError, UsageError
-from ..storage import ranges
+from ..storage import buckets
 from ..storage.http import endpoint
 from ..storage.hub import HubSource, LibraryRetries, hub_error, narration, parse_source
+from ..storage.places import RemoteFolder, RemotePath
+from ..storage.reading import SourceFile
 from ..storage.retry import CHECK_CONNECTION, TRIES, Absent, Attempts, Passing
 from ..text import scheme_of
 
 T = TypeVar("T")
 WRITABLE_SCHEMES = ("s3", "gs", "hf")
-PART_TRIES = 5  # of each part of a large object; a whole object is then begun again
-PART_BYTES, PARTS_AT_ONCE, MOST_PARTS = 16 << 20, 4, 10_000  # S3 takes at most 10,000 parts; those at once lie in memory
 CONFLICTS = (409, 412, 429)  # another commit was faster, or too many requests
 LOGIN = "log in with `hf auth login`, or set `HF_TOKEN`, with a token that may write to {page}"
 
 FileTags = dict[str, tuple[int, str]]  # size, and ETag or (of a large file on the Hub) sha256, by bare name
-
-
-class Destination(Protocol):
-    """A folder on the network. Every method raises HubError where the network or the other side does not let it be done."""
-
-    address: str
-    made: str  # what the user should know of what was made here, or nothing
-
-    def check(self) -> None:
-        """Refuse at once what can't end well."""
-
-    def names(self) -> FileTags:
-        """What the folder holds; nothing where it does not exist. Names that begin with a dot do not count."""
-
-    def held(self) -> FileTags:
-        """The same, with what is uploaded and not yet visible."""
-
-    def begin(self, key: str) -> None:
-        """Make ready for work named `key`, which may have begun before."""
-
-    def put(self, path: Path, name: str) -> str:
-        """Upload a finished shard; returns its tag, as `held` will say it."""
-
-    def publish(self, files: Mapping[str, Path], shards: Collection[str], replaced: Collection[str]) -> str:
-        """Make the folder hold `shards`, which are uploaded, and `files`, the manifest last; what else there is of `replaced` is deleted.
-        Returns its page."""
 
 
 def is_address(text: str) -> bool:
@@ -61,7 +35,7 @@ def is_address(text: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text) is not None
 
 
-def open_destination(text: str) -> Destination:
+def open_destination(text: str) -> Bucket | Repository:
     """Nothing is asked yet. Raises UsageError for what can't be written to."""
     scheme = scheme_of(text)
     address = (scheme + text[len(scheme) :]).rstrip("/")
@@ -78,48 +52,50 @@ def open_destination(text: str) -> Destination:
 
 
 class Bucket:
-    """A folder of an object store. Parts of a large object are sent by fsspec, which puts them together at the end."""
+    """A folder of an object store. Every method raises HubError where the network or the other side does not let it be done, as those of
+    `Repository` do, which means the same by the same names."""
 
     def __init__(self, address: str) -> None:
-        self.address, self.made = address, ""
+        self.address, self.made = address, ""  # the second: what the user should know of what was made here
 
     def check(self) -> None:
-        """Nothing: `names` is the first request."""
+        """Refuse at once what can't end well: nothing here, `names` is the first request."""
 
     def names(self) -> FileTags:
+        """What the folder holds; nothing where it does not exist. Names that begin with a dot do not count."""
         try:
-            found = self._do(lambda store, path: store.ls(path, detail=True))
+            found = _retried(self.address, lambda: buckets.list_folder(self.address), lambda error: error)[0]
         except Absent:
             return {}
-        named = {str(entry["name"]).rpartition("/")[2]: entry for entry in found if entry["type"] == "file"}
-        return {name: (int(entry["size"]), ranges.etag_of(entry)) for name, entry in named.items() if not name.startswith(".")}
+        return {name: (file.size, file.etag) for name, file in found.items() if not name.startswith(".")}
 
-    held = names
+    held = names  # with what is uploaded and not yet visible
 
     def begin(self, key: str) -> None:
+        """Make ready for work named `key`, which may have begun before."""
         if MANIFEST in self.names():  # what is replaced must not look complete meanwhile
             self._remove(MANIFEST)
 
+    def folder(self) -> RemotePath:
+        """What `held` says, to be read."""
+        files = {name: SourceFile(f"{self.address}/{name}", size, 0, 0, etag=tag) for name, (size, tag) in self.held().items()}
+        return RemotePath(RemoteFolder(self.address, files))
+
     def put(self, path: Path, name: str) -> str:
-        size = path.stat().st_size
-        options: dict[str, int] = {}
-        if self.address.startswith("s3://"):
-            options = {"chunksize": max(PART_BYTES, -(-size // MOST_PARTS)), "max_concurrency": PARTS_AT_ONCE}
+        """Upload a file; returns its tag, as `held` will say it."""
+        return self.send(path, name, path.stat().st_size)
 
-        def send(store: Any, place: str) -> str:
-            store.put_file(str(path), f"{place}/{name}", **options)
-            found = store.info(f"{place}/{name}")
-            if found["size"] != size:
-                raise Passing(f"{found['size']:,} of {size:,} bytes arrived")
-            return ranges.etag_of(found)
-
+    def send(self, data: Path | Iterator[memoryview], name: str, size: int) -> str:
+        """As `put`, also for bytes that come in order."""
         try:
-            return str(self._do(send))
+            return self._once(lambda: buckets.put(f"{self.address}/{name}", data, size))
         except Absent:
             what = f"there is no bucket `{self.address.split('/')[2]}`, or this key may not see it"
         raise HubError(what, facts={"address": self.address}, hint="make it first, or check the credentials")
 
     def publish(self, files: Mapping[str, Path], shards: Collection[str], replaced: Collection[str]) -> str:
+        """Make the folder hold `shards`, which are uploaded, and `files`, the manifest last; what else there is of `replaced` is deleted.
+        Returns its page."""
         for name in sorted(files, key=lambda name: (name == MANIFEST, name.endswith(".index.json"), name)):
             if name == MANIFEST:
                 for stray in set(replaced) & set(self.names()) - set(files) - set(shards):
@@ -129,16 +105,17 @@ class Bucket:
 
     def _remove(self, name: str) -> None:
         try:
-            self._do(lambda store, path: store.rm_file(f"{path}/{name}"))
+            self._once(lambda: buckets.delete(f"{self.address}/{name}"))
         except Absent:
             return
 
-    def _do(self, action: Callable[[Any, str], T]) -> T:
-        def once() -> T:
-            done: T = ranges.stored(self.address, action, PART_TRIES)
-            return done
-
-        return _retried(self.address, once, lambda error: error)
+    def _once(self, action: Callable[[], T]) -> T:
+        """What `action` returns, which obstore has tried often enough. Raises HubError, in plain words, where it can't be done."""
+        try:
+            return action()
+        except Passing as error:
+            facts = {"address": self.address, "tries": buckets.PART_TRIES, "reason": error}
+            raise HubError(f"`{self.address}` can't be written over the network", facts=facts, hint=CHECK_CONNECTION) from None
 
 
 class Repository:
@@ -181,6 +158,12 @@ class Repository:
 
     def held(self) -> FileTags:
         return self.names() | (self._tree(self.branch) if self.branch else {})
+
+    def folder(self) -> RemotePath:
+        commit = self._do(lambda api: api.model_info(self.repo, revision=self.branch).sha)
+        home = f"hf://{self.repo}@{commit}/{self.prefix}"
+        files = {name: SourceFile(home + name, size, 0, 0, etag=tag) for name, (size, tag) in self._tree(str(commit)).items()}
+        return RemotePath(RemoteFolder(home.rstrip("/"), files))
 
     def begin(self, key: str) -> None:
         self._open()

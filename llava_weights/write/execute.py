@@ -25,18 +25,21 @@ from ..formats.folder import same_header
 from ..formats.gguf import index_gguf
 from ..formats.safetensors import index_safetensors
 from ..storage.atomic import output_error, put_file, remove, sync_folder
+from ..storage.places import Place
 from ..storage.reading import DropBehind, SourceFile
 from ..storage.strict_json import json_bytes
 from ..storage.threads import Brake, Shield, interruption
 from ..tensors.dtypes import one_thread
 from ..tensors.windows import MiB
-from ..text import is_text, listed, shown, size
+from ..text import is_text, listed, shards, shown, size
 from .card import make_card
 from .destinations import is_address
 from .executors import completed
 from .plan import LARGEST_SMALL_FILE, Plan, Shard, accepted
-from .read_back import ReadBack, disk_sum
+from .read_back import ReadBack
 from .shard import ShardResult, write_shard
+from .shards import InFolder, Shards
+from .upload import room_for, shards_of
 from .windows_kept import shard_of
 from .work_folder import Job, check_work_folder, lies_in, meets, mount_of, open_job
 
@@ -122,15 +125,18 @@ def _run(
         on_event(Note(f"there are no locks where `{job.partial.name}` lies: start no second run with this output", warning=True))
     job.begin(plan.identity, restart=restart)
     if job.published:
-        results = dict(trusted(job, plan, job.out))
+        results = dict(trusted(job, plan, InFolder(job.out)))
         if len(results) == len(plan.shards):
-            report = _report(plan, job, results, len(results))
+            report = _report(plan, job, results, len(results), tensor_entries(job.out, results))
             _clean(job, on_event)
             return report
         job.begin(plan.identity, restart=True)
     _check_free(job, force)
-    job.prepare()
-    results = dict(trusted(job, plan, job.folder))
+    shards = shards_of(job)
+    try:
+        results = dict(trusted(job, plan, shards, again=reread and not job.remote, on_event=on_event))
+    except KeyboardInterrupt as error:
+        raise Interrupted.of(error, f"What an earlier run finished is kept in `{job.partial.name}`; {job.remains}") from error
     if complete and len(results) < len(plan.shards):
         raise _incomplete(plan, job, results)
     unfinished = {shard.name for shard in plan.shards} - set(results)
@@ -139,15 +145,15 @@ def _run(
     with keeping(plan, job, results):
         note_sources(plan, job, fresh=not (results or has_windows(job)))
         counter = ByteCounter(results, on_event)
-        with ReadBack(job.folder, results, pool, counter.read_back) as reader:
-            write_shards(plan, job, pool, results, counter, reader if reread and not job.remote else None)
+        with ReadBack(job.folder, results, pool, counter.read_back, plan.settings.in_flight) as reader:
+            write_shards(plan, job, shards, pool, results, counter, reader if reread and not job.remote else None)
             _check_sources(plan, job, pool, results, on_event)
             if left := reader.left:
                 on_event(ReadingBack(left))
             reader.finish()
         _sweep(job, results)  # of workers that died
-        finish(plan, job, results)
-        report = _report(plan, job, results, resumed)
+        tensors = finish(plan, job, shards, results)
+        report = _report(plan, job, results, resumed, tensors)
         job.publish(force=force)
     _clean(job, on_event)
     return report
@@ -193,6 +199,8 @@ def _check_sources(plan: Plan, job: Job, pool: Executor | None, results: dict[st
         del results[name]
         remove(job.folder / name)
     sync_folder(job.folder)
+    if wrong and job.remote:  # where the shard itself is not deleted
+        job.record({name: asdict(result) for name, result in results.items()})
     same = all(map(same_header, moved))
     if same:  # what is kept now was made of this state
         job.note_sources({_key(file): state for file, state in now.items()})
@@ -228,23 +236,35 @@ def _incomplete(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> Out
 
 
 def write_shards(
-    plan: Plan, job: Job, pool: Executor | None, results: dict[str, ShardResult], counter: ByteCounter, reader: ReadBack | None = None
+    plan: Plan,
+    job: Job,
+    shards: Shards,
+    pool: Executor | None,
+    results: dict[str, ShardResult],
+    counter: ByteCounter,
+    reader: ReadBack | None = None,
 ) -> None:
-    """Write the shards of `plan` that `results` lacks, each with its journal line as it is finished. Each is then read back by `reader`,
-    while the next is made; those of an earlier run were read when this one began. Raises OutputError as `ReadBack.check`.
+    """Write the shards of `plan` that `results` lacks, each with its journal line as it is finished. `reader` reads them back, large
+    ones while they are made; those of an earlier run were read when this one began. Raises OutputError as `ReadBack.check`.
     """
     on_event = counter.on_event
     again = sum(shard.nbytes for shard in plan.shards if shard.name not in results) if reader else 0
     on_event(Started(len(plan.shards), plan.nbytes, len(results), counter.nbytes, to_read_back=again))
     job.record({name: asdict(result) for name, result in results.items()})  # without a torn line, and what is not trusted
     indices = {shard.name: index for index, shard in enumerate(plan.shards, 1)}
-    for result in list(results.values()):
-        job.shard_done(asdict(result))
-    with Shield(), closing(_write(plan, job, pool, dict(results), counter)) as written:
+
+    def keep(result: ShardResult) -> None:
+        results[result.name] = result  # from here on it is kept
+        if (kept_now := shards.keep(result)) != result:
+            job.append(asdict(kept_now))
+            results[result.name] = kept_now
+
+    with Shield(), closing(_write(plan, shards, pool, dict(results), counter, reader)) as written:
+        for result in list(results.values()):
+            keep(result)
         for result in written:
             job.append(asdict(result))
-            results[result.name] = result  # from here on it is kept
-            job.shard_done(asdict(result))
+            keep(result)
             on_event(ShardDone(result.name, indices[result.name], len(plan.shards), result.nbytes, result.sha256))
             if reader:
                 reader.add(result)
@@ -308,6 +328,38 @@ def preflight(plan: Plan, out: Path, *, force: bool = False, make_job: Callable[
         _refuse(plan, make_job(out), force)
     except OSError as error:
         raise output_error(error, out) from error
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What an earlier run left in `folder`: `done` shards with `nbytes` bytes, of the `shards` of a plan."""
+
+    folder: str
+    done: int
+    shards: int
+    nbytes: int
+
+    def sentence(self, *, restart: bool) -> str:
+        if restart:
+            return f"`{self.folder}` holds an earlier run's work ({shards(self.done)}, {size(self.nbytes)}), which `--restart` would delete"
+        return f"`{self.folder}` holds {self.done} of {shards(self.shards)} ({size(self.nbytes)}), which the run would check and continue"
+
+
+def begun_earlier(plan: Plan, out: Path, *, restart: bool = False, make_job: Callable[[Path], Job] = Job) -> Begun | None:
+    """What lies there of an earlier run on `plan`, by its journal, unread; None where there is nothing. Raises OutputError where the work
+    belongs to another plan, unless `restart`, since the run itself would end so."""
+    job = make_job(out)
+    try:
+        if not job.partial.is_dir() or not (restart or job.begun(plan.identity)):
+            return None
+        names = {shard.name for shard in plan.shards}
+        found = {name: entry.get("nbytes") for name, entry in job.finished().items() if restart or name in names}
+        sizes = [nbytes for nbytes in found.values() if type(nbytes) is int]
+    except FileNotFoundError:  # the run that held it ended meanwhile
+        return None
+    except OSError as error:
+        raise output_error(error, out) from error
+    return Begun(job.partial.name, len(sizes), len(plan.shards), sum(sizes))
 
 
 def _refuse(plan: Plan, job: Job, force: bool) -> None:
@@ -379,50 +431,62 @@ def _check_space(plan: Plan, job: Job) -> None:
         with suppress(OSError):  # renamed meanwhile, where portions are at work
             there += file.lstat().st_blocks * 512
     free = shutil.disk_usage(place).free
-    room = job.room([shard.nbytes for shard in plan.shards])
+    room = room_for(job, plan.shards)
     needed = max(0, room - there) + room // 50 + 64 * MiB
     if free < needed:
         what, facts = f"not enough space for `{job.out.name}`", {"needed": size(needed), "free": f"{size(free)} on {place}"}
         raise OutputError(what, facts=facts, hint=f"free {size(needed - free)} or choose another `-o`")
 
 
-def trusted(job: Job, plan: Plan, folder: Path) -> Iterator[tuple[str, ShardResult]]:
-    """Shards of an earlier run whose bytes are still those of the journal: the disk may have failed meanwhile."""
+def trusted(
+    job: Job, plan: Plan, shards: Shards, *, again: bool = True, on_event: Listener = lambda event: None
+) -> Iterator[tuple[str, ShardResult]]:
+    """Shards of an earlier run whose bytes are still those of the journal: the disk may have failed meanwhile. `again`: whether what is
+    left will be read back."""
     tensors = {shard.name: {name for name, _ in shard.tensors} for shard in plan.shards}
-    for name, entry in job.finished().items():
-        result, path = _result(entry), folder / name
-        if result is None or result.tensors.keys() != tensors.get(name):
-            continue
-        with suppress(OSError, InputError):  # one that can't be read is made again
-            same = not path.is_symlink() and path.stat().st_size == result.nbytes
-            if same and (job.uploaded(entry) or disk_sum(path) == result.read_back):
-                yield name, result
+    found = {name: _result(entry) for name, entry in job.finished().items()}
+    known = {name: result for name, result in found.items() if result and result.tensors.keys() == tensors.get(name)}
+    total, done = sum(result.nbytes for result in known.values() if shards.reads(result)), [0]
+    if total:
+        left = plan.nbytes - sum(result.nbytes for result in known.values())
+        on_event(Started(len(known), total, what="Checking", to_follow=max(0, left) * (1 + again)))
+
+    def add(nbytes: int) -> None:
+        done[0] += nbytes
+        on_event(Progress(done[0], name))
+
+    for name, result in known.items():
+        if shards.holds(result, add):
+            yield name, result
 
 
 def _result(entry: Mapping[str, Any]) -> ShardResult | None:
     """A line of the journal; None for one that no run of this version wrote."""
-    kinds = {"name": str, "nbytes": int, "sha256": str, "read_back": str, "tensors": dict, "tallies": dict, "holes": list}
+    kinds = {"name": str, "nbytes": int, "sha256": str, "read_back": str, "tensors": dict, "tallies": dict, "holes": list, "tag": str}
     sound = entry.keys() == kinds.keys() and all(type(entry[key]) is kind for key, kind in kinds.items())
     sound = sound and {type(text) for text in (*entry["tensors"].values(), *entry["holes"])} <= {str}
     return ShardResult(**entry) if sound and {type(count) for count in entry["tallies"].values()} <= {int} else None
 
 
-def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any], counter: ByteCounter) -> Generator[ShardResult]:
+def _write(
+    plan: Plan, shards: Shards, pool: Executor | None, done: Mapping[str, Any], counter: ByteCounter, reader: ReadBack | None
+) -> Generator[ShardResult]:
     """Results of the shards that are left, as they finish."""
     left = [shard for shard in plan.shards if shard.name not in done]
     if pool is not None:
         add = {shard.name: partial(counter.of(shard), shard.nbytes) for shard in left}
         alone = replace(plan.settings, in_flight=1)  # each worker of the pool writes one shard with all jobs
-        for result in completed(pool, [partial(write_shard, shard, job.folder, alone) for shard in left]):
-            if result.name not in os.listdir(job.folder):
-                raise _not_shared(job, result)
+        for result in completed(pool, [shards.task(shard, alone) for shard in left]):
+            if isinstance(shards, InFolder) and result.name not in os.listdir(shards.folder):
+                raise _not_shared(shards.folder, result)
             yield result
             add[result.name]()
         return
     settings = replace(plan.settings, in_flight=max(1, min(plan.settings.in_flight, len(left))))
     behind, brake = DropBehind(), Brake()
+    how: dict[str, Any] = {"behind": behind, "brake": brake, "resume": True}
     calls = [
-        partial(write_shard, shard, job.folder, settings, on_bytes=counter.of(shard), behind=behind, brake=brake, resume=True)
+        shards.task(shard, settings, on_bytes=counter.of(shard), on_disk=partial(reader.follow, shard.name) if reader else None, **how)
         for shard in left
     ]
     if settings.in_flight > 1:
@@ -435,9 +499,9 @@ def _write(plan: Plan, job: Job, pool: Executor | None, done: Mapping[str, Any],
         yield call()
 
 
-def _not_shared(job: Job, result: ShardResult) -> OutputError:
+def _not_shared(folder: Path, result: ShardResult) -> OutputError:
     hint = "put `-o` on a file system that all workers share"
-    return OutputError(f"`{result.name}` was written where this machine does not see it", facts={"folder": job.folder}, hint=hint)
+    return OutputError(f"`{result.name}` was written where this machine does not see it", facts={"folder": folder}, hint=hint)
 
 
 class ByteCounter:
@@ -460,13 +524,13 @@ class ByteCounter:
             self.on_event(Progress(self.nbytes, shard, self.back))
 
 
-def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
-    """Small files, card, checksums, and last the manifest; after this the folder may get its name."""
+def finish(plan: Plan, job: Job, shards: Shards, results: Mapping[str, ShardResult]) -> list[TensorEntry]:
+    """Small files, card, checksums, and last the manifest; after this the folder may get its name. Returns what the shards hold."""
     plan = replace(plan, history=accepted(plan.history, sorted({hole for result in results.values() for hole in result.holes})))
     for name, data in plan.files.items():
         put_file(job.folder / name, small_bytes(name, data, LARGEST_SMALL_FILE))
     files = [FileEntry(shard.name, results[shard.name].nbytes, results[shard.name].sha256) for shard in plan.shards]
-    tensors = tensor_entries(job.folder, results)
+    tensors = tensor_entries(shards.place, results)
     write_index(job.folder, tensors)
     put_file(job.folder / "README.md", make_card(plan, tensors, tallies(results)).encode())
     for path in sorted(job.folder.iterdir()):
@@ -476,9 +540,10 @@ def finish(plan: Plan, job: Job, results: Mapping[str, ShardResult]) -> None:
         files.append(FileEntry(name, path.stat().st_size, _digest(path)))
     put_file(job.folder / SUMS, make_sums(files))
     put_file(job.folder / MANIFEST, json_bytes(make_manifest(plan.history, plan.options, files, tensors, tallies(results))))
+    return tensors
 
 
-def tensor_entries(folder: Path, results: Mapping[str, ShardResult]) -> list[TensorEntry]:
+def tensor_entries(folder: Place, results: Mapping[str, ShardResult]) -> list[TensorEntry]:
     """One entry for each tensor, as the headers of the written files say, with the digest taken while it was written.
 
     Raises OutputError where a header does not come back."""
@@ -507,7 +572,6 @@ def tallies(results: Mapping[str, ShardResult]) -> dict[str, int]:
     return {key: count for key, count in sorted(total.items()) if key != "non_finite"}
 
 
-def _report(plan: Plan, job: Job, results: Mapping[str, ShardResult], resumed: int) -> Report:
-    folder = job.out if job.published else job.folder
+def _report(plan: Plan, job: Job, results: Mapping[str, ShardResult], resumed: int, tensors: list[TensorEntry]) -> Report:
     nbytes = sum(result.nbytes for result in results.values())
-    return Report(job.out, len(plan.shards), nbytes, resumed, root_of_tensors(tensor_entries(folder, results)), tallies(results))
+    return Report(job.out, len(plan.shards), nbytes, resumed, root_of_tensors(tensors), tallies(results))

@@ -22,6 +22,7 @@ from ..families.files import ADAPTER_CONFIG, ADAPTER_FILES, STANDARD
 from ..formats.gguf import GgufKey, make_gguf_header
 from ..formats.integer_delta import ToInteger
 from ..formats.safetensors import make_header
+from ..storage.direct import SPARE_BYTES
 from ..storage.strict_json import json_bytes
 from ..storage.threads import usable_cores
 from ..tensors.holes import MORE, Watch, hole_sentences
@@ -36,15 +37,15 @@ SMALLEST_WINDOW = MiB
 LARGEST_SIZE = 1 << 50  # bytes of a shard or of memory: beyond is a typing error
 MAX_NAME = 200  # characters of the name that GGUF files bear
 LARGEST_SMALL_FILE = 64 << 20  # bytes, of all of them together too; the largest honest one, a tokenizer.json, has 17 MB
-READ_BACK_BYTES = 4 * MiB  # of one finished shard, while the next is made
+READ_BACK_BYTES = 4 * MiB  # of each shard in flight
 BUFFERS_BEYOND_JOBS = 4  # windows by which the digest threads of a shard may lag behind its workers
 JOBS_PER_SHARD = 2  # workers that keep the digest threads of one shard busy: more of them write another shard at the same time
 USUAL_MEMORY = 500 * MiB  # resident bytes of a run for which neither jobs nor memory are chosen
 USUAL_WINDOWS = (WINDOW_BYTES, WINDOW_BYTES // 2)  # measured: smaller ones are slower
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
-WITH_NETWORK = 110 * MiB  # HTTP and fsspec clients, and the 4 MiB that a store's answer takes in each of 8 workers
-UPLOADING = 160 * MiB  # four parts of 16 MiB of a large object, each once more on its way
+WITH_NETWORK = 110 * MiB  # clients of HTTP and of object stores, and the bytes on their way in each of 8 workers
+UPLOADING = 160 * MiB  # parts of an object: four of 8 MiB on their way, others being put together, each once more in the client
 REMOTE_JOBS = 4  # workers in place of one, where inputs come over the network: most of them wait for an answer
 
 
@@ -281,9 +282,9 @@ def _memory(shards: tuple[Shard, ...], settings: Settings, needs: tuple[int, int
     """The promise of `Plan.memory`. `needs` are those of the settings' window, where they are known already."""
     largest, scratch = needs or _needs(shards, settings.window)
     uses_torch = any(tensor.uses_torch for shard in shards for _, tensor in shard.tensors)
-    buffers = (settings.jobs + settings.in_flight * BUFFERS_BEYOND_JOBS) * largest + settings.jobs * 2 * scratch
+    buffers = (settings.jobs + settings.in_flight * BUFFERS_BEYOND_JOBS) * largest + settings.jobs * (2 * scratch + SPARE_BYTES)
     network = (_uses_network(shards) or settings.upload) * WITH_NETWORK + settings.upload * UPLOADING
-    return (WITH_TORCH if uses_torch else INTERPRETER) + network + buffers + READ_BACK_BYTES
+    return (WITH_TORCH if uses_torch else INTERPRETER) + network + buffers + settings.in_flight * READ_BACK_BYTES
 
 
 def _uses_network(shards: tuple[Shard, ...]) -> bool:

@@ -20,6 +20,7 @@ from ..events import Listener, Note, check_listener
 from ..storage.atomic import output_error, remove
 from .execute import ByteCounter, has_windows, keeping, note_sources, preflight, to_folder, trusted, write_shards
 from .plan import Plan
+from .shards import InFolder
 from .work_folder import Job, lock, open_job
 
 
@@ -84,11 +85,12 @@ def execute_portion(
             _begin(job, plan)
             if job.published:
                 raise OutputError(f"`{target.name}` is complete, only not cleaned up", hint="the same command with `--finish` does that")
-            results = dict(trusted(job, own, job.folder))
+            shards = InFolder(job.folder)
+            results = dict(trusted(job, own, shards))
             _sweep(job, own, set(results))
             resumed = len(results)
             with keeping(own, job, results):
-                write_shards(own, job, None, results, ByteCounter(results, on_event))
+                write_shards(own, job, shards, None, results, ByteCounter(results, on_event))
             return PortionReport(target, portion, len(results), sum(result.nbytes for result in results.values()), resumed)
     except OSError as error:
         raise output_error(error, target) from error

@@ -15,16 +15,18 @@ import secrets
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
 from ..errors import InputError
 from ..formats.integer_delta import ToInteger, write_integer_shard
 from ..storage.atomic import NOT_SUPPORTED, output_error, sync_folder
 from ..storage.digests import FILES, READ_BACK, TENSORS, new_digest
-from ..storage.reading import DropBehind, Workspace, check_crcs, drop_cache, private_buffer
+from ..storage.direct import BLOCK, set_direct, write_direct
+from ..storage.reading import DROP_BEHIND, DropBehind, Workspace, check_crcs, drop_cache, join_ranges, private_buffer
 from ..storage.threads import Brake, Shield
 from ..tensors.dtypes import one_thread
 from ..tensors.holes import Watch
@@ -35,12 +37,14 @@ from .windows_kept import KeptWindows, made_by, open_kept
 
 MOST_HOLES = 64  # that one shard's journal line tells of
 SYNC_LAG = 4  # windows between starting write-back of one and waiting for it
+OnDisk = Callable[[Path, int], None]
+"""Is told of the file that a shard is written to, and how many of its bytes, from the first one on, are on the disk."""
 
 
 @dataclass(frozen=True)
 class ShardResult:
     """What is known of a finished shard: small, picklable, and one line of the journal. `sha256` and `read_back`, an XXH3-128, are those of
-    the file: one for others, one for reading it back.
+    the file: one for others, one for reading it back. `tag` is what the place that it was sent to calls its content, empty on this machine.
     """
 
     name: str
@@ -50,6 +54,7 @@ class ShardResult:
     tensors: dict[str, str]  # name -> BLAKE3 of the raw little-endian values
     tallies: dict[str, int]
     holes: tuple[str, ...] | list[str] = ()  # sentences on zeros that were accepted; a list where the journal tells
+    tag: str = ""
 
 
 @one_thread()
@@ -59,6 +64,7 @@ def write_shard(
     settings: Settings,
     *,
     on_bytes: Callable[[int], None] = lambda nbytes: None,
+    on_disk: OnDisk | None = None,
     keep: bool = True,
     behind: DropBehind | None = None,
     brake: Brake | None = None,
@@ -68,28 +74,22 @@ def write_shard(
 
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
-    result has the digests of what the inputs hold now. `behind` is shared with the shards that are written at the same time, `brake` stops
-    them all: what it is pulled with is raised. With `resume`, windows that were finished when an earlier call was cut off are read and not
-    made (windows_kept.py), and an interruption, a lost connection or a full disk leaves those that are finished now.
+    result has the digests of what the inputs hold now. `on_disk` is called by the workers. `behind` is shared with the shards that are
+    written at the same time, `brake` stops them all: what it is pulled with is raised. With `resume`, windows that were finished when an
+    earlier call was cut off are read and not made (windows_kept.py), and an interruption, a lost connection or a full disk leaves those
+    that are finished now.
     """
-    settings, brake = settings.of_one_shard, brake or Brake()
-    watch = shard._watch.fresh() if shard._watch else None
-    if any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors):
+    if is_integer(shard):
+        watch = shard._watch.fresh() if shard._watch else None
         return _write_integer(shard, folder, settings, on_bytes, keep, watch)
-    header, laid_out = shard.header()
-    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
-    size = len(header) + sum(window.nbytes for window in windows)
     with open_kept(folder, shard.name) if resume and keep else nullcontext() as kept:
         temporary = kept.part if kept else temporary_path(folder, shard.name)
+
+        def open_sink(size: int) -> AbstractContextManager[Sink]:
+            return FileSink(temporary, size, settings, on_disk, anew=kept is None) if keep else Nowhere()
+
         try:
-            with Sink(temporary, size, settings, anew=kept is None) if keep else Nowhere() as sink:
-                sink.write(memoryview(header), 0)
-                pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake, kept)
-                pipeline.run()
-                for name, tensor in shard.tensors:
-                    if tensor.expected_digest and tensor.expected_digest[1] != pipeline.checked.get(name):
-                        raise wrong_digest(name)
-                sink.sync()
+            result = stream_shard(shard, open_sink, settings, on_bytes=on_bytes, behind=behind, brake=brake, kept=kept)
             if keep:
                 os.rename(temporary, folder / shard.name)
                 sync_folder(folder)
@@ -105,8 +105,40 @@ def write_shard(
             if not kept:
                 with suppress(OSError):  # the next run deletes it
                     temporary.unlink(missing_ok=True)
+    return result
+
+
+def is_integer(shard: Shard) -> bool:
+    """Whether it holds differences that are compressed, so that its size is known at the end only."""
+    return any(isinstance(tensor, ToInteger) for _, tensor in shard.tensors)
+
+
+def stream_shard(
+    shard: Shard,
+    open_sink: Callable[[int], AbstractContextManager[Sink]],
+    settings: Settings,
+    *,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
+    behind: DropBehind | None = None,
+    brake: Brake | None = None,
+    kept: KeptWindows | None = None,
+) -> ShardResult:
+    """Make the bytes of `shard` into what `open_sink` returns for their number. Raises InputError as `write_shard`, and what the sink
+    raises."""
+    settings, watch = settings.of_one_shard, shard._watch.fresh() if shard._watch else None
+    header, laid_out = shard.header()
+    windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
+    size = len(header) + sum(window.nbytes for window in windows)
+    with open_sink(size) as sink:
+        sink.write(memoryview(header), 0)
+        pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake or Brake(), kept)
+        pipeline.run()
+        for name, tensor in shard.tensors:
+            if tensor.expected_digest and tensor.expected_digest[1] != pipeline.checked.get(name):
+                raise wrong_digest(name)
+        tag = sink.finish()
     whole, fast = pipeline.file_digest.hexdigest(), pipeline.read_back.hexdigest()
-    return ShardResult(shard.name, size, whole, fast, pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch))
+    return ShardResult(shard.name, size, whole, fast, pipeline.tensor_digests, dict(pipeline.tallies), _accepted(watch), tag)
 
 
 def _accepted(watch: Watch | None) -> tuple[str, ...]:
@@ -143,7 +175,7 @@ class Pipeline:
 
     header: bytes
     windows: Sequence[Window]
-    sink: Sink | Nowhere
+    sink: Sink
     settings: Settings
     on_bytes: Callable[[int], None]
     watch: Watch | None = None
@@ -171,9 +203,9 @@ class Pipeline:
         """Start the threads, wait for them, then judge what was read. Raises the first failure."""
         largest = max((window.nbytes for window in self.windows), default=0)
         for _ in range(min(self.settings.jobs + BUFFERS_BEYOND_JOBS, len(self.windows))):
-            self.free.put(private_buffer(largest))
+            self.free.put(private_buffer(largest + BLOCK))
         tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
-        tasks += [(self._digest_file, ()), (self._digest_tensors, ())]
+        tasks += [(self._digest_file, ()), (self._digest_tensors, ())] + [(self._send, ())] * self.sink.in_order
         threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
         with Shield(self._fail), self.brake.held(self._fail):  # the files are closed when no thread lives
             try:
@@ -212,12 +244,13 @@ class Pipeline:
             self.stopping.set()
             self.changed.notify_all()
         self.free.put(None)
+        self.sink.stop()
 
     def _work(self, workspace: Workspace) -> None:
         while (taken := self._take()) is not None:
             number, buffer = taken
             window = self.windows[number]
-            data = buffer[: window.nbytes]
+            data = _data(window, buffer)
             with made_by(workspace) as (tallies, crcs):
                 there = self.kept is not None and self.kept.fill(window, data, workspace)
                 if self.kept is None:
@@ -225,12 +258,15 @@ class Pipeline:
             with self.changed:
                 self.made[number], self.users[number] = buffer, 3
                 self.changed.notify_all()
-            if not there:
+            if there:
+                self.sink.settle(window.offset, window.nbytes)
+            elif not self.sink.in_order:
                 self.sink.write(data, window.offset)
                 if self.kept is not None and not (self.watch and self.watch.found):  # zeros that are accepted are found anew
                     self.kept.add(window, data, tallies, crcs)
             self.on_bytes(window.nbytes)
-            self._release(number)
+            if not self.sink.in_order:
+                self._release(number)
 
     def _take(self) -> tuple[int, memoryview] | None:
         """The next window and a buffer for it; None, passed on to the next worker, when there is no more to do."""
@@ -250,7 +286,7 @@ class Pipeline:
                         return
                     self.changed.wait()
                 buffer = self.made[number]
-            yield window, buffer
+            yield window, _data(window, buffer)
             self._release(number)
 
     def _release(self, number: int) -> None:
@@ -262,13 +298,17 @@ class Pipeline:
             buffer = self.made.pop(number)
         self.free.put(buffer)
 
+    def _send(self) -> None:
+        for window, data in self._in_order():
+            self.sink.write(data, window.offset)
+
     def _digest_file(self) -> None:
-        for window, buffer in self._in_order():
-            self.file_digest.update(buffer[: window.nbytes])
-            self.read_back.update(buffer[: window.nbytes])
+        for _, data in self._in_order():
+            self.file_digest.update(data)
+            self.read_back.update(data)
 
     def _digest_tensors(self) -> None:
-        for window, buffer in self._in_order():
+        for window, data in self._in_order():
             for piece in window.pieces:
                 if not piece.name:  # the zeros that pad a GGUF file
                     continue
@@ -276,15 +316,40 @@ class Pipeline:
                 if piece.start == 0:
                     digests = {algorithm: new_digest(algorithm) for algorithm in (TENSORS, expected[0] if expected else TENSORS)}
                 for digest in digests.values():
-                    digest.update(buffer[piece.at : piece.at + piece.nbytes])
+                    digest.update(data[piece.at : piece.at + piece.nbytes])
                 if piece.stop == piece.tensor.rows:
                     self.tensor_digests[piece.name] = digests[TENSORS].hexdigest()
                     if expected:
                         self.checked[piece.name] = digests[expected[0]].hexdigest()
 
 
+def _data(window: Window, buffer: memoryview) -> memoryview:
+    """The place of a window in its page-aligned buffer: blocks of the file lie at multiples of BLOCK there too."""
+    return buffer[window.offset % BLOCK :][: window.nbytes]
+
+
+class Sink(Protocol):
+    """Where the bytes of a shard go. With `in_order`, it takes them from the first to the last, else at any offset."""
+
+    in_order: bool
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Take the bytes from `offset` on; `data` may be used again when this returns."""
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """These bytes are there from an earlier run."""
+
+    def finish(self) -> str:
+        """Everything is where it belongs when this returns: the tag of what arrived, empty on this machine."""
+
+    def stop(self) -> None:
+        """No call of `write` waits any longer."""
+
+
 class Nowhere:
-    """A `Sink` that writes nothing, for a run that only wants the digests."""
+    """Writes nothing, for a run that only wants the digests."""
+
+    in_order = False
 
     def __enter__(self) -> Nowhere:
         return self
@@ -295,52 +360,94 @@ class Nowhere:
     def write(self, data: memoryview, offset: int) -> None:
         return
 
-    def sync(self) -> None:
+    def settle(self, offset: int, nbytes: int) -> None:
+        return
+
+    def finish(self) -> str:
+        return ""
+
+    def stop(self) -> None:
         return
 
 
-class Sink:
-    """The output file: allocated whole, written by position; written pages are sent to the disk early and dropped from the cache."""
+class FileSink:
+    """The output file: allocated whole, written by position, whole blocks past the page cache where the file system has that. What does go
+    through the cache is sent to the disk early and dropped there. `on_disk` is told how far the file is on the disk."""
 
-    def __init__(self, path: Path, size: int, settings: Settings, *, anew: bool = True) -> None:
-        self.path = path
-        self.drop_cache = settings.drop_cache
+    in_order = False
+
+    def __init__(self, path: Path, size: int, settings: Settings, on_disk: OnDisk | None = None, *, anew: bool = True) -> None:
+        self.path, self.on_disk, self.drop_cache = path, on_disk, settings.drop_cache
+        self.direct = settings.drop_cache
         self.started: deque[tuple[int, int]] = deque()
+        self.settled: list[tuple[int, int]] = []
+        self.turn = threading.Lock()
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * anew | os.O_CLOEXEC, 0o666)
+        self.direct_fd = -1
         try:
             if os.fstat(self.fd).st_size > size:
                 os.ftruncate(self.fd, size)
             allocate(self.fd, size)
+            self.direct_fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            self.direct = settings.drop_cache and set_direct(self.direct_fd, True)
         except BaseException:
-            os.close(self.fd)
+            self._close()
             raise
 
-    def __enter__(self) -> Sink:
+    def _close(self) -> None:
+        for fd in (self.fd, self.direct_fd):
+            if fd >= 0:
+                os.close(fd)
+
+    def __enter__(self) -> FileSink:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.fd)
+        self._close()
 
     def write(self, data: memoryview, offset: int) -> None:
+        """Write `data` at `offset`; large data lies as `_data` says."""
+        first, last = 0, 0  # of the bytes that are written past the cache
+        try:
+            if self.direct and len(data) >= DROP_BEHIND:
+                first, whole = -offset % BLOCK, len(data) - (offset + len(data)) % BLOCK
+                last = first + write_direct(self.direct_fd, data[first:whole], offset + first)
+                self.direct = last == whole
+            self._put(data[:first], offset)
+            self._put(data[last:], offset + last)
+        except OSError as error:
+            raise output_error(error, self.path) from error
+        self.settle(offset, len(data))
+
+    def _put(self, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):
-            try:
-                done += os.pwrite(self.fd, data[done:], offset + done)
-            except OSError as error:
-                raise output_error(error, self.path) from error
+            done += os.pwrite(self.fd, data[done:], offset + done)
+
+    def settle(self, offset: int, nbytes: int) -> None:
+        """Bring bytes that are in the file to the disk: begun now, waited for some windows later."""
         if self.drop_cache and _sync_file_range:
-            sync_range(self.fd, offset, len(data), 2)  # SYNC_FILE_RANGE_WRITE: start now, wait for nothing
-            self.started.append((offset, len(data)))
+            sync_range(self.fd, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE: start now, wait for nothing
+            self.started.append((offset, nbytes))
             if len(self.started) > SYNC_LAG:
                 old, size = self.started.popleft()
                 sync_range(self.fd, old, size, 7)  # WAIT_BEFORE | WRITE | WAIT_AFTER
                 drop_cache(self.fd, old, size)
+                with self.turn:
+                    self.settled = join_ranges((*self.settled, (old, old + size)))
+                    first, last = self.settled[0]
+                if not first and self.on_disk:
+                    self.on_disk(self.path, last)
 
-    def sync(self) -> None:
+    def finish(self) -> str:
         """Everything is on the disk when this returns; the page cache is given back."""
         os.fsync(self.fd)
         if self.drop_cache:
             drop_cache(self.fd)
+        return ""
+
+    def stop(self) -> None:
+        return
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

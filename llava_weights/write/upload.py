@@ -1,7 +1,6 @@
-"""Upload each finished shard while the next is made; and publish a folder that is complete.
+"""Outputs that go over the network: the work folder of one, and publishing a folder that is complete.
 
-Of an uploaded shard only the header stays here, in a sparse file of the same size, so the work folder holds about two shards.
-`NAME.partial/uploads` lists what is uploaded; a later run trusts it where the destination still has the same.
+`NAME.partial/uploads` says which destination this work has, and what the destination held before.
 """
 
 from __future__ import annotations
@@ -9,26 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import MANIFEST, MAX_MANIFEST, SUMS, read_manifest, read_sums
-from ..errors import HubError, InputError, LlavaWeightsError, OutputError, UsageError
+from ..errors import HubError, LlavaWeightsError, OutputError, UsageError
 from ..events import Listener, Note
 from ..formats.folder import member
-from ..storage.atomic import remove, write_file
+from ..storage.atomic import write_file
 from ..storage.hub import REPO, HubSource
 from ..storage.strict_json import load_object
-from ..storage.threads import GLANCE, interruption
 from ..text import scheme_of
-from .destinations import Destination, Repository, is_address, open_destination
-from .read_back import disk_sum
+from .destinations import Bucket, Repository, is_address, open_destination
+from .plan import Shard
+from .shard import is_integer
+from .shards import InBucket, InFolder, InRepository, Shards
 from .work_folder import Job
-
-SHARDS_HELD = 2  # shards on this machine: one goes up while the next is made
 
 
 def job_at(output: str, *, reread: bool = True, on_event: Listener = lambda event: None) -> tuple[Path, Callable[[Path], Job]]:
@@ -41,21 +38,14 @@ def job_at(output: str, *, reread: bool = True, on_event: Listener = lambda even
 
 
 class UploadJob(Job):
-    """Work in progress whose output goes over the network. One thread uploads; what it raises is raised by the next call of the writer.
+    """Work in progress whose output goes over the network."""
 
-    After an interruption it may finish the request that it has begun, which no client can break off. It reads through a descriptor of its
-    own, and writes nothing here any more.
-    """
-
-    def __init__(self, out: Path, destination: Destination, reread: bool, on_event: Listener) -> None:
+    def __init__(self, out: Path, destination: Bucket | Repository, reread: bool, on_event: Listener) -> None:
         super().__init__(out)
         self.remote = True
         self.destination, self.reread, self.on_event = destination, reread, on_event
         self.uploads = self.partial / "uploads"
-        self.held: Mapping[str, tuple[int, str]] = {}
-        self.turn, self.closed = threading.Lock(), False
-        self.sending: threading.Thread | None = None
-        self.failure: BaseException | None = None
+        self.earlier: set[str] = set()  # shards of the work that `--restart` gave up
 
     @property
     def shown(self) -> str:
@@ -74,124 +64,58 @@ class UploadJob(Job):
 
     @property
     def remains(self) -> str:
-        return f"{len(self._noted().get('shards', {}))} of them are uploaded; `{self.shown}` is not complete and has no manifest"
-
-    def room(self, sizes: Sequence[int]) -> int:
-        return sum(sorted(sizes)[-SHARDS_HELD:])
+        sent = sum(bool(entry.get("tag")) for entry in self.finished().values())
+        return f"{sent} of them are uploaded; `{self.shown}` is not complete and has no manifest"
 
     def restore(self) -> None:
         """Nothing: what lies under the output's local name belongs to the user."""
 
     def begin(self, identity: Mapping[str, str], *, restart: bool) -> None:
+        self.earlier = set(self.finished()) if restart else set()
         super().begin({**identity, "destination": self.shown}, restart=restart)
 
-    def prepare(self) -> None:
+    def open(self) -> Shards:
         """Prepare the destination: from here on, what it holds belongs to this work."""
         noted = self._noted()
         if noted.get("destination") != self.shown:
-            noted = {"destination": self.shown, "shards": {}, "replaced": sorted(self.destination.names())}
+            noted = {"destination": self.shown, "replaced": sorted(self.destination.names())}
+        noted["replaced"] = sorted({*noted["replaced"], *self.earlier})
         self.destination.begin(hashlib.sha256(self.recorded.read_bytes()).hexdigest()[:12])
         if self.destination.made:
             self.on_event(Note(f"`{self.shown}` is {self.destination.made}"))
         write_file(self.uploads, json.dumps(noted).encode())
-        self.held = self.destination.held()
-
-    def uploaded(self, entry: Mapping[str, Any]) -> bool:
-        """The destination has this shard, and its header is here."""
-        name = entry["name"]
-        noted = self._noted().get("shards", {}).get(name)
-        if noted is None or noted["sha256"] != entry["sha256"] or self.held.get(name) != (entry["nbytes"], noted["tag"]):
-            return False
-        return bool(hashlib.sha256(_header(self.folder / name)).hexdigest() == noted["header"])
-
-    def shard_done(self, entry: Mapping[str, Any]) -> None:
-        """Begin to upload a finished shard, once the one before is uploaded."""
-        self._wait()
-        if self.uploaded(entry):
-            _keep_header(self.folder / entry["name"], self.partial / "header")
-        else:
-            self.sending = threading.Thread(target=self._guard, args=(entry["name"], entry["sha256"], entry["read_back"]), daemon=True)
-            self.sending.start()
-
-    def _guard(self, name: str, sha256: str, read_back: str) -> None:
-        try:
-            self._upload(name, sha256, read_back)
-        except BaseException as error:  # handed to the caller's thread
-            self.failure = error
-
-    def _upload(self, name: str, sha256: str, read_back: str) -> None:
-        path = self.folder / name
-        if self.reread and not _reads_as(path, read_back):
-            hint = "check the disk; the same command writes this shard again"
-            raise OutputError(f"`{name}` does not come back from the disk as it was written", hint=hint)
-        size, tag = path.stat().st_size, self.destination.put(path, name)
-        with self.turn:
-            if self.closed:  # another run may be at work here by now
-                return
-            noted = self._noted()
-            noted["shards"][name] = {"sha256": sha256, "tag": tag, "header": hashlib.sha256(_header(path)).hexdigest()}
-            write_file(self.uploads, json.dumps(noted).encode())
-            self.held = {**self.held, name: (size, tag)}
-            _keep_header(path, self.partial / "header")  # not in the folder that will be the output
-
-    def _wait(self) -> None:
-        while self.sending is not None:
-            self.sending.join(GLANCE)
-            if not self.sending.is_alive():
-                self.sending = None
-            elif (stopped := interruption()) is not None:
-                raise stopped
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
+        if isinstance(self.destination, Repository):
+            return InRepository(self.folder, self.destination, reread=self.reread)
+        return InBucket(self.folder, self.destination)
 
     def publish(self, *, force: bool) -> None:
-        self._wait()
-        noted = self._noted()
-        shards, held = noted["shards"], self.destination.held()
-        here = {path.name: path for path in self.folder.iterdir()}
-        sizes = {name: here.pop(name).stat().st_size for name in list(here) if name in shards}
-        for name, size in sizes.items():
-            if held.get(name) != (size, shards[name]["tag"]):
+        shards, held = self.finished(), self.destination.held()
+        for name, entry in shards.items():
+            if held.get(name) != (entry["nbytes"], entry["tag"]):
                 what = f"`{name}` at `{self.shown}` is no longer what was uploaded"
                 raise HubError(what, hint="see who else writes there; the same command uploads it again")
-        self.destination.publish(here, sizes, {*noted["replaced"], *shards})  # `--restart` may have cut other shards
-
-    def close(self) -> None:
-        with self.turn:
-            self.closed = True
+        here = {path.name: path for path in self.folder.iterdir()}
+        self.destination.publish(here, shards, {*self._noted()["replaced"], *shards})
 
     def _noted(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
             noted = json.loads(self.uploads.read_bytes())
-            if isinstance(noted, dict):
+            if isinstance(noted, dict) and isinstance(noted.get("replaced"), list):
                 return noted
         return {}
 
 
-def _reads_as(path: Path, read_back: str) -> bool:
-    try:
-        return disk_sum(path) == read_back
-    except InputError:
-        return False
+def shards_of(job: Job) -> Shards:
+    """Where the shards of a job go. Asks the network where they go there."""
+    return job.open() if isinstance(job, UploadJob) else InFolder(job.folder)
 
 
-def _header(path: Path) -> bytes:
-    """The bytes of a safetensors file that come before its data."""
-    with open(path, "rb") as file:
-        length = file.read(8)
-        return length + file.read(min(int.from_bytes(length, "little"), os.fstat(file.fileno()).st_size))
-
-
-def _keep_header(path: Path, temporary: Path) -> None:
-    """Replace `path` by a file of its size that holds only the header; at any time one of the two lies under this name."""
-    remove(temporary)
-    with open(temporary, "xb") as file:
-        file.write(_header(path))
-        file.truncate(path.stat().st_size)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(temporary, path)
+def room_for(job: Job, shards: Sequence[Shard]) -> int:
+    """Bytes of these shards that lie on this machine at one time."""
+    if not isinstance(job, UploadJob):
+        return sum(shard.nbytes for shard in shards)
+    here = shards if isinstance(job.destination, Repository) else [shard for shard in shards if is_integer(shard)]
+    return max((shard.nbytes for shard in here), default=0)
 
 
 def repository_of(text: str) -> Repository:

@@ -23,7 +23,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ MARK = b"Work in progress of `llava-weights`, which deletes this folder when the
 MOST_ON_PATH = 10_000  # files and folders; the kernel itself follows 40 links
 WORK_FORMAT = "3"  # of the work folder, in plan.json; 0.1.0 wrote none
 KNOWN_NAMES = re.compile(
-    r"\.{0,2}(lock(-begin|-\d{5}-of-\d{5})?|plan\.json|journal(-\d{5}-of-\d{5})?|uploads|header|sources|out|replaced|llava-weights-work)(\.[0-9a-f]{8})?(\.part)?"
+    r"\.{0,2}(lock(-begin|-\d{5}-of-\d{5})?|plan\.json|journal(-\d{5}-of-\d{5})?|uploads|sources|out|replaced|llava-weights-work)(\.[0-9a-f]{8})?(\.part)?"
 )
 
 JOURNAL = re.compile(r"journal(-\d{5}-of-(?P<count>\d{5}))?")
@@ -62,7 +62,7 @@ class Job:
         self.aside = self.partial / "replaced"
         self.sources = self.partial / "sources"
         self.locked = True  # False on a file system without locks
-        self.remote = False  # True where the output goes over the network: `upload.UploadJob`
+        self.remote = False  # True where the output goes over the network: upload.py
 
     @property
     def shown(self) -> str:
@@ -79,23 +79,6 @@ class Job:
         """What became of the output, as the end of a sentence about shards that are kept."""
         return f"`{self.out.name}` was not touched"
 
-    def room(self, sizes: Sequence[int]) -> int:
-        """Bytes that lie here at one time, of shards of these sizes."""
-        return sum(sizes)
-
-    def prepare(self) -> None:
-        """Called once the work may begin."""
-
-    def uploaded(self, entry: Mapping[str, Any]) -> bool:
-        """Whether the shard of a journal line needs no bytes here any more."""
-        return False
-
-    def shard_done(self, entry: Mapping[str, Any]) -> None:
-        """Called after the journal line of each shard that is finished."""
-
-    def close(self) -> None:
-        """Called when the lock goes: what is not done by now is for a later run."""
-
     def begin(self, identity: Mapping[str, str], *, restart: bool) -> None:
         """Take up earlier work on the same plan, or start anew. Raises OutputError where the earlier work is another's."""
         identity = {"format": WORK_FORMAT, **identity}
@@ -111,6 +94,13 @@ class Job:
             raise self._belongs_to_another(earlier, identity)
         elif self.folder.is_symlink() or not (self.folder.is_dir() or self.published):  # somebody moved it away
             self.begin(identity, restart=True)
+
+    def begun(self, identity: Mapping[str, str]) -> bool:
+        """Whether earlier work on the same plan lies there, without taking it up. Raises OutputError where it is another's."""
+        earlier = _read_plan(self.recorded)
+        if earlier is not None and earlier != {"format": WORK_FORMAT, **identity}:
+            raise self._belongs_to_another(earlier, {"format": WORK_FORMAT, **identity})
+        return earlier is not None
 
     def _belongs_to_another(self, then: Mapping[str, str], now: Mapping[str, str]) -> OutputError:
         version, current = then.get("version", "unknown"), now.get("version", "unknown")
@@ -259,7 +249,6 @@ def open_job(out: Path, make_job: Callable[[Path], Job] = Job, *, shared: bool =
             job.restore()
         yield job
     finally:
-        job.close()
         os.close(fd)
         with suppress(OSError):  # unless it is empty, it stays
             job.partial.rmdir()

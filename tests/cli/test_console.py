@@ -104,6 +104,7 @@ def write_three_shards(console: Console, clock: Clock, *, step: float = 5.0) -> 
             console.on_event(Progress(done, name))
         console.on_event(ShardDone(name, index, 3, nbytes, f"{index}" * 64))
     console.summary(["Wrote out: 3 shards, 26.0 GB", "  checksums in out/SHA256SUMS", "Next: ..."], {"out": "out", "shards": 3}, path="out")
+    assert console.end(0) == 0
     console.close()
 
 
@@ -141,9 +142,37 @@ def test_verbose_shows_digests(make: Any, clock: Clock) -> None:
 
 def test_quiet_prints_the_path_alone(make: Any, clock: Clock) -> None:
     console, out, err = make(quiet=True, terminal=True)
-    console.on_event(Note("a warning", warning=True))
+    console.on_event(Note("a fact"))
     write_three_shards(console, clock)
     assert (out.getvalue(), err.getvalue()) == ("out\n", "")
+
+
+def test_quiet_keeps_warnings(make: Any) -> None:
+    console, out, err = make(quiet=True)
+    console.plan([("base", "b"), ("warning", "the base is odd"), ("note", "n")], {})
+    console.on_event(Note("careful", warning=True))
+    assert (out.getvalue(), err.getvalue()) == ("", "warning: the base is odd\nwarning: careful\n")
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_no_progress(make: Any, clock: Clock, json_too: bool) -> None:
+    for terminal in (False, True):
+        console, out, err = make(terminal=terminal, progress=False, json=json_too)
+        write_three_shards(console, clock)
+        assert ESCAPE.sub("", err.getvalue()).splitlines() == ([] if json_too else EXPECTED_WITHOUT_PROGRESS)
+        assert "progress" not in {json.loads(line)["type"] for line in out.getvalue().splitlines()}
+
+
+EXPECTED_WITHOUT_PROGRESS = [
+    "Plan",
+    "  base    llama-13b",
+    "          LLaMA 13B, 26.0 GB",
+    "  output  out",
+    "Writing 3 shards, 26.0 GB",
+    "Wrote out: 3 shards, 26.0 GB",
+    "  checksums in out/SHA256SUMS",
+    "Next: ...",
+]
 
 
 def test_json_lines_end_in_a_summary_and_come_at_most_once_a_second(make: Any, clock: Clock) -> None:
@@ -153,9 +182,9 @@ def test_json_lines_end_in_a_summary_and_come_at_most_once_a_second(make: Any, c
     assert err.getvalue() == ""
     assert all(list(line)[:2] == ["type", "schema"] and line["schema"] == 1 for line in lines)
     assert lines[0] == {"type": "plan", "schema": 1, "command": "apply-delta", "nbytes": 26 * GB}
-    started = {"shards": 3, "nbytes": 26 * GB, "done_shards": 0, "done_nbytes": 0, "what": "Writing", "to_read_back": 0}
+    started = {"shards": 3, "nbytes": 26 * GB, "done_shards": 0, "done_nbytes": 0, "what": "Writing", "to_read_back": 0, "to_follow": 0}
     assert lines[1] == {"type": "started", "schema": 1, **started}
-    assert lines[-1] == {"type": "summary", "schema": 1, "out": "out", "shards": 3}
+    assert lines[-1] == {"type": "summary", "schema": 1, "exit_code": 0, "out": "out", "shards": 3}
     shards = [line for line in lines if line["type"] == "shard"]
     assert shards[1] == {"type": "shard", "schema": 1} | {"name": SHARDS[1], "index": 2, "shards": 3, "nbytes": 10 * GB, "sha256": "2" * 64}
     progress = [line for line in lines if line["type"] == "progress"]
@@ -182,8 +211,8 @@ def test_share_and_time_left_count_what_is_read_back(make: Any, clock: Clock) ->
         "[1:30] 16.0/20.0 GB 47% 300 MB/s, about 1:10 left",
         "[2:00] 20.0/20.0 GB 62% 200 MB/s, about 1:15 left",
         "Reading back 15.0 GB",
-        "[2:30] 20.0/20.0 GB 75% 167 MB/s, about 1:00 left",
-        "[3:00] 20.0/20.0 GB 100% 333 MB/s, about 0:00 left",
+        "[2:30] read back 10.0/20.0 GB 75% 167 MB/s, about 1:00 left",
+        "[3:00] read back 20.0/20.0 GB 100% 333 MB/s, about 0:00 left",
     ]
 
 
@@ -203,10 +232,11 @@ def test_document_is_data(make: Any, modes: dict[str, bool]) -> None:
 def test_json_document_is_one_line_that_any_parser_takes(make: Any) -> None:
     console, out, _ = make(json=True)
     console.document("", {"path": Path("a/b"), "worst": float("nan"), "list": (1, 2.5, None, True), "name": "\u202eé\n\udcff"})
+    console.end(4)
     assert out.getvalue().isascii()
     (line,) = out.getvalue().splitlines()
     expected = {"path": "a/b", "worst": "nan", "list": [1, 2.5, None, True], "name": "\u202eé\n\udcff"}
-    assert json.loads(line, parse_constant=pytest.fail) == {"type": "summary", "schema": 1} | expected
+    assert json.loads(line, parse_constant=pytest.fail) == {"type": "summary", "schema": 1, "exit_code": 4} | expected
 
 
 def test_notes(make: Any) -> None:
@@ -226,10 +256,10 @@ def test_notes(make: Any) -> None:
 def test_bar_shows_where_it_is_and_leaves_nothing_behind(make: Any, clock: Clock) -> None:
     console, _, err = make(terminal=True)
     console.on_event(Started(3, 26 * GB))
-    assert err.lines == ["Writing   0% |                    | 0.0/26.0 GB  "]
+    assert err.lines == [f"Writing   0% |{' ' * 79}| 0.0/26.0 GB  1/3  [0:00]"]
     clock.now += 34.25
     console.on_event(Progress(10_660_000_000, SHARDS[1]))
-    bar = "Writing  41% |████████▏           | 10.7/26.0 GB  311 MB/s  0:49 left  model-00002-of-00003.safetensors"
+    bar = "Writing  41% |█████████▍             | 10.7/26.0 GB  1/3  311 MB/s  [0:34]  0:49 left  model-00002-of-00003.safetensors"
     assert err.lines == [bar]
     clock.now += 0.05  # too soon for another drawing
     drawn = len(err.getvalue())
@@ -246,16 +276,55 @@ def test_bar_shows_where_it_is_and_leaves_nothing_behind(make: Any, clock: Clock
     assert err.lines == ["a fact", "Wrote out", ""]
 
 
-@pytest.mark.parametrize("columns", [20, 40, 71, 80, 200])
-def test_bar_fits_the_terminal(make: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+BARS = {  # what there is no room for is left out whole
+    20: "Writing  34% |█  |",
+    40: "Writing  34% |███      | 1/3  0:19 left",
+    60: "Writing  34% |██▊     | 9.0/26.0 GB  1/3  [0:10]  0:19 left",
+    80: "Writing  34% |██████▏           | 9.0/26.0 GB  1/3  900 MB/s  [0:10]  0:19 left",
+    200: f"Writing  34% |{'█' * 36}{' ' * 68}| 9.0/26.0 GB  1/3  900 MB/s  [0:10]  0:19 left  {SHARDS[1]}",
+}
+
+
+@pytest.mark.parametrize("columns", BARS)
+def test_bar_uses_the_width_of_the_terminal(make: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     console, _, err = make(terminal=True)
     console.on_event(Started(3, 26 * GB))
     clock.now += 10
     console.on_event(Progress(9 * GB, SHARDS[1]))
+    assert err.lines == [BARS[columns]]
+    assert len(err.lines[0]) == columns - 1 or columns == 20
+
+
+def test_no_time_left_in_the_first_seconds_nor_before_work_of_another_speed(make: Any, clock: Clock) -> None:
+    console, _, err = make(terminal=True)
+    console.on_event(Started(1, 10 * GB, what="Checking", to_follow=30 * GB))
+    for seconds, nbytes in ((4, 4), (4, 8)):
+        clock.now += seconds
+        console.on_event(Progress(nbytes * GB, SHARDS[0]))
+        assert " left" not in err.lines[-1]
+    assert err.lines[-1].startswith("Checking  20% |")
+    console.on_event(Started(3, 30 * GB, 1, 10 * GB, to_read_back=10 * GB))
+    assert err.lines[-1].startswith("Writing  25% |")
+    clock.now += 4
+    console.on_event(Progress(11 * GB, SHARDS[1]))
+    assert " left" not in err.lines[-1]
+    clock.now += 4
+    console.on_event(Progress(12 * GB, SHARDS[1]))
+    assert err.lines[-1].endswith(f"12.0/30.0 GB  2/3  250 MB/s  [0:16]  1:52 left  {SHARDS[1]}")  # since the run began
+
+
+def test_reading_back_goes_on_in_the_same_bar(make: Any, clock: Clock) -> None:
+    console, _, err = make(terminal=True)
+    console.on_event(Started(2, 20 * GB, to_read_back=20 * GB))
+    clock.now += 30
+    console.on_event(Progress(20 * GB, SHARDS[1], 5 * GB))
+    console.on_event(ReadingBack(15 * GB))
+    clock.now += 30
+    console.on_event(Progress(20 * GB, SHARDS[1], 10 * GB))
     assert len(err.lines) == 1
-    assert len(err.lines[0]) < columns
-    assert err.lines[0].startswith("Writing  34% |")
+    assert err.lines[0].startswith("Reading back  75% |")
+    assert "10.0/20.0 GB" in err.lines[0]
 
 
 def test_bar_is_ascii_where_the_encoding_is(make: Any, clock: Clock) -> None:
@@ -264,7 +333,9 @@ def test_bar_is_ascii_where_the_encoding_is(make: Any, clock: Clock) -> None:
     console.on_event(Started(1, 100))
     clock.now += 1
     console.on_event(Progress(50, "\u00e4.safetensors"))
-    assert err.lines == ["Writing  50% |##########          | 50/100 bytes  50 bytes/s  0:01 left  \\xe4.safetensors"]
+    (line,) = err.lines
+    assert line.startswith("Writing  50% |####")
+    assert line.endswith("    | 50/100 bytes  50 bytes/s  [0:01]  \\xe4.safetensors")
     assert err.getvalue().isascii()
 
 
@@ -282,7 +353,7 @@ def test_bar_is_closed_before_an_error(make: Any, clock: Clock) -> None:
 def test_an_empty_output_has_a_bar_too(make: Any) -> None:
     console, _, err = make(terminal=True)
     console.on_event(Started(0, 0))
-    assert err.lines == ["Writing 100% |                    | 0/0 bytes  "]
+    assert err.lines == [f"Writing 100% |{' ' * 86}| 0/0 bytes  [0:00]"]
 
 
 def test_resumed_work_is_named_and_does_not_count_as_speed(make: Any, clock: Clock) -> None:
@@ -291,7 +362,7 @@ def test_resumed_work_is_named_and_does_not_count_as_speed(make: Any, clock: Clo
     assert err.lines[0] == "Writing 3 shards, 26.0 GB; 1 (10.0 GB) are finished from an earlier run"
     clock.now += 10
     console.on_event(Progress(11 * GB, SHARDS[1]))
-    assert "11.0/26.0 GB  100 MB/s  2:30 left" in err.lines[1]
+    assert "11.0/26.0 GB  2/3  100 MB/s  [0:10]  2:30 left" in err.lines[1]
 
 
 def read_to_the_end(master: int) -> bytes:
@@ -319,7 +390,7 @@ def test_real_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         console.on_event(Started(3, 26 * GB))
         console.error(InputError("no", hint="yes"))
     shown = read_to_the_end(master).decode()
-    assert "Writing   0% |          | 0.0/26.0 GB" in shown
+    assert f"Writing   0% |{' ' * 19}| 0.0/26.0 GB  1/3  [0:00]" in shown
     assert rendered(shown.replace("\r\n", "\n")) == ["error: no", "", "hint: yes", ""]
     assert "\x1b[1;31merror\x1b[0m: no" in shown
 
@@ -343,12 +414,15 @@ def everything(console: Console, clock: Clock) -> None:
         (False, {}, False, False),
         (False, {"FORCE_COLOR": "0"}, False, False),
         (False, {"FORCE_COLOR": "1"}, True, False),
+        (True, {"color": "never", "FORCE_COLOR": "1"}, False, True),
+        (False, {"color": "always", "NO_COLOR": "1"}, True, False),
     ],
 )
 def test_colour_and_bar(make: Any, clock: Clock, monkeypatch: Any, terminal: bool, environment: Any, coloured: bool, bar: bool) -> None:
+    """`color` is the option, the others are variables."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    console, _, err = make(terminal=terminal)
+    console, _, err = make(terminal=terminal, color=environment.get("color", "auto"))
     everything(console, clock)
     found = set(ESCAPE.findall(err.getvalue()))
     assert ("\x1b[1;31m" in found, "\x1b[33m" in found, "\x1b[36m" in found) == (coloured,) * 3
@@ -430,6 +504,16 @@ def test_the_words_of_the_writer_win_and_the_events_know_the_rest(make: Any) -> 
             last = err.getvalue().splitlines()[-1]
             stopped = f"Stopped. {expected}. Run the same command to continue"
             assert last == (stopped if error.exit_code == 143 else f"hint: free some. {expected}")
+
+
+def test_files_that_were_only_read_are_not_called_kept(make: Any) -> None:
+    """As those of `--check-inputs`."""
+    console, _, err = make()
+    console.writes = True
+    console.on_event(Started(2, 26 * GB, what="Reading"))
+    console.on_event(Progress(13 * GB, "pytorch_model.bin"))
+    console.error(InputError("x", hint="y"))
+    assert err.getvalue().endswith("\n\nhint: y. Nothing was written\n")
 
 
 def raised(error: BaseException) -> BaseException:

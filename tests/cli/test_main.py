@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,6 +85,72 @@ def test_dry_run_writes_nothing(cli: Cli, inputs: list[str], tmp_path: Path) -> 
     assert plan["shards"] == [{"name": "model.safetensors", "nbytes": 172416, "tensors": 23}]
 
 
+def test_several_repairs_are_counted_and_verbose_lists_them(cli: Cli, inputs: list[str]) -> None:
+    folded, every = (cli("apply-delta", *inputs, "-o", "out", "-n", *more).stderr for more in ([], ["-v"]))
+    (line,) = re.findall(r"^  fix .*", folded, re.MULTILINE)
+    assert "8 repairs: config (4), generation_config, tokenizer_config.json (2), tokenizer.json (-v lists them)" in line
+    assert len(re.findall(r"^  fix .*", every, re.MULTILINE)) == 8
+    assert "dropped `_name_or_path`" in every
+
+
+def test_a_dry_run_says_what_lies_there_of_an_earlier_run(cli: Cli, inputs: list[str], tmp_path: Path) -> None:
+    words = ["apply-delta", *inputs, "-o", "out", "--max-shard-size", "60kB"]
+    assert cli(*words, "--shards", "1/2").code == 0
+    before = content(tmp_path)
+    done = cli(*words, "-n")
+    assert (done.code, done.stderr.splitlines()[-1]) == (0, "Nothing was written (dry run)")
+    assert "`out.partial` holds 2 of 4 shards (88.8 kB), which the run would check and continue" in done.stderr
+    begun = json.loads(cli(*words, "-n", "--json").stdout.splitlines()[-1])["begun"]
+    assert begun == {"folder": "out.partial", "done": 2, "shards": 4, "nbytes": 88776}
+    assert "(2 shards, 88.8 kB), which `--restart` would delete" in cli(*words, "-n", "--restart").stderr
+    other = cli("apply-delta", *inputs, "-o", "out", "-n")  # as the run itself would end
+    assert (other.code, "belongs to another command" in other.stderr) == (5, True)
+    assert content(tmp_path) == before
+    done = cli(*words)
+    assert done.code == 0
+    assert done.stderr.splitlines().index("Checking 2 shards, 88.8 kB") < done.stderr.index("Writing 4 shards")
+    assert cli(*words, "-n", "--force").stderr.count("holds") == 0
+
+
+@pytest.mark.parametrize("name", ["with a blank", "it's", "-begins-so"])
+def test_lines_to_type_are_quoted(cli: Cli, inputs: list[str], tmp_path: Path, name: str) -> None:
+    done = cli("apply-delta", *inputs, "-o", name)
+    (check,) = re.findall(r"^Check: (.*)", done.stderr, re.MULTILINE)
+    assert subprocess.run(["sh", "-c", check], cwd=tmp_path, capture_output=True).returncode == 0
+    (load,) = re.findall(r"^Load:  (.*)", done.stderr, re.MULTILINE)
+    assert load == f'llava.model.builder.load_pretrained_model("{name}", None, "llava")'
+
+
+def test_the_line_that_loads_an_output(
+    cli: Cli, inputs: list[str], fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of transformers and PEFT are run; those of other programs parse."""
+    import peft
+    import transformers
+
+    def loads(*words: str | Path) -> str:
+        done = cli(*words, "--json")
+        assert done.code == 0, done.stderr
+        summary = json.loads(done.stdout.splitlines()[-1])
+        assert isinstance(summary["load"], str)
+        return str(summary["load"])
+
+    monkeypatch.chdir(tmp_path)
+    tower, lora = fixtures / "common/clip-tiny-28px", fixtures / "B-lora/llava-v1.5-tiny-lora"
+    original = fixtures / "A-delta-v0/expected-307-by-main"
+    line = loads("convert", original, "--vision-tower", tower, "-o", "hf")
+    assert isinstance(eval(line, {"transformers": transformers}), transformers.LlavaForConditionalGeneration)
+    delta = loads("make-delta", "--base", inputs[1], "--tuned", original, "-o", "my delta")
+    assert shlex.split(delta) == ["llava-weights", "apply-delta", "--base", "BASE", "--delta", "my delta", "-o", "OUT"]
+    gguf = shlex.split(loads("convert", original, "--vision-tower", tower, "--to", "gguf", "-o", "g g"))
+    assert gguf[0] == "llama-mtmd-cli"
+    assert all((tmp_path / gguf[gguf.index(flag) + 1]).is_file() for flag in ("-m", "--mmproj"))
+    line = loads("convert-lora", lora, "-o", "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(inputs[1])
+    with pytest.raises(ValueError, match=r"(?s)Target modules.*not found"):  # of a LLaVA: it is read, and belongs to another model
+        eval(line, {"peft": peft, "BASE": base})
+
+
 def test_json_lines(cli: Cli, inputs: list[str], tmp_path: Path) -> None:
     code, out, err = cli("apply-delta", *inputs, "-o", "out", "--json", "--max-shard-size", "60kB")
     lines = [json.loads(line) for line in out.splitlines()]
@@ -132,8 +199,35 @@ def test_exit_codes_and_words(cli: Cli, fixtures: Path, tmp_path: Path, case: st
 def test_errors_as_json(process: Cli, fixtures: Path) -> None:
     folder = fixtures / "A-delta-v0"
     code, out, err = process("apply-delta", "--base", folder / "delta-307-apr17", "--delta", folder / "base-hf-bin", "-o", "o", "--json")
-    assert (code, out) == (3, "")
-    assert {"type": "error", "code": 3, "what": "base and delta are swapped"}.items() <= json.loads(err).items()
+    assert code == 3
+    told = json.loads(err)
+    assert {"type": "error", "code": 3, "what": "base and delta are swapped"}.items() <= told.items()
+    (summary,) = map(json.loads, out.splitlines())
+    assert summary == {"type": "summary", "schema": 1, "exit_code": 3, "error": {key: told[key] for key in list(told)[2:]}}
+
+
+def test_a_command_line_that_can_not_be_is_told_as_json_too(cli: Cli) -> None:
+    for words in (
+        ["apply-delta", "--bse", "x"],
+        ["verify"],
+        ["diff", "a", "b", "--jobs", "0"],
+        ["nothing"],
+        ["verify", "x", "--color", "red"],
+    ):
+        code, out, err = cli(*words, "--json")
+        assert (code, json.loads(err)["code"]) == (2, 2)
+        (summary,) = map(json.loads, out.splitlines())
+        assert (summary["type"], summary["exit_code"], summary["error"]["code"]) == ("summary", 2, 2)
+        assert "hint: `llava-weights" in cli(*words).stderr
+
+
+def test_a_bug_before_a_command_begins_is_told_as_json_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no")
+
+    monkeypatch.setattr("llava_weights.cli.main.TyperGroup.main", broken)
+    code, out, err = cli("env", "--json")
+    assert (code, json.loads(out)["exit_code"], json.loads(err)["what"]) == (1, 1, "unexpected ZeroDivisionError: no")
 
 
 def test_help_is_quick_and_imports_no_torch() -> None:
@@ -212,7 +306,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGHUP, 129)]
+)
 def test_a_signal_stops_cleanly(pair: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     arguments = ["apply-delta", "--base", str(pair / "base"), "--delta", str(pair / "delta"), "--max-shard-size", "3MB", "-o", "out"]
     with start(arguments, tmp_path) as process:
@@ -232,6 +328,46 @@ def test_a_signal_stops_cleanly(pair: Path, tmp_path: Path, number: signal.Signa
     assert again.returncode == 0
     assert "are finished from an earlier run" in err
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_signal_ends_json_with_a_summary(pair: Path, tmp_path: Path) -> None:
+    arguments = [
+        "apply-delta",
+        "--base",
+        str(pair / "base"),
+        "--delta",
+        str(pair / "delta"),
+        "--max-shard-size",
+        "3MB",
+        "-o",
+        "out",
+        "--json",
+    ]
+    with start(arguments, tmp_path) as process:
+        assert process.stdout
+        next(line for line in process.stdout if '"shard"' in line)
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+    assert process.returncode == 143
+    summary = json.loads(rest.splitlines()[-1])
+    assert (summary["type"], summary["exit_code"], summary["error"]["what"]) == ("summary", 143, "stopped")
+
+
+def test_under_nohup_a_terminal_that_closes_changes_nothing(pair: Path, tmp_path: Path) -> None:
+    """nohup starts its program with SIGHUP ignored, which stays so."""
+    arguments = ["apply-delta", "--base", str(pair / "base"), "--delta", str(pair / "delta"), "--max-shard-size", "3MB", "-o", "out"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start(arguments, tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        assert process.stderr
+        next(line for line in process.stderr if ": 1 of " in line)
+        process.send_signal(signal.SIGHUP)
+        process.stderr.read()
+    assert process.returncode == 0
+    assert (tmp_path / "out/SHA256SUMS").exists()
 
 
 def test_memory_stays_below_the_plans_promise(process: Cli, pair: Path) -> None:
@@ -266,20 +402,23 @@ def test_stdout_closed_early_does_not_fail_the_job(inputs: list[str], tmp_path: 
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shell_completes_conversations(shell: str) -> None:
+def test_the_shell_completes_choices(shell: str) -> None:
     """By the variables with which a shell asks, typer's own protocol."""
-    words = "llava-weights convert llava --conv-mode bun"
-    asked = {
-        "_LLAVA_WEIGHTS_COMPLETE": f"complete_{shell}",
-        "COMP_WORDS": words,
-        "COMP_CWORD": "4",
-        "_TYPER_COMPLETE_ARGS": words,
-        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
-    }
-    code = "import sys; from llava_weights.cli.main import main; sys.argv = ['llava-weights']; main()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
-    assert set(re.findall(r"\bbunny\w*", done.stdout)) == {"bunny", "bunny_llama"}
-    assert "vicuna_v1" not in done.stdout
+    for flag, begun, words in (("--conv-mode", "bun", {"bunny", "bunny_llama"}), ("--to", "ll", {"llava-hf", "llava"})):
+        typed = f"llava-weights convert llava {flag} {begun}"
+        asked = {
+            "_LLAVA_WEIGHTS_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": typed,
+            "COMP_CWORD": "4",
+            "_TYPER_COMPLETE_ARGS": typed,
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+        code = "import sys; from llava_weights.cli.main import main; sys.argv = ['llava-weights']; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True, check=True
+        )
+        assert set(re.findall(rf"\b{begun}[\w-]*", done.stdout)) == words
+        assert "vicuna_v1" not in done.stdout
 
 
 def test_help_lists_conversations(cli: Cli) -> None:

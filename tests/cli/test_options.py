@@ -34,6 +34,7 @@ CONTEXTS = {
     "apply on another base": f"apply-delta --base {WRONG_BASE} --delta {DELTA} -o out -n",
     "apply from the Hub": f"apply-delta --base {BASE} --delta owner/name -o out -n",
     "apply, plan": f"apply-delta --base {BASE} --delta {DELTA} -o out -n --json",
+    "apply a LoRA": f"apply-delta --base {BASE} --delta {DELTA} --lora {LORA} -o out -n --json",
     "apply to llava-hf": f"apply-delta --base {BASE} --delta {DELTA} -o out -n --json --to llava-hf --vision-tower {CLIP}",
     "make": f"make-delta --base {BASE} --tuned {TUNED} -o out",
     "make, plan": f"make-delta --base {BASE} --tuned {TUNED} -o out -n --json",
@@ -57,6 +58,10 @@ CONTEXTS = {
     "inspect": f"inspect {LLAVA}",
     "inspect nothing": "inspect ./nowhere",
     "inspect the Hub": "inspect owner/name",
+    "inspect a delta": f"inspect {DELTA}",
+    "inspect a delta, among": f"inspect {DELTA} --among {BASE}",
+    "inspect a base": f"inspect {BASE}",
+    "inspect a base, recorded": f"inspect {BASE} --fingerprint there.svg",
     "verify": f"verify {LLAVA}",
     "verify nothing": "verify ./nowhere",
     "verify a delta": f"verify {LLAVA} --base {BASE} --delta {DELTA}",
@@ -66,6 +71,8 @@ CONTEXTS = {
     "checksum": "checksum model",
     "checksum, again": "checksum changed",
     "checksum nothing": "checksum ./nowhere",
+    "repair": "repair changed --from model",
+    "repair nothing": "repair ./nowhere --from model",
     "diff": f"diff {BASE} {TUNED}",
     "diff the Hub": f"diff {BASE} owner/name",
     "diff with a plot": f"diff {BASE} {TUNED} --plot there.svg",
@@ -187,7 +194,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--accept-base": [Changes("apply on another base", "--accept-base")],
         "--check-inputs": [Changes("apply", "--check-inputs")],
         "--lora": [Changes("apply, plan", f"--lora {LORA}")],
-        "--arithmetic": [Refused("apply, plan", "--arithmetic exact"), Refused("apply, plan", f"--lora {LORA} --arithmetic fast")],
+        **{flag: [Refused("apply, plan", words), Changes("apply a LoRA", words)] for flag, words in MERGING.items()},
         "--to": [Changes("apply, plan", f"--to llava-hf --vision-tower {CLIP}"), Refused("apply, plan", "--to onnx")],
         "--dtype": [
             Refused("apply, plan", "--dtype F32"),
@@ -252,6 +259,13 @@ CASES: dict[str, dict[str, list[Case]]] = {
     "inspect": {
         "--tensors": [Changes("inspect", "--tensors")],
         "--revision": [Changes("inspect", "--revision main"), Changes("inspect the Hub", "--revision main")],
+        "--among": [Changes("inspect a delta", f"--among {BASE}"), Refused("inspect a delta", f"--among {BASE} --tensors")],
+        "others": [Changes("inspect a delta, among", f"{TUNED}"), Refused("inspect a delta", f"{BASE}")],
+        "--fingerprint": [
+            Changes("inspect a base", "--fingerprint new.json"),
+            Refused("inspect a base", "--tensors --fingerprint new.json"),
+        ],
+        "--force": [Changes("inspect a base, recorded", "--force"), Refused("inspect", "--force")],
         "--json": [Changes("inspect", "--json")],
         "--quiet": [Changes("inspect the Hub", "--quiet")],
         "--verbose": [Changes("inspect nothing", "--verbose")],
@@ -259,6 +273,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
     "verify": {
         "--against": [Changes("verify", f"--against {BASE}"), Refused("verify", f"--against {BASE} --published")],
         "--deep": [Changes("verify", "--deep")],
+        "--part": [Changes("verify", "--deep --part 1/2"), Refused("verify", "--part 1/2"), Refused("verify", "--deep --part 3/2")],
         "--published": [Changes("verify", "--published")],
         "--base": [Changes("verify", f"--base {TUNED}")],
         "--delta": [Changes("verify a delta, more", f"--delta {DELTA}"), Refused("verify", f"--delta {DELTA}")],
@@ -294,6 +309,13 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--json": [Changes("checksum", "--json")],
         "--quiet": [Elsewhere("cli/test_console.py", "test_quiet_prints_the_path_alone")],
         "--verbose": [Changes("checksum nothing", "--verbose")],
+    },
+    "repair": {
+        "--dry-run": [Changes("repair", "--dry-run")],
+        "--jobs": [Refused("repair", "--jobs 0"), THREADS],
+        "--json": [Changes("repair", "--json")],
+        "--quiet": [Changes("repair", "--quiet")],
+        "--verbose": [Changes("repair nothing", "--verbose")],
     },
     "diff": {
         "--tolerance": [Changes("diff", "--tolerance 100"), Refused("diff", "--tolerance nan")],
@@ -342,6 +364,11 @@ CASES: dict[str, dict[str, list[Case]]] = {
     },
     "env": {"--json": [Changes("env", "--json")]},
 }
+COLORS = Elsewhere("cli/test_console.py", "test_colour_and_bar")
+PROGRESS = Elsewhere("cli/test_console.py", "test_no_progress")
+for options in CASES.values():
+    if "--json" in options and "--verbose" in options:
+        options |= {"--color": [COLORS], "--no-progress": [PROGRESS]}
 CONTEXTS["verify, report there"] = f"verify {LLAVA} --junit there.svg"
 ALL = [(command, option, case) for command, options in CASES.items() for option, cases in options.items() for case in cases]
 

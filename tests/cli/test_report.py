@@ -1,8 +1,10 @@
-"""Findings as a CI reads them: JUnit and Markdown parsed back with other libraries."""
+"""Findings as people read them, and a CI: JUnit and Markdown parsed back with other libraries."""
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llava_weights.cli import report
+from llava_weights.cli.console import Console
 from llava_weights.findings import Finding
 
 FINDINGS = (
@@ -51,8 +54,68 @@ def test_markdown_has_a_row_a_finding_failures_first() -> None:
 
 @pytest.mark.parametrize(("code", "word"), [(0, "verified"), (3, "not verified"), (4, "FAILED")])
 def test_the_verdict_comes_first(code: int, word: str) -> None:
-    assert report.lines("model", FINDINGS, code)[0].startswith(f"model: {word}")
+    assert report.headline("model", FINDINGS, code).startswith(f"model: {word}")
     assert report.document("model", FINDINGS, code)["exit_code"] == code
+
+
+AGAIN = "get the file again"
+MANY = (
+    Finding("L0", "ok", "a", "a is right"),
+    Finding("L0", "failed", "b", "b is wrong", AGAIN),
+    Finding("L1", "ok", "c", "c is right"),
+    Finding("L1", "note", "d", "d is worth knowing"),
+    Finding("L2", "failed", "e", "e is wrong", "repeat the command"),
+    Finding("L2", "failed", "f", "f is wrong", AGAIN),
+    Finding("L1", "warning", "g", "g is odd", AGAIN, "odd"),
+    Finding("L3", "unchecked", "h", "h was not read", "pass `--deep`"),
+)
+
+
+def test_failures_come_first_a_remedy_stands_once_and_what_is_right_is_counted() -> None:
+    assert [line for _, line in report.rows(MANY)] == [
+        "  FAILED    L0        b is wrong",
+        "  FAILED    L2        f is wrong",
+        "                      -> get the file again",
+        "  FAILED    L2        e is wrong",
+        "                      -> repeat the command",
+        "  warning   L1        g is odd [odd]",
+        "  unchecked L3        h was not read",
+        "                      -> pass `--deep`",
+        "  note      L1        d is worth knowing",
+        "  ok        2 checks: 1 of structure, 1 of values (-v lists them)",
+    ]
+    assert [line for label, line in report.rows(MANY, verbose=True) if label == "ok"] == [
+        "  ok        L0        a is right [structure]",
+        "  ok        L1        c is right [values]",
+    ]
+    assert report.rows(MANY[:1]) == [("ok", "  ok        L0        a is right")]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_quiet_check_says_the_verdict_and_what_is_not_right_on_stderr(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out, err = io.StringIO(), io.StringIO()
+    console = Console(quiet=True, out=out, err=err, color="always" if terminal else "auto")
+    console.verdict(report.headline("model", MANY, 4), report.rows(MANY), {}, 4)
+    assert out.getvalue() == ""
+    shown = err.getvalue()
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()
+    assert plain[0].startswith("model: FAILED (3 failed, 1 warning")
+    assert plain[1:] == [line for label, line in report.rows(MANY) if label in ("FAILED", "warning")]
+    assert ("\x1b[1;31mmodel: FAILED" in shown, "  \x1b[33mwarning\x1b[0m   L1" in shown) == (terminal, terminal)
+
+
+@pytest.mark.parametrize(("code", "colour"), [(0, "1;32"), (3, "1;33"), (4, "1;31")])
+def test_a_verdict_has_its_colour_and_what_a_file_says_has_none(code: int, colour: str) -> None:
+    out = io.StringIO()
+    rows = [("FAILED", "  FAILED    L0        FAILED \x1b[32mok"), ("ok", "  ok        fine"), ("unchecked", "  unchecked x")]
+    Console(out=out, err=io.StringIO(), color="always").verdict("m\x1b: v", rows, {}, code)
+    assert out.getvalue().splitlines() == [
+        f"\x1b[{colour}mm\\x1b: v\x1b[0m",
+        "  \x1b[1;31mFAILED\x1b[0m    L0        FAILED \\x1b[32mok",
+        "  \x1b[32mok\x1b[0m        fine",
+        "  unchecked x",
+    ]
 
 
 @pytest.fixture
@@ -114,4 +177,5 @@ def test_diff(cli: Any, model: Path, fixtures: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_line_names_what_it_is_about(subject: str, text: str, line: str) -> None:
-    assert report.lines("x", [Finding("L0", "ok", subject, text)], 0)[1].endswith(f"L0        {line}")
+    (found,) = report.rows([Finding("L0", "ok", subject, text)])
+    assert found == ("ok", f"  ok        L0        {line}")

@@ -120,8 +120,10 @@ def test_members_are_those_that_zipfile_sees(path: Path) -> None:
 
 def test_no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, int]] = []
-    original = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, count, offset: (read.append((offset, count)), original(fd, count, offset))[1])
+    original = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, offset: (read.append((offset, sum(map(len, buffers)))), original(fd, buffers, offset))[1]
+    )
     weights = {tensor.record for tensor in index_torch_zip(REAL[0]).values()}
     reads = [(begin, begin + count) for begin, count in read if begin]  # but for the first, which tells the kind of file
     assert reads

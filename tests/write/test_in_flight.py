@@ -169,7 +169,7 @@ def test_each_shard_in_flight_is_in_the_promise(source: Checkpoint, jobs: int) -
     plan = make_plan(large(source, 40), max_shard_size="110MB", jobs=jobs)
     assert (plan.settings.jobs, plan.settings.in_flight) == (jobs, max(1, jobs // 2))
     largest = 819 * 10_240  # rows in 8 MiB
-    assert plan.memory == 74 * MiB + (jobs + 4 * plan.settings.in_flight) * largest
+    assert plan.memory == (70 + 2 * jobs + 4 * plan.settings.in_flight) * MiB + (jobs + 4 * plan.settings.in_flight) * largest
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells which processors a process may use")

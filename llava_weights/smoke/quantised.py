@@ -1,0 +1,110 @@
+"""Linear layers as bitsandbytes computes them in transformers: the matrix in 8 bits, or in 4 as LLaVA's `--load-4bit` has it.
+
+8 bits: LLM.int8() with transformers' threshold of 6.0 for outliers. 4 bits: NF4 in blocks of 64 whose scales are quantised too. On a CPU
+with AVX512-BF16 bitsandbytes computes 4 bits in bfloat16 whatever dtype is asked for. Sources: `replace_with_bnb_linear` of transformers
+5.23, `load_pretrained_model` of LLaVA, `Linear4bit.forward` of bitsandbytes 0.50.2.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import InputError, UsageError, one_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Bits = Literal["8bit", "4bit"]
+BITS: tuple[Bits, ...] = ("8bit", "4bit")
+OLDEST = (0, 46)  # the first that runs on a CPU without a GPU in the machine
+THRESHOLD = 6.0  # of an activation, from which on its column is not rounded to 8 bits
+KERNELS = "kernels"
+
+
+def to_bits(text: str | None) -> Bits | None:
+    """The kind of quantisation called `text`. Raises UsageError for others."""
+    return None if text is None else one_of("quantize", text, BITS)  # type: ignore[return-value]
+
+
+class Quantiser:
+    """Makes quantised layers that compute in `kind`. Raises InputError where bitsandbytes is missing or too old."""
+
+    def __init__(self, bits: Bits, kind: torch.dtype) -> None:
+        self.bits, self._kind = bits, kind
+        self._bnb = _bitsandbytes()
+
+    def layer(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Module:
+        """A Linear whose matrix is `weight` after quantisation."""
+        from torch import nn
+
+        made: Any
+        bnb, (rows, columns), device = self._bnb.nn, weight.shape, weight.device
+        options = {"bias": bias is not None, "device": "meta"}
+        if self.bits == "8bit":
+            made = bnb.Linear8bitLt(columns, rows, has_fp16_weights=False, threshold=THRESHOLD, **options)
+            made.weight = bnb.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        else:
+            double: Any = {"quant_type": "nf4", "compress_statistics": True}
+            made = bnb.Linear4bit(columns, rows, compute_dtype=self._kind, **double, **options)
+            made.weight = bnb.Params4bit(weight, requires_grad=False, **double, module=made).to(device)
+        if bias is not None:
+            made.bias = nn.Parameter(bias, requires_grad=False)
+        layer: nn.Module = made.eval()
+        return layer
+
+    def compute(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """What a layer makes of `hidden`. Raises UsageError for a shape that bitsandbytes has no code for on this processor."""
+        try:
+            value: torch.Tensor = layer(hidden)
+        except (AssertionError, RuntimeError) as error:  # of its code for AVX512-BF16, which takes 32 rows and 64 columns at a time
+            if "memory" in str(error):
+                raise
+            facts = {"matrix": f"{layer.out_features} x {layer.in_features}", "bitsandbytes": str(error)}
+            what = f"bitsandbytes can't compute a matrix of this model in {self.bits.removesuffix('bit')} bits on this processor"
+            raise UsageError(what, facts=facts, hint="quantise to `8bit`, or run it on a GPU") from error
+        return value
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, bitsandbytes does not log that it casts what enters a layer."""
+        with _hushed():
+            yield
+
+
+def _bitsandbytes() -> ModuleType:
+    hint = f"install it: `pip install 'bitsandbytes>={'.'.join(map(str, OLDEST))}'`"
+    before = sys.modules.get(KERNELS)
+    # Where the package `kernels` is installed, importing bitsandbytes would fetch compiled code from the Hub and run it.
+    sys.modules[KERNELS] = None  # type: ignore[assignment]
+    try:
+        with _hushed():
+            import bitsandbytes
+    except ImportError as error:
+        raise InputError("quantising needs the package `bitsandbytes`, which is not installed", hint=hint) from error
+    finally:
+        del sys.modules[KERNELS]
+        if before is not None:
+            sys.modules[KERNELS] = before
+    found = version("bitsandbytes")
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        raise InputError(f"bitsandbytes {found} is too old to quantise on every machine", hint=hint)
+    module: ModuleType = bitsandbytes
+    return module
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
