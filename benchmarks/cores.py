@@ -76,7 +76,7 @@ def report(folder: Path, gigabytes: float, rounds: int) -> list[str]:
     options = ["--base", str(base), "--delta", str(delta), "--max-shard-size", f"{limit}B"]
     command = llava_weights("apply-delta", *options, "-o", out / "result")
     phased = [sys.executable, "-P", str(PHASES), str(out / "result"), "apply-delta", *options]
-    runs = [json.loads(run(phased, out, 1)[1]) for _ in range(rounds)]
+    runs = [json.loads(run(phased, out, 1)[1].splitlines()[-1]) for _ in range(rounds)]
     made = runs[0]["bytes"] / 1e9
     phases = {name: statistics.median(one["phases"][name] for one in runs) for name in runs[0]["phases"]}
     steady = {name: spent / made for name, spent in phases.items() if name != STARTING}
