@@ -1,4 +1,4 @@
-"""Where the processor time of one command goes, as JSON in the last line: `python benchmarks/phases.py OUTPUT llava-weights' own arguments`.
+"""Where the processor time of a command goes, as JSON in the last line: `python benchmarks/phases.py OUTPUT ARGUMENTS-OF-llava-weights`.
 
 The command runs in this process; each thread's own time is taken around what it calls, the kernel's share included. It measures the
 llava_weights that is imported, so another checkout too (PYTHONPATH).
