@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_weights.checkpoint.tokenizer_json import qwen2_json
 from llava_weights.cli.toy import make_llava
-from llava_weights.families.llama_cpp import PRE_TOKENIZERS, QWEN2_SPLIT
+from llava_weights.families.llama_cpp import LLAMA3_SPLIT
 from llava_weights.families.originals import ORIGINALS
 
 LLAMA_3_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>")
@@ -43,6 +43,9 @@ CASES = (
     Case("rope-llama3", V15, "llama", {"rope_scaling": LLAMA_31}),
     Case("qwen2", "LLaVA on Qwen", "qwen2", pre="qwen2"),
     Case("qwen2-tied", "LLaVA on Qwen", "qwen2", {"tie_word_embeddings": True}, pre="qwen2"),
+    Case("qwen3", "LLaVA on Qwen", "qwen3", pre="qwen2"),
+    Case("phi3", "LLaVA++ on Phi-3", "phi3"),
+    Case("gemma", "LLaVA on Gemma", "gemma"),
     Case("llama3", "LLaVA on Llama 3, images in tiles", "llama", llama3=True, pre="llama-bpe"),
 )
 
@@ -76,7 +79,8 @@ def _llama_3(folder: Path, rows: int) -> dict[str, Any]:
     letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     words = [*letters, "ab", "\u0120a"][: rows - len(LLAMA_3_TOKENS)]
     core = qwen2_json({word: number for number, word in enumerate(words)}, "a b\n\u0120 a\n")
-    core["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")}
+    core["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": LLAMA3_SPLIT}
+    core["model"]["ignore_merges"] = True
     ids = {token: len(words) + number for number, token in enumerate(LLAMA_3_TOKENS)}
     flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
     core["added_tokens"] = [{"id": number, "content": token, **flags} for token, number in ids.items()]
@@ -94,13 +98,3 @@ def _llama_3(folder: Path, rows: int) -> dict[str, Any]:
     settings = {"bos_token": first, "eos_token": LLAMA_3_TOKENS[1], "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return {"bos_token_id": ids[first], "eos_token_id": ids[LLAMA_3_TOKENS[1]]}
-
-
-def name_of_pre(folder: Path) -> str:
-    """llama.cpp's name of how the tokenizer in a folder cuts a text; empty where it is no byte-level one."""
-    if (folder / "tokenizer.model").exists():
-        return ""
-    text = (folder / "tokenizer.json").read_text()
-    return next(
-        name for pattern, name in PRE_TOKENIZERS.items() if json.dumps({"Regex": pattern})[1:-1].replace(" ", "") in text.replace(" ", "")
-    )

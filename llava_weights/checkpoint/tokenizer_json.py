@@ -26,6 +26,10 @@ FIRST = {
         for sign, prefix, scheme in ((" ", True, "first"), (BLANK, False, "never"))
     ],
 }
+# How a byte-level tokenizer writes each byte: those that can be seen as themselves, the others from 256 on (GPT-2's bytes_to_unicode).
+_SEEN = (*range(33, 127), *range(161, 173), *range(174, 256))
+BYTE_LETTERS = {byte: chr(byte) for byte in _SEEN}
+BYTE_LETTERS |= {byte: chr(256 + place) for place, byte in enumerate(byte for byte in range(256) if byte not in _SEEN)}
 # Limits, since every way to cut each piece in two is tried: characters of a piece (SentencePiece's default is 16), the sum of their
 # squares, and merges (LLaMA has two for each piece).
 LONGEST_PIECE, MAX_CUTTING, MAX_MERGES = 1024, 1 << 26, 1_000_000

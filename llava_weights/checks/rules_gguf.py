@@ -10,7 +10,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tower import tower_shapes
 from ..families.decoders import DECODERS
 from ..families.layouts import canonical
-from ..families.llama_cpp import GGUF_DECODERS, PROJECTOR_TENSORS, ROPE_FACTORS, TABLES, TEXT_KEYS, TOWER_KEYS, TOWER_LAYER, TOWER_TENSORS
+from ..families.llama_cpp import GGUF_DECODERS, PROJECTOR_TENSORS, ROPE_FACTORS, SIZES, TABLES, TEXT_KEYS, TOWER_KEYS, TOWER_LAYER, TOWER_TENSORS
 from ..findings import Finding
 from ..formats.gguf import GgufKey, index_gguf
 from ..tensors.lazy import LazyTensor
@@ -58,7 +58,7 @@ def _numbers(keys: Mapping[str, GgufKey], names: Mapping[str, str]) -> dict[str,
 
 
 def _text(arch: str, tensors: Mapping[str, LazyTensor], keys: Mapping[str, GgufKey]) -> Iterator[str]:
-    names = {f"{arch}.{name}": word for name, _, word in TEXT_KEYS}
+    names = {f"{arch}.{name}": TEXT_KEYS[name][1] for name in SIZES}
     config: dict[str, Any] = _numbers(keys, names)
     if missing := [name for name, word in names.items() if word not in config]:
         yield f"it lacks keys, or they are no sizes: {few(missing)}"

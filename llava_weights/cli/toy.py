@@ -18,6 +18,7 @@ import numpy as np
 
 from ..checkpoint.hf_tokenizer import END_OF_TEXT
 from ..checkpoint.sentencepiece import CONTROL, NORMAL, UNKNOWN
+from ..checkpoint.tokenizer_json import BYTE_LETTERS
 from ..checkpoint.tower import tower_shapes
 from ..checks.rules_tokenizer import BYTE
 from ..families.decoders import DECODER_BY_TYPE as DECODERS
@@ -233,14 +234,11 @@ def _sentencepiece(token: str) -> tuple[dict[str, bytes], int]:
 
 def _byte_level(token: str) -> tuple[dict[str, bytes], int]:
     """Qwen2's tokenizer of single bytes without merges, with `token` among its added tokens, and its number of rows."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's bytes_to_unicode: the others come behind 255
-    hidden = [byte for byte in range(256) if byte not in visible]
-    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + place) for place, byte in enumerate(hidden)}
     added = {str(256 + number): {"content": text, "special": True} for number, text in enumerate((END_OF_TEXT, *filter(None, (token,))))}
     settings = {
         "added_tokens_decoder": added, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "tokenizer_class": "Qwen2Tokenizer",
     }  # fmt: skip
-    vocabulary = {letters[byte]: byte for byte in range(256)}
+    vocabulary = {BYTE_LETTERS[byte]: byte for byte in range(256)}
     files = {"vocab.json": json_bytes(vocabulary), "merges.txt": b"#version: 0.2\n", "tokenizer_config.json": json_bytes(settings)}
     return files, 256 + len(added)
 

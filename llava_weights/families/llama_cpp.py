@@ -1,13 +1,14 @@
 """What llama.cpp calls the parts of a LLaVA in its two files, by decoder and tower, and what it can run.
 
-Sources: convert_hf_to_gguf.py with conversion/base.py, llama.py and qwen.py, legacy-models/convert_image_encoder_to_gguf.py, clip.cpp and
-models/llava.cpp of llama.cpp at 0c1e570 (2026-10-01).
+Sources: convert_hf_to_gguf.py with conversion/base.py, llama.py, qwen.py, phi.py and gemma.py,
+legacy-models/convert_image_encoder_to_gguf.py, clip.cpp and models/llava.cpp of llama.cpp at 0c1e570 (2026-10-01).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 # Tensors of a decoder by canonical name, without `.weight` or `.bias`; those of a layer behind `text.layers.N.` and `blk.N.`.
 TEXT_NAMES = {"text.embed_tokens": "token_embd", "text.norm": "output_norm", "head": "output"}
@@ -23,42 +24,100 @@ PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}  #
 HEAD_KEYS = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}  # and the key of a file that has it
 
 
+# Keys of a text model by their names behind the architecture: kind, and the key of the config, or `head width` and `rotary width`, which
+# are computed. `rope.scaling` stands for all of ROPE_KEYS, `file_type` for that of `general`.
+TEXT_KEYS = {
+    "block_count": ("u32", "num_hidden_layers"), "context_length": ("u32", "max_position_embeddings"),
+    "embedding_length": ("u32", "hidden_size"), "feed_forward_length": ("u32", "intermediate_size"),
+    "attention.head_count": ("u32", "num_attention_heads"), "attention.head_count_kv": ("u32", "num_key_value_heads"),
+    "rope.freq_base": ("f32", "rope_theta"), "attention.layer_norm_rms_epsilon": ("f32", "rms_norm_eps"),
+    "attention.key_length": ("u32", "head width"), "attention.value_length": ("u32", "head width"), "vocab_size": ("u32", "vocab_size"),
+    "rope.dimension_count": ("u32", "rotary width"), "rope.scaling.original_context_length": ("u32", "original_max_position_embeddings"),
+    "attention.sliding_window": ("u32", "sliding_window"),
+}  # fmt: skip
+SIZES = (
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+)  # fmt: skip
+HEAD_WIDTHS = ("attention.key_length", "attention.value_length")
+USUAL_KEYS = (*SIZES, "rope.scaling", "rope.freq_base", "attention.layer_norm_rms_epsilon", *HEAD_WIDTHS, "file_type")
+SILU = {"hidden_act": ("silu",)}
+
+
 @dataclass(frozen=True)
 class GgufDecoder:
-    """A decoder as llama.cpp has it. `arch` is its architecture there and the first word of its keys, `layer` the names in a layer.
+    """A decoder as llama.cpp has it. `arch` is its architecture there and the first word of its keys, `layer` the names in a layer, `keys`
+    those of its file in order, of which the width of a head is left out where the config does not say it and `key_length` is false.
 
-    `permuted`: rows of the queries and keys stand in Meta's order, pairs side by side. `key_length`: the keys say how wide a head is,
-    whether or not the config does. `more`: the size of the vocabulary and the width of the rope come after the other keys, and before the
-    tokenizer whether a blank is put before a text.
+    `permuted`: rows of the queries and keys stand in Meta's order, pairs side by side. `plus_one`: norms hold what is multiplied with, one
+    more than the model's. `head`: whether llama.cpp has an output of its own beside the embedding. `scalings`: kinds of rope scaling that
+    its converter writes. `fixed`: keys of the config with the values that llama.cpp computes with, which its file has no word for; None
+    stands for a key that is left out. `blank`: whether the file says first that a blank is put before a text ("said"), or last that none
+    is ("none"). `tokens` are ids that its converter writes of every model. `own_tokens`: added tokens keep their type, whatever they look
+    like, and are read from tokenizer.json too.
     """
 
     model_type: str
     arch: str
     layer: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
+    keys: tuple[str, ...] = USUAL_KEYS
     permuted: bool = False
     key_length: bool = False
-    more: bool = False
+    plus_one: bool = False
+    head: bool = True
+    scalings: tuple[str, ...] = ("default", "linear", "yarn", "dynamic")
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: {**SILU, "partial_rotary_factor": (None, 1.0)})
+    blank: str = ""
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    own_tokens: bool = False
 
     def __repr__(self) -> str:
         return f"GgufDecoder({self.model_type!r})"
 
 
-# Mistral is a Llama there. Gemma (norms plus one), Phi-3 (its own order of keys) and Qwen 1 have no row.
+LLAMA_KEYS = (*USUAL_KEYS, "vocab_size", "rope.dimension_count")
+LLAMA_SCALINGS = ("default", "linear", "yarn", "dynamic", "llama3")
+# Mistral is a Llama there. Phi-3's converter writes keys of its own, with the long rope as tensors, which are not built here; Gemma's
+# writes no base of the rope, and its graph has ggml's gelu, the one by tanh.
 GGUF_DECODERS = {
     row.model_type: row
     for row in (
-        GgufDecoder("llama", "llama", permuted=True, key_length=True, more=True),
-        GgufDecoder("mistral", "llama", permuted=True, key_length=True, more=True),
+        GgufDecoder("llama", "llama", keys=LLAMA_KEYS, permuted=True, key_length=True, scalings=LLAMA_SCALINGS, blank="said"),
+        GgufDecoder("mistral", "llama", keys=LLAMA_KEYS, permuted=True, key_length=True, scalings=LLAMA_SCALINGS, blank="said"),
         GgufDecoder("qwen2", "qwen2"),
         GgufDecoder("qwen3", "qwen3", layer={**LAYER_NAMES, **HEAD_NORMS}, key_length=True),
+        GgufDecoder(
+            "phi3",
+            "phi3",
+            layer={**LAYER_NAMES, "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+            keys=(
+                "context_length", "rope.scaling.original_context_length", "embedding_length", "feed_forward_length", "block_count",
+                "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.dimension_count",
+                "rope.freq_base", "file_type", "attention.sliding_window",
+            ),
+            scalings=("default",),
+            fixed=SILU,
+            own_tokens=True,
+        ),
+        GgufDecoder(
+            "gemma",
+            "gemma",
+            keys=(
+                "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+                "attention.head_count_kv", "attention.layer_norm_rms_epsilon", *HEAD_WIDTHS, "file_type",
+            ),
+            key_length=True,
+            plus_one=True,
+            head=False,
+            scalings=("default",),
+            fixed={
+                "hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": (None, "gelu_pytorch_tanh"), "rope_theta": (10000.0,),
+                "tie_word_embeddings": (True,), "partial_rotary_factor": (None, 1.0),
+            },
+            blank="none",
+            tokens={"eot": 107},
+        ),
     )
-}
-# Keys of every decoder in order: name behind the architecture, kind, key of the config. Rope and the width of a head come between.
-TEXT_KEYS = (
-    ("block_count", "u32", "num_hidden_layers"), ("context_length", "u32", "max_position_embeddings"),
-    ("embedding_length", "u32", "hidden_size"), ("feed_forward_length", "u32", "intermediate_size"),
-    ("attention.head_count", "u32", "num_attention_heads"), ("attention.head_count_kv", "u32", "num_key_value_heads"),
-)  # fmt: skip
+}  # fmt: skip
 # Kinds of rope scaling: keys behind `rope.scaling.` in order, kind, and the words of the config, the first that is there. `type` is the
 # name itself. None: nothing is written, since llama.cpp has no such scaling.
 ROPE_KEYS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...] | None] = {
@@ -96,11 +155,28 @@ LOOKS_SPECIAL = (
 )  # first and last characters of added tokens that are control tokens
 SPECIAL_TEXTS = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
-# How a byte-level tokenizer cuts a text before merges, by the regular expression in its tokenizer.json, and llama.cpp's name of it.
-# llama.cpp's script knows it by a hash of what the whole tokenizer makes of a test text; the name stands for this expression.
+# How a byte-level tokenizer cuts a text before merges, by the regular expression in its tokenizer.json, and whether a word that is a token
+# is taken whole; and llama.cpp's name for both.
 # transformers' Qwen2Tokenizer, the same in 4.37 and 5.23
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PRE_TOKENIZERS = {QWEN2_SPLIT: "qwen2", QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): "llama-bpe"}
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
+PRE_TOKENIZERS = {(QWEN2_SPLIT, False): "qwen2", (LLAMA3_SPLIT, True): "llama-bpe", (LLAMA3_SPLIT, False): "smaug-bpe"}
+# But llama.cpp's script goes by a hash of the ids that the whole tokenizer makes of this text, and what it says of a published tokenizer
+# stands: `get_vocab_base_pre` of conversion/base.py, with the models that it names. smaug-bpe is Llama 3's own tokenizer where no
+# <|begin_of_text|> is put before a text.
+PROBE = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= "  # noqa: RUF001
+    "нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "  # noqa: RUF001
+    "'D you like some tea? We'Ve a'lL"
+)
+PRE_TOKENIZER_HASHES = {
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",  # Qwen/Qwen1.5-7B
+    "d4540891389ea895b53b399da6ac824becc30f2fba0e9ddbb98f92e55ca0e97c": "qwen2",  # Qwen/Qwen3-Embedding-0.6B
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",  # deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",  # meta-llama/Meta-Llama-3-8B
+    "c136ed14d01c2745d4f60a9596ae66800e2b61fa45643e72436041855ad4089d": "smaug-bpe",  # abacusai/Smaug-Llama-3-70B-Instruct
+}
 
 # The tower and projector. Both feed-forward names are swapped there, and clip.cpp swaps them back. A last norm would be applied.
 PROJECTOR_TENSORS = {

@@ -27,6 +27,7 @@ from ..families.llama_cpp import (
     GGUF_TARGETS,
     GGUF_TOWERS,
     HEAD_KEYS,
+    HEAD_WIDTHS,
     PERMUTED,
     PROJECTOR_TENSORS,
     QUANTISATION_VERSION,
@@ -87,6 +88,19 @@ class Quantised(FromRows):
                 self.source.rows_into(raw, first, last, work)
                 values = to_float32(raw, self.source.dtype).reshape(last - first, self.source.shape[-1])
                 made[first - start : last - start] = quantize(values, GGMLQuantizationType[self.dtype])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted(FromRows):
+    """`source` plus `by`, in the dtype of its own."""
+
+    by: float
+
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        with work.scratch((stop - start) * self.source.row_nbytes) as raw:
+            self.source.rows_into(raw, start, stop, work)
+            values = to_float32(raw, self.source.dtype) + np.float32(self.by)
+            out[:] = values.astype("<f2" if self.dtype == "F16" else "<f4").tobytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +184,19 @@ def _check_kind(config: Config) -> GgufDecoder:
     if act not in TOWER_ACTIVATIONS:
         what = f"llama.cpp has no tower of this kind with the activation {shown(str(act))}"
         raise InputError(what, facts={"known": ", ".join(TOWER_ACTIVATIONS)}, hint=USE_HUB)
+    _check_decoder(GGUF_DECODERS[text], config["text_config"])
     return GGUF_DECODERS[text]
+
+
+def _check_decoder(row: GgufDecoder, text: Config) -> None:
+    """Raises InputError for a config that llama.cpp would compute as another, since no key of its file has that word."""
+    for word, values in row.fixed.items():
+        if text.get(word) not in values:
+            what = f"llama.cpp computes a text model of the type {shown(row.model_type)} only with `{word}` {listed([*map(str, values)])}"
+            raise InputError(what, facts={"config.json": f"`{word}` is {shown(str(text.get(word)))}"}, hint=USE_HUB)
+    if (scaling := _rope(text)[0]) not in row.scalings:
+        what = f"the rope scaling {shown(scaling)} of a text model of the type {shown(row.model_type)} can't be written as GGUF yet"
+        raise InputError(what, facts={"known": ", ".join(row.scalings)}, hint=USE_HUB)
 
 
 # --- back, to be compared ----------------------------------------------------------------------------------------------
@@ -214,6 +240,8 @@ def as_llava_hf(checkpoint: Checkpoint) -> Checkpoint:
                 made = Dequantised(dtype="F32", shape=tensor.shape, source=tensor)
             if row and row.permuted and heads and type(heads.value) is int and heads.value and tensor.rows % (2 * heads.value) == 0:
                 made = PermuteRope(dtype=made.dtype, shape=made.shape, source=made, heads=heads.value)
+            if row and row.plus_one and part.endswith("norm"):
+                made = Shifted(dtype="F32", shape=made.shape, source=made, by=-1.0)
             tensors[spelled(known, "llava-hf") if known else name] = made
     return replace(checkpoint, tensors=tensors)
 
@@ -255,12 +283,15 @@ def _text_tensors(hub: Checkpoint, row: GgufDecoder, dtype: str, quantize: str |
     left: list[str] = []
     for name, tensor in sorted(hub.tensors.items(), key=lambda item: (-SORT_ORDER.index(item[1].dtype), item[0])):
         known = canonical(name)
-        if not known.startswith(("text.", "head.")):
+        if not known.startswith(("text.", "head.") if row.head else "text."):
             continue
         called, kind = text_name(known, row)
         part = called.split(".")[-2]
         if row.permuted and part in PERMUTED:
             tensor = UnpermuteRope(dtype=tensor.dtype, shape=tensor.shape, source=tensor, heads=text[PERMUTED[part]])
+        if row.plus_one and part.endswith("norm"):
+            # llama.cpp's converter adds in float16 where the model has that, which rounds, and else in float32
+            tensor = Shifted(dtype="F16" if tensor.dtype == "F16" else "F32", shape=tensor.shape, source=tensor, by=1.0)
         wanted = "F32" if len(tensor.shape) < 2 or part.endswith("_norm") or kind != "weight" else quantize or dtype
         if wanted == "Q4_0" and called in TABLES:
             wanted = TABLES_OF_Q4
@@ -288,13 +319,9 @@ def text_name(name: str, row: GgufDecoder) -> tuple[str, str]:
 
 
 def _rope(text: Config) -> tuple[str, Config]:
-    """The kind of rope scaling and its values. Raises InputError for one that llama.cpp does not have for these decoders."""
+    """The kind of rope scaling and its values."""
     found = text.get("rope_scaling") or {}
-    kind = str(found.get("rope_type", found.get("type", "default")))
-    if kind not in ROPE_KEYS:
-        what = f"the rope scaling {shown(kind)} can't be written as GGUF yet"
-        raise InputError(what, facts={"known": ", ".join(ROPE_KEYS)}, hint=USE_HUB)
-    return kind, found
+    return str(found.get("rope_type", found.get("type", "default"))), found
 
 
 def _rope_factors(text: Config) -> RopeFactors | None:
@@ -321,8 +348,26 @@ def _text_keys(hub: Checkpoint, row: GgufDecoder, tensors: Mapping[str, LazyTens
             yield GgufKey(name, kind, int(value) if kind == "i32" else float(value))
     yield GgufKey("general.name", "text", "")
     yield GgufKey("general.size_label", "text", size_label(sum(tensor.numel for tensor in tensors.values())))
-    for name, kind, word in TEXT_KEYS:
-        yield GgufKey(f"{arch}.{name}", kind, text[word])
+    widths = {"head width": _head_width(text), "rotary width": _rotary_width(text)}
+    for name in row.keys:
+        if name == "rope.scaling":
+            yield from _rope_keys(text, arch)
+        elif name == "file_type":
+            yield GgufKey("general.file_type", "u32", FILE_TYPES[label])
+        elif name not in HEAD_WIDTHS or row.key_length or text.get("head_dim") is not None:
+            kind, word = TEXT_KEYS[name]
+            value = widths.get(word) or text.get(word) or 0
+            yield GgufKey(f"{arch}.{name}", kind, float(value) if kind == "f32" else value)
+    yield GgufKey("general.quantization_version", "u32", QUANTISATION_VERSION)
+    yield from tokenizer_keys(hub.files, hub.config, text["vocab_size"], row)
+
+
+def _rotary_width(text: Config) -> int:
+    """How much of a head the rope turns."""
+    return int(float(text.get("partial_rotary_factor") or 1.0) * _head_width(text))
+
+
+def _rope_keys(text: Config, arch: str) -> Iterator[GgufKey]:
     scaling, found = _rope(text)
     for number, (name, kind, words) in enumerate(ROPE_KEYS[scaling] or ()):
         if not number:
@@ -336,17 +381,6 @@ def _text_keys(hub: Checkpoint, row: GgufDecoder, tensors: Mapping[str, LazyTens
             value = text["max_position_embeddings"]
         if value is not None:
             yield GgufKey(f"{arch}.rope.scaling.{name}", kind, value)
-    yield GgufKey(f"{arch}.rope.freq_base", "f32", float(text["rope_theta"]))
-    yield GgufKey(f"{arch}.attention.layer_norm_rms_epsilon", "f32", float(text["rms_norm_eps"]))
-    if row.key_length or text.get("head_dim") is not None:
-        yield GgufKey(f"{arch}.attention.key_length", "u32", _head_width(text))
-        yield GgufKey(f"{arch}.attention.value_length", "u32", _head_width(text))
-    yield GgufKey("general.file_type", "u32", FILE_TYPES[label])
-    if row.more:
-        yield GgufKey(f"{arch}.vocab_size", "u32", text["vocab_size"])
-        yield GgufKey(f"{arch}.rope.dimension_count", "u32", _head_width(text))
-    yield GgufKey("general.quantization_version", "u32", QUANTISATION_VERSION)
-    yield from tokenizer_keys(hub.files, hub.config, text["vocab_size"], prefix=row.more)
 
 
 def size_label(parameters: int) -> str:

@@ -5,13 +5,16 @@ What llama.cpp's convert_hf_to_gguf.py reads from the same files, in its order.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from typing import Any
 
 from ..checkpoint.sentencepiece import read_sentencepiece
 from ..checkpoint.small_files import SmallFiles, small_bytes, small_object, small_text
 from ..checkpoint.tokenizer import ADDED, FAST, FAST_LIMIT, MODEL, MODEL_LIMIT, TOKENIZER_CONFIG, token_text
-from ..checkpoint.tokenizer_json import added_tokens, bpe_model, is_llama
+from ..checkpoint.tokenizer_json import BYTE_LETTERS, added_tokens, bpe_model, is_llama, template_of
 from ..errors import InputError
 from ..families.llama_cpp import (
     ADDED_SCORE,
@@ -20,12 +23,15 @@ from ..families.llama_cpp import (
     NO_TOKEN_SCORE,
     NORMAL,
     OWN_KINDS,
+    PRE_TOKENIZER_HASHES,
     PRE_TOKENIZERS,
+    PROBE,
     ROLE_KEYS,
     SPECIAL_ROLES,
     SPECIAL_TEXTS,
     UNUSED,
     USER_DEFINED,
+    GgufDecoder,
 )
 from ..formats.gguf import GgufKey
 from ..storage.strict_json import JsonObject
@@ -36,37 +42,42 @@ BYTE_BLANK = chr(256 + ord(" "))  # a blank in a byte-level token
 TOKENIZER = "tokenizer.ggml."
 
 
-def tokenizer_keys(files: SmallFiles, config: Mapping[str, Any], rows: int, *, prefix: bool) -> list[GgufKey]:
-    """The keys of the tokenizer in `files` for a vocabulary of `rows` rows. `config` is config.json; with `prefix` the first key says
-    whether a blank is put before a text.
+def tokenizer_keys(files: SmallFiles, config: Mapping[str, Any], rows: int, decoder: GgufDecoder) -> list[GgufKey]:
+    """The keys of the tokenizer in `files` for a vocabulary of `rows` rows of a `decoder`. `config` is config.json.
 
     Raises InputError for a tokenizer that llama.cpp can't have by its files: a LLaMA's without tokenizer.model, whose scores it needs, a
     byte-level one that cuts a text in an unknown way, and damaged ones.
     """
     settings, core = small_object(files, TOKENIZER_CONFIG), small_object(files, FAST, limit=FAST_LIMIT)
-    before = settings.get("add_prefix_space") if prefix else None
+    before = settings.get("add_prefix_space") if decoder.blank == "said" else None
     keys = [] if before is None else [_key("add_space_prefix", "bool", bool(before))]
+    limit = None
     if MODEL in files:
-        tokens, scores, types = _pieces(files, settings, rows)
+        tokens, scores, types = _pieces(files, settings, core, rows, own=decoder.own_tokens)
         keys += [_key("model", "text", "llama"), _key("pre", "text", "default"), _key("tokens", "text", tuple(tokens))]
         keys += [_key("scores", "f32", tuple(scores)), _key("token_type", "i32", tuple(types))]
-        return [*keys, *_special(files, settings, core, config, rows)]
-    if is_llama(core):
+        limit = rows
+    elif is_llama(core):
         what, hint = "the tokenizer has no tokenizer.model, whose scores llama.cpp needs", "put the tokenizer.model of the model beside it"
         raise InputError(what, facts={"there": few(sorted(files))}, hint=hint)
-    tokens, types, merges = _byte_level(core, rows)
-    keys += [_key("model", "text", "gpt2"), _key("pre", "text", _pre_tokenizer(core)), _key("tokens", "text", tuple(tokens))]
-    keys.append(_key("token_type", "i32", tuple(types)))
-    keys += [_key("merges", "text", tuple(merges))] if merges else []
-    return [*keys, *_special(files, settings, core, config, None)]
+    else:
+        tokens, types, merges = _byte_level(core, rows)
+        pre = _pre_tokenizer(core, settings)
+        keys += [_key("model", "text", "gpt2"), _key("pre", "text", pre), _key("tokens", "text", tuple(tokens))]
+        keys.append(_key("token_type", "i32", tuple(types)))
+        keys += [_key("merges", "text", tuple(merges))] if merges else []
+    keys += _special(files, settings, core, config, limit)
+    keys += [_key(f"{role}_token_id", "u32", number) for role, number in decoder.tokens.items()]
+    return [*keys, *([_key("add_space_prefix", "bool", False)] if decoder.blank == "none" else [])]
 
 
 def _key(name: str, kind: str, value: Any) -> GgufKey:
     return GgufKey(TOKENIZER + name, kind, value)
 
 
-def _pieces(files: SmallFiles, settings: JsonObject, rows: int) -> tuple[list[str], list[float], list[int]]:
-    """Tokens, scores and types of a SentencePiece vocabulary with added tokens."""
+def _pieces(files: SmallFiles, settings: JsonObject, core: JsonObject, rows: int, *, own: bool) -> tuple[list[str], list[float], list[int]]:
+    """Tokens, scores and types of a SentencePiece vocabulary with added tokens. `own`: these keep the type that they have, and their text,
+    and those of tokenizer.json, `core`, are among them."""
     vocabulary = read_sentencepiece(small_bytes(MODEL, files[MODEL], MODEL_LIMIT))
     tokens = [f"[PAD{number}]" for number in range(rows)]
     scores, types = [NO_TOKEN_SCORE] * rows, [UNUSED] * rows
@@ -81,9 +92,12 @@ def _pieces(files: SmallFiles, settings: JsonObject, rows: int) -> tuple[list[st
     for text_id, entry in (decoder if isinstance(decoder, dict) else {}).items():
         content = token_text(entry)
         if content is not None and text_id.isascii() and text_id.isdigit() and int(text_id) < rows:
-            number = int(text_id)
-            types[number] = _type_of(content, entry.get("special") is True)
-            tokens[number], scores[number] = content if types[number] == CONTROL else content.replace(BLANK, " "), ADDED_SCORE
+            number, special = int(text_id), entry.get("special") is True
+            types[number] = (CONTROL if special else USER_DEFINED) if own else _type_of(content, special)
+            tokens[number], scores[number] = content if own or types[number] == CONTROL else content.replace(BLANK, " "), ADDED_SCORE
+    for number, token in added_tokens(core).items() if own else ():
+        if 0 <= number < rows:
+            tokens[number], scores[number], types[number] = token["content"], ADDED_SCORE, CONTROL if token["special"] else USER_DEFINED
     return tokens, scores, types
 
 
@@ -111,17 +125,59 @@ def _byte_level(core: JsonObject, rows: int) -> tuple[list[str], list[int], list
     )
 
 
-def _pre_tokenizer(core: JsonObject) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts a text. Raises InputError where it has none that is known here."""
-    steps = core.get("pre_tokenizer")
+def _pre_tokenizer(core: JsonObject, settings: JsonObject) -> str:
+    """llama.cpp's name for how a byte-level tokenizer cuts a text: by its hash where that is known, else by its rule. Raises InputError
+    where no row describes it."""
+    steps, model = core.get("pre_tokenizer"), core.get("model")
     inner = steps.get("pretokenizers", [steps]) if isinstance(steps, dict) else []
     patterns = [step["pattern"].get("Regex") for step in inner if isinstance(step, dict) and isinstance(step.get("pattern"), dict)]
-    named = [PRE_TOKENIZERS[pattern] for pattern in patterns if isinstance(pattern, str) and pattern in PRE_TOKENIZERS]
-    if len(patterns) != 1 or len(named) != 1:
+    whole = isinstance(model, dict) and model.get("ignore_merges") is True
+    name = PRE_TOKENIZERS.get((patterns[0], whole)) if len(patterns) == 1 and isinstance(patterns[0], str) else None
+    if name is None:
         what = "llama.cpp has no known name for how this tokenizer.json cuts a text"
-        facts = {"its regular expression": str(patterns[0])[:200] if patterns else "none", "known": ", ".join(PRE_TOKENIZERS.values())}
+        facts = {
+            "its regular expression": str(patterns[0])[:200] if patterns else "none",
+            "takes words that are tokens whole": "yes" if whole else "no",
+            "known": ", ".join(PRE_TOKENIZERS.values()),
+        }
         raise InputError(what, facts=facts, hint="convert it to llava-hf, and that with llama.cpp's own convert_hf_to_gguf.py")
-    return named[0]
+    return PRE_TOKENIZER_HASHES.get(_hash(core, settings, str(patterns[0]), whole=whole), name)
+
+
+def _hash(core: JsonObject, settings: JsonObject, pattern: str, *, whole: bool) -> str:
+    """SHA-256 of the ids of PROBE, written as Python writes a list. A `whole` word that is a token is not made of merges."""
+    vocabulary, merges = bpe_model(core)
+    ranks = {tuple(merge.split(" ") if isinstance(merge, str) else merge): rank for rank, merge in enumerate(merges)}
+    around = {role: _ids_around(core, settings, role) for role in ("bos", "eos")}
+    ids = around["bos"]
+    normal = core.get("normalizer")
+    text = unicodedata.normalize("NFC", PROBE) if isinstance(normal, dict) and normal.get("type") == "NFC" else PROBE
+    for word in re.findall(_of_this_text(pattern, text), text):
+        pieces = [BYTE_LETTERS[byte] for byte in word.encode()]
+        if whole and "".join(pieces) in vocabulary:
+            pieces = ["".join(pieces)]
+        while len(pieces) > 1:
+            rank, place = min((ranks.get((pieces[i], pieces[i + 1]), len(ranks)), i) for i in range(len(pieces) - 1))
+            if rank == len(ranks):
+                break
+            pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+        ids += [vocabulary.get(piece) for piece in pieces]
+    return sha256(str([*ids, *around["eos"]]).encode()).hexdigest()
+
+
+def _ids_around(core: JsonObject, settings: JsonObject, role: str) -> list[int | None]:
+    """The id of the token that a template puts before (`bos`) or behind (`eos`) a text, as a list of one or none."""
+    text = token_text(settings.get(f"{role}_token"))
+    put = template_of(core) and _added(settings, core).get(role)
+    return [number for number, token in added_tokens(core).items() if token["content"] == text] if put else []
+
+
+def _of_this_text(pattern: str, text: str) -> str:
+    """A regular expression of Unicode's classes of letters and numbers, which Python's has no names for, by those in `text`."""
+    for kind in "LN":
+        there = "".join(sorted({sign for sign in text if unicodedata.category(sign)[0] == kind}))
+        pattern = re.sub(r"(\[[^\]]*)\\p\{%s\}" % kind, lambda found: found[1] + there, pattern).replace(rf"\p{{{kind}}}", f"[{there}]")
+    return pattern
 
 
 def _special(files: SmallFiles, settings: JsonObject, core: JsonObject, config: Mapping[str, Any], rows: int | None) -> Iterator[GgufKey]:

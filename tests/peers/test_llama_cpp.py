@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_models import CASES, Case, make_case, name_of_pre
-from peers.environments import Json, run
+import torch
+from gguf_models import CASES, Case, make_case
+from peers.environments import PEERS, Json, run
 
 import llava_weights as lw
+from llava_weights.checkpoint.tokenizer_json import qwen2_json
+from llava_weights.families.llama_cpp import CONTROL, NORMAL
+from llava_weights.formats.gguf import index_gguf
 
 TYPES = ("F16", "BF16", "F32")
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(900)]
@@ -49,7 +53,7 @@ def job(case: Case, kind: str, folders: Mapping[str, Path], work: Path, task: st
         "type": kind,
         "out": str(work / f"{task}-{name}.gguf"),
         "work": str(work / f"{task}-{name}"),
-        "pre": name_of_pre(folders[case.name] / "Model"),
+        "pre": case.pre,
     }
 
 
@@ -79,8 +83,44 @@ def test_sharded_input(folders: Mapping[str, Path], theirs: Callable[[str, str],
     assert list(found[0]) != list(found[1])
 
 
-def test_what_a_hash_is_for(folders: Mapping[str, Path]) -> None:
-    """The toys' pre-tokenizers are named by the same expressions as those of published models."""
-    pres = {case.name: name_of_pre(folders[case.name] / "Model") for case in CASES}
-    assert pres == {case.name: case.pre for case in CASES}
-    assert json.loads((folders["qwen2"] / "Model" / "config.json").read_text())["text_config"]["model_type"] == "qwen2"
+@pytest.mark.parametrize(("vocabulary", "bos", "pre"), [("qwen2", "", "qwen2"), ("llama-bpe", "<|begin_of_text|>", "llama-bpe"), ("llama-bpe", "", "smaug-bpe")])
+def test_published_tokenizers(vocabulary: str, bos: str, pre: str, tmp_path: Path) -> None:
+    """Qwen2's and Llama 3's whole vocabularies, which llama.cpp's source has for its own tests: named by their hash, and the same bytes.
+    Llama 3's without a template that puts `bos` before a text has a name of its own."""
+    case = next(case for case in CASES if case.name == ("qwen2" if vocabulary == "qwen2" else "llama3"))
+    make_case(case, tmp_path)
+    give_vocabulary(tmp_path / "llava", next((PEERS / "llama-cpp").glob(f"*/vendor/llama.cpp/models/ggml-vocab-{vocabulary}.gguf")), bos)
+    lw.execute(lw.make_plan(lw.convert(tmp_path / "llava", "llava-hf")), tmp_path / "Model")
+    (tmp_path / "Model" / "README.md").unlink()
+    llama_cpp("text", [{"folder": str(tmp_path / "Model"), "type": "F16", "out": str(tmp_path / "theirs.gguf"), "pre": ""}], tmp_path)
+    lw.execute(lw.make_plan(lw.convert(tmp_path / "llava", "gguf"), name="Model"), tmp_path / "ours")
+    assert index_gguf(tmp_path / "ours" / "Model-F16.gguf")[1]["tokenizer.ggml.pre"].value == pre
+    assert (tmp_path / "ours" / "Model-F16.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
+
+
+def give_vocabulary(folder: Path, source: Path, bos: str) -> None:
+    """The tokens and merges of a GGUF as the tokenizer of a toy with a byte-level one, whose tables get as many rows."""
+    keys = {name.removeprefix("tokenizer.ggml."): key.value for name, key in index_gguf(source)[1].items()}
+    tokens, types = keys["tokens"], keys["token_type"]
+    assert isinstance(tokens, tuple) and isinstance(types, tuple)
+    core = json.loads((folder / "tokenizer.json").read_text()) if (folder / "tokenizer.json").exists() else qwen2_json({}, "")
+    core["model"] |= {"vocab": {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}, "merges": list(keys["merges"])}  # type: ignore[arg-type]
+    flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
+    core["added_tokens"] = [{"id": i, "content": token, **flags} for i, token in enumerate(tokens) if types[i] == CONTROL]
+    for step in core["post_processor"].get("processors", []):
+        if step["type"] == "TemplateProcessing":
+            step |= {"special_tokens": {bos: {"id": bos, "ids": [tokens.index(bos)], "tokens": [bos]}}} if bos else {"type": ""}
+    if not bos and "processors" in core["post_processor"]:
+        core["post_processor"] = core["post_processor"]["processors"][0]
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(core))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name].new_zeros(len(tokens) - len(tensors[name]), tensors[name].shape[1])])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": len(tokens), "bos_token_id": keys["bos_token_id"]}
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": keys["eos_token_id"]}))
