@@ -109,20 +109,24 @@ $(PEERS)/llama-cpp/.stamp: tests/peers/llama_cpp.txt | $(READY)
 	@rm $(@D)/$(LLAMA_CPP).tar.gz
 	@touch $@
 
-# llama.cpp itself, by its Python binding: in few files and with little optimisation, which takes five minutes on two processors in place
-# of twelve, and with its fault #25814 mended, the class token behind the patches.
-BUILD := -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12 -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DLLAMA_OPENSSL=OFF -DGGML_NATIVE=OFF
+# llama.cpp itself under its Python binding: the two libraries that this needs, in few files and with little optimisation, which takes five
+# minutes on two processors in place of twelve; and with its fault #25814 mended, the class token behind the patches.
 MENDED := ggml_concat(ctx0, model.class_embedding, inp, 1)
+PARTS := COMMON TESTS TOOLS EXAMPLES SERVER APP
+BUILD := -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12 \
+	-DGGML_NATIVE=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_MTMD=ON $(PARTS:%=-DLLAMA_BUILD_%=OFF)
 $(PEERS)/llama-cpp-python/.stamp: tests/peers/llama_cpp_python.txt
 	@echo "building llama.cpp in $(@D): five minutes on two processors"
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python $(INSTALL) --requirement tests/peers/llama_cpp_python.txt
 	@$(@D)/bin/python -m pip download -qq --no-input --no-deps --no-binary :all: --dest $(@D) llama-cpp-python==0.3.36
-	@cd $(@D) && tar xzf $(LLAMA_CPP).tar.gz
+	@cd $(@D) && tar xzf $(LLAMA_CPP).tar.gz && rm $(LLAMA_CPP).tar.gz
 	@cd $(@D)/$(LLAMA_CPP)/vendor/llama.cpp/tools/mtmd/models && \
 		sed -i 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/$(MENDED)/' llava.cpp && grep -qF '$(MENDED)' llava.cpp
-	@CMAKE_ARGS='$(BUILD)' $(@D)/bin/python $(INSTALL) ./$(@D)/$(LLAMA_CPP)
-	@rm -r $(@D)/$(LLAMA_CPP) $(@D)/$(LLAMA_CPP).tar.gz
+	@cd $(@D) && export PATH="$$PWD/bin:$$PATH" && cmake -S $(LLAMA_CPP)/vendor/llama.cpp -B build -G Ninja $(BUILD) >build.log && \
+		cmake --build build --target mtmd >>build.log && cp -r $(LLAMA_CPP)/llama_cpp "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/" && \
+		mv build/bin "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llama_cpp/lib"
+	@rm -r $(@D)/$(LLAMA_CPP) $(@D)/build
 	@touch $@
 
 # mergekit too. Of what it asks for, scipy and datasets are imported by none of its modules.

@@ -10,7 +10,17 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.tower import tower_shapes
 from ..families.decoders import DECODERS
 from ..families.layouts import canonical
-from ..families.llama_cpp import GGUF_DECODERS, PROJECTOR_TENSORS, ROPE_FACTORS, SIZES, TABLES, TEXT_KEYS, TOWER_KEYS, TOWER_LAYER, TOWER_TENSORS
+from ..families.llama_cpp import (
+    GGUF_DECODERS,
+    PROJECTOR_TENSORS,
+    ROPE_FACTORS,
+    SIZES,
+    TABLES,
+    TEXT_KEYS,
+    TOWER_KEYS,
+    TOWER_LAYER,
+    TOWER_TENSORS,
+)
 from ..findings import Finding
 from ..formats.gguf import GgufKey, index_gguf
 from ..tensors.lazy import LazyTensor

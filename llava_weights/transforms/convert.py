@@ -40,7 +40,16 @@ from ..families.files import PROCESSOR_FILES
 from ..families.layouts import VOCABULARY_TABLES, canonical, spelled
 from ..families.llama_cpp import QUANTISED
 from ..families.originals import of_tokens
-from ..families.projectors import LINEAR_NAMES, NORM, PROJECTOR_FORMS, PROJECTOR_NAMES, STACK_OF_ONE, STACK_OF_ONE_TYPE, projector_type
+from ..families.projectors import (
+    LINEAR_NAMES,
+    NORM,
+    PROJECTOR_ACTIVATION,
+    PROJECTOR_FORMS,
+    PROJECTOR_NAMES,
+    STACK_OF_ONE,
+    STACK_OF_ONE_TYPE,
+    projector_type,
+)
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import VOCABULARY_MULTIPLE
 from ..storage.strict_json import json_bytes
@@ -71,8 +80,8 @@ CROPPED = (
     "images are cropped to squares, where the original pads them (`image_aspect_ratio` pad): pictures that are not square give other pixels"
 )
 UNGATED = (
-    "the projector's form `identity` is exact in transformers; llama.cpp and MLX put a gelu into every projector and would see wrong "
-    "images: `--projector-form gelu` is for them"
+    "`projector_hidden_act` is `{}`, which transformers computes; llama.cpp and MLX put a gelu into every projector and would compute "
+    "wrong images"
 )
 NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--vision-tower NAME`"
 
@@ -237,14 +246,20 @@ def to_llava_hf(
             *notes,
             *squares,
             *model.doubts.notes,
-            *((UNGATED,) if form == "identity" else ()),
             *_remarks(model),
             *(() if retold else prompt.doubts),
         ),
-        warnings=(*loss, *model.doubts.warnings, *prompt.warnings, *(prompt.doubts if retold else ())),  # which `verify` can't find out
+        warnings=(*loss, *_ungated(activation, form), *model.doubts.warnings, *prompt.warnings, *(prompt.doubts if retold else ())),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, prompt_doubt=" ".join(prompt.doubts), projector_form=form),
     )
     return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)
+
+
+def _ungated(activation: str, form: str) -> tuple[str, ...]:
+    """What becomes of images in programs that read no `projector_hidden_act`. `form` is that of a single Linear, empty for two layers."""
+    if activation == PROJECTOR_ACTIVATION:
+        return ()
+    return (UNGATED.format(activation) + ("; `--projector-form gelu` is for them" if form else ""),)
 
 
 def to_gguf(

@@ -175,8 +175,8 @@ def _ids_around(core: JsonObject, settings: JsonObject, role: str) -> list[int |
 def _of_this_text(pattern: str, text: str) -> str:
     """A regular expression of Unicode's classes of letters and numbers, which Python's has no names for, by those in `text`."""
     for kind in "LN":
-        there = "".join(sorted({sign for sign in text if unicodedata.category(sign)[0] == kind}))
-        pattern = re.sub(r"(\[[^\]]*)\\p\{%s\}" % kind, lambda found: found[1] + there, pattern).replace(rf"\p{{{kind}}}", f"[{there}]")
+        there, named = "".join(sorted({sign for sign in text if unicodedata.category(sign)[0] == kind})), rf"\p{{{kind}}}"
+        pattern = re.sub(rf"(\[[^\]]*){re.escape(named)}", rf"\1{there}", pattern).replace(named, f"[{there}]")
     return pattern
 
 

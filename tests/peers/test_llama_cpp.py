@@ -83,7 +83,9 @@ def test_sharded_input(folders: Mapping[str, Path], theirs: Callable[[str, str],
     assert list(found[0]) != list(found[1])
 
 
-@pytest.mark.parametrize(("vocabulary", "bos", "pre"), [("qwen2", "", "qwen2"), ("llama-bpe", "<|begin_of_text|>", "llama-bpe"), ("llama-bpe", "", "smaug-bpe")])
+@pytest.mark.parametrize(
+    ("vocabulary", "bos", "pre"), [("qwen2", "", "qwen2"), ("llama-bpe", "<|begin_of_text|>", "llama-bpe"), ("llama-bpe", "", "smaug-bpe")]
+)
 def test_published_tokenizers(vocabulary: str, bos: str, pre: str, tmp_path: Path) -> None:
     """Qwen2's and Llama 3's whole vocabularies, which llama.cpp's source has for its own tests: named by their hash, and the same bytes.
     Llama 3's without a template that puts `bos` before a text has a name of its own."""
@@ -102,7 +104,8 @@ def give_vocabulary(folder: Path, source: Path, bos: str) -> None:
     """The tokens and merges of a GGUF as the tokenizer of a toy with a byte-level one, whose tables get as many rows."""
     keys = {name.removeprefix("tokenizer.ggml."): key.value for name, key in index_gguf(source)[1].items()}
     tokens, types = keys["tokens"], keys["token_type"]
-    assert isinstance(tokens, tuple) and isinstance(types, tuple)
+    assert isinstance(tokens, tuple)
+    assert isinstance(types, tuple)
     core = json.loads((folder / "tokenizer.json").read_text()) if (folder / "tokenizer.json").exists() else qwen2_json({}, "")
     core["model"] |= {"vocab": {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}, "merges": list(keys["merges"])}  # type: ignore[arg-type]
     flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
