@@ -121,11 +121,11 @@ $(PEERS)/llama-cpp-python/.stamp: tests/peers/llama_cpp_python.txt
 	@$(@D)/bin/python $(INSTALL) --requirement tests/peers/llama_cpp_python.txt
 	@$(@D)/bin/python -m pip download -qq --no-input --no-deps --no-binary :all: --dest $(@D) llama-cpp-python==0.3.36
 	@cd $(@D) && tar xzf $(LLAMA_CPP).tar.gz && rm $(LLAMA_CPP).tar.gz
-	@cd $(@D)/$(LLAMA_CPP)/vendor/llama.cpp/tools/mtmd/models && \
-		sed -i 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/$(MENDED)/' llava.cpp && grep -qF '$(MENDED)' llava.cpp
+	@cd $(@D)/$(LLAMA_CPP)/vendor/llama.cpp/tools/mtmd && echo 'set_target_properties(mtmd PROPERTIES UNITY_BUILD OFF)' >>CMakeLists.txt && \
+		sed -i 's/ggml_concat(ctx0, inp, model.class_embedding, 1)/$(MENDED)/' models/llava.cpp && grep -qF '$(MENDED)' models/llava.cpp
 	@cd $(@D) && export PATH="$$PWD/bin:$$PATH" && cmake -S $(LLAMA_CPP)/vendor/llama.cpp -B build -G Ninja $(BUILD) >build.log && \
-		cmake --build build --target mtmd >>build.log && cp -r $(LLAMA_CPP)/llama_cpp "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/" && \
-		mv build/bin "$$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llama_cpp/lib"
+		cmake --build build --target mtmd >>build.log && packages="$$($(SITE))" && \
+		cp -r $(LLAMA_CPP)/llama_cpp "$$packages/" && mv build/bin "$$packages/llama_cpp/lib"
 	@rm -r $(@D)/$(LLAMA_CPP) $(@D)/build
 	@touch $@
 

@@ -17,6 +17,10 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
+FUSED_NAMES = {
+    "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
 HEAD_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 ROPE_FACTORS = "rope_freqs.weight"  # the factors of Llama 3.1's rope, one for each pair of a head
 PERMUTED = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}  # with the config key of the number of heads
@@ -88,7 +92,7 @@ GGUF_DECODERS = {
         GgufDecoder(
             "phi3",
             "phi3",
-            layer={**LAYER_NAMES, "self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"},
+            layer=FUSED_NAMES,
             keys=(
                 "context_length", "rope.scaling.original_context_length", "embedding_length", "feed_forward_length", "block_count",
                 "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.dimension_count",

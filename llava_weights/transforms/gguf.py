@@ -50,7 +50,7 @@ from ..formats.gguf import GgufFile, GgufKey, index_gguf
 from ..formats.safetensors import SORT_ORDER
 from ..storage.reading import Workspace
 from ..tensors.dtypes import BLOCKS, as_rows, load_torch, to_float32
-from ..tensors.lazy import FromRows, LazyTensor, PermuteRope, UnpermuteRope, cast
+from ..tensors.lazy import Cast, FromRows, LazyTensor, PermuteRope, UnpermuteRope, cast
 from ..text import listed, shown
 from .gguf_tokenizer import tokenizer_keys
 
@@ -299,9 +299,10 @@ def _text_tensors(hub: Checkpoint, row: GgufDecoder, dtype: str, quantize: str |
             left.append(called)
             wanted = "F16"
         made[called] = _as(tensor, wanted)
-    if not left:
-        return made, ()
-    return made, (f"{listed(left)}: F16, since rows are no whole blocks of {BLOCKS['Q8_0'][0]} values",)
+    notes = [f"{listed(left)}: F16, since rows are no whole blocks of {BLOCKS['Q8_0'][0]} values"] if left else []
+    if any(isinstance(tensor, Cast) and isinstance(tensor.source, Shifted) for tensor in made.values()):
+        notes.append("norms hold one more than the model's, rounded to float16 as llama.cpp's converter does it")
+    return made, tuple(notes)
 
 
 def _as(tensor: LazyTensor, dtype: str) -> LazyTensor:
