@@ -233,7 +233,7 @@ def as_llava_hf(checkpoint: Checkpoint) -> Checkpoint:
         row = next((row for row in GGUF_DECODERS.values() if row.arch == arch), None)
         for name, tensor in found.items():
             known = back.get(name) or _layer_back(name, row)
-            part = name.split(".")[-2]
+            part = name.rpartition(".")[0].rpartition(".")[2]
             heads = keys.get(f"{arch}.{dict(HEAD_KEYS).get(part, '')}")
             made: LazyTensor = tensor
             if tensor.dtype in BLOCKS:

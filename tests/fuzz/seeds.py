@@ -21,11 +21,18 @@ from safetensors.torch import save
 from targets import FIXTURES, SEEDS
 
 from llava_weights.checkpoint.manifest import FileEntry, TensorEntry, root_of_files, root_of_tensors, tensor_row
+from llava_weights.families.decoders import DECODER_BY_TYPE
+from llava_weights.families.layouts import canonical
+from llava_weights.families.llama_cpp import GGUF_DECODERS, TEXT_KEYS, TOWER_KEYS
+from llava_weights.families.llama_cpp import SIZES as GGUF_SIZES
+from llava_weights.formats.gguf import KIND, GgufKey, make_gguf_header
 from llava_weights.formats.integer_delta import ToInteger, write_integer_shard
 from llava_weights.smoke.forward import Probe
 from llava_weights.smoke.recording import SKETCH_SIZE, Recorded, Recording, write_recording
 from llava_weights.storage.reading import SourceFile
-from llava_weights.tensors.lazy import Stored
+from llava_weights.tensors.dtypes import BLOCKS
+from llava_weights.tensors.lazy import LazyTensor, Stored
+from llava_weights.transforms.gguf import text_name
 from llava_weights.write.work_folder import Job
 
 A = FIXTURES / "A-delta-v0"
@@ -60,6 +67,32 @@ def safetensors_files() -> dict[str, bytes]:
         "two": save({"a": values.half(), "b": values.reshape(2, 3)}, {"format": "pt"}),
         "kinds": save({"scalar": values[0], "empty": values[:0], "bytes": values.to(torch.uint8), "brain": values.bfloat16()}),
     }
+
+
+def gguf_files() -> dict[str, bytes]:
+    """A text model and a tower, each of one layer and as small as can be, and a file of every kind of value and block."""
+    sizes = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    shapes = DECODER_BY_TYPE["llama"].shapes({**sizes, "head_dim": 2, "vocab_size": 3})
+    row = GGUF_DECODERS["llama"]
+    text = {text_name(canonical(name), row)[0]: ("F32", shape) for name, shape in shapes.items()}
+    words = {"max_position_embeddings": 9, **sizes}
+    keys = [GgufKey("general.architecture", "text", "llama")]
+    keys += [GgufKey(f"llama.{name}", "u32", words[TEXT_KEYS[name][1]]) for name in GGUF_SIZES]
+    keys += [GgufKey("tokenizer.ggml.tokens", "text", ("a", "b", "c")), GgufKey("tokenizer.ggml.bos_token_id", "u32", 1)]
+    vision = {"hidden_size": 2, "image_size": 2, "intermediate_size": 2, "num_attention_heads": 1, "patch_size": 1, "projection_dim": 2}
+    tower = [GgufKey("general.architecture", "text", "clip"), GgufKey("clip.vision.block_count", "u32", 1)]
+    tower += [GgufKey(f"clip.vision.{name}", "u32", vision[word]) for name, kind, word in TOWER_KEYS if kind == "u32"]
+    tower += [GgufKey("clip.vision.feature_layer", "i32", (1,))]
+    matrices = {"mm.0.weight": ("F16", (2, 2)), "mm.2.weight": ("F16", (2, 2)), "v.post_ln.weight": ("F32", (2,))}
+    kinds = [GgufKey(f"k.{kind}", kind, True if kind == "bool" else 1) for kind in KIND if kind != "text"]
+    kinds += [GgufKey("k.many", "f32", (0.5, -1.0)), GgufKey("k.empty", "text", ()), GgufKey("general.alignment", "u32", 32)]
+    blocks = {f"b.{dtype}": (dtype, (1, BLOCKS[dtype][0])) for dtype in ("Q8_0", "Q4_0", "Q6_K")} | {"b.brain": ("BF16", (3,))}
+    return {"text": gguf_file(keys, text), "tower": gguf_file(tower, matrices), "kinds": gguf_file(kinds, blocks)}
+
+
+def gguf_file(keys: list[GgufKey], tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    head, places = make_gguf_header(keys, [(name, LazyTensor(dtype=dtype, shape=shape)) for name, (dtype, shape) in tensors.items()])
+    return head + bytes(sum(tensor.nbytes for _, tensor, _ in places))
 
 
 def headers(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -205,6 +238,7 @@ def all_seeds(folder: Path) -> dict[str, dict[str, bytes]]:
         "pickle": pickles(),
         "safetensors": safetensors_files(),
         "safetensors_header": headers(safetensors_files()),
+        "gguf": gguf_files(),
         "index_json": indexes(),
         "meta_params": {
             "published": compact(parameters),

@@ -15,17 +15,20 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
+from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.checkpoint.config import check_structure, expected_shapes, repair_config, repair_generation_config
 from llava_weights.checkpoint.hf_tokenizer import hf_tokenizer, original_tokenizer
 from llava_weights.checkpoint.manifest import is_inside, read_manifest, read_sums
 from llava_weights.checkpoint.sentencepiece import read_sentencepiece
 from llava_weights.checkpoint.tokenizer import SpecialIds, repair_tokenizer
 from llava_weights.checkpoint.tokenizer_json import bpe_merges
+from llava_weights.checks.rules_gguf import check_gguf
 from llava_weights.cli.toy import write_torch_zip
 from llava_weights.errors import LlavaWeightsError
 from llava_weights.families.decoders import DECODER_BY_TYPE
 from llava_weights.families.layouts import meta_names
 from llava_weights.formats.folder import index_folder
+from llava_weights.formats.gguf import index_gguf, make_gguf_header
 from llava_weights.formats.integer_delta import index_integer_delta
 from llava_weights.formats.meta import index_meta
 from llava_weights.formats.safetensors import index_safetensors, make_header
@@ -35,6 +38,7 @@ from llava_weights.storage.reading import SourceFile, Workspace
 from llava_weights.storage.strict_json import json_bytes, parse_json
 from llava_weights.tensors.lazy import LazyTensor, Stored
 from llava_weights.transforms.adapter_config import quantised_base, read_rules
+from llava_weights.transforms.gguf import as_llava_hf
 from llava_weights.write.work_folder import Job
 
 Target = Callable[[bytes, Path], None]
@@ -84,6 +88,22 @@ def safetensors(data: bytes, folder: Path) -> None:
 
 def safetensors_header(data: bytes, folder: Path) -> None:
     safetensors(with_length(data), folder)
+
+
+def gguf(data: bytes, folder: Path) -> None:
+    """The bytes are a file of llama.cpp: its header, what `verify` says of it, and its tensors under the names of llava-hf."""
+    path = written(folder / "model.gguf", data)
+    tensors, keys = index_gguf(path)
+    check_places(tensors.values(), len(data))
+    make_gguf_header(list(keys.values()), list(tensors.items()))
+    checkpoint = open_checkpoint(path)
+    for finding in check_gguf(checkpoint):
+        assert finding.text.isprintable(), f"not safe to print: {finding.text!r}"
+        assert len(finding.text) < LONGEST_TEXT, "a text without end"
+    for tensor in as_llava_hf(checkpoint).tensors.values():
+        if tensor.nbytes <= SMALL and tensor.rows:
+            with closing(Workspace(drop_cache=False)) as work:
+                tensor.rows_into(memoryview(bytearray(tensor.nbytes)), 0, tensor.rows, work)
 
 
 def index_json(data: bytes, folder: Path) -> None:
@@ -209,7 +229,7 @@ def config_json(data: bytes, folder: Path) -> None:
 TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (
-        torch_zip, pickle, safetensors, safetensors_header, index_json, meta_params, strict_json, tokenizer_model, tokenizer_json,
+        torch_zip, pickle, safetensors, safetensors_header, gguf, index_json, meta_params, strict_json, tokenizer_model, tokenizer_json,
         tokenizer_files, adapter_config, manifest, sums, reference, integer_delta, journal, job_plan, config_json,
     )
 }  # fmt: skip
