@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_weights.checkpoint.tokenizer_json import qwen2_json
+from llava_weights.checkpoint.tokenizer_json import BYTE_LETTERS, qwen2_json
 from llava_weights.cli.toy import make_llava
 from llava_weights.families.llama_cpp import LLAMA3_SPLIT
 from llava_weights.families.originals import ORIGINALS
@@ -55,12 +55,23 @@ def make_case(case: Case, folder: Path) -> None:
     row = next(row for row in ORIGINALS if row.name == case.title and case.decoder in row.decoders and "clip" in row.towers)
     make_llava(folder, row, decoder=case.decoder, tower="clip")
     place = folder / "llava"
+    if (place / "merges.txt").exists():
+        _give_merges(place)
     config = json.loads((place / "config.json").read_text())
     if case.llama3:
         config |= _llama_3(place, config["vocab_size"])
     (place / "config.json").write_text(json.dumps(config | case.config))
     if case.config.get("tie_word_embeddings"):
         _untie(place)
+
+
+def _give_merges(folder: Path) -> None:
+    """Two, since llama.cpp loads no byte-level tokenizer without; their tokens take the places of two bytes that no text has."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    for byte, token in ((0xFE, "th"), (0xFF, "the")):
+        vocabulary[token] = vocabulary.pop(BYTE_LETTERS[byte])
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
 
 
 def _untie(folder: Path) -> None:

@@ -6,8 +6,11 @@ That they are those of llama.cpp's own converters, byte for byte, is shown by te
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,14 @@ from safetensors.torch import load_file, save_file
 
 import llava_weights as lw
 from llava_weights.cli.toy import make_llava
+from llava_weights.events import Progress
 from llava_weights.families.llama_cpp import GGUF_DECODERS, QWEN2_SPLIT
 from llava_weights.families.originals import ORIGINALS
 from llava_weights.formats.gguf import GgufKey, index_gguf
 from llava_weights.storage.reading import Workspace
+from llava_weights.tensors.lazy import FromRows
 from llava_weights.transforms.gguf import Quantised, UnpermuteRope
+from llava_weights.write.plan import Settings
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -126,6 +132,55 @@ def test_one_pass_from_metas_files(fixtures: Path, tmp_path: Path) -> None:
     lw.execute(lw.make_plan(merged), tmp_path / "llava")
     two = written(lw.convert(tmp_path / "llava", "gguf", tower=tower), tmp_path / "two")
     assert bytes_of(one) == bytes_of(two)
+
+
+@pytest.mark.parametrize("quantize", [None, "Q8_0"])
+def test_one_pass_with_a_lora(quantize: str | None, fixtures: Path, tmp_path: Path) -> None:
+    """Adapter, what was trained beside it, a tower of its own: as step by step with folders in between."""
+    base, lora, tower = (fixtures / name for name in ("B-lora/base-vicuna-tiny", "B-lora/llava-v1.5-tiny-lora", "common/clip-tiny-28px"))
+    merged = lw.merge_lora(base, [lora])
+    one = written(lw.convert(merged, "gguf", tower=tower, quantize=quantize), tmp_path / "one")
+    lw.execute(lw.make_plan(merged), tmp_path / "llava")
+    hub = written(lw.convert(tmp_path / "llava", "llava-hf", tower=tower), tmp_path / "hf")
+    two = written(lw.convert(hub, "gguf", quantize=quantize), tmp_path / "two")
+    assert bytes_of(one) == bytes_of(two)
+
+
+MADE: list[str] = []  # dtypes of windows that were made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(FromRows):
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        MADE.append(self.dtype)
+        self.source.rows_into(out, start, stop, work)
+
+
+@pytest.mark.parametrize("quantize", [None, "Q8_0"])
+def test_an_interruption_inside_a_file_costs_some_windows(quantize: str | None, tmp_path: Path) -> None:
+    """Of a model of 13B the text is one file of 26 GB: the next run goes on inside of it, permuted and quantised as it is."""
+    model = lw.convert(toy("v1.5", tmp_path), "gguf", quantize=quantize)
+    counted = {name: Counted(dtype=tensor.dtype, shape=tensor.shape, source=tensor) for name, tensor in model.tensors.items()}
+    plan = replace(lw.make_plan(replace(model, tensors=counted), name="toy"), settings=Settings(jobs=1, window=1000))
+    MADE.clear()
+    lw.execute(plan, tmp_path / "undisturbed")
+    whole = len(MADE)
+    seen: list[Progress] = []
+
+    def interrupt(event: lw.Event) -> None:
+        if isinstance(event, Progress):
+            seen.append(event)
+            if len(seen) == 60:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(lw.Interrupted):
+        lw.execute(plan, tmp_path / "out", on_event=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert {path.suffix for path in (tmp_path / "out.partial" / "out").glob(".toy-*.gguf.*")} == {".part", ".windows"}
+    MADE.clear()
+    lw.execute(plan, tmp_path / "out")
+    assert 0 < len(MADE) < whole - 40
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
@@ -237,6 +292,14 @@ def test_tokenizers_that_llama_cpp_could_not_have(tmp_path: Path) -> None:
             lw.convert(source, "gguf")
 
 
+def test_a_byte_level_tokenizer_without_merges(tmp_path: Path) -> None:
+    """llama.cpp would not load it ("cannot find tokenizer merges in model file")."""
+    source = toy("qwen2", tmp_path)
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(lw.InputError, match="no merges"):
+        lw.convert(source, "gguf")
+
+
 def test_damaged_pairs_are_found(tmp_path: Path) -> None:
     """Shapes against the keys, tokens against the table, two files of different models."""
     for name in ("v1.5", "linear"):
@@ -266,6 +329,22 @@ def test_no_command_takes_it_as_an_input(tmp_path: Path) -> None:
     ):
         with pytest.raises(lw.InputError, match="is GGUF, which can be looked at"):
             call()
+
+
+def test_no_command_line_takes_it_as_an_input(cli: Any, fixtures: Path, tmp_path: Path) -> None:
+    out = written(lw.convert(toy("v1.5", tmp_path), "gguf"), tmp_path / "out")
+    for words in (
+        ("convert", out / "toy-F16.gguf", "--to", "llava-hf"),
+        ("convert", out, "--to", "gguf"),
+        ("merge-lora", "--base", out / "toy-F16.gguf", "--lora", fixtures / "F-peft/plain/adapter"),
+        ("apply-delta", "--base", out / "toy-F16.gguf", "--delta", tmp_path / "llava"),
+        ("apply-delta", "--base", tmp_path / "llava", "--delta", out),
+        ("convert", tmp_path / "llava", "--to", "gguf", "--vision-tower", out / "mmproj-toy-F16.gguf"),
+    ):
+        found: Finished = cli(*map(str, words), "-o", str(tmp_path / "no"))
+        assert (found.code, "is GGUF" in found.stderr) == (3, True), (words, found.stderr)
+        assert not (tmp_path / "no").exists()
+        assert not (tmp_path / "no.partial").exists()
 
 
 def test_the_command(cli: Any, tmp_path: Path) -> None:
