@@ -130,7 +130,7 @@ def test_text(case: Case, folders: Mapping[str, Path], texts: Mapping[str, Mappi
 
 @pytest.mark.parametrize("case", WITH_IMAGE, ids=str)
 def test_image(case: Case, folders: Mapping[str, Path], images: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Features of an image of the tower's own size within 1e-3, of the largest where that is above 1, and the same 12 tokens behind image and prompt."""
+    """Features of an image of the tower's own size within 1e-3, of the largest where that is above 1, and the same 12 tokens behind."""
     folder, found = folders[case.name] / "hf", images[case.name]
     model = with_its_gelu(case, load_model(folder)[0])
     settings = json.loads((folder / "preprocessor_config.json").read_text())
