@@ -28,9 +28,9 @@ from llava_weights.cli.toy import make_llava
 from llava_weights.events import Progress
 from llava_weights.families.llama_cpp import GGUF_DECODERS, QWEN2_SPLIT
 from llava_weights.families.originals import ORIGINALS
-from llava_weights.formats.gguf import GgufKey, index_gguf
+from llava_weights.formats.gguf import GgufKey, index_gguf, make_gguf_header
 from llava_weights.storage.reading import Workspace
-from llava_weights.tensors.lazy import FromRows
+from llava_weights.tensors.lazy import FromRows, LazyTensor
 from llava_weights.transforms.gguf import Quantised, UnpermuteRope
 from llava_weights.write.plan import Settings
 
@@ -101,6 +101,50 @@ def test_what_llama_cpp_needs_of_images(tmp_path: Path) -> None:
         assert (tensors["v.patch_embd.weight"].dtype, tensors["v.class_embd"].dtype) == ("F16", "F32")
     assert keys["clip.vision.image_grid_pinpoints"].value == (28, 56, 56, 28, 56, 56)  # as the original's config has them
     assert "model.image_newline" in tensors
+
+
+@pytest.mark.parametrize(("layer", "wanted"), [(-1, 3), (-2, 2), (-3, 1)])
+def test_the_layer_that_is_read(layer: int, wanted: int, tmp_path: Path) -> None:
+    """Counted from the input of the first layer, in every file: without the key llama.cpp takes one too few (#25817)."""
+    out = written(lw.convert(edited(toy("v1.5", tmp_path), mm_vision_select_layer=layer), "gguf"), tmp_path / "out")
+    tensors, keys = index_gguf(out / "mmproj-toy-F16.gguf")
+    assert (keys["clip.vision.feature_layer"].value, keys["clip.vision.block_count"].value) == ((wanted,), wanted)
+    assert len({tensor.split(".")[2] for tensor in tensors if tensor.startswith("v.blk.")}) == wanted
+
+
+def rewritten(path: Path, *, without: str = "", tensor: str = "") -> Path:
+    """A GGUF without the key `without`, and with a `tensor` more, of zeros."""
+    tensors, keys = index_gguf(path)
+    entries: list[tuple[str, LazyTensor]] = list(tensors.items())
+    entries += [(tensor, LazyTensor(dtype="F32", shape=(32,)))] if tensor else []
+    header, places = make_gguf_header([key for key in keys.values() if key.name != without], entries)
+    data = path.read_bytes()
+    start = min(entry.offset for entry in tensors.values())
+    rest = data[start:].ljust(sum(entry.nbytes for _, entry, _ in places), b"\0")
+    path.write_bytes(header + rest)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"without": "clip.vision.feature_layer"}, "one layer too few"),
+        ({"tensor": "v.post_ln.weight"}, "which llama.cpp would apply"),
+        ({"without": "clip.vision.patch_size"}, "lacks keys"),
+        ({}, ""),
+    ],
+)
+def test_verify_knows_what_llama_cpp_would_get_wrong(change: dict[str, str], says: str, tmp_path: Path) -> None:
+    out = written(lw.convert(toy("v1.6", tmp_path), "gguf"), tmp_path / "out")
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    for path in out.glob("*.gguf"):
+        (lone / path.name).write_bytes(path.read_bytes())
+    rewritten(lone / "mmproj-toy-F16.gguf", **change)
+    found = lw.verify(lone)
+    failed = [finding.text for finding in found.findings if finding.verdict == "failed"]
+    assert any(says in text for text in failed) if says else failed == []
+    assert found.exit_code == (4 if says else 3)  # 3: nothing is there to compare it with
 
 
 def test_a_single_linear_gets_the_form_that_llama_cpp_computes(tmp_path: Path) -> None:
