@@ -11,7 +11,7 @@ from .. import __version__
 from ..checkpoint.chat_template import bare_prompt
 from ..checkpoint.checkpoint import Origin, Step
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
-from ..families.files import ADAPTER_CONFIG
+from ..families.files import ADAPTER_CONFIG, CARD_TAGS, IMAGE_TASK
 from ..families.llama_cpp import GGUF_TARGETS
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
@@ -33,11 +33,11 @@ def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, 
 
 def _front_matter(plan: Plan) -> str:
     ids = [origin.name for step in plan.history for _, origin in step.inputs if origin.revision and REPO.fullmatch(origin.name)]
-    lines = ["---", "tags: [llava, llava-weights]"]
+    lines = ["---", f"tags: [{', '.join(CARD_TAGS)}]"]
     if ADAPTER_CONFIG in plan.files:
         lines.append("library_name: peft")
     elif _last(plan, "gguf") or any("projector" in name for shard in plan.shards for name, _ in shard.tensors):
-        lines.append("pipeline_tag: image-text-to-text")
+        lines.append(f"pipeline_tag: {IMAGE_TASK}")
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in ids)]
     return "\n".join([*lines, "---", ""])
