@@ -454,6 +454,10 @@ def _step(hub: Checkpoint, notes: tuple[str, ...], quantize: str | None) -> Any:
     step, config = hub.history[-1], hub.config
     scaling = _rope(config["text_config"])[0]
     ignored = (f"llama.cpp has no rope scaling of the kind {shown(scaling)}: it is left out",) if ROPE_KEYS[scaling] is None else ()
+    text = config["text_config"]
+    window = text.get("sliding_window") if text.get("use_sliding_window") is not False else None
+    if type(window) is int and window < text["max_position_embeddings"]:
+        notes = (*notes, f"llama.cpp computes this text model without its sliding window: differently beyond {window:,} tokens")
     options = {**step.options, "to": "gguf", **({"quantize": quantize} if quantize else {})}
     tables = f"{' and '.join(TABLES)} are {TABLES_OF_Q4}, where `llama-quantize` would take a K-quant" if quantize == "Q4_0" else ""
     return replace(

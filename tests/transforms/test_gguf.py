@@ -322,6 +322,13 @@ def test_what_a_file_has_no_key_for_is_refused(name: str, key: str, value: Any, 
         lw.convert(edited(toy(name, tmp_path), **{key: value}), "gguf")
 
 
+@pytest.mark.parametrize(("window", "told"), [(16, True), (None, False), (1 << 20, False)])
+def test_a_sliding_window_is_told(window: int | None, told: bool, tmp_path: Path) -> None:
+    model = lw.convert(edited(toy("v1.6-mistral", tmp_path), sliding_window=window), "gguf")
+    assert any("beyond 16 tokens" in note for note in model.history[-1].notes) == told
+    assert model.gguf[0].keys == lw.convert(edited(tmp_path / "llava", sliding_window=None), "gguf").gguf[0].keys
+
+
 def test_tokenizers_that_llama_cpp_could_not_have(tmp_path: Path) -> None:
     source = toy("llama3", tmp_path)
     core = json.loads((source / "tokenizer.json").read_text())
