@@ -33,6 +33,7 @@ class Case:
 
 V15, V16 = "LLaVA v1.5 and v1.6", "LLaVA v1.5 and v1.6, images in tiles"
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = (
     Case("v1.5", V15, "llama"),
     Case("v1.6", V16, "llama", {"image_crop_resolution": 28, "image_split_resolution": 28}),
@@ -43,6 +44,7 @@ CASES = (
     Case("rope-llama3", V15, "llama", {"rope_scaling": LLAMA_31}),
     Case("qwen2", "LLaVA on Qwen", "qwen2", pre="qwen2"),
     Case("qwen2-tied", "LLaVA on Qwen", "qwen2", {"tie_word_embeddings": True}, pre="qwen2"),
+    Case("rope-yarn", "LLaVA on Qwen", "qwen2", {"rope_scaling": YARN, "max_position_embeddings": 64}, pre="qwen2"),
     Case("qwen3", "LLaVA on Qwen", "qwen3", pre="qwen2"),
     Case("phi3", "LLaVA++ on Phi-3", "phi3"),
     Case("gemma", "LLaVA on Gemma", "gemma"),
