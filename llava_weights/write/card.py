@@ -13,7 +13,7 @@ from ..checkpoint.checkpoint import Origin, Step, layout_of
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
 from ..checkpoint.small_files import small_text
 from ..errors import InputError
-from ..families.files import ADAPTER_CONFIG
+from ..families.files import ADAPTER_CONFIG, CARD_TAGS, IMAGE_TASK
 from ..families.llama_cpp import GGUF_TARGETS
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
@@ -42,7 +42,7 @@ LARGEST_README = 1 << 20
 def _front_matter(plan: Plan) -> str:
     """What the Hub reads. Each line stands there only where it is known: a base that was a folder here has no id on the Hub."""
     ids = [origin.name for _, origin in _inputs(plan) if origin.revision and REPO.fullmatch(origin.name)]
-    lines = ["---", f"tags: [{'llava, ' if _is_llava(plan) else ''}llava-weights]"]
+    lines = ["---", f"tags: [{', '.join(CARD_TAGS[0 if _is_llava(plan) else 1 :])}]"]
     if (licence := _licence(plan)) is not None:
         lines.append(f"license: {licence}")
     if ADAPTER_CONFIG in plan.files:
@@ -53,7 +53,7 @@ def _front_matter(plan: Plan) -> str:
         lines += ["library_name: transformers", "pipeline_tag: text-generation"]
     elif _is_llava(plan):
         lines += ["library_name: transformers"] if _is_llava_hf(plan) else []
-        lines.append("pipeline_tag: image-text-to-text")
+        lines.append(f"pipeline_tag: {IMAGE_TASK}")
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
     return "\n".join([*lines, "---", ""])
