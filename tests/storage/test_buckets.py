@@ -257,6 +257,7 @@ def test_a_place_that_can_not_be_written(s3: Server, tmp_path: Path, mode: str) 
     assert ("there is no bucket" in caught.value.what) == (mode == "404")
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of Python 3.12 on
 def test_a_fork_is_refused(s3: Server) -> None:
     """There, obstore would wait for threads that do not exist."""
     read()
