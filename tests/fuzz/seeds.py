@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save
 from targets import FIXTURES, SEEDS
 
+from llava_weights.checkpoint.fingerprint import Fingerprint, described
 from llava_weights.checkpoint.manifest import FileEntry, TensorEntry, root_of_files, root_of_tensors, tensor_row
 from llava_weights.formats.integer_delta import ToInteger, write_integer_shard
 from llava_weights.smoke.forward import Probe
 from llava_weights.smoke.recording import SKETCH_SIZE, Recorded, Recording, write_recording
 from llava_weights.storage.reading import SourceFile
-from llava_weights.tensors.lazy import Stored
+from llava_weights.tensors.lazy import LazyTensor, Stored
 from llava_weights.write.work_folder import Job
 
 A = FIXTURES / "A-delta-v0"
@@ -119,6 +120,15 @@ def manifests() -> dict[str, bytes]:
             lists = {"files": [file.__dict__ for file in some], "tensors": [tensor_row(tensor) for tensor in ours]}
             found[name if schema == 1 else f"{name}-{schema}"] = json.dumps({"schema": schema, **digests, "root": root, **lists}).encode()
     return found
+
+
+def fingerprints() -> dict[str, bytes]:
+    tensors = {"norm.weight": LazyTensor(dtype="F16", shape=(3,)), "w": LazyTensor(dtype="BF16", shape=(2, 3))}
+    many = {name: LazyTensor(dtype="F32", shape=(9, 2)) for name in "ab"}
+    return {
+        "two": Fingerprint("base", described("base", tensors), {"w": bytes(range(12))}).document(),
+        "many": Fingerprint("base", described("base", many), {"a": bytes(64)}).document(),
+    }
 
 
 def journals(folder: Path) -> dict[str, bytes]:
@@ -216,6 +226,7 @@ def all_seeds(folder: Path) -> dict[str, dict[str, bytes]]:
         "tokenizer_files": side_files(),
         "adapter_config": adapters(),
         "manifest": manifests(),
+        "fingerprint": fingerprints(),
         "sums": lists(),
         "reference": references(folder),
         "integer_delta": integer_deltas(folder),
