@@ -89,7 +89,7 @@ def write_shard(
         temporary = kept.part if kept else temporary_path(folder, shard.name)
         try:
             with Sink(temporary, size, settings, on_disk, anew=kept is None) if keep else Nowhere() as sink:
-                sink.write(memoryview(header), 0)
+                sink.write(memoryview(header), 0, aligned=False)
                 pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake, kept)
                 pipeline.run()
                 for name, tensor in shard.tensors:
@@ -310,7 +310,7 @@ class Nowhere:
     def __exit__(self, *_: object) -> None:
         return
 
-    def write(self, data: memoryview, offset: int) -> None:
+    def write(self, data: memoryview, offset: int, *, aligned: bool = True) -> None:
         return
 
     def settle(self, offset: int, nbytes: int) -> None:
@@ -326,7 +326,6 @@ class Sink:
 
     def __init__(self, path: Path, size: int, settings: Settings, on_disk: OnDisk | None = None, *, anew: bool = True) -> None:
         self.path, self.on_disk, self.drop_cache = path, on_disk, settings.drop_cache
-        self.direct = settings.drop_cache
         self.started: deque[tuple[int, int]] = deque()
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * anew | os.O_CLOEXEC, 0o666)
         self.direct_fd = -1
@@ -351,11 +350,11 @@ class Sink:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`; large data lies as `_data` says."""
+    def write(self, data: memoryview, offset: int, *, aligned: bool = True) -> None:
+        """Write `data` at `offset`, past the cache where it is large and lies as `_data` says."""
         first, last = 0, 0  # of the bytes that are written past the cache
         try:
-            if self.direct and len(data) >= DROP_BEHIND:
+            if aligned and self.direct and len(data) >= DROP_BEHIND:
                 first, whole = -offset % BLOCK, len(data) - (offset + len(data)) % BLOCK
                 last = first + write_direct(self.direct_fd, data[first:whole], offset + first)
                 self.direct = last == whole
