@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def main() -> None:
         shutil.rmtree(given.folder, ignore_errors=True)
 
 
-def report(folder: Path, gigabytes: float, rounds: int) -> list[str]:
+def report(folder: Path, gigabytes: float, rounds: int) -> Iterator[str]:
     """The tables, as Markdown."""
     base, delta, out = folder / "base", folder / "delta", folder / "out"
     size, limit = cut_to(gigabytes, narrowed(SIZES["13B"], 2)), int(1.05e9 * gigabytes / SHARDS)
@@ -84,14 +84,14 @@ def report(folder: Path, gigabytes: float, rounds: int) -> list[str]:
         statistics.median(one["start"] for one in runs), sum(steady.values()), sum(steady[name] for name in WORKERS), steady[FILE_DIGEST]
     )
     settings = {cores: settings_of(base, delta, limit, cores) for cores in (1, 2, *MORE)}
-    lines = [f"{made:.2f} GB in {SHARDS} shards, one processor, medians of {rounds}:", "", "| phase | CPU s per GB |", "|---|---|"]
-    lines += [f"| {name} | {spent:.2f} |" for name, spent in steady.items()]
-    lines += [f"| {STARTING}: once | {phases[STARTING]:.2f} |", "", "| processors | measured s | predicted s | predicted / measured |"]
-    lines += ["|---|---|---|---|"]
+    yield from [f"{made:.2f} GB in {SHARDS} shards, one processor, medians of {rounds}:", "", "| phase | CPU s per GB |", "|---|---|"]
+    yield from [f"| {name} | {spent:.2f} |" for name, spent in steady.items()]
+    yield from [f"| {STARTING}: once | {phases[STARTING]:.2f} |", "", "| processors | measured s | predicted s | predicted / measured |"]
+    yield from ["|---|---|---|---|"]
     for cores in (1, 2):
         walls = [run(command, out, cores)[0] for _ in range(rounds)]
         measured, predicted = statistics.median(walls), rates.wall(made, cores, settings[cores])
-        lines.append(f"| {cores} | {measured:.2f} ({min(walls):.2f}-{max(walls):.2f}) | {predicted:.2f} | {predicted / measured:.2f} |")
+        yield (f"| {cores} | {measured:.2f} ({min(walls):.2f}-{max(walls):.2f}) | {predicted:.2f} | {predicted / measured:.2f} |")
     write_bin(base, folder / "base-bin")
     write_bin(delta, folder / "delta-bin")
     shutil.rmtree(base)
@@ -99,8 +99,8 @@ def report(folder: Path, gigabytes: float, rounds: int) -> list[str]:
     other = (*fastchat(folder / "base-bin", folder / "delta-bin", out), "--low-cpu-mem")
     one, two = (run(other, out, cores)[0] for cores in (1, 2))
     shared = max(0.0, 2 * (one - two))  # the part that two processors share evenly
-    lines += ["", f"FastChat --low-cpu-mem on the same values, in memory too: {one:.1f} s on one processor, {two:.1f} s on two."]
-    lines += [
+    yield from ["", f"FastChat --low-cpu-mem on the same values, in memory too: {one:.1f} s on one processor, {two:.1f} s on two."]
+    yield from [
         "",
         "| processors | jobs | shards in flight | llava-weights s, 26 GB | FastChat s, 26 GB | times as fast |",
         "|---|---|---|---|---|---|",
@@ -109,8 +109,7 @@ def report(folder: Path, gigabytes: float, rounds: int) -> list[str]:
         chosen = replace(settings[cores], in_flight=min(TRUE_SHARDS, settings[cores].in_flight))
         ours = rates.wall(TRUE_GIGABYTES, cores, chosen, DISK)
         theirs = TRUE_GIGABYTES / made * (one - shared + shared / cores)
-        lines.append(f"| {cores} | {chosen.jobs} | {chosen.in_flight} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.0f} |")
-    return lines
+        yield (f"| {cores} | {chosen.jobs} | {chosen.in_flight} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.0f} |")
 
 
 def settings_of(base: Path, delta: Path, limit: int, cores: int) -> Settings:

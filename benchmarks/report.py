@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-EARLIER = "## Earlier figures"
+EARLIER = "## More figures"
 Figures = Mapping[str, Any]
 Rounds = Mapping[str, Mapping[str, float]]  # one contender's runs by number of the round
 
@@ -28,7 +28,7 @@ AXES = {"size": ("gigabytes", "GB", "GB"), "tensors": ("tensors", "tensors", "1,
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `make bench`; everything above "Earlier figures" is overwritten by the next run. Seconds hold for one machine only; ratios and
+Made by `make bench`; everything above "More figures" is overwritten by the next run. Seconds hold for one machine only; ratios and
 memory travel better. Every run is a fresh process, start-up and imports included, and its output is deleted before it. All contenders
 of a case run in rounds, each round beginning with the next one; ratios are taken within a round, so 2.00 means twice as long as
 llava-weights in the same minute. Figures are medians, in brackets the lowest and the highest. Cold: the inputs are dropped from
@@ -52,7 +52,7 @@ def render(figures: Figures, picture: str, earlier: str) -> str:
 
 
 def earlier_part(path: Path) -> str:
-    """What stands in an existing page from "Earlier figures" on."""
+    """What stands in an existing page from "More figures" on."""
     _, heading, rest = (path.read_text() if path.exists() else "").partition(EARLIER)
     return heading + rest
 

@@ -96,7 +96,7 @@ def test_one_case_from_inputs_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(inputs.SIZES, "tiny", Size("tiny", 64, 1, 2, 176))
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
-    page.write_text("# Old\n\n## Earlier figures\n\nas they were\n")
+    page.write_text("# Old\n\n## More figures\n\nas they were\n")
     sizes = ("--gigabytes", "0.001", "--width", "tiny", "--pairs", "1")
     run.main(["--only", "convert-rows", "--folder", f"{tmp_path}/bench", "--report", f"{page}", *sizes])
 
@@ -108,7 +108,7 @@ def test_one_case_from_inputs_to_report(tmp_path: Path, monkeypatch: pytest.Monk
     case = json.loads((tmp_path / "bench" / "figures.json").read_text())["cases"]["convert-rows"]
     assert case["cold"]["`cp`"]["0"]["disk_written"] == pytest.approx(case["bytes"], rel=0.01)
     assert "- convert-rows, missing: " in text
-    assert text.endswith("## Earlier figures\n\nas they were\n")
+    assert text.endswith("## More figures\n\nas they were\n")
     assert "# Old" not in text
     ElementTree.parse(page.with_suffix(".svg"))
 

@@ -130,7 +130,7 @@ def stream_shard(
     windows = tuple(cut(((name, tensor) for name, tensor, _ in laid_out), len(header), settings.window))
     size = len(header) + sum(window.nbytes for window in windows)
     with open_sink(size) as sink:
-        sink.write(memoryview(header), 0)
+        sink.write(memoryview(header), 0, aligned=False)
         pipeline = Pipeline(header, windows, sink, settings, on_bytes, watch, behind or DropBehind(), brake or Brake(), kept)
         pipeline.run()
         for name, tensor in shard.tensors:
@@ -331,8 +331,8 @@ def _data(window: Window, buffer: memoryview) -> memoryview:
 class Sink(Protocol):
     """Where the bytes of a shard go, from the first to the last."""
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Take the bytes from `offset` on; `data` may be used again when this returns."""
+    def write(self, data: memoryview, offset: int, *, aligned: bool = True) -> None:
+        """Take the bytes from `offset` on; `data` may be used again when this returns. `aligned`: it lies as `_data` says."""
 
     def settle(self, offset: int, nbytes: int) -> None:
         """These bytes are there from an earlier run."""
@@ -353,7 +353,7 @@ class Nowhere:
     def __exit__(self, *_: object) -> None:
         return
 
-    def write(self, data: memoryview, offset: int) -> None:
+    def write(self, data: memoryview, offset: int, *, aligned: bool = True) -> None:
         return
 
     def settle(self, offset: int, nbytes: int) -> None:
@@ -372,7 +372,6 @@ class FileSink:
 
     def __init__(self, path: Path, size: int, settings: Settings, on_disk: OnDisk | None = None, *, anew: bool = True) -> None:
         self.path, self.on_disk, self.drop_cache = path, on_disk, settings.drop_cache
-        self.direct = settings.drop_cache
         self.started: deque[tuple[int, int]] = deque()
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * anew | os.O_CLOEXEC, 0o666)
         self.direct_fd = -1
@@ -397,11 +396,11 @@ class FileSink:
     def __exit__(self, *_: object) -> None:
         self._close()
 
-    def write(self, data: memoryview, offset: int) -> None:
-        """Write `data` at `offset`; large data lies as `_data` says."""
+    def write(self, data: memoryview, offset: int, *, aligned: bool = True) -> None:
+        """Write `data` at `offset`, past the cache where it is large and `aligned`."""
         first, last = 0, 0  # of the bytes that are written past the cache
         try:
-            if self.direct and len(data) >= DROP_BEHIND:
+            if aligned and self.direct and len(data) >= DROP_BEHIND:
                 first, whole = -offset % BLOCK, len(data) - (offset + len(data)) % BLOCK
                 last = first + write_direct(self.direct_fd, data[first:whole], offset + first)
                 self.direct = last == whole

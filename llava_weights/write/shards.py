@@ -184,7 +184,7 @@ class ObjectSink:
     def settle(self, offset: int, nbytes: int) -> None:
         return
 
-    def write(self, data: memoryview, offset: int) -> None:
+    def write(self, data: memoryview, offset: int, *, aligned: bool = True) -> None:
         self._hand_on(bytes(data))  # obstore keeps what it is given, and the buffer is used again
 
     def finish(self) -> str:

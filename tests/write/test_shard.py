@@ -9,6 +9,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128
 
 from llava_weights.errors import InputError, OutputError
+from llava_weights.storage import direct
 from llava_weights.storage.reading import Record, SourceFile
 from llava_weights.tensors.lazy import LazyTensor, PermuteRope, Stored, cast
 from llava_weights.tensors.windows import cut, row_ranges
@@ -74,6 +76,34 @@ def test_bytes_and_digests(tmp_path: Path, tensors: dict[str, torch.Tensor], set
     assert result.tensors == {name: blake3(data).hexdigest() for name, data in raw.items()}
     assert result.read_back == xxh3_128(found).hexdigest()
     assert sorted(os.listdir(tmp_path)) == ["expected", "found.safetensors", "weights.raw"]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_whole_blocks_are_written_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    """Behind a header of any size; offsets, sizes and addresses are what the system asks for. Where it refuses, the cache is used."""
+    torch.manual_seed(4)
+    tensors = {
+        **{f"{n:04000}": torch.randn(3) for n in range(20)},
+        **{f"w{n}": torch.randn(rows, 333).half() for n, rows in enumerate((400, 700, 5, 901))},
+    }
+    safetensors.torch.save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    blocks, original = list[tuple[int, int]](), direct.write_direct
+
+    def write_direct(fd: int, data: memoryview, offset: int) -> int:
+        address = np.frombuffer(data, np.uint8).ctypes.data
+        assert (offset % 4096, len(data) % 4096, address % 4096) == (0, 0, 0)
+        blocks.append((offset, len(data)))
+        return 0 if refused else original(fd, data, offset)
+
+    monkeypatch.setattr("llava_weights.write.shard.write_direct", write_direct)
+    monkeypatch.setattr("llava_weights.write.shard.set_direct", lambda fd, on: direct.set_direct(fd, on) or True)
+    reached = list[int]()
+    shard = Shard("found.safetensors", tuple(on_disk(tmp_path, tensors).items()))
+    write_shard(shard, tmp_path, Settings(2, 200_000), on_disk=lambda path, nbytes: reached.append(nbytes))
+    size = (tmp_path / "expected").stat().st_size
+    assert (tmp_path / "found.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert reached == sorted(reached)
+    assert len(blocks) == 1 if refused else sum(nbytes for _, nbytes in blocks) > size * 0.8
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9), st.sampled_from([1, 2, 4])), min_size=1, max_size=8), st.integers(1, 200))
