@@ -259,7 +259,7 @@ def test_bar_shows_where_it_is_and_leaves_nothing_behind(make: Any, clock: Clock
     assert err.lines == [f"Writing   0% |{' ' * 77}| 0.0/26.0 GB  1/3  [0:00]"]
     clock.now += 34.25
     console.on_event(Progress(10_660_000_000, SHARDS[1]))
-    bar = "Writing  41% |█████████▍             | 10.7/26.0 GB  1/3  311 MB/s  [0:34]  0:49 left  model-00002-of-00003.safetensors"
+    bar = "Writing  41% |████████▌            | 10.7/26.0 GB  1/3  311 MB/s  [0:34]  0:49 left  model-00002-of-00003.safetensors"
     assert err.lines == [bar]
     clock.now += 0.05  # too soon for another drawing
     drawn = len(err.getvalue())
