@@ -15,7 +15,7 @@ READY := $(VENV)/.stamp
 TRANSFORMERS := $(addprefix $(PEERS)/transformers-,4.37.2 4.45.2 4.47.1 4.57.6 5.24.0)
 INSTALL := -m pip install -qq --prefer-binary --no-input --disable-pip-version-check --retries 10
 
-.PHONY: demo test check peer llamacpp consumers bench faults fuzz oldest docs clean
+.PHONY: demo test check peer llamacpp consumers bench faults fuzz oldest docs site picture clean
 
 demo: $(READY)
 	@$(BIN)/llava-weights demo $(DEMO)
@@ -56,6 +56,24 @@ docs: $(READY)
 	@mkdir -p docs
 	@$(BIN)/python -m typer llava_weights.cli.main utils docs --name llava-weights --output docs/cli.md
 	@$(BIN)/python -c 'from llava_weights.cli.main import write_man_page; write_man_page("docs/llava-weights.1")'
+
+# README and the pages beside it go into one folder, the README as its first page; links between them lose `docs/` and `../`.
+site: $(PEERS)/site/.stamp
+	@rm -rf build/docs && mkdir -p build/docs
+	@cp docs/* CONTRIBUTING.md SECURITY.md CHANGELOG.md LICENSE build/docs
+	@cp README.md build/docs/index.md
+	@sed -i -E 's#\]\((docs/|\.\./)#](#g; s#\]\(README\.md#](index.md#g' build/docs/*.md
+	@NO_MKDOCS_2_WARNING=1 $(PEERS)/site/bin/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+$(PEERS)/site/.stamp: Makefile
+	@echo "setting up $(@D)"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) mkdocs-material==9.8.2
+	@touch $@
+
+picture: $(READY)
+	@$(BIN)/python -m benchmarks.recording docs/run.svg
 
 clean:
 	rm -rf $(VENV) $(PEERS) demo bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,7 +45,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             (
                 *llava_weights_pair(out, "apply-delta", "--base", base, "--delta", delta),
                 Contender("`cp` base, `cat` delta", (shell(copy(base, out), f"cat {files(delta)} > /dev/null"),), warm=True),
-                Contender("`dd`, O_DIRECT: the limit", (shell(direct(base, out), direct(delta)),)),
+                limit(out, direct(base, out), direct(delta)),
                 Contender("`safe_open`, add, `save_file`", ((*OTHERS, "add", f"{base}", f"{delta}", f"{out}/result"),), slow=True),
             ),
         ),
@@ -72,7 +72,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             (
                 *llava_weights_pair(out, "merge-lora", "--base", base, "--lora", lora),
                 Contender("`cp` base, `cat` adapter", (shell(copy(base, out), f"cat {files(lora)} > /dev/null"),), warm=True),
-                Contender("`dd`, O_DIRECT: the limit", (shell(direct(base, out), direct(lora)),)),
+                limit(out, direct(base, out), direct(lora)),
                 Contender("PEFT, merge and save", ((*OTHERS, "peft", f"{base}", f"{lora}", f"{out}/result"),), slow=True),
             ),
         ),
@@ -83,7 +83,8 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             (
                 *llava_weights_pair(out, "convert", hub),
                 Contender("`cp`", (shell(copy(hub, out)),), warm=True),
-                Contender("`dd`, O_DIRECT: the limit", (shell(direct(hub, out)),)),
+                Contender("`cp`, `sync`, `cat` of the output", (shell(copy(hub, out), "sync", f"cat {files(out)} > /dev/null"),)),
+                limit(out, direct(hub, out)),
                 Contender("`safe_open`, `save_file`", ((*OTHERS, "rename", f"{hub}", f"{out}/result"),), slow=True),
             ),
         ),
@@ -94,7 +95,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             (
                 *llava_weights_pair(out, "convert", llava),
                 Contender("`cp`", (shell(copy(llava, out)),), warm=True),
-                Contender("`dd`, O_DIRECT: the limit", (shell(direct(llava, out)),)),
+                limit(out, direct(llava, out)),
             ),
         ),
         Case(
@@ -163,6 +164,11 @@ def files(folder: Path) -> str:
 
 def copy(source: Path, out: Path) -> str:
     return f"cp {files(source)} {quote(str(out))}/"
+
+
+def limit(out: Path, *steps: str) -> Contender:
+    """What these steps take, and reading the output again."""
+    return Contender("`dd`, O_DIRECT, output read again: the limit", (shell(*steps, direct(out)),))
 
 
 def direct(source: Path, out: Path | None = None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_weights.checkpoint.tokenizer_json import qwen2_json
+from llava_weights.checkpoint.tokenizer_json import BYTE_LETTERS, qwen2_json
 from llava_weights.cli.toy import make_llava
 from llava_weights.families.llama_cpp import LLAMA3_SPLIT
 from llava_weights.families.originals import ORIGINALS
@@ -33,6 +33,7 @@ class Case:
 
 V15, V16 = "LLaVA v1.5 and v1.6", "LLaVA v1.5 and v1.6, images in tiles"
 LLAMA_31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 CASES = (
     Case("v1.5", V15, "llama"),
     Case("v1.6", V16, "llama", {"image_crop_resolution": 28, "image_split_resolution": 28}),
@@ -43,6 +44,7 @@ CASES = (
     Case("rope-llama3", V15, "llama", {"rope_scaling": LLAMA_31}),
     Case("qwen2", "LLaVA on Qwen", "qwen2", pre="qwen2"),
     Case("qwen2-tied", "LLaVA on Qwen", "qwen2", {"tie_word_embeddings": True}, pre="qwen2"),
+    Case("rope-yarn", "LLaVA on Qwen", "qwen2", {"rope_scaling": YARN, "max_position_embeddings": 64}, pre="qwen2"),
     Case("qwen3", "LLaVA on Qwen", "qwen3", pre="qwen2"),
     Case("phi3", "LLaVA++ on Phi-3", "phi3"),
     Case("gemma", "LLaVA on Gemma", "gemma"),
@@ -55,12 +57,23 @@ def make_case(case: Case, folder: Path) -> None:
     row = next(row for row in ORIGINALS if row.name == case.title and case.decoder in row.decoders and "clip" in row.towers)
     make_llava(folder, row, decoder=case.decoder, tower="clip")
     place = folder / "llava"
+    if (place / "merges.txt").exists():
+        _give_merges(place)
     config = json.loads((place / "config.json").read_text())
     if case.llama3:
         config |= _llama_3(place, config["vocab_size"])
     (place / "config.json").write_text(json.dumps(config | case.config))
     if case.config.get("tie_word_embeddings"):
         _untie(place)
+
+
+def _give_merges(folder: Path) -> None:
+    """Two, since llama.cpp loads no byte-level tokenizer without; their tokens take the places of two bytes that no text has."""
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    for byte, token in ((0xFE, "th"), (0xFF, "the")):
+        vocabulary[token] = vocabulary.pop(BYTE_LETTERS[byte])
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e\n")
 
 
 def _untie(folder: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import inputs, picture, recording, report, run
+from benchmarks import cores, inputs, picture, recording, report, run
 from benchmarks.measure import Failed, measure
+from benchmarks.synthetic import write_base, write_delta
 from llava_weights.families.decoders import Size
+from llava_weights.write.plan import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -129,3 +131,31 @@ def test_a_recording_shows_what_a_terminal_showed(tmp_path: Path) -> None:
 def test_ticks_are_round_and_reach_the_data(most: float, last: float, count: int) -> None:
     found = picture.ticks(most)
     assert (found[0], found[-1], len(found)) == (0, last, count)
+
+
+def test_the_phases_of_a_command_add_up(tmp_path: Path) -> None:
+    """Every phase that the model of processors needs is measured, and no call is counted twice."""
+    size = Size("tiny", 512, 2, 4, 1408)
+    write_base(tmp_path / "base", size, vocabulary=2000)
+    write_delta(tmp_path / "delta", size, vocabulary=2000, added=0, vision=0)
+    options = ["apply-delta", "--base", tmp_path / "base", "--delta", tmp_path / "delta"]
+    done = subprocess.run(
+        [sys.executable, cores.PHASES, tmp_path / "out", *options], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert {*cores.WORKERS, cores.FILE_DIGEST, cores.STARTING, "reading back"} <= found["phases"].keys()
+    assert all(spent >= 0 for spent in found["phases"].values()), found
+    assert 0 < found["start"] < found["wall"]
+
+
+def test_what_bounds_a_prediction() -> None:
+    """Start-up is paid once; then the slowest of processors, workers, a file's digest and the disk counts."""
+    rates = cores.Rates(start=1, all=4, workers=2, file_digest=1)
+    assert rates.wall(10, 1, Settings(2)) == 1 + 10 * 4
+    assert rates.wall(10, 2, Settings(2)) == 1 + 10 * 2
+    assert rates.wall(10, 16, Settings(16, in_flight=1)) == 1 + 10 * 1
+    assert rates.wall(10, 16, Settings(2, in_flight=8)) == 1 + 10 * 1
+    assert rates.wall(10, 16, Settings(16, in_flight=8), disk=4) == 1 + 10 * 1
+    assert rates.wall(10, 16, Settings(16, in_flight=8)) == 1 + 10 * 0.25

@@ -110,6 +110,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "smoke_test on another device": (lambda: lib.smoke_test(NOWHERE, original=NOWHERE, device="tpu"), "cpu, cuda or cuda:N"),
     "smoke_test in another dtype": (lambda: lib.smoke_test(NOWHERE, original=NOWHERE, dtype="F8"), "F16, BF16 or F32"),
     "smoke_test in no dtype": (lambda: lib.smoke_test(NOWHERE, original=NOWHERE, dtype=None), "F32, BF16 or F16"),
+    "smoke_test in three bits": (lambda: lib.smoke_test(NOWHERE, quantize="3bit"), "8bit, 4bit"),
+    "smoke_test in bits of both": (
+        lambda: lib.smoke_test(HUB, reference="a", original="b", quantize="8bit"),
+        "either a reference or an original",
+    ),
     "smoke_test within nothing": (lambda: lib.smoke_test(NOWHERE, original=NOWHERE, atol=-1), "`atol` is -1"),
     "smoke_test with a tower for nobody": (lambda: lib.smoke_test(HUB, reference=NOWHERE, tower=CLIP), "holds its own vision tower"),
     "open_checkpoint of nothing": (lambda: lib.open_checkpoint(None), "the source is of the type `NoneType`"),

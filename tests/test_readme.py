@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -259,6 +261,19 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+def test_every_page_is_in_the_site() -> None:
+    """mkdocs.yml names each page once; the build itself, and the links on it, are `make site`."""
+    text = re.sub(r"!!python/\S+", "", read("mkdocs.yml"))  # a tag that a safe reader refuses
+    places = [page for entry in yaml.safe_load(text)["nav"] for page in leaves(entry)]
+    others = ("CHANGELOG.md", "SECURITY.md", "CONTRIBUTING.md", "index.md")
+    assert sorted(places) == sorted([*others, *(path.name for path in (ROOT / "docs").glob("*.md"))])
+
+
+def leaves(entry: dict[str, Any]) -> list[str]:
+    (inside,) = entry.values()
+    return [inside] if isinstance(inside, str) else [page for each in inside for page in leaves(each)]
+
+
 def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them: lower case, punctuation gone, blanks become hyphens."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
@@ -270,3 +285,19 @@ def test_the_reference_page_is_the_help(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "typer", "llava_weights.cli.main", "utils", "docs", "--name", "llava-weights", "--output", "cli.md"]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     assert (tmp_path / "cli.md").read_text() == (ROOT / "docs/cli.md").read_text(), "run `make docs`"
+
+
+def test_the_slurm_lines_run(shelf: Path) -> None:
+    """docs/cluster.md, with stand-ins for `sbatch` and `srun` that run everything here; three portions in place of sixteen."""
+    section = read("docs/cluster.md").split("## Slurm")[1].split("\n## ")[0]
+    script, submit = (block.replace("16", "3").replace("1GB", "60kB") for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL))
+    (shelf / "portions.sbatch").write_text(script)
+    portions = 'for i in 1 2 3; do SLURM_ARRAY_TASK_ID=$i bash -e "$2" >&2 || exit; done; echo 7'
+    sbatch = f'if [ "$1" = --parsable ]; then {portions}; else sh -c "${{@: -1}}"; fi'
+    for name, line in {"sbatch": sbatch, "srun": '"$@"'}.items():
+        (shelf / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (shelf / "bin" / name).chmod(0o755)
+    done = run(f"set -e\n{submit}", shelf)
+    assert done.returncode == 0, done.stderr
+    assert "Portion 3/3 is finished" in done.stderr
+    assert run("cd LLaVA-13B-v0 && sha256sum --quiet -c SHA256SUMS", shelf).returncode == 0

@@ -15,6 +15,9 @@ PROCESSOR_FILES = (
     "preprocessor_config.json", "processor_config.json", "chat_template.json", "chat_template.jinja", "video_preprocessor_config.json",
 )  # fmt: skip
 SMALL_FILES = (*CONFIG_FILES, ADAPTER_CONFIG, *TOKENIZER_FILES, *PROCESSOR_FILES)
+# In the card of an output: its tags, and the pipeline_tag of one with a projector.
+CARD_TAGS = ("llava", "llava-weights")
+IMAGE_TASK = "image-text-to-text"
 LICENSE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "NOTICE")  # what a place without a listing is asked for
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Bits = Literal["8bit", "4bit"]
 BITS: tuple[Bits, ...] = ("8bit", "4bit")
 OLDEST = (0, 46)  # the first that runs on a CPU without a GPU in the machine
+BLOCK = 64  # values of a matrix with one scale; 0.50.2 on a CPU is silently wrong, or fails, where a row is no multiple of it
+PACKED_ROWS = 32  # that the code for AVX512-BF16 takes at a time; it fails for other numbers
 THRESHOLD = 6.0  # of an activation, from which on its column is not rounded to 8 bits
 KERNELS = "kernels"
 
@@ -39,6 +41,18 @@ class Quantiser:
     def __init__(self, bits: Bits, kind: torch.dtype) -> None:
         self.bits, self._kind = bits, kind
         self._bnb = _bitsandbytes()
+
+    def check(self, shape: tuple[int, ...], device: str) -> None:
+        """Raise UsageError for a matrix that bitsandbytes can't compute with on `device`, or computes wrongly."""
+        if self.bits != "4bit" or device != "cpu":
+            return
+        rows, columns = shape
+        packed = getattr(self._bnb.functional, "has_avx512bf16", bool)()
+        if columns % BLOCK == 0 and not (packed and rows % PACKED_ROWS):
+            return
+        what = "bitsandbytes can't compute with a matrix of this model in 4 bits on this processor"
+        needs = f"rows of a multiple of {BLOCK} values" + (f", and a multiple of {PACKED_ROWS} rows" if packed else "")
+        raise UsageError(what, facts={"matrix": f"{rows} x {columns}", "needed": needs}, hint="quantise to `8bit`, or run it on a GPU")
 
     def layer(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Module:
         """A Linear whose matrix is `weight` after quantisation."""
@@ -58,18 +72,6 @@ class Quantiser:
             made.bias = nn.Parameter(bias, requires_grad=False)
         layer: nn.Module = made.eval()
         return layer
-
-    def compute(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """What a layer makes of `hidden`. Raises UsageError for a shape that bitsandbytes has no code for on this processor."""
-        try:
-            value: torch.Tensor = layer(hidden)
-        except (AssertionError, RuntimeError) as error:  # of its code for AVX512-BF16, which takes 32 rows and 64 columns at a time
-            if "memory" in str(error):
-                raise
-            facts = {"matrix": f"{layer.out_features} x {layer.in_features}", "bitsandbytes": str(error)}
-            what = f"bitsandbytes can't compute a matrix of this model in {self.bits.removesuffix('bit')} bits on this processor"
-            raise UsageError(what, facts=facts, hint="quantise to `8bit`, or run it on a GPU") from error
-        return value
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

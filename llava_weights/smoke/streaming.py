@@ -197,13 +197,15 @@ class Streamed:
             module.register_forward_hook(take)
 
     def _quantise(self, module: Any, own: Mapping[str, LazyTensor], quantiser: Quantiser) -> None:
+        quantiser.check(own["weight"].shape, self.device)
         kept: list[nn.Module] = []
 
         def forward(hidden: torch.Tensor) -> torch.Tensor:
             layer = kept[0] if kept else quantiser.layer(**{name: self.values(tensor) for name, tensor in own.items()})
             if self.resident and not kept:
                 kept.append(layer)
-            return quantiser.compute(layer, hidden)
+            value: torch.Tensor = layer(hidden)
+            return value
 
         module.forward = forward
 

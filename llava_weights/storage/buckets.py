@@ -37,6 +37,7 @@ GOOGLE_HINT = "set `GOOGLE_APPLICATION_CREDENTIALS`, or log in with `gcloud auth
 
 _stores: dict[tuple[str, str, int], ObjectStore] = {}
 _turn = threading.Lock()
+_process: list[int] = []  # that began to use obstore: in a fork of it, its threads do not exist, and a call would wait for ever
 
 
 def list_folder(address: str) -> tuple[dict[str, SourceFile], list[str]]:
@@ -97,7 +98,10 @@ def delete(address: str) -> None:
 
 
 def _open(address: str, tries: int = 1) -> tuple[ObjectStore, str]:
-    """The store of a bucket, and the key in it. Raises UsageError where the package is missing."""
+    """The store of a bucket, and the key in it. Raises UsageError where the package is missing, and in a fork of a process that used it."""
+    if _process and _process != [os.getpid()]:
+        what = f"`{address.partition(':')[0]}://` can't be used in a process that was forked from one that used it"
+        raise UsageError(what, hint="make the pool with `multiprocessing.get_context('spawn')`")
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
     with _turn:
@@ -119,6 +123,7 @@ def _made(scheme: str, bucket: str, tries: int) -> ObjectStore:
         what = f"`{scheme}://` needs a package that is not installed"
         raise UsageError(what, facts={"reason": error}, hint=INSTALL_REMOTE) from None
     own = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    _process[:] = [os.getpid()]
     how: Any = {
         "client_options": {
             "timeout": timedelta(seconds=REQUEST_SECONDS),

@@ -31,7 +31,7 @@ class RemoteFolder:
     """The files of a folder over the network, by bare name. `kept` holds what was read of them ahead of their readers."""
 
     address: str
-    files: Mapping[str, SourceFile]
+    files: Mapping[str, SourceFile] = field(hash=False, repr=False)
     kept: dict[str, Pieces] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -44,6 +44,9 @@ class RemotePath:
 
     def __str__(self) -> str:
         return f"{self.folder.address}/{self.file}".rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self.folder, f"{self.file}/{name}".lstrip("/"))

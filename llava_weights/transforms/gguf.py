@@ -19,7 +19,7 @@ import numpy as np
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
 from ..checkpoint.small_files import small_object
 from ..errors import InputError, UsageError
-from ..families.files import LICENSE_PREFIXES
+from ..families.files import CARD_TAGS, IMAGE_TASK, LICENSE_PREFIXES
 from ..families.layouts import canonical, spelled
 from ..families.llama_cpp import (
     FILE_TYPES,
@@ -349,6 +349,7 @@ def _text_keys(hub: Checkpoint, row: GgufDecoder, tensors: Mapping[str, LazyTens
             yield GgufKey(name, kind, int(value) if kind == "i32" else float(value))
     yield GgufKey("general.name", "text", "")
     yield GgufKey("general.size_label", "text", size_label(sum(tensor.numel for tensor in tensors.values())))
+    yield GgufKey("general.tags", "text", (*CARD_TAGS, IMAGE_TASK))  # as the converter reads them in the card of an output
     widths = {"head width": _head_width(text), "rotary width": _rotary_width(text)}
     for name in row.keys:
         if name == "rope.scaling":
@@ -453,6 +454,10 @@ def _step(hub: Checkpoint, notes: tuple[str, ...], quantize: str | None) -> Any:
     step, config = hub.history[-1], hub.config
     scaling = _rope(config["text_config"])[0]
     ignored = (f"llama.cpp has no rope scaling of the kind {shown(scaling)}: it is left out",) if ROPE_KEYS[scaling] is None else ()
+    text = config["text_config"]
+    window = text.get("sliding_window") if text.get("use_sliding_window") is not False else None
+    if type(window) is int and window < text["max_position_embeddings"]:
+        notes = (*notes, f"llama.cpp computes this text model without its sliding window: differently beyond {window:,} tokens")
     options = {**step.options, "to": "gguf", **({"quantize": quantize} if quantize else {})}
     tables = f"{' and '.join(TABLES)} are {TABLES_OF_Q4}, where `llama-quantize` would take a K-quant" if quantize == "Q4_0" else ""
     return replace(

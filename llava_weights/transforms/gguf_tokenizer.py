@@ -65,7 +65,7 @@ def tokenizer_keys(files: SmallFiles, config: Mapping[str, Any], rows: int, deco
         pre = _pre_tokenizer(core, settings)
         keys += [_key("model", "text", "gpt2"), _key("pre", "text", pre), _key("tokens", "text", tuple(tokens))]
         keys.append(_key("token_type", "i32", tuple(types)))
-        keys += [_key("merges", "text", tuple(merges))] if merges else []
+        keys.append(_key("merges", "text", tuple(merges)))
     keys += _special(files, settings, core, config, limit)
     keys += [_key(f"{role}_token_id", "u32", number) for role, number in decoder.tokens.items()]
     return [*keys, *([_key("add_space_prefix", "bool", False)] if decoder.blank == "none" else [])]
@@ -110,6 +110,9 @@ def _type_of(text: str, special: bool) -> int:
 def _byte_level(core: JsonObject, rows: int) -> tuple[list[str], list[int], list[str]]:
     """Tokens, types and merges of a byte-level tokenizer.json; a merge is two texts with a blank between them."""
     vocabulary, merges = bpe_model(core)
+    if not merges:
+        what, hint = "the tokenizer has no merges, and llama.cpp loads no byte-level one without", "give the tokenizer of the model"
+        raise InputError(what, hint=hint)
     tokens, types = [f"[PAD{number}]" for number in range(rows)], [UNUSED] * rows
     for text, number in vocabulary.items():
         if number < rows:

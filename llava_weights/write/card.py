@@ -13,7 +13,7 @@ from ..checkpoint.checkpoint import Origin, Step, layout_of
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
 from ..checkpoint.small_files import small_text
 from ..errors import InputError
-from ..families.files import ADAPTER_CONFIG
+from ..families.files import ADAPTER_CONFIG, CARD_TAGS, IMAGE_TASK
 from ..families.llama_cpp import GGUF_TARGETS
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
@@ -42,7 +42,7 @@ LARGEST_README = 1 << 20
 def _front_matter(plan: Plan) -> str:
     """What the Hub reads. Each line stands there only where it is known: a base that was a folder here has no id on the Hub."""
     ids = [origin.name for _, origin in _inputs(plan) if origin.revision and REPO.fullmatch(origin.name)]
-    lines = ["---", f"tags: [{'llava, ' if _is_llava(plan) else ''}llava-weights]"]
+    lines = ["---", f"tags: [{', '.join(CARD_TAGS[0 if _is_llava(plan) else 1 :])}]"]
     if (licence := _licence(plan)) is not None:
         lines.append(f"license: {licence}")
     if ADAPTER_CONFIG in plan.files:
@@ -52,8 +52,8 @@ def _front_matter(plan: Plan) -> str:
     elif _is_text(plan):
         lines += ["library_name: transformers", "pipeline_tag: text-generation"]
     elif _is_llava(plan):
-        lines += ["library_name: transformers"] if _last(plan, "prompt_text") and not _last(plan, "gguf") else []
-        lines.append("pipeline_tag: image-text-to-text")
+        lines += ["library_name: transformers"] if _is_llava_hf(plan) else []
+        lines.append(f"pipeline_tag: {IMAGE_TASK}")
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
     return "\n".join([*lines, "---", ""])
@@ -88,6 +88,12 @@ def _names(plan: Plan) -> list[str]:
 
 def _is_llava(plan: Plan) -> bool:
     return bool(_last(plan, "gguf")) or _ran(plan, "convert-lora") or any("projector" in name for name in _names(plan))
+
+
+def _is_llava_hf(plan: Plan) -> bool:
+    """Whether transformers loads it as it is, processor included."""
+    processor = any(name in plan.files for name in ("processor_config.json", "preprocessor_config.json"))
+    return processor and layout_of(_names(plan)) == "llava-hf" and not _is_delta(plan)
 
 
 def _is_delta(plan: Plan) -> bool:
@@ -145,7 +151,8 @@ prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
 inputs = processor(images=[image], text=[prompt], padding=True, return_tensors="pt").to(model.device, model.dtype)
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=200), skip_special_tokens=True)[0])
 ```
-{versions}
+{versions}"""
+PROMPT = """
 The template writes this prompt; whoever writes one by hand has to write it so, no program adds a part of it. Generation stops at {stop}.
 
 {prompt}
@@ -157,17 +164,21 @@ TORCHVISION = "Its AutoProcessor wants torchvision, for videos.\n"
 
 
 def _use(plan: Plan) -> str:
-    """How to run a llava-hf output, with the prompt that it was trained on."""
+    """How to run a llava-hf output, with the prompt that it was trained on where a conversion found that."""
     checks = _last(plan, "prompt_text")
-    if not checks:
+    if not checks and not _is_llava_hf(plan):
         return ""
-    model, stop = str(plan.config["architectures"][0]), f"`{checks['stop']}`"
+    classes = plan.config.get("architectures")
+    model = str(classes[0]) if isinstance(classes, list) and classes else ""
     model = model if model.isidentifier() else "AutoModelForImageTextToText"
     row = TARGET_BY_TYPE.get(str(plan.config.get("model_type")))
     versions = VERSIONS.format(model=model, since=row.since, tested=row.tested) if row else ""
     versions += TORCHVISION if row and row.video else ""
+    use = USE.format(model=model, versions=versions)
+    if not checks:
+        return use
     doubt = f"\n{markdown_text(checks['prompt_doubt'])}\n" if checks.get("prompt_doubt") else ""
-    return USE.format(model=model, versions=versions, stop=markdown_text(stop), prompt=_block(checks["prompt_text"]), doubt=doubt)
+    return use + PROMPT.format(stop=markdown_text(f"`{checks['stop']}`"), prompt=_block(checks["prompt_text"]), doubt=doubt)
 
 
 USE_GGUF = """## Use it

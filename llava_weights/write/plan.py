@@ -45,7 +45,9 @@ USUAL_WINDOWS = (WINDOW_BYTES, WINDOW_BYTES // 2)  # measured: smaller ones are 
 # Resident memory of the interpreter with the modules that a run imports, measured on CPython 3.11 with torch 2.13 (CPU) and 2 threads.
 INTERPRETER, WITH_TORCH = 70 * MiB, 250 * MiB
 WITH_NETWORK = 110 * MiB  # clients of HTTP and of object stores, and the bytes on their way in each of 8 workers
-UPLOADING = 160 * MiB  # parts of an object: four of 8 MiB on their way, others being put together, each once more in the client
+# Parts of an object, 8 MiB each: four on their way, others being put together. 2 GB to an S3 took 120 MiB more than to a folder, in all;
+# what hf_xet takes was not measured.
+UPLOADING = 160 * MiB
 REMOTE_JOBS = 4  # workers in place of one, where inputs come over the network: most of them wait for an answer
 
 

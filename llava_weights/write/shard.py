@@ -1,9 +1,9 @@
 """One shard, streamed: rows in, bytes out, digests on the way.
 
 The header is made first, since names, dtypes, shapes and offsets are known without data. The data is cut into windows on row
-borders. Workers take windows in order, make the rows into a reused buffer and write it at its place; two digest threads (of
-the file, of each tensor) follow in file order over the same buffers while they are in cache. A buffer is free again when all
-three are done with it, so memory is a few windows, whatever the model's size.
+borders. Workers take windows in order and make the rows into a reused buffer; a thread that writes and two that digest (the file,
+each tensor) follow in file order over the same buffers while they are in cache. A buffer is free again when all three are done with
+it, so memory is a few windows, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..errors import InputError
 from ..formats.integer_delta import ToInteger, write_integer_shard
 from ..storage.atomic import NOT_SUPPORTED, output_error, sync_folder
 from ..storage.digests import FILES, READ_BACK, TENSORS, new_digest
 from ..storage.direct import BLOCK, set_direct, write_direct
-from ..storage.reading import DROP_BEHIND, DropBehind, Workspace, check_crcs, drop_cache, join_ranges, private_buffer
+from ..storage.reading import DROP_BEHIND, DropBehind, Workspace, check_crcs, drop_cache, private_buffer
 from ..storage.threads import Brake, Shield
 from ..tensors.dtypes import one_thread
 from ..tensors.holes import Watch
@@ -74,10 +74,10 @@ def write_shard(
 
     Picklable and idempotent, so it can be a task of any pool. Raises InputError (exit 3) where an input is damaged or a value
     overflows, OutputError (exit 5) where the file can't be written; the temporary file is gone then. Without `keep` nothing stays: the
-    result has the digests of what the inputs hold now. `on_disk` is called by the workers. `behind` is shared with the shards that are
-    written at the same time, `brake` stops them all: what it is pulled with is raised. With `resume`, windows that were finished when an
-    earlier call was cut off are read and not made (windows_kept.py), and an interruption, a lost connection or a full disk leaves those
-    that are finished now.
+    result has the digests of what the inputs hold now. `on_disk` is called by the thread that writes. `behind` is shared with the shards
+    that are written at the same time, `brake` stops them all: what it is pulled with is raised. With `resume`, windows that were finished
+    when an earlier call was cut off are read and not made (windows_kept.py), and an interruption, a lost connection or a full disk leaves
+    those that are finished now.
     """
     if is_integer(shard):
         watch = shard._watch.fresh() if shard._watch else None
@@ -171,7 +171,7 @@ def _write_integer(
 @dataclass
 class Pipeline:
     """The threads of one shard. Window numbers are handed out in order, and a worker has a buffer before it takes one,
-    so the digest threads, which wait for the lowest number, always get it."""
+    so the threads that follow, which wait for the lowest number, always get it."""
 
     header: bytes
     windows: Sequence[Window]
@@ -195,6 +195,7 @@ class Pipeline:
         self.changed = threading.Condition()
         self.made: dict[int, memoryview] = {}
         self.users: dict[int, int] = {}
+        self.found: dict[int, tuple[bool, Counter[str], Any]] = {}  # whether a window was there, and what making it counted
         self.free: SimpleQueue[memoryview | None] = SimpleQueue()
         self.stopping = threading.Event()
         self.workspaces = [Workspace(self.settings.drop_cache, self.behind, self.stopping, self.watch) for _ in range(self.settings.jobs)]
@@ -205,7 +206,7 @@ class Pipeline:
         for _ in range(min(self.settings.jobs + BUFFERS_BEYOND_JOBS, len(self.windows))):
             self.free.put(private_buffer(largest + BLOCK))
         tasks: list[tuple[Callable[..., None], tuple[Workspace, ...]]] = [(self._work, (w,)) for w in self.workspaces]
-        tasks += [(self._digest_file, ()), (self._digest_tensors, ())] + [(self._send, ())] * self.sink.in_order
+        tasks += [(self._write_file, ()), (self._digest_file, ()), (self._digest_tensors, ())]
         threads = [threading.Thread(target=self._guard, args=(task, args), daemon=True) for task, args in tasks]
         with Shield(self._fail), self.brake.held(self._fail):  # the files are closed when no thread lives
             try:
@@ -256,17 +257,9 @@ class Pipeline:
                 if self.kept is None:
                     make(window, data, workspace)
             with self.changed:
+                self.found[number] = there, tallies, crcs
                 self.made[number], self.users[number] = buffer, 3
                 self.changed.notify_all()
-            if there:
-                self.sink.settle(window.offset, window.nbytes)
-            elif not self.sink.in_order:
-                self.sink.write(data, window.offset)
-                if self.kept is not None and not (self.watch and self.watch.found):  # zeros that are accepted are found anew
-                    self.kept.add(window, data, tallies, crcs)
-            self.on_bytes(window.nbytes)
-            if not self.sink.in_order:
-                self._release(number)
 
     def _take(self) -> tuple[int, memoryview] | None:
         """The next window and a buffer for it; None, passed on to the next worker, when there is no more to do."""
@@ -298,9 +291,16 @@ class Pipeline:
             buffer = self.made.pop(number)
         self.free.put(buffer)
 
-    def _send(self) -> None:
-        for window, data in self._in_order():
-            self.sink.write(data, window.offset)
+    def _write_file(self) -> None:
+        for number, (window, data) in enumerate(self._in_order()):
+            there, tallies, crcs = self.found.pop(number)
+            if there:
+                self.sink.settle(window.offset, window.nbytes)
+            else:
+                self.sink.write(data, window.offset)
+                if self.kept is not None and not (self.watch and self.watch.found):  # zeros that are accepted are found anew
+                    self.kept.add(window, data, tallies, crcs)
+            self.on_bytes(window.nbytes)
 
     def _digest_file(self) -> None:
         for _, data in self._in_order():
@@ -329,9 +329,7 @@ def _data(window: Window, buffer: memoryview) -> memoryview:
 
 
 class Sink(Protocol):
-    """Where the bytes of a shard go. With `in_order`, it takes them from the first to the last, else at any offset."""
-
-    in_order: bool
+    """Where the bytes of a shard go, from the first to the last."""
 
     def write(self, data: memoryview, offset: int) -> None:
         """Take the bytes from `offset` on; `data` may be used again when this returns."""
@@ -348,8 +346,6 @@ class Sink(Protocol):
 
 class Nowhere:
     """Writes nothing, for a run that only wants the digests."""
-
-    in_order = False
 
     def __enter__(self) -> Nowhere:
         return self
@@ -371,17 +367,13 @@ class Nowhere:
 
 
 class FileSink:
-    """The output file: allocated whole, written by position, whole blocks past the page cache where the file system has that. What does go
+    """The output file: allocated whole, written in order, whole blocks past the page cache where the file system has that. What does go
     through the cache is sent to the disk early and dropped there. `on_disk` is told how far the file is on the disk."""
-
-    in_order = False
 
     def __init__(self, path: Path, size: int, settings: Settings, on_disk: OnDisk | None = None, *, anew: bool = True) -> None:
         self.path, self.on_disk, self.drop_cache = path, on_disk, settings.drop_cache
         self.direct = settings.drop_cache
         self.started: deque[tuple[int, int]] = deque()
-        self.settled: list[tuple[int, int]] = []
-        self.turn = threading.Lock()
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC * anew | os.O_CLOEXEC, 0o666)
         self.direct_fd = -1
         try:
@@ -425,7 +417,7 @@ class FileSink:
             done += os.pwrite(self.fd, data[done:], offset + done)
 
     def settle(self, offset: int, nbytes: int) -> None:
-        """Bring bytes that are in the file to the disk: begun now, waited for some windows later."""
+        """Bring bytes that are in the file, behind those of the call before, to the disk: begun now, waited for some windows later."""
         if self.drop_cache and _sync_file_range:
             sync_range(self.fd, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE: start now, wait for nothing
             self.started.append((offset, nbytes))
@@ -433,11 +425,8 @@ class FileSink:
                 old, size = self.started.popleft()
                 sync_range(self.fd, old, size, 7)  # WAIT_BEFORE | WRITE | WAIT_AFTER
                 drop_cache(self.fd, old, size)
-                with self.turn:
-                    self.settled = join_ranges((*self.settled, (old, old + size)))
-                    first, last = self.settled[0]
-                if not first and self.on_disk:
-                    self.on_disk(self.path, last)
+                if self.on_disk:
+                    self.on_disk(self.path, old + size)
 
     def finish(self) -> str:
         """Everything is on the disk when this returns; the page cache is given back."""

@@ -166,8 +166,6 @@ class ObjectSink:
     """One object, which has its name when it is whole; until then, what was there is there. A thread of its own hands the bytes to obstore,
     which sends some parts at once: these lie in memory (`buckets.PARTS_AT_ONCE`)."""
 
-    in_order = True
-
     def __init__(self, bucket: Bucket, name: str, size: int) -> None:
         self.waiting: Queue[bytes | None] = Queue(1)
         self.stopped = threading.Event()

@@ -6,7 +6,8 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +30,13 @@ def answer(tasks: Mapping[str, Callable[[Json, Json], Json]], packages: Sequence
             traceback.print_exc()
             text = str(error).strip() or type(error).__name__
             found[name] = {"error": f"{type(error).__name__}: {text}"[:2000]}
-    sys.stdout.write(json.dumps({"versions": {name: version(name) for name in packages}, "found": found}) + "\n")
+    sys.stdout.write(json.dumps({"versions": {name: _version(name) for name in packages}, "found": found}) + "\n")
+
+
+def _version(name: str) -> str:
+    """Of a package, or of a module that was put there without one."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        found: str = import_module(name).__version__
+        return found

@@ -24,4 +24,4 @@ def task(job: Json, given: Json) -> Json:
 
 
 if __name__ == "__main__":
-    answer({"run": task}, ("llama_cpp_python",))
+    answer({"run": task}, ("llama_cpp",))

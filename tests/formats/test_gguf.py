@@ -213,12 +213,17 @@ def test_a_whole_file_of_the_same_parts_is_read(tmp_path: Path) -> None:
     assert list(index_gguf(path)[0]) == ["a", "b"]
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "diff"])
-def test_commands_refuse_hostile_files(command: str, cli: object, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
+@pytest.mark.parametrize("command", ["inspect", "verify", "diff", "convert"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_commands_refuse_hostile_files(command: str, folder: bool, cli: object, tmp_path: Path) -> None:
+    path = tmp_path / "in" / "model.gguf"
+    path.parent.mkdir()
     path.write_bytes(HOSTILE["an array of 2**60 texts"][0])
+    path = path.parent if folder else path
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found: Finished = cli(command, str(path), *([str(path)] if command == "diff" else []))  # type: ignore[operator]
+    more = {"diff": [str(path)], "convert": ["--to", "gguf", "-o", str(tmp_path / "out")]}.get(command, [])
+    found: Finished = cli(command, str(path), *more)  # type: ignore[operator]
+    assert not (tmp_path / "out").exists()
     assert found.code == 3
     assert "1,152,921,504,606,846,976 items" in found.stdout + found.stderr
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB

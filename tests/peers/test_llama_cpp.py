@@ -23,13 +23,12 @@ pytestmark = [pytest.mark.peer, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """By case the folder with `llava` and, as llama.cpp's converters need it, `Model`: one shard, and no card that they would read."""
+    """By case the folder with `llava` and, as llama.cpp's converters need it, `Model`: one shard, with the card that they read."""
     made = {}
     for case in CASES:
         folder = made[case.name] = tmp_path_factory.mktemp("case")
         make_case(case, folder)
         lw.execute(lw.make_plan(lw.convert(folder / "llava", "llava-hf", projector_form="gelu" if case.linear else None)), folder / "Model")
-        (folder / "Model" / "README.md").unlink()
     return made
 
 
@@ -74,7 +73,6 @@ def test_sharded_input(folders: Mapping[str, Path], theirs: Callable[[str, str],
 
     source = folders["v1.5"] / "llava"
     lw.execute(lw.make_plan(lw.convert(source, "llava-hf"), max_shard_size="20kB"), tmp_path / "Model")
-    (tmp_path / "Model" / "README.md").unlink()
     assert len(list((tmp_path / "Model").glob("*.safetensors"))) > 2
     out = tmp_path / "theirs.gguf"
     llama_cpp("text", [{"folder": str(tmp_path / "Model"), "type": "F16", "out": str(out), "pre": ""}], tmp_path)
@@ -93,7 +91,6 @@ def test_published_tokenizers(vocabulary: str, bos: str, pre: str, tmp_path: Pat
     make_case(case, tmp_path)
     give_vocabulary(tmp_path / "llava", next((PEERS / "llama-cpp").glob(f"*/vendor/llama.cpp/models/ggml-vocab-{vocabulary}.gguf")), bos)
     lw.execute(lw.make_plan(lw.convert(tmp_path / "llava", "llava-hf")), tmp_path / "Model")
-    (tmp_path / "Model" / "README.md").unlink()
     llama_cpp("text", [{"folder": str(tmp_path / "Model"), "type": "F16", "out": str(tmp_path / "theirs.gguf"), "pre": ""}], tmp_path)
     lw.execute(lw.make_plan(lw.convert(tmp_path / "llava", "gguf"), name="Model"), tmp_path / "ours")
     assert index_gguf(tmp_path / "ours" / "Model-F16.gguf")[1]["tokenizer.ggml.pre"].value == pre

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
-from llava_weights.errors import HubError, InputError, LlavaWeightsError
+from llava_weights.errors import HubError, InputError, LlavaWeightsError, UsageError
 from llava_weights.storage import buckets, ranges, retry
 from llava_weights.storage.reading import SourceFile
 from llava_weights.write.destinations import Bucket
@@ -255,6 +255,25 @@ def test_a_place_that_can_not_be_written(s3: Server, tmp_path: Path, mode: str) 
     assert caught.value.exit_code == 6
     assert SECRET not in text_of(caught.value)
     assert ("there is no bucket" in caught.value.what) == (mode == "404")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of Python 3.12 on
+def test_a_fork_is_refused(s3: Server) -> None:
+    """There, obstore would wait for threads that do not exist."""
+    read()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            read()
+        except UsageError as error:
+            os.write(writer, str(error.hint).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    assert b"spawn" in os.read(reader, 1000)
+    os.close(reader)
+    os.waitpid(child, 0)
 
 
 def test_no_credentials(s3: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,11 @@ That they are those of llama.cpp's own converters, byte for byte, is shown by te
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,14 @@ from safetensors.torch import load_file, save_file
 
 import llava_weights as lw
 from llava_weights.cli.toy import make_llava
+from llava_weights.events import Progress
 from llava_weights.families.llama_cpp import GGUF_DECODERS, QWEN2_SPLIT
 from llava_weights.families.originals import ORIGINALS
-from llava_weights.formats.gguf import GgufKey, index_gguf
+from llava_weights.formats.gguf import GgufKey, index_gguf, make_gguf_header
 from llava_weights.storage.reading import Workspace
+from llava_weights.tensors.lazy import FromRows, LazyTensor
 from llava_weights.transforms.gguf import Quantised, UnpermuteRope
+from llava_weights.write.plan import Settings
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -97,6 +103,50 @@ def test_what_llama_cpp_needs_of_images(tmp_path: Path) -> None:
     assert "model.image_newline" in tensors
 
 
+@pytest.mark.parametrize(("layer", "wanted"), [(-1, 3), (-2, 2), (-3, 1)])
+def test_the_layer_that_is_read(layer: int, wanted: int, tmp_path: Path) -> None:
+    """Counted from the input of the first layer, in every file: without the key llama.cpp takes one too few (#25817)."""
+    out = written(lw.convert(edited(toy("v1.5", tmp_path), mm_vision_select_layer=layer), "gguf"), tmp_path / "out")
+    tensors, keys = index_gguf(out / "mmproj-toy-F16.gguf")
+    assert (keys["clip.vision.feature_layer"].value, keys["clip.vision.block_count"].value) == ((wanted,), wanted)
+    assert len({tensor.split(".")[2] for tensor in tensors if tensor.startswith("v.blk.")}) == wanted
+
+
+def rewritten(path: Path, *, without: str = "", tensor: str = "") -> Path:
+    """A GGUF without the key `without`, and with a `tensor` more, of zeros."""
+    tensors, keys = index_gguf(path)
+    entries: list[tuple[str, LazyTensor]] = list(tensors.items())
+    entries += [(tensor, LazyTensor(dtype="F32", shape=(32,)))] if tensor else []
+    header, places = make_gguf_header([key for key in keys.values() if key.name != without], entries)
+    data = path.read_bytes()
+    start = min(entry.offset for entry in tensors.values())
+    rest = data[start:].ljust(sum(entry.nbytes for _, entry, _ in places), b"\0")
+    path.write_bytes(header + rest)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"without": "clip.vision.feature_layer"}, "one layer too few"),
+        ({"tensor": "v.post_ln.weight"}, "which llama.cpp would apply"),
+        ({"without": "clip.vision.patch_size"}, "lacks keys"),
+        ({}, ""),
+    ],
+)
+def test_verify_knows_what_llama_cpp_would_get_wrong(change: dict[str, str], says: str, tmp_path: Path) -> None:
+    out = written(lw.convert(toy("v1.6", tmp_path), "gguf"), tmp_path / "out")
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    for path in out.glob("*.gguf"):
+        (lone / path.name).write_bytes(path.read_bytes())
+    rewritten(lone / "mmproj-toy-F16.gguf", **change)
+    found = lw.verify(lone)
+    failed = [finding.text for finding in found.findings if finding.verdict == "failed"]
+    assert any(says in text for text in failed) if says else failed == []
+    assert found.exit_code == (4 if says else 3)  # 3: nothing is there to compare it with
+
+
 def test_a_single_linear_gets_the_form_that_llama_cpp_computes(tmp_path: Path) -> None:
     """From any form in which llava-hf holds it; `identity` and `relu` are refused."""
     source = toy("linear", tmp_path)
@@ -126,6 +176,55 @@ def test_one_pass_from_metas_files(fixtures: Path, tmp_path: Path) -> None:
     lw.execute(lw.make_plan(merged), tmp_path / "llava")
     two = written(lw.convert(tmp_path / "llava", "gguf", tower=tower), tmp_path / "two")
     assert bytes_of(one) == bytes_of(two)
+
+
+@pytest.mark.parametrize("quantize", [None, "Q8_0"])
+def test_one_pass_with_a_lora(quantize: str | None, fixtures: Path, tmp_path: Path) -> None:
+    """Adapter, what was trained beside it, a tower of its own: as step by step with folders in between."""
+    base, lora, tower = (fixtures / name for name in ("B-lora/base-vicuna-tiny", "B-lora/llava-v1.5-tiny-lora", "common/clip-tiny-28px"))
+    merged = lw.merge_lora(base, [lora])
+    one = written(lw.convert(merged, "gguf", tower=tower, quantize=quantize), tmp_path / "one")
+    lw.execute(lw.make_plan(merged), tmp_path / "llava")
+    hub = written(lw.convert(tmp_path / "llava", "llava-hf", tower=tower), tmp_path / "hf")
+    two = written(lw.convert(hub, "gguf", quantize=quantize), tmp_path / "two")
+    assert bytes_of(one) == bytes_of(two)
+
+
+MADE: list[str] = []  # dtypes of windows that were made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(FromRows):
+    def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
+        MADE.append(self.dtype)
+        self.source.rows_into(out, start, stop, work)
+
+
+@pytest.mark.parametrize("quantize", [None, "Q8_0"])
+def test_an_interruption_inside_a_file_costs_some_windows(quantize: str | None, tmp_path: Path) -> None:
+    """Of a model of 13B the text is one file of 26 GB: the next run goes on inside of it, permuted and quantised as it is."""
+    model = lw.convert(toy("v1.5", tmp_path), "gguf", quantize=quantize)
+    counted = {name: Counted(dtype=tensor.dtype, shape=tensor.shape, source=tensor) for name, tensor in model.tensors.items()}
+    plan = replace(lw.make_plan(replace(model, tensors=counted), name="toy"), settings=Settings(jobs=1, window=1000))
+    MADE.clear()
+    lw.execute(plan, tmp_path / "undisturbed")
+    whole = len(MADE)
+    seen: list[Progress] = []
+
+    def interrupt(event: lw.Event) -> None:
+        if isinstance(event, Progress):
+            seen.append(event)
+            if len(seen) == 60:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(lw.Interrupted):
+        lw.execute(plan, tmp_path / "out", on_event=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert {path.suffix for path in (tmp_path / "out.partial" / "out").glob(".toy-*.gguf.*")} == {".part", ".windows"}
+    MADE.clear()
+    lw.execute(plan, tmp_path / "out")
+    assert 0 < len(MADE) < whole - 40
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
@@ -223,6 +322,13 @@ def test_what_a_file_has_no_key_for_is_refused(name: str, key: str, value: Any, 
         lw.convert(edited(toy(name, tmp_path), **{key: value}), "gguf")
 
 
+@pytest.mark.parametrize(("window", "told"), [(16, True), (None, False), (1 << 20, False)])
+def test_a_sliding_window_is_told(window: int | None, told: bool, tmp_path: Path) -> None:
+    model = lw.convert(edited(toy("v1.6-mistral", tmp_path), sliding_window=window), "gguf")
+    assert any("beyond 16 tokens" in note for note in model.history[-1].notes) == told
+    assert model.gguf[0].keys == lw.convert(edited(tmp_path / "llava", sliding_window=None), "gguf").gguf[0].keys
+
+
 def test_tokenizers_that_llama_cpp_could_not_have(tmp_path: Path) -> None:
     source = toy("llama3", tmp_path)
     core = json.loads((source / "tokenizer.json").read_text())
@@ -235,6 +341,14 @@ def test_tokenizers_that_llama_cpp_could_not_have(tmp_path: Path) -> None:
             continue
         with pytest.raises(lw.InputError, match="no known name for how this"):
             lw.convert(source, "gguf")
+
+
+def test_a_byte_level_tokenizer_without_merges(tmp_path: Path) -> None:
+    """llama.cpp would not load it ("cannot find tokenizer merges in model file")."""
+    source = toy("qwen2", tmp_path)
+    (source / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(lw.InputError, match="no merges"):
+        lw.convert(source, "gguf")
 
 
 def test_damaged_pairs_are_found(tmp_path: Path) -> None:
@@ -266,6 +380,22 @@ def test_no_command_takes_it_as_an_input(tmp_path: Path) -> None:
     ):
         with pytest.raises(lw.InputError, match="is GGUF, which can be looked at"):
             call()
+
+
+def test_no_command_line_takes_it_as_an_input(cli: Any, fixtures: Path, tmp_path: Path) -> None:
+    out = written(lw.convert(toy("v1.5", tmp_path), "gguf"), tmp_path / "out")
+    for words in (
+        ("convert", out / "toy-F16.gguf", "--to", "llava-hf"),
+        ("convert", out, "--to", "gguf"),
+        ("merge-lora", "--base", out / "toy-F16.gguf", "--lora", fixtures / "F-peft/plain/adapter"),
+        ("apply-delta", "--base", out / "toy-F16.gguf", "--delta", tmp_path / "llava"),
+        ("apply-delta", "--base", tmp_path / "llava", "--delta", out),
+        ("convert", tmp_path / "llava", "--to", "gguf", "--vision-tower", out / "mmproj-toy-F16.gguf"),
+    ):
+        found: Finished = cli(*map(str, words), "-o", str(tmp_path / "no"))
+        assert (found.code, "is GGUF" in found.stderr) == (3, True), (words, found.stderr)
+        assert not (tmp_path / "no").exists()
+        assert not (tmp_path / "no.partial").exists()
 
 
 def test_the_command(cli: Any, tmp_path: Path) -> None:

@@ -24,6 +24,10 @@ A, B, C = (f"{{fixtures}}/{name}" for name in ("A-delta-v0", "B-lora", "C-v1.5")
 TOWER_42 = "--vision-tower {fixtures}/common/clip-tiny-42px"
 MADE = {  # what is made: the command, and what its card's front matter says
     "llava-hf": (f"convert {C}/original-no-vision-bin {TOWER_42}", {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}),
+    "llava-hf-merged": (
+        f"merge-lora --base llava-hf --lora {B}/llava-v1.5-tiny-lora",
+        {"library_name": "transformers", "pipeline_tag": "image-text-to-text"},
+    ),
     "llava": (f"merge-lora --base {B}/base-vicuna-tiny --lora {B}/llava-v1.5-tiny-lora", {"pipeline_tag": "image-text-to-text"}),
     "text": (
         f"merge-lora --base {B}/base-vicuna-tiny --lora text-lora",
@@ -75,7 +79,7 @@ def test_the_front_matter_is_what_is_known(made: Path, name: str) -> None:
 def test_the_python_of_the_cards_runs(made: Path, fixtures: Path) -> None:
     """As it stands, in the output's folder, in one process: `BASE` alone is replaced, and photo.jpg is there."""
     script = ["import os"]
-    for name in ("llava-hf", "text", "adapter"):
+    for name in ("llava-hf", "llava-hf-merged", "text", "adapter"):
         (block,) = blocks(card(made, name), "python")
         assert "PATH" not in block
         ast.parse(block)
@@ -86,7 +90,7 @@ def test_the_python_of_the_cards_runs(made: Path, fixtures: Path) -> None:
     done = subprocess.run([sys.executable, "-c", "\n".join(script)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "What is shown in this image?" in done.stdout
-    assert done.stdout.count(" is done\n") == 3
+    assert done.stdout.count(" is done\n") == 4
 
 
 @pytest.mark.parametrize("name", ["llava", "delta", "adapter", "adapter-back"])

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -21,10 +22,12 @@ from typing import Any
 import pytest
 from hub_uploads import UploadHub
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
 from benchmarks.synthetic import write_pair
 from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.checkpoint.manifest import MANIFEST
+from llava_weights.cli.main import app
 from llava_weights.cli.report import explain
 from llava_weights.errors import HubError, InputError, Interrupted, OutputError, UsageError
 from llava_weights.events import Event, ShardDone
@@ -660,3 +663,19 @@ def test_an_input_with_other_values_of_the_same_shapes_is_newer(made: tuple[Path
     os.rename(source / "other", source / "model.safetensors")
     plan = explain(make_plan(convert(open_checkpoint(str(source)), "llava")), tmp_path / "out")[1]
     assert differences(json.loads(json.dumps(plan)), made[0]) == ["an input that is newer, or can't be dated"]
+
+
+def test_the_lines_of_the_page_run(hub: UploadHub, bucket: Bucket, fixtures: Path) -> None:
+    """docs/remote.md as it stands, but for the account: `you` is `owner` here, and each line has a repository of its own."""
+    page = (ROOT / "docs/remote.md").read_text(encoding="utf-8").replace("//you/", "//owner/").replace(" you/llava", " owner/pushed")
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    names = {"huggyllama/llama-13b": "base-hf-bin", "liuhaotian/LLaVA-13b-delta-v0": "delta-307-apr17"}
+    for repo, source in names.items():
+        hub.add(repo, fixtures / "A-delta-v0" / source)
+        shutil.copytree(fixtures / "A-delta-v0" / source, repo.partition("/")[2])
+    for line in lines:
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, (line, done.output)
+    assert len(lines) == 4
+    made = Path("llava-13b/model.safetensors").read_bytes()
+    assert bucket.files("models/llava/")["model.safetensors"] == made == Path("llava/model.safetensors").read_bytes()
