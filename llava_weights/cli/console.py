@@ -292,7 +292,8 @@ class Console:
         self._erase()
 
     def _draw(self, meter: Meter) -> None:
-        line = meter.bar(self._clock(), _columns(self._err) - 1, ascii_only=not _blocks(self._err))  # a full last column would wrap
+        room = _columns(self._err) - len("^C ")  # what a terminal echoes would wrap, and the bar stay; so would a full last column
+        line = meter.bar(self._clock(), room, ascii_only=not _blocks(self._err))
         self._bar_shown = True  # before the write, which Ctrl-C may cut
         _write(self._err, f"\r{line}\x1b[K")
 
