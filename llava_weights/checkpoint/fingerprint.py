@@ -114,7 +114,7 @@ def take_fingerprint(base: Checkpoint) -> Fingerprint:
         return b"".join(bytes(raw[c * size : (c + 1) * size]) for row in rows for raw in [_row(tensors[name], row, work)] for c in columns)
 
     samples = each(sampled, float_matrices(tensors), tensors)
-    return Fingerprint(base.origin.name, _described(base.origin.name, tensors), samples)
+    return Fingerprint(base.origin.name, described(base.origin.name, tensors), samples)
 
 
 def read_fingerprint(path: Path) -> Fingerprint:
@@ -130,10 +130,10 @@ def read_fingerprint(path: Path) -> Fingerprint:
         raise InputError(f"{shown(path.name)} is damaged: its digest is another", facts={"path": path}, hint=RECORD_AGAIN)
     tensors = {key: LazyTensor(dtype=row["dtype"], shape=tuple(row["shape"])) for key, row in rows.items()}
     samples = {key: base64.b64decode(row["values"]) for key, row in rows.items() if "values" in row}
-    return Fingerprint(name, _described(name, tensors), samples)
+    return Fingerprint(name, described(name, tensors), samples)
 
 
-def _described(name: str, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
+def described(name: str, tensors: Mapping[str, LazyTensor]) -> Checkpoint:
     """A checkpoint without values."""
     described = {key: LazyTensor(dtype=tensor.dtype, shape=tensor.shape) for key, tensor in tensors.items()}
     return Checkpoint(described, {}, Origin(name, Path(name), "safetensors", ()))

@@ -796,8 +796,9 @@ def _read_lines(path: Path) -> dict[tuple[int, int], str]:
         for line in path.read_bytes().splitlines():
             check, _, text = line.partition(b" ")
             if digest_of(text, READ_BACK).encode() == check:
-                start, stop, taken = json.loads(text)
-                found[start, stop] = taken
+                with suppress(ValueError, TypeError, RecursionError):
+                    start, stop, taken = json.loads(text)
+                    found[int(start), int(stop)] = str(taken)
     return found
 
 

@@ -127,7 +127,7 @@ def repair(
     *,
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="Folder or weight file, which has a manifest or SHA256SUMS.", rich_help_panel=INPUT),
+        typer.Argument(metavar="PATH", help="Folder or weight file of this machine, with a manifest or SHA256SUMS.", rich_help_panel=INPUT),
     ],
     source: Annotated[str, option(INPUT, "--from", metavar="OTHER", help="Another copy: folder, file, owner/name[@rev] or an address.")],
     dry_run: Annotated[
@@ -136,7 +136,10 @@ def repair(
     jobs: Jobs = 2,
     show: Show,
 ) -> None:
-    """Mend what is damaged, cut short or missing by its own checksums: the bad ranges come from another copy. Exit 3 where one can't."""
+    """Mend a checkpoint in place: what is damaged, cut short or missing by its checksums comes from another copy, only that is fetched.
+
+    Without checksums of its own, those that the Hub states for OTHER count. Exit 3 if something can't be mended; it stays as it was.
+    """
     with session(show) as console:
         from ..checks.repair import repair as mend
 

@@ -449,6 +449,22 @@ def test_a_later_save_is_not_overwritten(originals: dict[str, Path], bad: Any, k
     assert lw.repair(folder, originals[kind]).exit_code == 0
 
 
+def test_one_shard_of_a_later_save(originals: dict[str, Path], bad: Any) -> None:
+    """The other shards are right: nothing is touched, not even config.json, until somebody says which weights are meant."""
+
+    def saved(folder: Path) -> None:
+        path = shards(folder)[1]
+        start = min(tensor.offset for tensor in layout(path).values())
+        poke(path, start, bytes(value ^ 5 for value in path.read_bytes()[start:]))
+        poke(folder / "config.json", 20)
+
+    folder = bad(originals["safetensors"], saved)
+    before = tree(folder)
+    with pytest.raises(MismatchError, match=r"00002-of-00004\.safetensors` is not damaged"):
+        lw.repair(folder, originals["safetensors"])
+    assert tree(folder) == before
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "sums"])
 def test_a_preallocated_download_is_no_later_save(originals: dict[str, Path], bad: Any, kind: str) -> None:
     """Zeros behind what came."""
@@ -613,7 +629,7 @@ def test_a_link_inside_the_folder_stays(originals: dict[str, Path], bad: Any) ->
 # --- hostile ones ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[::7]])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[::15]])
 def test_a_hostile_copy(originals: dict[str, Path], bad: Any, tmp_path: Path, case: Case) -> None:
     """Nothing of it is taken, and neither side changes."""
     folder = bad(originals["safetensors"], in_tensor(1, 4))
@@ -627,7 +643,7 @@ def test_a_hostile_copy(originals: dict[str, Path], bad: Any, tmp_path: Path, ca
     assert sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "hostile").rglob("*")) == names
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[3::7]])
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.title) for case in CASES[3::15]])
 def test_a_hostile_checkpoint_is_bytes(bad: Any, tmp_path: Path, case: Case) -> None:
     """What its files hold decides nothing: they get the bytes that are recorded, or are refused, and nothing else changes."""
     (tmp_path / "hostile").mkdir()

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 from targets import FIXTURES, SEEDS
 
+from llava_weights.checkpoint.fingerprint import Fingerprint, described
 from llava_weights.checkpoint.manifest import FileEntry, TensorEntry, root_of_files, root_of_tensors, tensor_row
 from llava_weights.families.decoders import DECODER_BY_TYPE
 from llava_weights.families.layouts import canonical
@@ -154,6 +155,15 @@ def manifests() -> dict[str, bytes]:
     return found
 
 
+def fingerprints() -> dict[str, bytes]:
+    tensors = {"norm.weight": LazyTensor(dtype="F16", shape=(3,)), "w": LazyTensor(dtype="BF16", shape=(2, 3))}
+    many = {name: LazyTensor(dtype="F32", shape=(9, 2)) for name in "ab"}
+    return {
+        "two": Fingerprint("base", described("base", tensors), {"w": bytes(range(12))}).document(),
+        "many": Fingerprint("base", described("base", many), {"a": bytes(64)}).document(),
+    }
+
+
 def journals(folder: Path) -> dict[str, bytes]:
     entry = {"nbytes": 80, "sha256": DIGEST, "read_back": DIGEST[:32], "tensors": {"a": DIGEST}, "tallies": {}, "holes": []}
     job = Job(folder / "out")
@@ -250,6 +260,7 @@ def all_seeds(folder: Path) -> dict[str, dict[str, bytes]]:
         "tokenizer_files": side_files(),
         "adapter_config": adapters(),
         "manifest": manifests(),
+        "fingerprint": fingerprints(),
         "sums": lists(),
         "reference": references(folder),
         "integer_delta": integer_deltas(folder),

@@ -17,6 +17,7 @@ import numpy as np
 
 from llava_weights.checkpoint.checkpoint import open_checkpoint
 from llava_weights.checkpoint.config import check_structure, expected_shapes, repair_config, repair_generation_config
+from llava_weights.checkpoint.fingerprint import read_fingerprint
 from llava_weights.checkpoint.hf_tokenizer import hf_tokenizer, original_tokenizer
 from llava_weights.checkpoint.manifest import is_inside, read_manifest, read_sums
 from llava_weights.checkpoint.sentencepiece import read_sentencepiece
@@ -170,6 +171,15 @@ def manifest(data: bytes, folder: Path) -> None:
     assert all(map(is_inside, found.files))
 
 
+def fingerprint(data: bytes, folder: Path) -> None:
+    """Where it is one, it comes out again as it was."""
+    found = read_fingerprint(written(folder / "base.json", data))
+    again = read_fingerprint(written(folder / "again.json", found.document()))
+    assert (again.samples, again.checkpoint.tensors) == (found.samples, found.checkpoint.tensors)
+    tensors = {name: LazyTensor(dtype="F16", shape=tensor.shape) for name, tensor in found.checkpoint.tensors.items()}
+    assert all(tensors[name].numel for name in found.samples)
+
+
 def sums(data: bytes, folder: Path) -> None:
     for entry in read_sums(written(folder / "SHA256SUMS", data)):
         assert is_inside(entry.path)
@@ -230,7 +240,7 @@ TARGETS: dict[str, Target] = {
     target.__name__: target
     for target in (
         torch_zip, pickle, safetensors, safetensors_header, gguf, index_json, meta_params, strict_json, tokenizer_model, tokenizer_json,
-        tokenizer_files, adapter_config, manifest, sums, reference, integer_delta, journal, job_plan, config_json,
+        tokenizer_files, adapter_config, manifest, fingerprint, sums, reference, integer_delta, journal, job_plan, config_json,
     )
 }  # fmt: skip
 

@@ -155,14 +155,14 @@ def test_the_file_says_where_its_values_stand(toys: Path) -> None:
 
 def test_that_of_a_13b_has_150_kb() -> None:
     """72 kB of values: 3 parts in a million."""
-    from llava_weights.checkpoint.fingerprint import Fingerprint, _described
+    from llava_weights.checkpoint.fingerprint import Fingerprint, described
 
     sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
     shapes = DECODER_BY_TYPE["llama"].shapes({**sizes, "num_key_value_heads": 40, "head_dim": 128, "vocab_size": 32000})
     tensors = {name: LazyTensor(dtype="F16", shape=tuple(shape)) for name, shape in shapes.items()}
     samples = {name: bytes(2 * ROWS * COLUMNS) for name, tensor in tensors.items() if len(tensor.shape) == 2}
     assert sum(map(len, samples.values())) == 72_192
-    assert 130_000 < len(Fingerprint("llama-13b", _described("llama-13b", tensors), samples).document()) < 170_000
+    assert 130_000 < len(Fingerprint("llama-13b", described("llama-13b", tensors), samples).document()) < 170_000
 
 
 def entry(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
