@@ -84,7 +84,16 @@ def write_delta(
         tensors |= {"model.mm_projector.weight": (size.hidden, vision), "model.mm_projector.bias": (size.hidden,)}
         config |= {"mm_hidden_size": vision, "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_use_im_start_end": True}
         config |= {"use_mm_proj": True}
-    _write(folder, tensors, config, None if sparse else partial(difference, seed), limit)
+
+    def values(name: str, first: int, count: int) -> np.ndarray:
+        """Differences; what the base lacks is stored whole: the projector, the added rows."""
+        found = difference(seed, name, first, count)
+        table = "embed_tokens" in name or "lm_head" in name
+        whole = max(0, vocabulary * size.hidden - first if table else 0 if "projector" in name else count)
+        found[whole:] = weights(seed + 1, name, first, count)[whole:]
+        return found
+
+    _write(folder, tensors, config, None if sparse else values, limit)
 
 
 def llama_config(size: Size, rows: int) -> dict[str, object]:
