@@ -61,6 +61,11 @@ MERGED = {"F32": LIMITS["F32"], "F16": Limits(1e-7, 5e-3, 0.99, 1e-6, 1e-7), "BF
 # bits, in 4 3e-2 where they are small and 0.13 with 0.85 B parameters in 14 layers. In the trained one a layer without feed-forward or
 # values, or rotary rows in Meta's order: from 6e-2 and 0.3 on. A norm of ones gives 5e-3 and 3e-2 in 8 bits; 4 bits hide it.
 QUANTISED: dict[Bits, Limits] = {"8bit": Limits(5e-3, 1.0, 0.95, 1e-2, 3e-2), "4bit": Limits(4e-2, 3.0, 0.8, 0.3, 0.5)}
+# What to do where the same weights are further off than that.
+COARSE: dict[Bits, str] = {
+    "8bit": "run it in half precision; `verify --deep` tells whether values are damaged",
+    "4bit": "quantise it to `8bit`, or run it in half precision",
+}
 SUSPICIOUS = 1e-7  # NMSE up to which float32 may be another order of summation in a very deep model, and is no structural fault
 COLOUR = 2e-3  # what means and deviations of pixels, from 0 to 1, may differ in
 MARGIN = 3  # another first choice counts where the reference preferred its own by this many times the difference that is allowed
@@ -390,7 +395,9 @@ def compare_quantised(
     seed = draw_seed() if seed is None else seed
     reference = make_recording(checkpoint, built_in_probes(checkpoint, tower=tower, seed=seed), **how)
     on_event(Note(f"rows of the vocabulary table drawn with seed {seed}"))
-    return compare(checkpoint, reference, dtype=dtype, atol=atol, accept_tower=accept_tower, quantize=quantize, **how)
+    smoke = compare(checkpoint, reference, dtype=dtype, atol=atol, accept_tower=accept_tower, quantize=quantize, **how)
+    lossy = (replace(finding, remedy=COARSE[quantize]) if finding.verdict == "failed" else finding for finding in smoke.findings)
+    return replace(smoke, findings=tuple(lossy))
 
 
 def _other_pixels(checkpoint: Checkpoint, original: Checkpoint, tower: Checkpoint | None) -> list[Finding]:

@@ -46,8 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("bits", quantised.BITS)
-@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize(("bits", "resident"), [("8bit", False), ("4bit", True)])
 def test_the_logits_are_those_of_transformers_with_bitsandbytes(folder: Path, bits: quantised.Bits, resident: bool) -> None:
     checkpoint = lw.open_checkpoint(folder / "hf")
     runner = load_forward(checkpoint, quantize=bits, resident=resident)
@@ -101,6 +100,12 @@ def test_a_wrong_model_is_told_in_spite_of_the_rounding(folder: Path, bits: quan
     assert [finding.subject for finding in blind.findings if finding.verdict == "failed"] == ["image"]
     with pytest.raises(VerificationError):
         lw.smoke_test(shifted, reference=reference, quantize=bits)
+
+
+def test_a_model_that_does_not_bear_the_rounding(folder: Path, cli: Callable[..., Any]) -> None:
+    code, out, _ = cli("smoke", folder / "hf", "--quantize", "4bit", "--atol", "1e-6")
+    assert code == 4
+    assert "quantise it to `8bit`" in out
 
 
 def test_against_a_recording_and_an_original(folder: Path, tmp_path: Path, cli: Callable[..., Any]) -> None:
