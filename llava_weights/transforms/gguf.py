@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint.checkpoint import Checkpoint, main_dtype
+from ..checkpoint.licence import licence
 from ..checkpoint.small_files import small_object
 from ..errors import InputError, UsageError
 from ..families.files import CARD_TAGS, IMAGE_TASK, LICENSE_PREFIXES
@@ -349,7 +350,9 @@ def _text_keys(hub: Checkpoint, row: GgufDecoder, tensors: Mapping[str, LazyTens
             yield GgufKey(name, kind, int(value) if kind == "i32" else float(value))
     yield GgufKey("general.name", "text", "")
     yield GgufKey("general.size_label", "text", size_label(sum(tensor.numel for tensor in tensors.values())))
-    yield GgufKey("general.tags", "text", (*CARD_TAGS, IMAGE_TASK))  # as the converter reads them in the card of an output
+    if named := licence(hub.history):  # this and the tags as the converter reads them in the card of an output
+        yield GgufKey("general.license", "text", named)
+    yield GgufKey("general.tags", "text", (*CARD_TAGS, IMAGE_TASK))
     widths = {"head width": _head_width(text), "rotary width": _rotary_width(text)}
     for name in row.keys:
         if name == "rope.scaling":

@@ -10,15 +10,13 @@ from typing import Any
 from .. import __version__
 from ..checkpoint.chat_template import bare_prompt
 from ..checkpoint.checkpoint import Origin, Step, layout_of
+from ..checkpoint.licence import licence
 from ..checkpoint.manifest import TensorEntry, root_of_tensors
-from ..checkpoint.small_files import small_text
-from ..errors import InputError
 from ..families.files import ADAPTER_CONFIG, CARD_TAGS, IMAGE_TASK
 from ..families.llama_cpp import GGUF_TARGETS
 from ..families.projectors import FORM_READERS
 from ..families.prompts import CONVERSATIONS
 from ..families.targets import TARGET_BY_TYPE
-from ..formats.folder import optional
 from ..storage.hub import REPO
 from ..text import markdown_text, redact, visible
 from .plan import Plan
@@ -35,16 +33,12 @@ def make_card(plan: Plan, tensors: Sequence[TensorEntry], tallies: Mapping[str, 
     return "\n".join(part for part in parts if part)
 
 
-LICENCE = r"license: *[\"']?([a-z0-9][a-z0-9.-]{0,49})[\"']?\s*"  # an identifier of the Hub, https://huggingface.co/docs/hub/repositories-licenses
-LARGEST_README = 1 << 20
-
-
 def _front_matter(plan: Plan) -> str:
     """What the Hub reads. Each line stands there only where it is known: a base that was a folder here has no id on the Hub."""
     ids = [origin.name for _, origin in _inputs(plan) if origin.revision and REPO.fullmatch(origin.name)]
     lines = ["---", f"tags: [{', '.join(CARD_TAGS[0 if _is_llava(plan) else 1 :])}]"]
-    if (licence := _licence(plan)) is not None:
-        lines.append(f"license: {licence}")
+    if (named := licence(plan.history)) is not None:
+        lines.append(f"license: {named}")
     if ADAPTER_CONFIG in plan.files:
         lines.append("library_name: peft")
     elif _is_delta(plan):
@@ -57,25 +51,6 @@ def _front_matter(plan: Plan) -> str:
     if ids:
         lines += ["base_model:", *(f"- {name}" for name in dict.fromkeys(ids))]
     return "\n".join([*lines, "---", ""])
-
-
-def _licence(plan: Plan) -> str | None:
-    """The licence that the model card of every input names, where they all name the same one, else None: which licence a mixture has is
-    nothing that a program can tell."""
-    found = {_licence_of(origin) for _, origin in _inputs(plan)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _licence_of(origin: Origin) -> str | None:
-    """From the front matter of README.md beside the weights, None where there is none, or none that is to be read."""
-    try:
-        card = optional(origin.path, "README.md") if not origin.remote and origin.path.is_dir() else None
-        text = small_text({"README.md": card}, "README.md", limit=LARGEST_README) if card else None
-    except (InputError, OSError):
-        return None
-    front = re.match(r"---\r?\n(.*?)\n---\s", text or "", re.DOTALL)
-    lines = front[1].splitlines() if front else []
-    return next((match[1] for line in lines if (match := re.fullmatch(LICENCE, line)) and match[1] != "other"), None)
 
 
 def _inputs(plan: Plan) -> list[tuple[str, Origin]]:

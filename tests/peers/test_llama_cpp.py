@@ -18,6 +18,7 @@ from llava_weights.families.llama_cpp import CONTROL, NORMAL
 from llava_weights.formats.gguf import index_gguf
 
 TYPES = ("F16", "BF16", "F32")
+LICENSED = "v1.5"  # the case whose card names a licence
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(900)]
 
 
@@ -28,6 +29,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     for case in CASES:
         folder = made[case.name] = tmp_path_factory.mktemp("case")
         make_case(case, folder)
+        if case.name == LICENSED:
+            (folder / "llava" / "README.md").write_text("---\nlicense: llama2\n---\n")
         lw.execute(lw.make_plan(lw.convert(folder / "llava", "llava-hf", projector_form="gelu" if case.linear else None)), folder / "Model")
     return made
 

@@ -398,6 +398,19 @@ def test_no_command_line_takes_it_as_an_input(cli: Any, fixtures: Path, tmp_path
         assert not (tmp_path / "no.partial").exists()
 
 
+def test_a_licence_of_the_input_is_told(tmp_path: Path) -> None:
+    """As in the card of the output, of which llama.cpp's converter takes it."""
+    source = toy("v1.6", tmp_path)
+    for card, wanted in ((None, None), ("---\nlicense: llama2\n---\n", "llama2"), ("---\nlicense: other\n---\n", None), ("# x", None)):
+        if card is not None:
+            (source / "README.md").write_text(card)
+        out = tmp_path / f"out-{len(card or '')}"
+        lw.execute(lw.make_plan(lw.convert(source, "gguf")), out)
+        found = keys_of(next(path for path in out.glob("*.gguf") if not path.name.startswith("mmproj")))
+        assert (found["general.license"].value if wanted else "general.license" in found) == (wanted or False)
+        assert (f"license: {wanted}" in (out / "README.md").read_text()) == (wanted is not None)
+
+
 def test_the_command(cli: Any, tmp_path: Path) -> None:
     """The files are called after the output; a card with the commands; options that change nothing are refused."""
     source = toy("v1.6", tmp_path)
