@@ -22,7 +22,7 @@ from ..families.files import GGUF_SUFFIX, WEIGHT_SUFFIXES
 from ..families.layouts import canonical
 from ..formats.folder import optional
 from ..formats.gguf import index_gguf
-from ..formats.safetensors import MAX_HEADER, index_safetensors
+from ..formats.safetensors import MAX_HEADER, read_header
 from ..formats.torch_zip import index_torch_zip
 from ..storage.hub import HubSource, parse_source, source_text
 from ..storage.ranges import stat
@@ -173,16 +173,11 @@ def head_of(file: SourceFile) -> bytes:
 
 
 def layout_of(head: bytes, file: SourceFile) -> Layout | None:
-    """Where the tensors of a safetensors file with this header lie, were it whole; None for a header that is not sound.
-
-    `index_safetensors` judges it, on a file of the right size that holds nothing else.
-    """
-    with tempfile.TemporaryDirectory() as folder, suppress(InputError):
-        path = Path(folder) / "header.safetensors"
-        path.write_bytes(head)
-        with path.open("r+b") as sparse:
-            sparse.truncate(file.size)
-        return {name: replace(tensor, file=file) for name, tensor in index_safetensors(path)[0].items()}
+    """Where the tensors of a safetensors file with this header lie, were it whole; None for a header that is not sound."""
+    if len(head) < 8 or len(head) != 8 + int.from_bytes(head[:8], "little"):
+        return None
+    with suppress(InputError):
+        return read_header(Path(file.path), head[8:], file)[0]
     return None
 
 

@@ -45,10 +45,13 @@ def index_safetensors(path: Place) -> tuple[dict[str, Stored], dict[str, str]]:
             refuse_disguise(path, head)
             raise _refusal(path, f"its header would have {size:,} bytes" if len(head) >= 8 else f"it has only {len(head)} bytes")
         header = read_exactly(source, 8 + size)[8:]
+    return read_header(path, header, source.identity)
+
+
+def read_header(path: Place, header: bytes, file: SourceFile) -> tuple[dict[str, Stored], dict[str, str]]:
+    """As `index_safetensors`, of a `file` with this JSON in its header. Errors name `path`."""
     entries, metadata = _parse_header(path, header)
-    file = replace(source.identity, header_sha256=sha256(header).hexdigest())
-    tensors = _lay_out(path, entries, file, 8 + size)
-    return tensors, metadata
+    return _lay_out(path, entries, replace(file, header_sha256=sha256(header).hexdigest()), 8 + len(header)), metadata
 
 
 def make_header(tensors: Sequence[tuple[str, LazyTensor]], metadata: Mapping[str, str]) -> tuple[bytes, list[tuple[str, LazyTensor, int]]]:
