@@ -58,7 +58,7 @@ LIMITS = {
 # In float32, a LoRA merged and rounded against the same LoRA beside its base: what rounding to this dtype costs.
 MERGED = {"F32": LIMITS["F32"], "F16": Limits(1e-7, 5e-3, 0.99, 1e-6, 1e-7), "BF16": Limits(2e-6, 1e-2, 0.99, 5e-6, 2e-6)}
 # After quantising. A trained text model of 0.9 M parameters: 8 bits NMSE 9e-5, KL 6e-4, 4 bits 3e-3 and 4e-2; random ones up to 4e-3 in 8
-# bits, in 4 3e-2 where they are small and 0.13 with 0.85 B parameters in 14 layers. In the trained one a layer without feed-forward or
+# bits, in 4 3e-2 where they are small and 0.14 with 0.85 B parameters in 14 layers. In the trained one a layer without feed-forward or
 # values, or rotary rows in Meta's order: from 6e-2 and 0.3 on. A norm of ones gives 5e-3 and 3e-2 in 8 bits; 4 bits hide it.
 QUANTISED: dict[Bits, Limits] = {"8bit": Limits(5e-3, 1.0, 0.95, 1e-2, 3e-2), "4bit": Limits(4e-2, 3.0, 0.8, 0.3, 0.5)}
 # What to do where the same weights are further off than that.

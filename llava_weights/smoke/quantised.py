@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Bits = Literal["8bit", "4bit"]
 BITS: tuple[Bits, ...] = ("8bit", "4bit")
-OLDEST = (0, 46)  # the first that runs on a CPU without a GPU in the machine
+OLDEST = (0, 46)  # the first tried; older ones want a GPU
 BLOCK = 64  # values of a matrix with one scale; 0.50.2 on a CPU is silently wrong, or fails, where a row is no multiple of it
 PACKED_ROWS = 32  # that the code for AVX512-BF16 takes at a time; it fails for other numbers
 THRESHOLD = 6.0  # of an activation, from which on its column is not rounded to 8 bits
