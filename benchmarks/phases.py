@@ -25,7 +25,8 @@ CALLS = (
     ("arithmetic", "write.shard", "make"),
     ("arithmetic", "write.windows_kept", "make"),
     ("checksums of kept windows", "write.windows_kept", "KeptWindows.add"),
-    ("writing", "write.shard", "Sink.write"),
+    ("writing", "write.shard", "FileSink.write"),
+    ("writing", "write.shard", "Sink.write"),  # of earlier versions
     ("sha256 of files, XXH3", "write.shard", "Pipeline._digest_file"),
     ("digests of tensors", "write.shard", "Pipeline._digest_tensors"),
     ("reading back", "write.read_back", "_read"),
