@@ -140,7 +140,7 @@ def test_json_stays_json_and_says_the_same(text: str) -> None:
     console = Console(json=True, out=out, err=err)
     console.document("", {"a": [{text: text}]})
     console.on_event(Note(text))
-    console.error(InputError(text, facts={text: text}, hint=text))
+    console.end(console.error(InputError(text, facts={text: text}, hint=text)))
     written = out.getvalue() + err.getvalue()
     assert not CI.search(written)
     assert written.isascii()
