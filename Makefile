@@ -160,7 +160,7 @@ $(PEERS)/llama-cpp/.stamp: tests/peers/llama_cpp.txt | $(READY)
 MENDED := ggml_concat(ctx0, model.class_embedding, inp, 1)
 PARTS := COMMON TESTS TOOLS EXAMPLES SERVER APP
 BUILD := -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE=-O1 -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12 \
-	-DGGML_NATIVE=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_MTMD=ON $(PARTS:%=-DLLAMA_BUILD_%=OFF)
+	-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON -DGGML_NATIVE=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_MTMD=ON $(PARTS:%=-DLLAMA_BUILD_%=OFF)
 $(PEERS)/llama-cpp-python/.stamp: tests/peers/llama_cpp_python.txt
 	@echo "building llama.cpp in $(@D): five minutes on two processors"
 	@$(PYTHON) -m venv $(@D)

@@ -179,7 +179,7 @@ def _of_this_text(pattern: str, text: str) -> str:
     """A regular expression of Unicode's classes of letters and numbers, which Python's has no names for, by those in `text`."""
     for kind in "LN":
         there, named = "".join(sorted({sign for sign in text if unicodedata.category(sign)[0] == kind})), rf"\p{{{kind}}}"
-        pattern = re.sub(rf"(\[[^\]]*){re.escape(named)}", rf"\1{there}", pattern).replace(named, f"[{there}]")
+        pattern = re.sub(rf"(\[[^\]]*){re.escape(named)}", rf"\g<1>{there}", pattern).replace(named, f"[{there}]")
     return pattern
 
 
