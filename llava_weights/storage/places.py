@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import InputError
-from .reading import LocalSource, Source, SourceFile, join_ranges, open_regular, read_bytes, unreadable
+from .reading import DOWNLOAD_AGAIN, LocalSource, Source, SourceFile, join_ranges, open_regular, read_bytes, unreadable
 from .threads import in_threads
 
 MAX_HEADERS = 64 << 20  # bytes of one weight file that are read only to tell what it holds; the header of a 13B model has 100 kB
@@ -170,7 +170,8 @@ class HeaderSource(RemoteSource):
             self._fetch(first, min(size, max(stop, offset + HEAD)))
             known = self._known(offset, stop)
         if known is None:
-            raise InputError(f"`{self.identity.name}` is shorter than its header says", facts={"address": self.identity.path})
+            what = f"`{self.identity.name}` is shorter than its header says"
+            raise InputError(what, facts={"address": self.identity.path}, hint=DOWNLOAD_AGAIN)
         buffer[:] = known
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
