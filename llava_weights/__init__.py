@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # what type checkers see; a test holds it against the table b
     from .smoke.recording import Recording as Recording
     from .smoke.recording import read_recording as read_recording
     from .smoke.recording import record as record
+    from .storage.places import RemotePath as RemotePath
     from .storage.reading import SourceFile as SourceFile
     from .tensors.lazy import LazyTensor as LazyTensor
     from .tensors.low_rank import Arithmetic as Arithmetic
@@ -198,6 +199,7 @@ _FROM = {
         "inspect",
     ),
     "cli.progress": ("ProgressBar",),
+    "storage.places": ("RemotePath",),
     "storage.reading": ("SourceFile",),
 }
 _HOME = {name: module for module, names in _FROM.items() for name in names}

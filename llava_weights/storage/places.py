@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import InputError
-from .reading import LocalSource, Source, SourceFile, join_ranges, open_regular, read_bytes, unreadable
+from .reading import DOWNLOAD_AGAIN, LocalSource, Source, SourceFile, join_ranges, open_regular, read_bytes, unreadable
 from .threads import in_threads
 
 MAX_HEADERS = 64 << 20  # bytes of one weight file that are read only to tell what it holds; the header of a 13B model has 100 kB
@@ -39,43 +39,49 @@ class RemoteFolder:
 class RemotePath:
     """A folder over the network, or the file `name` in it, which need not exist. Its text is the address."""
 
-    folder: RemoteFolder
+    _folder: RemoteFolder
     file: str = ""
 
     def __str__(self) -> str:
-        return f"{self.folder.address}/{self.file}".rstrip("/")
+        return f"{self._folder.address}/{self.file}".rstrip("/")
 
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
 
     def __truediv__(self, name: str) -> RemotePath:
-        return RemotePath(self.folder, f"{self.file}/{name}".lstrip("/"))
+        return RemotePath(self._folder, f"{self.file}/{name}".lstrip("/"))
 
     @property
     def name(self) -> str:
+        """The last part of the address."""
         return str(self).rpartition("/")[2]
 
     @property
     def suffix(self) -> str:
+        """The end of the name, from its last dot on."""
         return Path(self.name).suffix
 
     @property
     def parent(self) -> RemotePath:
         """The folder of a file; above the folder nothing is looked for."""
-        return RemotePath(self.folder) if self.file else RemotePath(RemoteFolder(self.folder.address.rpartition("/")[0], {}))
+        return RemotePath(self._folder) if self.file else RemotePath(RemoteFolder(self._folder.address.rpartition("/")[0], {}))
 
     def absolute(self) -> RemotePath:
+        """The same: an address always is."""
         return self
 
     resolve = absolute
 
     def is_dir(self) -> bool:
+        """Whether it is the folder itself."""
         return not self.file
 
     def is_file(self) -> bool:
-        return self.file in self.folder.files
+        """Whether the listing has this file."""
+        return self.file in self._folder.files
 
     def exists(self) -> bool:
+        """Whether it is the folder, or a file of the listing."""
         return self.is_dir() or self.is_file()
 
     @property
@@ -83,7 +89,7 @@ class RemotePath:
         """The file. Raises InputError where there is none."""
         if not self.is_file():
             raise unreadable(self, FileNotFoundError(2, "there is no such file", str(self)))
-        return self.folder.files[self.file]
+        return self._folder.files[self.file]
 
 
 Place = Path | RemotePath
@@ -96,7 +102,7 @@ def names_in(folder: Place) -> list[str]:
         return sorted(os.listdir(folder))
     if not folder.is_dir():
         raise NotADirectoryError(20, "no folder", str(folder))
-    return sorted(folder.folder.files)
+    return sorted(folder._folder.files)
 
 
 def identity_of(place: Place) -> SourceFile:
@@ -112,7 +118,7 @@ def open_place(place: Place) -> Iterator[Source]:
         with open_regular(place) as (fd, status):
             yield LocalSource(SourceFile.of(place, status), fd)
         return
-    file, kept = place.identity, place.folder.kept
+    file, kept = place.identity, place._folder.kept
     pieces = kept.get(place.file, [])
     if [len(data) for _, data in pieces] != [file.size]:  # a weight file, whose header is read once
         kept.pop(place.file, None)
@@ -164,7 +170,8 @@ class HeaderSource(RemoteSource):
             self._fetch(first, min(size, max(stop, offset + HEAD)))
             known = self._known(offset, stop)
         if known is None:
-            raise InputError(f"`{self.identity.name}` is shorter than its header says", facts={"address": self.identity.path})
+            what = f"`{self.identity.name}` is shorter than its header says"
+            raise InputError(what, facts={"address": self.identity.path}, hint=DOWNLOAD_AGAIN)
         buffer[:] = known
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
