@@ -349,6 +349,12 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--dtype": [Changes("smoke", "--dtype BF16"), Refused("smoke", "--dtype F8")],
         "--resident": [Elsewhere("smoke/test_forward.py", "test_resident_reads_once_and_gives_the_same_bits")],
         "--atol": [Changes("smoke, original", "--atol 0.5"), Refused("smoke", "--atol 1"), Refused("smoke, record", "--atol 1")],
+        "--quantize": [
+            Changes("smoke", "--quantize 8bit"),
+            Changes("smoke, original", "--quantize 8bit"),
+            Refused("smoke, prompt", "--quantize 8bit"),
+            Refused("smoke", "--quantize 3bit"),
+        ],
         "--accept-tower": [Refused("smoke", "--accept-tower"), ACCEPTED],
         "--force": [Changes("smoke, record again", "--force"), Refused("smoke", "--force")],
         "--junit": [Changes("smoke", "--junit new.xml"), Refused("smoke, record", "--junit new.xml")],
