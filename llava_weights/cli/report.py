@@ -80,11 +80,13 @@ def verdict(findings: Iterable[Finding], code: int) -> str:
     counts = Counter(finding.verdict for finding in every)
     tally = f"({', '.join(f'{counts[kind]} {kind}' for kind in FROM_BAD_TO_GOOD if counts[kind])})"
     broken = {finding.level for finding in every if finding.verdict == "failed"}
-    sound = _by_source(finding.part for finding in every if finding.verdict == "ok" and finding.level not in broken)
+    right = [finding for finding in every if finding.verdict == "ok" and finding.level not in broken]
+    sound = _by_source(finding.part for finding in right if finding.level not in MEASURED)
+    measured = list(dict.fromkeys(finding.part for finding in right if finding.level in MEASURED and finding.part))
     unread = _unread(finding.part for kind in ("unproved", "unchecked", "warning") for finding in every if finding.verdict == kind)
     if code == 0:
-        done = "verified" if counts["ok"] else "nothing to verify"
-        return "; ".join([f"{sound} verified" if sound else done, *unread]) + f" {tally}"
+        done = [f"{sound} verified"] * bool(sound) + measured or ["verified" if counts["ok"] else "nothing to verify"]
+        return "; ".join([*done, *unread]) + f" {tally}"
     if code == 3:
         only = [f"only {sound} sound"] if sound else []
         return "; ".join([f"not verified: {unread[0] if unread else NOTHING}", *unread[1:], *only]) + f" {tally}"

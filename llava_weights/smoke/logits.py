@@ -227,7 +227,8 @@ def _compare_one(
         figures += f" (atol {atol:.0e})"
     if verdict in ("same", "plausible"):
         why = f"{hides}; " if hides else "up to the rounding of the merge; " if verdict == "plausible" else ""
-        return Finding("L5", "ok", one.probe.name, f"{name} {verdict}: {why}{figures}"), rows, "", verdict
+        text, part = f"{name} {verdict}: {why}{figures}", "logits the same" if verdict == "same" else "logits plausible"
+        return Finding("L5", "ok", one.probe.name, text, part=part), rows, "", verdict
     layer = layer or ("head" if _has_layers(one) and max(row.nmse for row in rows) > limits.nmse else "")
     beyond = list(dict.fromkeys(text for row in rows for text in row.beyond(limits))) if atol is None else []
     bad = sum(row.non_finite for row in rows)

@@ -249,15 +249,22 @@ def to_llava_hf(
             *_remarks(model),
             *(() if retold else prompt.doubts),
         ),
-        warnings=(*loss, *_ungated(activation, form), *model.doubts.warnings, *prompt.warnings, *(prompt.doubts if retold else ())),
+        warnings=(
+            *loss,
+            *_ungated(tensors, activation, form),
+            *model.doubts.warnings,
+            *prompt.warnings,
+            *(prompt.doubts if retold else ()),
+        ),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, prompt_doubt=" ".join(prompt.doubts), projector_form=form),
     )
     return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)
 
 
-def _ungated(activation: str, form: str) -> tuple[str, ...]:
-    """What becomes of images in programs that read no `projector_hidden_act`. `form` is that of a single Linear, empty for two layers."""
-    if activation == PROJECTOR_ACTIVATION:
+def _ungated(tensors: Canonical, activation: str, form: str) -> tuple[str, ...]:
+    """What becomes of images in programs that read no `projector_hidden_act`. `form` is that of a single Linear, empty for two layers. In
+    the form "relu" it is the same matrices as in the form "gelu"."""
+    if activation == PROJECTOR_ACTIVATION or (activation == "relu" and (form or single(tensors, activation))):
         return ()
     return (UNGATED.format(activation) + ("; `--projector-form gelu` is for them" if form else ""),)
 
@@ -273,7 +280,7 @@ def to_gguf(
     """`checkpoint` as llama.cpp's two files. `options` and errors are those of `to_llava_hf` and `gguf_checkpoint`; a single Linear gets
     the form "gelu", and any other is refused."""
     if projector_form not in (None, "gelu"):
-        what = f"llama.cpp puts a gelu between the layers of every projector, so the form `{projector_form}` would give wrong images"
+        what = f"llama.cpp puts a gelu between the layers of every projector, which is not the form `{projector_form}`"
         raise UsageError(what, hint="leave out `--projector-form`: a single Linear gets the form `gelu`")
     hub = to_llava_hf(checkpoint, projector_form=projector_form, gated=True, **options)
     return gguf_checkpoint(hub, dtype=dtype, quantize=quantize)
