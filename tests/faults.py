@@ -25,7 +25,6 @@ from llava_weights.write import shard
 # Every call by the name that a fault gives it: where it is found, under which names.
 CALLS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "preadv": (os, ("preadv",)),
-    "pread": (os, ("pread",)),
     "pwrite": (os, ("pwrite",)),
     "fsync": (os, ("fsync",)),
     "open": (os, ("open",)),
@@ -81,14 +80,13 @@ OUTPUT = faults(
         "fallocate": "ENOSPC EDQUOT EFBIG",
         "sync_file_range": "EIO ENOSPC EDQUOT",
         "read": "EIO",  # when it is read back
-        "pread": "EIO",
         "preadv": "EIO",
         "flock": "EIO",
     }
 )
 
 # ... where an input can't be read (exit code 3).
-INPUT = faults({"open": "EIO EACCES ESTALE", "pread": "EIO", "preadv": "EIO ESTALE", "fstat": "ESTALE", "listdir": "EIO"})
+INPUT = faults({"open": "EIO EACCES ESTALE", "preadv": "EIO ESTALE", "fstat": "ESTALE", "listdir": "EIO"})
 
 # ... where the answer depends on which of these calls it is: some only ask whether a file is there, or clean up.
 EITHER_OUTPUT = faults(
@@ -101,7 +99,6 @@ HARMLESS_OUTPUT = faults(
     {
         "pwrite": "short",
         "write": "short",
-        "pread": "short",
         "preadv": "short",
         "read": "short",
         "fallocate": "EOPNOTSUPP ENOSYS EINTR",
@@ -113,7 +110,7 @@ HARMLESS_OUTPUT = faults(
     }
 )
 # No "fadvise": inputs as small as these are in the page cache before the run, and stay there (tests/storage/test_residency.py).
-HARMLESS_INPUT = faults({"pread": "short", "preadv": "short"})
+HARMLESS_INPUT = faults({"preadv": "short"})
 
 
 @dataclass
@@ -217,8 +214,6 @@ class RawFile(io.FileIO):
 
 def half(call: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     descriptor, what, offset = arguments
-    if call == "pread":
-        return original(descriptor, max(1, what // 2), offset)
     data = what[0] if call == "preadv" else what
     part = data[: max(1, len(data) // 2)]
     return original(descriptor, [part] if call == "preadv" else part, offset)

@@ -77,7 +77,8 @@ class Step:
 
     `operation` is the command ("apply-delta"), `inputs` are its inputs, each with its role ("base", "delta", "lora", "source", "tower"),
     `options` those that change the output. `summary` holds the rows of the printed plan ("add": "363 tensors"), `repairs`, `notes` and
-    `warnings` are sentences, `checks` are measurements of the inputs as plain data.
+    `warnings` are sentences, and so are `cautions`: warnings of what other programs would make of it, which say nothing against the
+    checkpoint. `checks` are measurements of the inputs as plain data.
     """
 
     operation: str
@@ -87,6 +88,7 @@ class Step:
     repairs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
     checks: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

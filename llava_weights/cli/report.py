@@ -193,7 +193,7 @@ def explain(plan: Plan, output: str | Path, *, verbose: bool = False) -> tuple[l
         rows += list(step.summary.items())
         rows += [("fix", repair) for repair in (step.repairs if verbose else _counted(step.repairs))]
         rows += [("note", note) for note in step.notes]
-        rows += [("warning", warning) for warning in step.warnings]
+        rows += [("warning", warning) for warning in (*step.warnings, *step.cautions)]
     rows.append(("output", f"{output}  {shards(len(plan.shards))}, {size(plan.nbytes)}{_free(output)}"))
     rows.append(("memory", f"at most {size(plan.memory)} in all, {plan.settings.jobs} jobs"))
     return rows, _document(plan, output)

@@ -249,13 +249,8 @@ def to_llava_hf(
             *_remarks(model),
             *(() if retold else prompt.doubts),
         ),
-        warnings=(
-            *loss,
-            *_ungated(tensors, activation, form),
-            *model.doubts.warnings,
-            *prompt.warnings,
-            *(prompt.doubts if retold else ()),
-        ),
+        warnings=(*loss, *model.doubts.warnings, *prompt.warnings, *(prompt.doubts if retold else ())),
+        cautions=_ungated(tensors, activation, form),
         checks=_given(prompt_text=prompt.example, stop=prompt.stop, prompt_doubt=" ".join(prompt.doubts), projector_form=form),
     )
     return _assembled(checkpoint, model, tensors, "llava-hf", config, files, step)

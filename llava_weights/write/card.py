@@ -92,7 +92,7 @@ def _step(step: Step) -> str:
     rows = [*step.summary.items(), *step.options.items()]
     rows += [("repaired", text) for text in step.repairs]
     rows += [("note", text) for text in step.notes]
-    rows += [("warning", text) for text in step.warnings]
+    rows += [("warning", text) for text in (*step.warnings, *step.cautions)]
     lines = [f"## {markdown_text(step.operation)}\n", "| role | input | revision | files |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(map(markdown_text, row))} |" for row in cells]
     lines += ["", *(f"- {markdown_text(label)}: {markdown_text(str(value))}" for label, value in rows)]

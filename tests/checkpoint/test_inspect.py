@@ -41,7 +41,7 @@ def test_the_command_prints_it(source: Path, cli: Callable[..., Any]) -> None:
     found = lw.inspect(source)
     assert cli("inspect", source).stdout == f"{found}\n"
     assert cli("inspect", source, "--tensors").stdout.splitlines() == found.lines(tensors=True)
-    head = {"type": "summary", "schema": 1}
+    head = {"type": "summary", "schema": 1, "exit_code": 0}
     for more in (False, True):
         document = json.loads(cli("inspect", source, "--json", *(["--tensors"] if more else [])).stdout)
         assert document == head | {"schema": document["schema"]} | json.loads(json.dumps(found.document(tensors=more)))

@@ -519,7 +519,7 @@ def test_the_command(fixtures: Path, tmp_path: Path, cli: Callable[..., Any]) ->
     assert "library_name: peft" in (tmp_path / "made/README.md").read_text()
     assert {name for name, _ in lw.open_adapter(tmp_path / "made").replacements.items()} == set(lw.open_adapter(source).replacements)
     assert "LoRA adapter" in cli("inspect", "made").stdout
-    done = cli("verify", "made", "--deep", "--strict")
+    done = cli("verify", "made", "--deep", "--strict", "-v")
     assert done.code == 0
     assert "a LoRA adapter of 14 modules" in done.stdout
     with (tmp_path / "made/adapter_model.safetensors").open("r+b") as file:

@@ -154,8 +154,10 @@ def test_a_single_linear_gets_the_form_that_llama_cpp_computes(tmp_path: Path) -
     for form in ("identity", "relu", "gelu"):
         hub = written(lw.convert(source, "llava-hf", projector_form=form), tmp_path / form)
         assert bytes_of(written(lw.convert(hub, "gguf"), tmp_path / f"{form} out"))["mmproj-toy-F16.gguf"] == wanted["mmproj-toy-F16.gguf"]
-        again = lw.convert(hub, "llava-hf").history[-1].warnings
-        assert any("put a gelu into every projector" in text for text in again) == (form == "identity")  # relu(x) - relu(-x) = x = gelu's
+        told = lw.convert(hub, "llava-hf").history[-1].cautions
+        assert any("put a gelu into every projector" in text for text in told) == (form == "identity")  # relu(x) - relu(-x) = x = gelu's
+        assert ("warning: `projector_hidden_act` is" in (hub / "README.md").read_text()) == (form == "identity")
+        assert "recorded" not in {finding.rule for finding in lw.verify(hub).findings if finding.verdict != "ok"}
     for form in ("identity", "relu"):
         with pytest.raises(lw.UsageError, match=f"not the form `{form}`"):
             lw.convert(source, "gguf", projector_form=form)
