@@ -115,7 +115,7 @@ def make_cases(inputs: Inputs, out: Path) -> list[Case]:
             ("base", "delta", "lora", "clip"),
             (
                 replace(
-                    llava_weights_pair(out, "convert", base, "--delta", delta, "--lora", lora, "--vision-tower", clip)[0],
+                    llava_weights_pair(out, "convert", base, "--delta", delta, "--lora", lora, "--vision-tower", clip, "--accept-tower")[0],
                     slow=True,
                     warm=False,
                 ),
@@ -141,7 +141,7 @@ def three_steps(base: Path, delta: Path, lora: Path, clip: Path, out: Path) -> t
     return (
         llava_weights("apply-delta", "--base", base, "--delta", delta, "-o", applied),
         llava_weights("merge-lora", "--base", applied, "--lora", lora, "-o", merged),
-        llava_weights("convert", merged, "--vision-tower", clip, "-o", out / "result"),
+        llava_weights("convert", merged, "--vision-tower", clip, "--accept-tower", "-o", out / "result"),
     )
 
 

@@ -30,7 +30,7 @@ from llava_weights.write.plan import USUAL_MEMORY, Settings
 
 PHASES = ROOT / "benchmarks" / "phases.py"
 WORKERS = ("reading inputs", "looking for zeros", "arithmetic", "writing", "checksums of kept windows")
-FILE_DIGEST, STARTING = "sha256 of files, XXH3", "starting, planning"
+FILE_DIGEST, STARTING, IMPORTING = "sha256 of files, XXH3", "starting, planning", "importing torch"
 SHARDS = 8
 TRUE_GIGABYTES, TRUE_SHARDS = 26.0, 6  # a 13B in shards of 5 GB
 BYTES = 4  # that pass the disk for each of the output: two read, one written, one read back
@@ -39,8 +39,8 @@ MORE, DISK = (4, 8, 16), 6.0  # processors, GB/s
 
 @dataclass(frozen=True)
 class Rates:
-    """Of runs on one processor: seconds to start, and processor seconds per GB of output, of all, of what the workers of a shard do, and of
-    its file's digest."""
+    """Of runs on one processor: seconds to start and to import torch, for which the workers wait, and processor seconds per GB of output,
+    of all, of what the workers of a shard do, and of its file's digest."""
 
     start: float
     all: float
@@ -79,14 +79,18 @@ def report(folder: Path, gigabytes: float, rounds: int) -> Iterator[str]:
     runs = [json.loads(run(phased, out, 1)[1].splitlines()[-1]) for _ in range(rounds)]
     made = runs[0]["bytes"] / 1e9
     phases = {name: statistics.median(one["phases"][name] for one in runs) for name in runs[0]["phases"]}
-    steady = {name: spent / made for name, spent in phases.items() if name != STARTING}
+    steady = {name: spent / made for name, spent in phases.items() if name not in (STARTING, IMPORTING)}
     rates = Rates(
-        statistics.median(one["start"] for one in runs), sum(steady.values()), sum(steady[name] for name in WORKERS), steady[FILE_DIGEST]
+        statistics.median(one["start"] + one["phases"][IMPORTING] for one in runs),
+        sum(steady.values()),
+        sum(steady[name] for name in WORKERS),
+        steady[FILE_DIGEST],
     )
     settings = {cores: settings_of(base, delta, limit, cores) for cores in (1, 2, *MORE)}
     yield from [f"{made:.2f} GB in {SHARDS} shards, one processor, medians of {rounds}:", "", "| phase | CPU s per GB |", "|---|---|"]
     yield from [f"| {name} | {spent:.2f} |" for name, spent in steady.items()]
-    yield from [f"| {STARTING}: once | {phases[STARTING]:.2f} |", "", "| processors | measured s | predicted s | predicted / measured |"]
+    yield from [f"| {name}: once | {phases[name]:.2f} |" for name in (STARTING, IMPORTING)]
+    yield from ["", "| processors | measured s | predicted s | predicted / measured |"]
     yield from ["|---|---|---|---|"]
     for cores in (1, 2):
         walls = [run(command, out, cores)[0] for _ in range(rounds)]

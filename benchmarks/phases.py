@@ -20,6 +20,7 @@ from typing import Any
 
 # Phase, module, what is called. Of calls within calls each counts its own time alone.
 CALLS = (
+    ("importing torch", "tensors.dtypes", "load_torch"),  # first, since others take it from there; in a thread that has values to make
     ("reading inputs", "storage.reading", "Workspace.read"),
     ("looking for zeros", "tensors.holes", "Watch.look"),
     ("arithmetic", "write.shard", "make"),

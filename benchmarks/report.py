@@ -28,11 +28,11 @@ AXES = {"size": ("gigabytes", "GB", "GB"), "tensors": ("tensors", "tensors", "1,
 INTRODUCTION = """\
 # Benchmarks
 
-Made by `make bench`; everything above "More figures" is overwritten by the next run. Seconds hold for one machine only; ratios and
-memory travel better. Every run is a fresh process, start-up and imports included, and its output is deleted before it. All contenders
-of a case run in rounds, each round beginning with the next one; ratios are taken within a round, so 2.00 means twice as long as
-llava-weights in the same minute. Figures are medians, in brackets the lowest and the highest. Cold: the inputs are dropped from
-the page cache; warm: read once before. Some slow ones run in fewer rounds.
+Made by `make bench`; everything above "More figures" is overwritten by the next run. Seconds hold for one machine only; ratios and memory
+travel better. Every run is a fresh process, start-up and imports included, and its output is deleted before it. All contenders of a case
+run in rounds, each round beginning with the next one and every other round backwards, since what ran before decides what the page cache
+costs; ratios are taken within a round, so 2.00 means twice as long as llava-weights in the same minute. Figures are medians, in brackets
+the lowest and the highest. Cold: the inputs are dropped from the page cache; warm: read once before. Some slow ones run in fewer rounds.
 
 `then sync` is how long a `sync` takes afterwards: what a program left in memory to be written; llava-weights has
 it on the disk when it ends. `peak` is the largest resident size of all its processes together; anonymous and file have peaks of

@@ -115,12 +115,13 @@ def give_up(case: Case, contender: Contender, error: Exception) -> None:
 
 
 def rounds(case: Case, contenders: Contenders, inputs: Inputs, out: Path, not_run: dict[str, str], *, warm: bool) -> dict[str, Any]:
-    """Runs by contender and round. Each round begins with the next contender; one that fails is named in `not_run` and left out."""
+    """Runs by contender and round. Each round begins with the next contender, and every other one runs backwards: what ran before
+    decides what the page cache costs. One that fails is named in `not_run` and left out."""
     runs: dict[str, dict[str, Any]] = {contender.name: {} for _, contender in contenders}
     reads = [inputs / name for name in case.reads]
     for number in range(max(count for count, _ in contenders)):
         turn = number % len(contenders)
-        for count, contender in (*contenders[turn:], *contenders[:turn]):
+        for count, contender in (*contenders[turn:], *contenders[:turn])[:: -1 if number % 2 else 1]:
             if number >= count or contender.name in not_run:
                 continue
             try:

@@ -18,8 +18,8 @@ __version__ = "0.2.0.dev0"
 
 if TYPE_CHECKING:  # what type checkers see; a test holds it against the table below
     from .checkpoint.checkpoint import Checkpoint as Checkpoint
+    from .checkpoint.checkpoint import CheckpointSource as CheckpointSource
     from .checkpoint.checkpoint import Origin as Origin
-    from .checkpoint.checkpoint import Source as Source
     from .checkpoint.checkpoint import Step as Step
     from .checkpoint.checkpoint import open_checkpoint as open_checkpoint
     from .checkpoint.fingerprint import record_fingerprint as record_fingerprint
@@ -96,7 +96,7 @@ _FROM = {
     "checkpoint.checkpoint": (
         "Checkpoint",
         "Origin",
-        "Source",
+        "CheckpointSource",
         "Step",
         "open_checkpoint",
     ),

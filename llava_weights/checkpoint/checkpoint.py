@@ -178,10 +178,10 @@ def layer_count(tensors: Mapping[str, LazyTensor]) -> int:
     return max(numbers, default=-1) + 1
 
 
-Source = Checkpoint | str | Path  # what public functions take as a checkpoint: an open one, or its path, Hub name or address
+CheckpointSource = Checkpoint | str | Path  # what public functions take as a checkpoint: an open one, or its path, Hub name or address
 
 
-def opened(source: Source, role: str, *, whole: bool = False, unmerged: bool = False, gguf: bool = False) -> Checkpoint:
+def opened(source: CheckpointSource, role: str, *, whole: bool = False, unmerged: bool = False, gguf: bool = False) -> Checkpoint:
     """`source` as a checkpoint, opened if it is not open yet.
 
     Raises UsageError for what is no source, InputError unless `unmerged` where a part is missing or adapters in its folders are still to
@@ -208,7 +208,7 @@ def to_place(source: object, role: str) -> str | Path:
     return source if isinstance(source, str) else Path(source)
 
 
-def place_of(source: Source, role: str) -> str | Path:
+def place_of(source: CheckpointSource, role: str) -> str | Path:
     """Where the files of `source` are. Raises UsageError for a checkpoint that was not written yet, and as `to_place`."""
     if not isinstance(source, Checkpoint):
         return to_place(source, role)

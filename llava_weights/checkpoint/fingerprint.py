@@ -29,7 +29,7 @@ from ..tensors.dtypes import ITEMSIZE, MAX_AXES, to_float32
 from ..tensors.lazy import LazyTensor, each
 from ..tensors.sampling import LARGEST_ROW, even
 from ..text import shown
-from .checkpoint import Checkpoint, Origin, Source, opened, to_place
+from .checkpoint import Checkpoint, CheckpointSource, Origin, opened, to_place
 from .diagnose import RoundTrip, float_matrices, round_trip_of, state
 
 FORMAT, SCHEMA = "llava-weights fingerprint", 1
@@ -86,7 +86,7 @@ def _row(tensor: LazyTensor, row: int, work: Workspace) -> bytearray:
     return raw
 
 
-def record_fingerprint(base: Source, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+def record_fingerprint(base: CheckpointSource, path: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Record a few values of `base` in the file `path`, by which `which_base` tells without the weights whether a delta was made for it.
 
     The file holds 128 values of each matrix, of a 13B 72 kB of its 26 GB: they are weights, so whoever may not pass these on may not pass

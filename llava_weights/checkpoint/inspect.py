@@ -18,7 +18,7 @@ from ..tensors.lazy import LazyTensor
 from ..text import brief, fold_names, listed, redact, shown, size, two_columns, unquoted, visible
 from . import describe
 from .chat_template import written_as
-from .checkpoint import Checkpoint, Source, opened, to_place
+from .checkpoint import Checkpoint, CheckpointSource, opened, to_place
 from .config import known_decoder
 from .diagnose import State, bf16_damaged, state
 from .hf_config import flat_config
@@ -118,7 +118,7 @@ class Inspection:
         }
 
 
-def inspect(checkpoint: Source, *, given: str | None = None) -> Inspection:
+def inspect(checkpoint: CheckpointSource, *, given: str | None = None) -> Inspection:
     """Say what `checkpoint` is, why, and what to do with it. Nothing is written.
 
     `checkpoint` is what `open_checkpoint` returned, or a path, a name on the Hub or an address. Reads headers, small files and, where

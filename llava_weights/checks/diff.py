@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint, Source, opened
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, opened
 from ..errors import MOST_JOBS, UsageError, finite, whole_number
 from ..events import Listener, Progress, Started, check_listener
 from ..families.layouts import VOCABULARY_TABLES, BaseNames, canonical
@@ -102,7 +102,13 @@ class Difference:
 
 
 def diff(
-    a: Source, b: Source, *, tolerance: float = 0.0, rows: bool = True, jobs: int = 2, on_event: Listener = lambda event: None
+    a: CheckpointSource,
+    b: CheckpointSource,
+    *,
+    tolerance: float = 0.0,
+    rows: bool = True,
+    jobs: int = 2,
+    on_event: Listener = lambda event: None,
 ) -> Difference:
     """Compare every tensor of `a` with its partner in `b`, across layouts, dtypes and shards. Every byte is read, nothing is written.
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-from ..checkpoint.checkpoint import Checkpoint, Source, open_checkpoint, place_of
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, open_checkpoint, place_of
 from ..checkpoint.manifest import MANIFEST, MAX_MANIFEST, Manifest, Sum, TensorEntry, read_manifest
 from ..errors import InputError, UsageError
 from ..families.files import GGUF_SUFFIX, WEIGHT_SUFFIXES
@@ -102,7 +102,7 @@ class OtherCopy:
         return {}
 
 
-def open_other(source: Source, place: Path) -> OtherCopy:
+def open_other(source: CheckpointSource, place: Path) -> OtherCopy:
     """The other copy at `source`, for a repair of `place`.
 
     Raises UsageError where it is `place` itself, InputError where there is nothing, HubError where the Hub or a server can't be asked.

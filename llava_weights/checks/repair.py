@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Source, place_of
+from ..checkpoint.checkpoint import CheckpointSource, place_of
 from ..checkpoint.manifest import (
     GIT,
     MANIFEST,
@@ -185,7 +185,9 @@ class _Differs(Exception):
     """Bytes of the other copy are not those that are recorded."""
 
 
-def repair(path: str | os.PathLike[str], source: Source, *, dry_run: bool = False, jobs: int = 2, on_event: Listener = silent) -> Repair:
+def repair(
+    path: str | os.PathLike[str], source: CheckpointSource, *, dry_run: bool = False, jobs: int = 2, on_event: Listener = silent
+) -> Repair:
     """Mend a checkpoint in place: what is damaged, cut short or missing by its own records comes from the other copy `source`.
 
     `path` is a folder or a weight file of this machine. Its manifest or SHA256SUMS says how each file must be; where it has neither, and

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Checkpoint, Source, need_files, open_checkpoint, opened, place_of
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, need_files, open_checkpoint, opened, place_of
 from ..checkpoint.config import check_structure, known_decoder
 from ..checkpoint.kinds import kind_of
 from ..checkpoint.manifest import (
@@ -140,15 +140,15 @@ class Subject:
 
 
 def verify(
-    path: Source,
+    path: CheckpointSource,
     *,
-    against: Source | None = None,
+    against: CheckpointSource | None = None,
     deep: bool = False,
     part: str | None = None,
-    base: Source | None = None,
-    delta: Source | None = None,
+    base: CheckpointSource | None = None,
+    delta: CheckpointSource | None = None,
     lora: Adapters = (),
-    vision_tower: Source | None = None,
+    vision_tower: CheckpointSource | None = None,
     strict: bool = False,
     allow: Sequence[str] = (),
     accept_tower: bool = False,
@@ -211,10 +211,10 @@ def rules() -> list[str]:
 
 def _check_options(
     against: str | Path | None,
-    base: Source | None,
-    delta: Source | None,
+    base: CheckpointSource | None,
+    delta: CheckpointSource | None,
     lora: Adapters,
-    tower: Source | None,
+    tower: CheckpointSource | None,
     accept_tower: bool,
     strict: bool,
     allow: Sequence[str],
@@ -234,7 +234,7 @@ def _check_options(
         raise UsageError("`--allow` takes a rule out of `--strict`", hint="pass `--strict` too")
 
 
-def _check_part(part: str | None, deep: bool, against: str | Path | None, base: Source | None) -> tuple[int, int] | None:
+def _check_part(part: str | None, deep: bool, against: str | Path | None, base: CheckpointSource | None) -> tuple[int, int] | None:
     if part is None:
         return None
     numbers = to_part(part)
@@ -346,7 +346,7 @@ def _judged(findings: Iterable[Finding], strict: bool, allow: Sequence[str]) -> 
             yield replace(each, verdict="failed", text=f"{each.text} (a warning of the rule {each.rule}, with --strict)")
 
 
-def checksum(path: Source, *, force: bool = False, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Path]:
+def checksum(path: CheckpointSource, *, force: bool = False, jobs: int = 2, on_event: Listener = lambda event: None) -> list[Path]:
     """Write checksums beside a checkpoint: `SHA256SUMS` and the manifest in its folder, or `FILE.sha256` and `FILE.manifest.json` beside a
     file. Every byte is read.
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import findings
-from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, main_dtype, opened, to_place
 from ..checkpoint.processor import read_image_settings, stored_settings
 from ..checkpoint.small_files import small_object
 from ..checkpoint.tower import Doubts, tower_hint
@@ -441,11 +441,11 @@ def _other_places(checkpoint: Checkpoint, original: Checkpoint, tower: Checkpoin
 
 
 def smoke_test(
-    path: Source,
+    path: CheckpointSource,
     *,
     reference: str | Path | Recording | None = None,
-    original: Source | None = None,
-    tower: Source | None = None,
+    original: CheckpointSource | None = None,
+    tower: CheckpointSource | None = None,
     device: str = "cpu",
     dtype: str = "F32",
     resident: bool = False,

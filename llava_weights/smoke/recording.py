@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Checkpoint, Source, main_dtype, opened, to_place
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, main_dtype, opened, to_place
 from ..checkpoint.manifest import environment, find_manifest
 from ..errors import InputError, UsageError, whole_number
 from ..events import Listener, Note, check_listener
@@ -114,11 +114,11 @@ class Recording:
 
 
 def record(
-    checkpoint: Source,
+    checkpoint: CheckpointSource,
     path: str | Path,
     *,
     probes: Sequence[Probe] | None = None,
-    tower: Source | None = None,
+    tower: CheckpointSource | None = None,
     device: str = "cpu",
     dtype: str = "F32",
     resident: bool = False,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..storage.direct import SPARE_BYTES
 from ..storage.reading import Workspace
 from .dtypes import ITEMSIZE
 from .lazy import LazyTensor, read_rows
@@ -35,7 +36,8 @@ class Grown(LazyTensor):
 
     def scratch(self, rows: int) -> int:
         values = self._block * self.numel // max(self.rows, 1)
-        return max(self.source.scratch(rows), self.source.scratch(self._block) + values * (ITEMSIZE[self.dtype] + 4 + 8))
+        mean = self.source.scratch(self._block) + SPARE_BYTES + values * (ITEMSIZE[self.dtype] + 4 + 8)  # beside what the worker keeps
+        return self.source.scratch(rows) + mean
 
     def rows_into(self, out: memoryview, start: int, stop: int, work: Workspace) -> None:
         common = max(0, min(stop, self.source.rows) - start)

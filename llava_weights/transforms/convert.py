@@ -14,7 +14,7 @@ from typing import Any
 
 from ..checkpoint.added_tokens import listed_tokens, without_stale_list
 from ..checkpoint.chat_template import chat_template, choose, example
-from ..checkpoint.checkpoint import Checkpoint, Origin, Source, Step, main_dtype, opened
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, Origin, Step, main_dtype, opened
 from ..checkpoint.config import decoder_of, expected_shapes, repair_generation_config
 from ..checkpoint.hf_config import (
     KEPT_BACK,
@@ -87,10 +87,10 @@ NAMELESS = "nothing names the tower: LLaVA's code needs its config, pass `--visi
 
 
 def convert(
-    checkpoint: Source,
+    checkpoint: CheckpointSource,
     to: str,
     *,
-    tower: Source | None = None,
+    tower: CheckpointSource | None = None,
     dtype: str | None = None,
     projector_form: str | None = None,
     image_token: str | None = None,

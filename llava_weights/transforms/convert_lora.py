@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from ..checkpoint.checkpoint import Checkpoint, Source, Step, opened, to_place
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, Step, opened, to_place
 from ..checkpoint.kinds import quantised_kind, refuse_kind
 from ..errors import InputError, LlavaWeightsError, MismatchError, one_of
 from ..families.decoders import BEFORE_LAYERS, DECODERS, HEAD
@@ -81,7 +81,7 @@ class Parts:
         return [table for module, table in TABLES.items() if module in self.modules or table in self.tensors or table in self.rows]
 
 
-def convert_lora(adapter: AdapterSource, to: str, *, base: Source | None = None) -> Checkpoint:
+def convert_lora(adapter: AdapterSource, to: str, *, base: CheckpointSource | None = None) -> Checkpoint:
     """`adapter` in PEFT's format under the names of the layout `to`: "llava-hf", as transformers has them in memory, or "llava", as
     haotian-liu's code and SGLang do. Nothing is written, and nothing is merged.
 
@@ -135,7 +135,7 @@ def _check_kind(adapter: Adapter) -> None:
         raise InputError(what, facts={"adapter": adapter.origin.name}, hint="merge it with PEFT, which knows the model's class")
 
 
-def _base(base: Source | None) -> Checkpoint | None:
+def _base(base: CheckpointSource | None) -> Checkpoint | None:
     """The base, opened. Raises InputError for what is no model that an adapter of a LLaVA can belong to."""
     if base is None:
         return None

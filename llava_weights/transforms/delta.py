@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from ..checkpoint.checkpoint import Checkpoint, Source, Step, main_dtype, opened
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, Step, main_dtype, opened
 from ..checkpoint.config import repair_config, repair_generation_config
 from ..checkpoint.hf_tokenizer import with_fast
 from ..checkpoint.kinds import kind_of, refuse_kind
@@ -26,7 +26,7 @@ from .base_check import Examination, examine_apply, examine_integer, examine_mak
 CODECS = ("arithmetic", "integer")
 
 
-def apply_delta(base: Source, delta: Source, *, accept_base: bool = False) -> Checkpoint:
+def apply_delta(base: CheckpointSource, delta: CheckpointSource, *, accept_base: bool = False) -> Checkpoint:
     """`base` + `delta`: a checkpoint in the layout of the delta, in F16 (of a lossless delta: in the dtypes of the tuned model), with
     repaired config and tokenizer. Nothing is written.
 
@@ -80,7 +80,7 @@ def _apply_integer(base: Checkpoint, delta: Checkpoint) -> tuple[dict[str, LazyT
     return tensors, examine_integer(tensors)
 
 
-def make_delta(base: Source, tuned: Source, *, codec: str = "arithmetic") -> Checkpoint:
+def make_delta(base: CheckpointSource, tuned: CheckpointSource, *, codec: str = "arithmetic") -> Checkpoint:
     """`tuned` - `base`: the delta to publish, with config and tokenizer of `tuned` as they are. Nothing is written.
 
     `codec` is "arithmetic", the published form: float16 differences, from which a value may come back off by one unit in the last place

@@ -20,7 +20,7 @@ from typing import Any, get_args
 from typing import cast as cast_type
 
 from ..checkpoint.added_tokens import without_stale_list
-from ..checkpoint.checkpoint import Checkpoint, Source, Step, layout_of, main_dtype, need_files, opened, to_place
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, Step, layout_of, main_dtype, need_files, opened, to_place
 from ..checkpoint.config import QUANTIZATION, quantization_notes, repair_config, repair_generation_config
 from ..checkpoint.hf_tokenizer import with_fast
 from ..checkpoint.images import reads_newline
@@ -61,14 +61,14 @@ class Placed:
 
 
 def merge_lora(
-    base: Source,
+    base: CheckpointSource,
     adapters: Adapters,
     *,
     arithmetic: Arithmetic = "peft",
     scale: float = 1.0,
     dtype: str | None = None,
     base_quantized: str | None = None,
-    tower: Source | None = None,
+    tower: CheckpointSource | None = None,
     accept_tower: bool = False,
 ) -> Checkpoint:
     """`base` with `adapters` merged in: a checkpoint in the layout of the base, in its own dtype or in `dtype` ("F16", "BF16", "F32").

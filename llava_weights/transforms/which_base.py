@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoint.checkpoint import Checkpoint, Source, opened, to_place
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, opened, to_place
 from ..checkpoint.diagnose import state
 from ..checkpoint.fingerprint import Fingerprint, read_fingerprint
 from ..errors import InputError, MismatchError, UsageError
@@ -73,7 +73,9 @@ class WhichBase:
         return {**asdict(self), "right": list(self.right), "exit_code": self.exit_code}
 
 
-def which_base(delta: Source, among: Iterable[Source], *, builtin: Iterable[tuple[Path, str]] = FINGERPRINTS) -> WhichBase:
+def which_base(
+    delta: CheckpointSource, among: Iterable[CheckpointSource], *, builtin: Iterable[tuple[Path, str]] = FINGERPRINTS
+) -> WhichBase:
     """Which of the bases `among` the delta was made for. Nothing is written, and only samples are read.
 
     A candidate is a checkpoint, or a fingerprint that `record_fingerprint` made of one, as the path of its `.json`. A repository of the Hub
@@ -97,7 +99,7 @@ def which_base(delta: Source, among: Iterable[Source], *, builtin: Iterable[tupl
     return WhichBase(given.origin.name, (*found, *known), len(known))
 
 
-def _asked(delta: Checkpoint, source: Source) -> Candidate:
+def _asked(delta: Checkpoint, source: CheckpointSource) -> Candidate:
     name = source.origin.name if isinstance(source, Checkpoint) else str(to_place(source, "candidate"))
     try:
         if not isinstance(source, Checkpoint) and name.endswith(".json"):
@@ -107,7 +109,7 @@ def _asked(delta: Checkpoint, source: Source) -> Candidate:
         return Candidate(name, "unfit", error.what)
 
 
-def _unfetched(source: Source) -> Source:
+def _unfetched(source: CheckpointSource) -> CheckpointSource:
     """`source`, but of a repository on the Hub its address, of which only samples are read."""
     if isinstance(source, Checkpoint) or is_remote(source_text(source)):
         return source

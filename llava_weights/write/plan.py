@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint.checkpoint import Checkpoint, Source, Step, opened
+from ..checkpoint.checkpoint import Checkpoint, CheckpointSource, Step, opened
 from ..checkpoint.diagnose import role_of
 from ..checkpoint.small_files import small_bytes
 from ..errors import MOST_JOBS, UsageError, whole_number
@@ -160,7 +160,7 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Source,
+    checkpoint: CheckpointSource,
     *,
     max_shard_size: int | str = SHARD_SIZE,
     max_memory: int | str | None = None,
