@@ -88,8 +88,8 @@ class Step:
     repairs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    cautions: tuple[str, ...] = ()
     checks: Mapping[str, Any] = field(default_factory=dict)
+    cautions: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Step({self.operation!r}, {', '.join(f'{role} {brief(origin.name, 30)}' for role, origin in self.inputs[:3])})"

@@ -328,14 +328,33 @@ def at_shard(number: int, act: Any) -> Any:
     return listen
 
 
+class InTurn(ThreadPoolExecutor):
+    """One worker, that does nothing while somebody else holds `turn`: a file that is just being changed has another time for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.turn = threading.Lock()
+
+    def submit(self, task: Any, /, *arguments: Any, **named: Any) -> Any:
+        def in_turn() -> Any:
+            with self.turn:
+                return task(*arguments, **named)
+
+        return super().submit(in_turn)
+
+
 @pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("change", [edited, replaced])
 def test_a_source_that_changes_unseen(source: Path, tmp_path: Path, change: Any, pooled: bool) -> None:
     """Two shards of the old bytes, four of the new: named, the old ones are not kept, and the next run is right."""
     plan, victim = plan_of(source), source / "model.safetensors"
-    listen = at_shard(2, lambda: change(victim, other_bytes(victim)))
-    with ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match=r"`model\.safetensors` changed while it was being read") as caught:
-        execute(plan, tmp_path / "out", pool=pool if pooled else None, on_event=listen)
+
+    def act() -> None:
+        with pool.turn:
+            change(victim, other_bytes(victim))
+
+    with InTurn() as pool, pytest.raises(InputError, match=r"`model\.safetensors` changed while it was being read") as caught:
+        execute(plan, tmp_path / "out", pool=pool if pooled else None, on_event=at_shard(2, act))
     assert "model-00001-of-00006.safetensors" in caught.value.facts["shards that other bytes went into"]
     kept = 6 - len(caught.value.facts["shards that other bytes went into"].split(", "))
     assert caught.value.kept == f"{kept} of 6 shards are kept in `out.partial`; `out` was not touched"
