@@ -26,7 +26,7 @@ from ..formats.safetensors import MAX_HEADER, read_header
 from ..formats.torch_zip import index_torch_zip
 from ..storage.hub import HubSource, parse_source, source_text
 from ..storage.ranges import stat
-from ..storage.reading import SourceFile, Workspace
+from ..storage.reading import SourceFile, open_source, read_bytes
 from ..storage.remote import is_remote
 from ..tensors.lazy import LazyTensor, Stored
 from ..text import redact, scheme_of, shown
@@ -66,7 +66,7 @@ class OtherCopy:
             return None
         with tempfile.TemporaryDirectory() as folder, suppress(InputError):
             path = Path(folder) / MANIFEST
-            path.write_bytes(read_bytes(file, 0, file.size))
+            path.write_bytes(read_range(file, 0, file.size))
             return read_manifest(path)
         return None
 
@@ -155,21 +155,19 @@ def _at_address(text: str) -> OtherCopy:
     return other
 
 
-def read_bytes(file: SourceFile, start: int, stop: int) -> bytes:
+def read_range(file: SourceFile, start: int, stop: int) -> bytes:
     """Bytes [start, stop) of a file, here or there."""
-    data = bytearray(stop - start)
-    with closing(Workspace(drop_cache=False)) as work:
-        work.read(file, start, memoryview(data))
-    return bytes(data)
+    with closing(open_source(file)) as source:
+        return read_bytes(source, start, stop - start)
 
 
 def head_of(file: SourceFile) -> bytes:
     """The header of a safetensors file with its length before it, as far as it is there and not longer than any."""
-    head = read_bytes(file, 0, min(8, file.size))
+    head = read_range(file, 0, min(8, file.size))
     length = int.from_bytes(head, "little")
     if len(head) < 8 or length > MAX_HEADER:
         return head
-    return head + read_bytes(file, 8, min(8 + length, file.size))
+    return head + read_range(file, 8, min(8 + length, file.size))
 
 
 def layout_of(head: bytes, file: SourceFile) -> Layout | None:

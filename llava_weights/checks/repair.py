@@ -55,7 +55,7 @@ from ..text import listed, shown, size
 from ..write.shard import allocate
 from ..write.work_folder import lock
 from .checksums import counted
-from .other_copy import Layout, OtherCopy, layout_here, layout_of, open_other, read_bytes
+from .other_copy import Layout, OtherCopy, layout_here, layout_of, open_other, read_range
 
 WEIGHTS = (*WEIGHT_SUFFIXES, GGUF_SUFFIX)
 PROVING = (FILES, "sha512", GIT)  # digests of files that prove what comes from elsewhere; md5 and sha1 can be forged, a commit holds git's
@@ -475,7 +475,7 @@ def _likely(work: _Work, twin: SourceFile, jobs: int) -> list[tuple[int, int]]:
         return []
     if here.size < nbytes:
         places = ((0, SAMPLE_BYTES), (here.size - SAMPLE_BYTES, here.size))
-        same = all(read_bytes(here, *place) == read_bytes(twin, *place) for place in places)
+        same = all(read_range(here, *place) == read_range(twin, *place) for place in places)
         return [(here.size, nbytes)] if same else []
     layout = layout_here(Path(here.path), nbytes) or {}
     broken = rehash({work.recorded.name: Path(here.path)}, layout, jobs=jobs).broken.get(work.recorded.name, ())
@@ -579,9 +579,9 @@ def _alike(work: _Work, other: OtherCopy) -> tuple[int, int]:
         return 0, 0
     for number in even(min(here.size, twin.size) // SAMPLE_BYTES, SAMPLES):
         place = number * SAMPLE_BYTES, (number + 1) * SAMPLE_BYTES
-        data = read_bytes(here, *place)
+        data = read_range(here, *place)
         looked += any(data)
-        same += any(data) and data == read_bytes(twin, *place)
+        same += any(data) and data == read_range(twin, *place)
     return same, looked
 
 

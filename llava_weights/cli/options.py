@@ -237,7 +237,17 @@ class Show:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merging:
+class Choices:
+    """A group of options that may all be left out."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was given of them, by name."""
+        return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merging(Choices):
     """The options of a merge beside the adapters and `--dtype`."""
 
     arithmetic: ArithmeticRule = None
@@ -254,14 +264,9 @@ class Merging:
     def factor(self) -> float:
         return 1.0 if self.scale is None else self.scale
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """What was given of them, by name."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion:
+class Conversion(Choices):
     """The options of a conversion beside `--to` and `--dtype`."""
 
     vision_tower: VisionTowerOption = None
@@ -273,11 +278,6 @@ class Conversion:
     accept_tower: AcceptTower = False
     lossy: Lossy = False
     quantize: Quantize = None
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What was given of them, by name."""
-        return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True, kw_only=True)
